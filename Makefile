@@ -1,0 +1,41 @@
+# make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another)
+STUDY ?= params/digits.yaml
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: study test lab figures lint clean
+.DELETE_ON_ERROR:
+
+study: .venv/installed
+	@$(BIN)/python -m kdlib study $(STUDY) --cores $(CORES)
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lab: .venv/installed
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/03_datamap.ipynb
+
+figures: .venv/installed
+	@$(BIN)/python -m kdlib figures $(STUDY)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+# The lock has the hash of every package. uv, where it is installed, does the same eight times faster.
+.venv/installed: requirements.lock pyproject.toml
+	@test -d .venv || python3 -m venv .venv
+	@if command -v uv >/dev/null; then \
+	  VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --require-hashes -r requirements.lock && \
+	  VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --no-deps -e . ; \
+	else \
+	  $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q --require-hashes -r requirements.lock && \
+	  $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e . ; \
+	fi
+	@touch $@
+
+# Removes what `make study` made; the environment, downloaded data and committed figures stay.
+clean:
+	rm -rf runs cache .snakemake
