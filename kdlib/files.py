@@ -1,0 +1,146 @@
+"""How bytes reach the disk and how content gets a name: workspace paths, atomic writes, locks,
+fingerprints.
+
+Leaves to others: what the bytes mean.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+
+def workspace() -> Path:
+    """The folder that holds `params/`, `runs/`, `cache/` and `figures/`.
+
+    Returns: `$KDLIB_HOME` when it is set, else the repository this package is installed from, so
+        that JupyterLab (started in `notebooks/`), papermill (started anywhere) and pytest agree.
+    """
+    home = os.environ.get("KDLIB_HOME")
+    return Path(home).resolve() if home else Path(__file__).resolve().parents[1]
+
+
+def data_root() -> Path:
+    """The folder of downloaded data and weights: `$KDLIB_DATA` when it is set, else `data/` in the
+    workspace."""
+    root = os.environ.get("KDLIB_DATA")
+    return Path(root).resolve() if root else workspace() / "data"
+
+
+def canonical_json(content: Any) -> str:
+    """JSON text that is equal for equal content: sorted keys, no spaces, no NaN."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def fingerprint(content: Any) -> str:
+    """sha256 (64 hex digits) of any JSON-able content: the name of all that determines a result."""
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 (64 hex digits) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_array(*arrays: np.ndarray) -> str:
+    """sha256 over dtype, shape and bytes of one or more arrays, in the order given."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into
+    place.
+
+    A reader sees the old file or the whole new one; on any error (a full disk, Ctrl-C) the
+    temporary file is removed and the old one is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_json(path: Path, content: Any) -> Path:
+    """Write indented, key-sorted JSON atomically."""
+    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    return write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises: ValueError that names the file when it is cut or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it and run the step that makes it again"
+        ) from None
+
+
+def write_npy(path: Path, array: np.ndarray) -> Path:
+    """Write one plain `.npy` file atomically."""
+    return write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Half a sentence for an error message: the nearest known name, or all of them when none is
+    near."""
+    known = sorted(known)
+    close = get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+
+
+def difference(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
+    """The lines `key: theirs -> ours` in which two nested dictionaries differ; empty when they are
+    equal."""
+    lines = []
+    for key in sorted(ours.keys() | theirs.keys()):
+        mine, other = ours.get(key, "(absent)"), theirs.get(key, "(absent)")
+        if isinstance(mine, dict) and isinstance(other, dict):
+            lines += difference(mine, other, f"{prefix}{key}.")
+        elif mine != other:
+            lines.append(f"{prefix}{key}: {other} -> {mine}")
+    return lines
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold an exclusive lock on `path` while the block runs; the kernel frees it when the process
+    dies.
+
+    Args:
+        wait: True waits for the present holder; False raises at once.
+
+    Raises: BlockingIOError that names the file, when it is held and `wait` is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"another process is working here: {path} is locked; wait for it or stop it"
+            ) from None
+        yield

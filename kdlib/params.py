@@ -1,0 +1,540 @@
+"""A study file becomes validated, frozen settings; every other module reads its settings from here.
+
+A study is one YAML file under `params/`. Unknown keys, unknown names, double keys and impossible
+values are refused with the nearest known name. A cell is one point of the axes (student, strategy,
+fraction, objective) with all its seeds. Leaves to others: what the settings do.
+"""
+
+import ast
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from kdlib.files import data_root, fingerprint, nearest, workspace
+
+SCORES = (
+    "confidence", "variability", "correctness", "forgetting_events", "aum", "el2n", "entropy",
+    "loss", "trend", "dyn_unc", "tdds", "dual",
+)  # fmt: skip
+REGION_STRATEGIES = ("easy", "ambiguous", "ambiguous_corner", "hard")
+STRATEGIES = (
+    "full",
+    "random",
+    *REGION_STRATEGIES,
+    *(f"{s}_{end}" for s in SCORES for end in ("top", "bottom")),
+)
+MODELS = (
+    "tiny_cnn", "cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
+    "cifar_resnet56", "mlperf_resnet8",
+)  # fmt: skip
+SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
+AXES = ("student", "strategy", "fraction", "objective")
+
+
+class StudyError(ValueError):
+    """A study file, or a papermill parameter, that cannot mean what was written."""
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, exactly typed, and refusing unknown keys with the nearest
+    known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, content: Any) -> Any:
+        if isinstance(content, dict):
+            for key in content:
+                if key not in cls.model_fields:
+                    raise ValueError(f"unknown key {key!r}; {nearest(key, cls.model_fields)}")
+        return content
+
+
+def _known(value: str, known: Sequence[str], what: str) -> str:
+    if value not in known:
+        raise ValueError(f"unknown {what} {value!r}; {nearest(value, known)}")
+    return value
+
+
+class Data(Settings):
+    """Which images. `n_validation` training images are held out, the same for teacher and students
+    of the study."""
+
+    source: str
+    folder: str | None = None  # source `folder` only: a path with train/<class>/ and test/<class>/
+    image_size: int | None = Field(None, ge=4)  # pixels; None keeps the native size
+    n_validation: int = Field(ge=1)
+    split_seed: int = Field(0, ge=0)
+    shard_size: int = Field(2048, ge=1)  # examples per shard
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Data":
+        _known(self.source, SOURCES, "data source")
+        if (self.source == "folder") != (self.folder is not None):
+            raise ValueError(
+                "`folder` is the path of an image folder: give it with `source: folder`, and "
+                "only there"
+            )
+        return self
+
+
+class Model(Settings):
+    """A network: a name of `MODELS`, or `timm/<name>` for any timm model, which then gets a small-
+    image stem."""
+
+    name: str
+    options: dict[str, int | float | bool | str] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        return name if name.startswith("timm/") else _known(name, (*MODELS, "timm/<name>"), "model")
+
+
+class Augment(Settings):
+    """Random views of a training image; all off by default."""
+
+    # pixels of zero padding before a random crop of the native size
+    crop_padding: int = Field(0, ge=0)
+    flip: bool = False  # mirror left-right with probability 1/2
+
+
+class Training(Settings):
+    """One budget and one optimiser. The budget is a number of optimiser steps, given as such or as
+    epochs."""
+
+    # equal-steps comparison: the same number for every subset
+    steps: int | None = Field(None, ge=1)
+    # equal-epochs comparison: steps follow from the subset's size
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(ge=1)
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    lr_peak: float = Field(gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(5e-4, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    augment: Augment = Augment()
+    # None: once per pass over the full training split
+    evaluate_every_steps: int | None = Field(None, ge=1)
+    # weights kept for probing, as fractions of the budget
+    checkpoint_fractions: tuple[float, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> "Training":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give the budget once: either `steps` or `epochs`")
+        if any(not 0 <= f <= 1 for f in self.checkpoint_fractions):
+            raise ValueError(
+                f"checkpoint_fractions are {self.checkpoint_fractions}; expected values in [0, 1]"
+            )
+        return self
+
+    def n_steps(self, n_examples: int) -> int:
+        """Optimiser steps of the budget for a training set of `n_examples`."""
+        return (
+            self.steps
+            if self.steps is not None
+            else math.ceil(self.epochs * n_examples / self.batch_size)
+        )
+
+    @property
+    def comparison(self) -> str:
+        """`equal_steps` or `equal_epochs`: the only kind of comparison this budget allows."""
+        return "equal_steps" if self.steps is not None else "equal_epochs"
+
+
+class Teacher(Settings):
+    """A network trained by this lab (`training`) or read from a weight file (`weights`), never
+    both."""
+
+    model: Model
+    seed: int = Field(0, ge=0)
+    training: Training | None = None
+    weights: str | None = (
+        None  # a .safetensors file; a relative path is looked up in the data folder
+    )
+    mean: tuple[float, ...] | None = (
+        None  # per channel, pixels in [0, 1]; None: measured on the training split
+    )
+    std: tuple[float, ...] | None = None
+    # the card: what the teacher claims on the test split
+    expected_accuracy: float = Field(ge=0, le=1)
+    # by how much the measured accuracy may lie below the claim
+    tolerance: float = Field(0.005, ge=0)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Teacher":
+        if (self.training is None) == (self.weights is None):
+            raise ValueError(
+                "a teacher is either trained (`training`) or loaded (`weights`): give one of them"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` go together")
+        if self.weights is not None and not self.weights.endswith(".safetensors"):
+            raise ValueError(
+                f"weights {self.weights!r} must be a .safetensors file: other formats can "
+                "execute code"
+            )
+        return self
+
+
+class Dynamics(Settings):
+    """Whose training is recorded for the datamap, and how. Without `model` it is the teacher's own
+    training."""
+
+    # `train`: the training pass itself; `eval`: a clean pass after each epoch
+    observed: Literal["train", "eval"] = "train"
+    logits: bool = False  # also store all logits (needed by `tdds`)
+    model: Model | None = None
+    training: Training | None = None
+    seed: int = Field(0, ge=0)
+    el2n_epoch: int = Field(10, ge=1)  # recorded epoch (counted from 1) at which el2n is read
+    window: int = Field(10, ge=2)  # epochs per window of dyn_unc, tdds and dual
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Dynamics":
+        if (self.model is None) != (self.training is None):
+            raise ValueError("`model` and `training` of dynamics go together")
+        return self
+
+
+class Student(Settings):
+    """A student's network; weights are always drawn at random from the run's seed."""
+
+    model: Model
+
+
+class Objective(Settings):
+    """What a student minimises; `alpha` weights the soft loss: (1 - alpha) * CE + alpha *
+    temperature**2 * KL."""
+
+    kind: Literal["cross_entropy", "label_smoothing", "kd"]
+    alpha: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = Field(None, gt=0)
+    smoothing: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Objective":
+        needs = {
+            "cross_entropy": set(),
+            "label_smoothing": {"smoothing"},
+            "kd": {"alpha", "temperature"},
+        }[self.kind]
+        given = {k for k in ("alpha", "temperature", "smoothing") if getattr(self, k) is not None}
+        if needs != given:
+            raise ValueError(
+                f"{self.kind} takes {sorted(needs) or 'no numbers'}; got {sorted(given) or 'none'}"
+            )
+        return self
+
+
+class Axes(Settings):
+    """The axes of the sweep; the full set is one more strategy, run once per objective."""
+
+    student: tuple[str, ...] = Field(min_length=1)
+    strategy: tuple[str, ...] = Field(min_length=1)
+    fraction: tuple[float, ...] = Field(min_length=1)
+    objective: tuple[str, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _valid(self) -> "Axes":
+        for strategy in self.strategy:
+            _known(strategy, STRATEGIES, "strategy")
+        if any(not 0 < f <= 1 for f in self.fraction):
+            raise ValueError(f"fractions are {self.fraction}; expected values in (0, 1]")
+        for axis in AXES:
+            if len(set(getattr(self, axis))) != len(getattr(self, axis)):
+                raise ValueError(f"axis {axis} names a value twice: {getattr(self, axis)}")
+        return self
+
+
+class Probe(Settings):
+    """Which cells are probed, and how."""
+
+    strategy: tuple[str, ...] = ("full", "random")
+    fraction: float = Field(gt=0, le=1)
+    objective: tuple[str, ...] = Field(min_length=1)
+    k: int = Field(20, ge=1)  # neighbours
+    c_grid: tuple[float, ...] = (
+        0.01,
+        0.1,
+        1.0,
+        10.0,
+        100.0,
+    )  # inverse regularisation, on standardised features
+    seed: int = Field(0, ge=0)
+
+
+class Compare(Settings):
+    """Against what, and how small a difference counts as none."""
+
+    baseline: str = "random"
+    margin: float = Field(0.01, gt=0, lt=1)  # accuracy; differences inside +-margin are equivalent
+    confidence_level: float = Field(0.95, gt=0.5, lt=1)
+
+
+class Compute(Settings):
+    """Where and how tensors are computed; `threads` is fixed because sums depend on it."""
+
+    device: str = "cpu"
+    threads: int = Field(1, ge=1)
+    channels_last: bool = False
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One point of the axes; `path` names its folder."""
+
+    student: str
+    strategy: str
+    fraction: float
+    objective: str
+
+    @property
+    def path(self) -> Path:
+        return Path(
+            *(
+                f"{axis}={value:g}" if axis == "fraction" else f"{axis}={value}"
+                for axis, value in self.items()
+            )
+        )
+
+    def items(self) -> Iterable[tuple[str, str | float]]:
+        return asdict(self).items()
+
+
+class Study(Settings):
+    """A whole study. `name` is the file's stem and names folders in `runs/` and `figures/`."""
+
+    name: str
+    data: Data
+    teacher: Teacher
+    dynamics: Dynamics = Dynamics()
+    students: dict[str, Student] = Field(min_length=1)
+    training: Training  # of the students
+    objectives: dict[str, Objective] = Field(min_length=1)
+    axes: Axes
+    # paired: seed s means the same draws in every cell
+    seeds: tuple[int, ...] = Field(min_length=2)
+    probe: Probe
+    compare: Compare = Compare()
+    compute: Compute = Compute()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Study":
+        for name in self.axes.student:
+            _known(name, tuple(self.students), "student on the axis")
+        for name in (*self.axes.objective, *self.probe.objective):
+            _known(name, tuple(self.objectives), "objective")
+        for name in self.probe.strategy:
+            _known(name, ("full", *self.axes.strategy), "strategy to probe")
+        if self.probe.fraction not in self.axes.fraction:
+            raise ValueError(
+                f"probe.fraction is {self.probe.fraction}; expected one of axes.fraction"
+            )
+        _known(self.compare.baseline, self.axes.strategy, "baseline strategy")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds are {self.seeds}; expected distinct integers >= 0")
+        if self.teacher.training is None and self.dynamics.model is None:
+            raise ValueError(
+                "a loaded teacher has no recorded training: give `dynamics` a model and a training"
+            )
+        return self
+
+    @property
+    def runs(self) -> Path:
+        """Folder of everything this study makes except figures and the shared cache."""
+        return workspace() / "runs" / self.name
+
+    @property
+    def figures(self) -> Path:
+        """Folder of this study's figures and tables."""
+        return workspace() / "figures" / self.name
+
+    @property
+    def cache(self) -> Path:
+        """Folder of the image cache; studies that ask for the same images share it."""
+        content = self.data.model_dump(include={"source", "folder", "image_size", "shard_size"})
+        return workspace() / "cache" / f"{self.data.source}-{fingerprint(content)[:8]}"
+
+    @property
+    def recorded_run(self) -> Path:
+        """Folder of the run whose training dynamics make the datamap."""
+        return self.runs / ("teacher" if self.dynamics.model is None else "dynamics")
+
+    def cells(self) -> list[Cell]:
+        """All cells, the full set first."""
+        axes = self.axes
+        subsets = [("full", 1.0)] + [
+            p for p in itertools.product(axes.strategy, axes.fraction) if p[0] != "full"
+        ]
+        return [
+            Cell(st, s, f, o) for st in axes.student for s, f in subsets for o in axes.objective
+        ]
+
+    def probed_cells(self) -> list[Cell]:
+        """The cells whose checkpoints are probed."""
+        probe, wanted = self.probe, []
+        for cell in self.cells():
+            at_fraction = cell.fraction == (1.0 if cell.strategy == "full" else probe.fraction)
+            if (
+                cell.strategy in probe.strategy
+                and cell.objective in probe.objective
+                and at_fraction
+            ):
+                wanted.append(cell)
+        return wanted
+
+    def cell(self, **axes: str | float) -> Cell:
+        """The cell with these axis values; an axis that is not given takes the study's first value.
+
+        Raises: StudyError for an unknown axis or value. A fraction off the study's axis is allowed:
+            it makes a run of its own beside the study's.
+        """
+        for axis in axes:
+            if axis not in AXES:
+                raise StudyError(f"unknown axis {axis!r}; {nearest(axis, AXES)}")
+        values = {
+            axis: axes.get(axis) if axes.get(axis) is not None else getattr(self.axes, axis)[0]
+            for axis in AXES
+        }
+        known = {
+            "student": tuple(self.students),
+            "strategy": STRATEGIES,
+            "objective": tuple(self.objectives),
+        }
+        for axis, names in known.items():
+            if values[axis] not in names:
+                raise StudyError(f"unknown {axis} {values[axis]!r}; {nearest(values[axis], names)}")
+        if values["strategy"] == "full":
+            values["fraction"] = 1.0
+        if not 0 < float(values["fraction"]) <= 1:
+            raise StudyError(f"fraction is {values['fraction']}; expected a number in (0, 1]")
+        return Cell(
+            values["student"], values["strategy"], float(values["fraction"]), values["objective"]
+        )
+
+    def step_settings(self, step: str, cell: Cell | None = None) -> dict[str, Any]:
+        """The settings one step reads itself; what it inherits reaches it as fingerprints.
+
+        Args:
+            step: cache, teacher, datamap, distill, probe or compare.
+            cell: The cell, for distill.
+        """
+        dump = self.model_dump(mode="json", exclude={"name"})
+        scoring = {key: dump["dynamics"].pop(key) for key in ("el2n_epoch", "window")}
+        if step == "distill":
+            return {
+                "student": dump["students"][cell.student],
+                "objective": dump["objectives"][cell.objective],
+                "subset": {"strategy": cell.strategy, "fraction": cell.fraction},
+                "training": dump["training"],
+                "compute": dump["compute"],
+            }
+        return {
+            "cache": {"data": dump["data"]},
+            "teacher": {key: dump[key] for key in ("teacher", "dynamics", "compute")},
+            "datamap": {"scoring": scoring},
+            "probe": {key: dump["probe"][key] for key in ("k", "c_grid", "seed")},
+            "compare": dump,
+        }[step]
+
+
+class _SafeLoader(yaml.SafeLoader):
+    """YAML without tags that construct objects, and without keys given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and validate a study file.
+
+    Args:
+        path: Absolute, or relative to the current folder or to the workspace.
+
+    Raises: FileNotFoundError that lists the studies there are; StudyError that says which key is
+        wrong and how.
+    """
+    candidates = [Path(path), workspace() / path]
+    found = next((c for c in candidates if c.is_file()), None)
+    if found is None:
+        there = sorted(p.name for p in (workspace() / "params").glob("*.yaml"))
+        raise FileNotFoundError(
+            f"no study file {str(path)!r}; params/ has {', '.join(there) or 'none'}"
+        )
+    try:
+        content = yaml.load(found.read_text(), Loader=_SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{found} is not a readable YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise StudyError(
+            f"{found} holds {type(content).__name__}; expected a mapping with data, "
+            "teacher, students, ..."
+        )
+    if "name" in content:
+        raise StudyError(
+            f"{found}: `name` is taken from the file name ({found.stem}); remove the key"
+        )
+    try:
+        return Study(name=found.stem, **content)
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise StudyError(f"{found} is not a valid study:\n" + "\n".join(lines)) from None
+
+
+def open_point(history: Sequence[str], study: str, **axes: str | float) -> tuple[Study, Cell]:
+    """The study and cell a notebook was asked for; the first call of every notebook.
+
+    papermill only warns about a parameter it does not know, so that a typo in a sweep would run the
+    default. Its injected cell stands in the notebook's history, where this function reads the names
+    it sets.
+
+    Args:
+        history: The notebook's `In`: the source of the cells run so far.
+        study: Path of the study file.
+        axes: The axis values of the parameters cell; empty strings and zeros mean the study's first
+            value.
+
+    Raises: StudyError for a parameter the notebook does not have, and whatever `load_study` and
+        `Study.cell` raise.
+    """
+    known = ("study", *axes)
+    for source in history:
+        if source.startswith("# Parameters"):
+            for node in ast.walk(ast.parse(source)):
+                if (
+                    isinstance(node, ast.Name)
+                    and isinstance(node.ctx, ast.Store)
+                    and node.id not in known
+                ):
+                    raise StudyError(
+                        f"this notebook has no parameter {node.id!r}; {nearest(node.id, known)}"
+                    )
+    loaded = load_study(study)
+    return loaded, loaded.cell(
+        **{axis: value for axis, value in axes.items() if value not in ("", 0, None)}
+    )
+
+
+def weights_path(weights: str) -> Path:
+    """Where a weight file named in a study lies: as written if absolute, else in the data root."""
+    path = Path(weights)
+    return path if path.is_absolute() else data_root() / path
