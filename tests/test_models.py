@@ -1,0 +1,341 @@
+"""`kdlib.models`: sizes, shapes and seeds of networks, and weight files that are never trusted."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdlib.models import (
+    Network,
+    build_network,
+    load_weights,
+    save_weights,
+    weights_fingerprint,
+)
+from kdlib.params import MODELS, Model
+
+torch.set_num_threads(1)
+SMALL = ("timm/resnet10t", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224")
+
+
+def build(name: str, shape=(3, 32, 32), seed: int = 0, n_classes: int = 10, **options) -> Network:
+    model = Model(name=name, options=options)
+    return build_network(model, n_classes=n_classes, image_shape=shape, seed=seed)
+
+
+def images(shape: tuple[int, int, int], n: int = 2) -> torch.Tensor:
+    return torch.randn((n, *shape), generator=torch.Generator().manual_seed(0))
+
+
+def shape_after(network: Network, layer: torch.nn.Module, x: torch.Tensor) -> tuple[int, ...]:
+    """Height and width of what one layer hands on."""
+    seen = []
+    handle = layer.register_forward_hook(lambda module, given, output: seen.append(output.shape))
+    network.eval()(x)
+    handle.remove()
+    return tuple(seen[0][2:])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "n_parameters"),
+    [
+        # 1*8*9 + 2*8 + 8*16*9 + 2*16 + 16*10 + 10
+        ("tiny_cnn", (1, 8, 8), 1_442),
+        ("mlperf_resnet8", (3, 32, 32), 78_186),
+        ("cifar_resnet20", (3, 32, 32), 269_722),
+        ("cifar_resnet32", (3, 32, 32), 464_154),
+        ("cifar_resnet44", (3, 32, 32), 658_586),
+        ("cifar_resnet56", (3, 32, 32), 853_018),
+    ],
+)
+def test_networks_have_their_published_number_of_parameters(name, shape, n_parameters):
+    assert sum(p.numel() for p in build(name, shape).parameters()) == n_parameters
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (2, 7, 9)])
+@pytest.mark.parametrize("name", [m for m in MODELS if m != "cifar_resnet56"])
+def test_logits_are_the_head_of_the_features_for_any_image_shape(name, shape):
+    network, x = build(name, shape, n_classes=5).eval(), images(shape)
+    features = network.features(x)
+    assert features.shape == (2, network.n_features)
+    assert network(x).shape == (2, 5)
+    assert torch.equal(network.head(features), network(x))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *SMALL])
+def test_a_gradient_reaches_every_parameter(name):
+    network = build(name)
+    network(images((3, 32, 32))).square().sum().backward()
+    assert network.training
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    silent = [k for k, p in network.named_parameters() if not p.grad.any()]
+    # A bias in front of BatchNorm is subtracted again; timm draws the last layer of some zero.
+    assert not silent or name == "mlperf_resnet8" or name in SMALL
+
+
+@pytest.mark.parametrize("name", ["tiny_cnn", "cifar_resnet8", "mlperf_resnet8", *SMALL])
+def test_the_seed_alone_decides_the_weights_and_the_global_generator_is_untouched(name):
+    before = torch.get_rng_state()
+    first = weights_fingerprint(build(name, seed=0))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)  # whoever draws from the global generator changes nothing
+    assert weights_fingerprint(build(name, seed=0)) == first
+    assert weights_fingerprint(build(name, seed=1)) != first
+
+
+def test_convolutions_are_drawn_kaiming_normal():
+    weight = build("cifar_resnet20").layer3[1].conv1.weight  # 64 x 64 x 3 x 3
+    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    assert abs(weight.mean().item()) < 1e-3
+
+
+def test_the_shortcut_takes_every_second_pixel_and_pads_channels_on_both_sides():
+    block = build("cifar_resnet8").layer2[0]
+    torch.nn.init.zeros_(block.bn2.weight)  # the residual is 0: what comes out is the shortcut
+    x = images((16, 6, 6)).abs()
+    y = block(x)
+    assert y.shape == (2, 32, 3, 3)
+    assert not y[:, :8].any()
+    assert not y[:, 24:].any()
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+
+
+@pytest.mark.parametrize(("side", "before"), [(6, 0), (7, 1)])
+def test_mlperf_pads_as_tensorflow_does(side, before):
+    # SAME, kernel 3, stride 2: ceil(n / 2) outputs; the total is 1 for even n and 2 for odd n, and
+    # the smaller half comes first. Output o then starts at pixel 2 * o - before.
+    block = build("mlperf_resnet8").layer2.eval()
+    x, seen = images((16, side, side), n=1), []
+    block.conv1.register_forward_hook(lambda module, given, output: seen.append(output))
+    block(x)
+    weight, bias = block.conv1.weight.detach().numpy(), block.conv1.bias.detach().numpy()
+    pixels = np.zeros((16, side + 4, side + 4), np.float32)  # a margin of 2 zeros
+    pixels[:, 2:-2, 2:-2] = x[0].numpy()
+    n_out = -(-side // 2)
+    expected = np.empty((32, n_out, n_out), np.float32)
+    for i, j in np.ndindex(n_out, n_out):
+        top, left = 2 * i - before + 2, 2 * j - before + 2
+        patch = pixels[:, top : top + 3, left : left + 3]
+        expected[:, i, j] = (weight * patch).sum((1, 2, 3)) + bias
+    np.testing.assert_allclose(seen[0][0].detach().numpy(), expected, atol=1e-4)
+
+
+def test_small_images_keep_their_resolution_in_the_stem_and_large_ones_do_not():
+    x = images((3, 32, 32))
+    resnet = build("timm/resnet18")
+    assert resnet.body.conv1.kernel_size == (3, 3)
+    assert shape_after(resnet, resnet.body.maxpool, x) == (32, 32)
+    deep = build("timm/resnet10t")
+    assert shape_after(deep, deep.body.maxpool, x) == (32, 32)
+    for name in ("timm/mobilenetv3_small_050", "timm/mobilenetv2_035"):
+        mobile = build(name)
+        assert shape_after(mobile, mobile.body.conv_stem, x) == (32, 32)
+    regnet = build("timm/regnetx_002")
+    assert shape_after(regnet, regnet.body.stem, x) == (32, 32)
+    convnext = build("timm/convnext_atto")
+    assert shape_after(convnext, convnext.body.stem, x) == (32, 32)
+    large = build("timm/resnet10t", (3, 96, 96))
+    assert shape_after(large, large.body.maxpool, images((3, 96, 96))) == (24, 24)
+    original = build("timm/resnet10t", stem="original")
+    assert shape_after(original, original.body.maxpool, x) == (8, 8)
+
+
+def test_a_vit_gets_patches_that_suit_the_image():
+    for side, patch in [(32, 4), (28, 4), (64, 8)]:
+        vit = build("timm/vit_tiny_patch16_224", (3, side, side), depth=1)
+        assert vit.body.patch_embed.patch_size == (patch, patch)
+    assert (
+        build("timm/vit_tiny_patch16_224", depth=1, patch_size=8).body.patch_embed.num_patches == 16
+    )
+    with pytest.raises(ValueError, match=r"patch_size .* is 5; expected a divisor .*\(32, 32\)"):
+        build("timm/vit_tiny_patch16_224", depth=1, patch_size=5)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_timm_networks_are_the_head_of_their_features(name):
+    network, x = build(name, (1, 28, 28), n_classes=7).eval(), images((1, 28, 28))
+    features = network.features(x)
+    assert features.shape == (2, network.n_features)
+    assert torch.equal(network(x), network.body(x))
+    assert network(x).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("cifar_resnet20", {"width": 3}, "unknown option 'width' .* takes no options"),
+        ("tiny_cnn", {"widht": 3}, "unknown option 'widht' .* did you mean 'width'"),
+        ("tiny_cnn", {"width": 0}, "width of tiny_cnn is 0; expected an integer >= 1"),
+        ("tiny_cnn", {"width": 2.5}, r"width of tiny_cnn is 2\.5"),
+        ("timm/resnet81", {}, "no network 'resnet81' .* nearest: resnet18"),
+        ("timm/resnet18.a1_in1k", {}, "no network 'resnet18.a1_in1k' to draw at random"),
+        ("timm/hf-hub:timm/resnet18", {}, "no network 'hf-hub:timm/resnet18'"),
+        ("timm/resnet10t", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
+        ("timm/resnet10t", {"pretrained": True}, "unknown option 'pretrained'"),
+        ("timm/resnet10t", {"checkpoint_path": "x.pth"}, "unknown option 'checkpoint_path'"),
+        ("timm/resnet10t", {"num_classes": 3}, "unknown option 'num_classes'"),
+        ("timm/resnet10t", {"stem": "tiny"}, "is 'tiny'; expected small or original"),
+        ("timm/resnet10t", {"block": "x"}, r"cannot be built for images of shape \(3, 32, 32\)"),
+        ("timm/densenet121", {}, "no stem for small images .* `stem: original`"),
+    ],
+)
+def test_unknown_names_and_options_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(name, **options)
+
+
+@pytest.mark.parametrize(("shape", "n_classes"), [((3, 32, 32), 0), ((3, 32), 10), ((0, 8, 8), 2)])
+def test_impossible_sizes_are_refused(shape, n_classes):
+    with pytest.raises(ValueError, match=r"expected >= 1 class and \(channels, height, width\)"):
+        build("tiny_cnn", shape, n_classes=n_classes)
+
+
+# -- weights
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Network, Path, str]:
+    network, path = build("tiny_cnn", (1, 8, 8)), tmp_path / "w.safetensors"
+    network(images((1, 8, 8)))  # BatchNorm's buffers are no longer those of a new network
+    return network, path, save_weights(network, path, {"model": "tiny_cnn"})
+
+
+def test_weights_return_from_their_file(saved):
+    network, path, fingerprint = saved
+    other = build("tiny_cnn", (1, 8, 8), seed=1)
+    assert load_weights(other, path) == fingerprint == weights_fingerprint(network)
+    x = images((1, 8, 8))
+    assert torch.equal(other.eval()(x), network.eval()(x))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "model": "tiny_cnn"}
+
+
+def test_equal_content_gives_equal_bytes_whatever_the_memory_format(saved, tmp_path):
+    network, path, _ = saved
+    metadata = {f"key {i}": str(i) for i in range(8)}
+    contents = set()
+    for i in range(6):
+        if i == 3:
+            network.to(memory_format=torch.channels_last)
+            metadata = dict(reversed(metadata.items()))
+        save_weights(network, path, metadata)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_any_changed_value_changes_the_fingerprint(data):
+    state = build("tiny_cnn", (1, 8, 8)).state_dict()
+    before = weights_fingerprint(state)
+    shuffled = dict(data.draw(st.permutations(list(state.items()))))
+    assert weights_fingerprint(shuffled) == before
+    key = data.draw(st.sampled_from(sorted(state)))
+    position = data.draw(st.integers(0, state[key].numel() - 1))
+    state[key].view(-1)[position] += 1
+    assert weights_fingerprint(state) != before
+
+
+def test_names_dtypes_and_shapes_are_part_of_the_fingerprint():
+    states = [
+        {"a": torch.zeros(4)},
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(2, 2)},
+        {"a": torch.zeros(4, dtype=torch.int32)},
+        {"a": torch.zeros(8, dtype=torch.bfloat16)},
+        {"a": torch.zeros(())},
+        {"a": torch.zeros(1)},
+        {"a": torch.zeros(2), "b": torch.zeros(2)},
+    ]
+    assert len({weights_fingerprint(state) for state in states}) == len(states)
+
+
+def test_batch_counters_may_be_absent_and_become_zero(saved):
+    network, path, _ = saved
+    state = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    safetensors.torch.save_file(state, path)
+    used = build("tiny_cnn", (1, 8, 8), seed=3)
+    used(images((1, 8, 8)))
+    assert load_weights(used, path) == load_weights(build("tiny_cnn", (1, 8, 8)), path)
+    assert used.bn1.num_batches_tracked == 0
+    assert torch.equal(used.bn1.running_mean, network.bn1.running_mean)
+
+
+class Bomb:
+    """Unpickling this leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "cut", "empty", "header", "flipped header"])
+def test_a_file_that_is_not_whole_safetensors_is_refused_and_runs_nothing(kind, saved, tmp_path):
+    network, path, fingerprint = saved
+    content = path.read_bytes()
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    elif kind == "torch":
+        torch.save({"conv1.weight": Bomb(tmp_path / "exploded")}, path)
+    else:
+        path.write_bytes(
+            {
+                "cut": content[:-7],
+                "empty": b"",
+                "header": content[:50],
+                "flipped header": b"\xff" * 8 + content[8:],
+            }[kind]
+        )
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors is not a whole safetensors file .*pickle"
+    ):
+        load_weights(network, path)
+    assert not (tmp_path / "exploded").exists()
+    assert weights_fingerprint(network) == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("conv1.weight"), r"1 keys .*conv1\.weight: \(absent\) -> torch\.float32"),
+        (lambda s: s.update(foreign=torch.zeros(2)), r"foreign: .*\(2,\) -> \(absent\)"),
+        (
+            lambda s: s.update({"linear.bias": torch.zeros(3)}),
+            r"linear\.bias: torch\.float32 \(3,\) -> torch\.float32 \(10,\)",
+        ),
+        (
+            lambda s: s.update({"linear.bias": s["linear.bias"].half()}),
+            r"linear\.bias: torch\.float16 \(10,\) -> torch\.float32 \(10,\)",
+        ),
+    ],
+)
+def test_weights_of_another_network_are_refused_and_change_nothing(change, message, saved):
+    _, path, _ = saved
+    state = build("tiny_cnn", (1, 8, 8), seed=7).state_dict()
+    change(state)
+    safetensors.torch.save_file(state, path)
+    network = build("tiny_cnn", (1, 8, 8), seed=8)
+    before = weights_fingerprint(network)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(network, path)
+    assert str(path) in str(caught.value)
+    assert weights_fingerprint(network) == before
+
+
+def test_a_foreign_architecture_is_refused_in_a_short_message(saved):
+    with pytest.raises(ValueError, match=r"does not fit this CifarResNet.*\.\.\.; give") as caught:
+        load_weights(build("cifar_resnet20"), saved[1])
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.safetensors"):
+        load_weights(build("tiny_cnn"), tmp_path / "none.safetensors")

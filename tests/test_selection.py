@@ -1,0 +1,340 @@
+"""Budgets, strategies, ties and subset files."""
+
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdlib import params
+from kdlib import selection as s
+from kdlib.cartography import write_parquet
+
+
+def table_of(n, seed=0, ties=True):
+    """A datamap whose scores take few values, so that nearly every cut goes through a tie."""
+    rng = np.random.default_rng(seed)
+    ids = rng.choice(10 * n + 1, n, replace=False)
+    columns = {name: rng.random(n) for name in params.SCORES}
+    if ties:
+        columns = {name: np.round(values, 1) for name, values in columns.items()}
+    return pd.DataFrame(columns, index=pd.Index(ids, name="example_id", dtype=np.int64))
+
+
+# Four examples, in (variability, confidence):
+#   id 1 (0.0, 1.0)  id 2 (0.5, 0.5)  id 3 (0.1, 0.1)  id 4 (0.4, 0.9)
+SMALL = pd.DataFrame(
+    {"variability": [0.0, 0.5, 0.1, 0.4], "confidence": [1.0, 0.5, 0.1, 0.9]},
+    index=pd.Index([1, 2, 3, 4], name="example_id"),
+)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "order"),
+    [
+        # squared distances to (0, 1): 0, 0.50, 0.82, 0.17
+        ("easy", [1, 4, 2, 3]),
+        ("ambiguous", [2, 4, 3, 1]),
+        # to (1, 0.5): 1.25, 0.25, 0.97, 0.52
+        ("ambiguous_corner", [2, 4, 3, 1]),
+        # to (0, 0): 1, 0.50, 0.02, 0.97
+        ("hard", [3, 2, 4, 1]),
+        ("confidence_top", [1, 4, 2, 3]),
+        ("confidence_bottom", [3, 2, 4, 1]),
+    ],
+)
+def test_strategies_take_examples_in_the_order_worked_by_hand(strategy, order):
+    for n in range(5):
+        assert s.select(SMALL, n, strategy, seed=0).tolist() == sorted(order[:n])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pole"), [("easy", (0, 1)), ("hard", (0, 0)), ("ambiguous_corner", (1, 0.5))]
+)
+def test_region_strategies_take_the_nearest_to_their_pole(strategy, pole):
+    table = table_of(200, ties=False)
+    table["variability"] /= 2
+    distance = {
+        i: math.dist((row.variability, row.confidence), pole) for i, row in table.iterrows()
+    }
+    nearest = sorted(distance, key=distance.get)[:60]
+    assert s.select(table, 60, strategy, seed=0).tolist() == sorted(nearest)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    strategy=st.sampled_from(params.STRATEGIES),
+    n_examples=st.integers(1, 40),
+    share=st.sampled_from(["0", "1/N", "third", "N-1", "1"]),
+    seed=st.integers(0, 1000),
+)
+def test_every_strategy_returns_exactly_its_budget_of_distinct_ids(
+    strategy, n_examples, share, seed
+):
+    fraction = {
+        "0": 0.0,
+        "1/N": 1 / n_examples,
+        "third": 0.33,
+        "N-1": (n_examples - 1) / n_examples,
+        "1": 1.0,
+    }[share]
+    table = table_of(n_examples, seed)
+    n = n_examples if strategy == "full" else s.budget(n_examples, fraction)
+    chosen = s.select(table, n, strategy, seed)
+    assert chosen.dtype == np.int64
+    assert len(chosen) == n
+    assert (np.diff(chosen) > 0).all()
+    assert set(chosen) <= set(table.index)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    strategy=st.sampled_from([name for name in params.STRATEGIES if name != "full"]),
+    n=st.integers(0, 30),
+    seed=st.integers(0, 1000),
+)
+def test_permuting_the_data_set_permutes_the_selection(strategy, n, seed):
+    table = table_of(30, seed)
+    order = np.random.default_rng(seed + 1).permutation(30)
+    chosen = s.select(table, n, strategy, seed)
+    # The rows in another order: the same ids are chosen.
+    np.testing.assert_array_equal(s.select(table.iloc[order], n, strategy, seed), chosen)
+    # Other examples appended: a tie between two examples is decided as before.
+    both = table.index[:2]
+    alone = s.select(table.assign(aum=0.0).loc[both], 1, "aum_top", seed)
+    others = table.index.difference(both)
+    crowd = table.assign(aum=np.where(table.index.isin(others), -1.0, 0.0))
+    np.testing.assert_array_equal(s.select(crowd, 1, "aum_top", seed), alone)
+
+
+def test_ties_depend_on_the_seed_and_not_on_the_position():
+    table = table_of(200).assign(aum=0.0)
+    chosen = {seed: s.select(table, 100, "aum_top", seed) for seed in range(20)}
+    assert all(not np.array_equal(chosen[0], chosen[seed]) for seed in range(1, 20))
+    position = table.index.get_indexer(np.concatenate(list(chosen.values())))
+    # 20 samples of 100 from the positions 0..199 without replacement: mean 99.5, standard error
+    # 57.7 / sqrt(100) * sqrt(1 / 2) / sqrt(20) = 0.9.
+    assert abs(position.mean() - 99.5) < 5
+
+
+def test_random_is_uniform_and_seeds_are_unrelated():
+    table = table_of(100, ties=False)
+    counts = pd.Series(0, index=table.index)
+    overlaps, previous = [], None
+    for seed in range(400):
+        chosen = s.select(table, 30, "random", seed)
+        counts[chosen] += 1
+        if previous is not None:
+            overlaps.append(len(np.intersect1d(chosen, previous)))
+        previous = chosen
+    # Each id is drawn Binomial(400, 0.3): mean 120, s.d. 9.2; the statistic is about chi-square
+    # with 99 degrees of freedom once scaled by (1 - 0.3): mean 99, s.d. 14.
+    statistic = ((counts - 120) ** 2 / 120 / 0.7).sum()
+    assert 50 < statistic < 160
+    # Two independent draws of 30 from 100 share 9 on average, s.d. 2.5; 399 pairs: s.e. 0.13.
+    assert abs(np.mean(overlaps) - 9) < 0.6
+
+
+def test_smaller_random_subset_lies_within_a_larger_one():
+    table = table_of(50)
+    small, large = (s.select(table, n, "random", 3) for n in (10, 25))
+    assert set(small) < set(large)
+
+
+def test_tie_break_numbers_are_distinct():
+    numbers = s.tie_break(np.arange(200_000), seed=5)
+    assert numbers.dtype == np.uint64
+    assert len(np.unique(numbers)) == 200_000
+
+
+def test_selection_leaves_the_global_generator_alone():
+    before = np.random.get_state()[1].copy()
+    s.select(table_of(20), 5, "random", 0)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def test_unknown_strategy_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'ambiguous'"):
+        s.select(SMALL, 1, "ambigous", 0)
+
+
+@pytest.mark.parametrize("n", [-1, 5])
+def test_budget_beyond_the_data_set_is_refused(n):
+    with pytest.raises(ValueError, match=rf"budget is {n} examples; expected \[0, 4\]"):
+        s.select(SMALL, n, "random", 0)
+
+
+def test_full_with_a_smaller_budget_is_refused():
+    assert s.select(SMALL, 4, "full", 0).tolist() == [1, 2, 3, 4]
+    with pytest.raises(ValueError, match="all 4 examples"):
+        s.select(SMALL, 3, "full", 0)
+
+
+def test_scores_that_are_absent_or_nan_are_refused():
+    with pytest.raises(ValueError, match=r"'tdds'.*dynamics\.logits"):
+        s.select(SMALL, 1, "tdds_top", 0)
+    broken = SMALL.assign(variability=[0.0, np.nan, 0.1, 0.2])
+    for strategy in ("easy", "hard", "ambiguous", "ambiguous_corner", "variability_bottom"):
+        with pytest.raises(ValueError, match=r"variability is NaN .* 1 of 4 .* id 2"):
+            s.select(broken, 1, strategy, 0)
+    assert len(s.select(broken, 2, "random", 0)) == 2
+
+
+def test_double_or_fractional_ids_are_refused():
+    for index in ([1, 1, 2, 3], [0.5, 1.0, 2.0, 3.0]):
+        with pytest.raises(ValueError, match="distinct int64"):
+            s.select(SMALL.set_axis(pd.Index(index)), 1, "random", 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(n_examples=st.integers(1, 10**6), hundredths=st.integers(0, 100))
+def test_budget_rounds_half_up_in_decimals(n_examples, hundredths):
+    exact = Fraction(hundredths, 100) * n_examples
+    assert s.budget(n_examples, hundredths / 100) == math.floor(exact + Fraction(1, 2))
+    assert s.budget(n_examples, 1 / n_examples) == 1
+    assert s.budget(n_examples, 1.0) == n_examples
+
+
+def test_budget_takes_the_fraction_as_it_is_written():
+    # As binary floats 0.145 and 0.285 lie below what is written; half an example decides.
+    assert s.budget(100, 0.145) == 15
+    assert s.budget(1000, 0.2855) == 286
+    assert s.budget(200, 0.0025) == 1
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+def test_budget_of_an_impossible_fraction_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+        s.budget(10, fraction)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def subset(ids=(3, 5, 8), **changes):
+    fields = {
+        "strategy": "easy",
+        "fraction": 0.33,
+        "seed": 1,
+        "parent": "map0",
+        "data_fingerprint": "data0",
+    }
+    return s.Subset(np.array(ids, dtype=np.int64), **(fields | changes))
+
+
+@pytest.mark.parametrize(("ids", "parent"), [((3, 5, 8), "map0"), ((), "map0"), ((1,), None)])
+def test_subset_returns_from_its_file_below_axis_folders(tmp_path, ids, parent):
+    path = tmp_path / "strategy=easy" / "seed=7" / "subset.parquet"
+    saved = subset(ids, parent=parent)
+    saved.save(path)
+    loaded = s.Subset.load(path, data_fingerprint="data0")
+    assert loaded.example_ids.tolist() == list(ids)
+    assert len(loaded) == len(ids)
+    assert loaded.sha256 == saved.sha256
+    for name in ("strategy", "fraction", "seed", "parent", "data_fingerprint"):
+        assert getattr(loaded, name) == getattr(saved, name)
+
+
+def test_same_seed_gives_the_same_hash_and_other_choices_others():
+    table = table_of(100)
+    hashes = [
+        subset(s.select(table, 33, strategy, seed)).sha256
+        for strategy, seed in (("random", 0), ("random", 0), ("random", 1), ("easy", 0))
+    ]
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+    assert subset(strategy="a").sha256 == subset(strategy="b").sha256
+
+
+def test_saving_the_same_subset_again_leaves_the_file_alone(tmp_path):
+    path = subset().save(tmp_path / "subset.parquet")
+    before = path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()
+    subset().save(path)
+    assert (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("other", "line"),
+    [
+        (subset(seed=2), "seed: 1 -> 2"),
+        (subset(parent="map1"), "parent: map0 -> map1"),
+        (subset((3, 5, 9)), "sha256: "),
+    ],
+)
+def test_another_subset_is_not_written_over_the_first(tmp_path, other, line):
+    path = subset().save(tmp_path / "subset.parquet")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=line):
+        other.save(path)
+    assert path.read_bytes() == before
+
+
+def test_a_subset_of_another_data_set_is_refused(tmp_path):
+    path = subset().save(tmp_path / "subset.parquet")
+    with pytest.raises(ValueError, match="data_fingerprint: data0 -> data1"):
+        s.Subset.load(path, data_fingerprint="data1")
+
+
+def test_cut_and_absent_files_say_what_to_do(tmp_path):
+    path = subset(range(1000)).save(tmp_path / "subset.parquet")
+    whole = path.read_bytes()
+    for size in (0, 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut or damaged.*04_distill"):
+            s.Subset.load(path)
+    with pytest.raises(FileNotFoundError, match="04_distill"):
+        s.Subset.load(tmp_path / "absent.parquet")
+
+
+def test_a_flipped_byte_among_the_ids_is_noticed(tmp_path):
+    path = subset(range(1000)).save(tmp_path / "subset.parquet")
+    whole = bytearray(path.read_bytes())
+    for position in (100, len(whole) // 4, len(whole) // 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged|sha256|not a valid subset"):
+            s.Subset.load(path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([3, 8, 5], "not sorted"),
+        ([3, 3, 8], "distinct"),
+        ([3, 5, 9], "do not match the sha256"),
+        ([-1, 5, 8], ">= 0"),
+    ],
+)
+def test_ids_changed_in_the_file_are_refused(tmp_path, ids, message):
+    path = subset().save(tmp_path / "subset.parquet")
+    table = pq.ParquetFile(path).read()
+    content = json.loads(table.schema.metadata[b"kdlib"])["content"]
+    write_parquet(path, pd.DataFrame({"example_id": ids}, dtype=np.int64), content)
+    with pytest.raises(ValueError, match=message):
+        s.Subset.load(path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "message"),
+    [
+        ((5, 3), {}, "not sorted"),
+        ((3, 3), {}, "distinct"),
+        ((3, 5), {"fraction": 1.5}, "fraction is 1.5"),
+        ((3, 5), {"seed": -1}, "seed is -1"),
+    ],
+)
+def test_a_subset_that_cannot_be_meant_is_refused(ids, changes, message):
+    with pytest.raises(ValueError, match=message):
+        subset(ids, **changes)
+
+
+def test_ids_of_a_subset_cannot_be_changed():
+    chosen = subset()
+    with pytest.raises(ValueError, match="read-only"):
+        chosen.example_ids[0] = 1
