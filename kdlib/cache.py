@@ -10,6 +10,7 @@ Leaves to others: where images come from (`data`), which rows are read when (`sa
 import json
 import os
 import re
+import tokenize
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ from kdlib import files
 from kdlib.data import Source
 
 FORMAT = 1
-_FILE_NAME = re.compile(r"[a-z_]+-\d{5}\.npy")  # an index may not point outside its folder
+_FILE_NAME = re.compile(r"[a-z_]+-\d{5,}\.npy")  # an index may not point outside its folder
+# What NumPy raises for a damaged header: it parses it as Python.
+_NOT_NPY = (ValueError, OSError, EOFError, SyntaxError, TypeError, tokenize.TokenError)
+
+_DISTRUST = "do not trust this folder: delete it and run the notebook that makes it"
 
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]  # column -> (dtype, shape of one example's row)
 
@@ -40,10 +45,10 @@ def _check_file(path: Path, dtype: str, shape: tuple[int, ...]) -> None:
     """Raise CacheError unless `path` is a whole .npy file of this dtype and shape; reads its header
     only."""
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.lib.format.open_memmap(path, mode="r")  # no pickles, and no zip archives either
     except FileNotFoundError:
         raise CacheError(f"shard file {path} is missing; {_remedy(path.parent)}") from None
-    except (ValueError, OSError) as error:
+    except _NOT_NPY as error:
         raise CacheError(
             f"shard file {path} is cut or damaged ({error}); {_remedy(path.parent)}"
         ) from None
@@ -91,10 +96,8 @@ def build(
         done = _read_journal(journal, header)
         n_shards = -(-n_examples // shard_size)
         rows = tqdm(total=n_examples, desc=describe, unit="img", leave=False)
+        _write_journal(journal, header, done)  # anew: a torn last line would swallow the next one
         with open(journal, "a") as log:
-            if not done:
-                log.truncate(0)
-                _append(log, {"header": header})
             for shard in range(n_shards):
                 start, stop = shard * shard_size, min((shard + 1) * shard_size, n_examples)
                 if shard not in done:
@@ -135,6 +138,12 @@ def _write_shard(
         path = files.write_npy(folder / _file_name(name, shard), array)
         sums[path.name] = files.sha256_file(path)
     return sums
+
+
+def _write_journal(journal: Path, header: dict, done: Mapping[int, dict[str, str]]) -> None:
+    lines = [{"header": header}, *({"shard": i, "sha256": sums} for i, sums in done.items())]
+    text = "".join(files.canonical_json(line) + "\n" for line in lines)
+    files.write_atomic(journal, lambda file: file.write(text.encode()))
 
 
 def _append(log: Any, entry: dict) -> None:
@@ -180,7 +189,7 @@ def repair(folder: Path) -> list[str]:
     """
     index = _read_index(folder)
     with files.locked(folder / ".lock", wait=False):
-        lines, bad = [{"header": index["header"]}], []
+        done, bad = {}, []
         for shard, entry in enumerate(index["shards"]):
             wrong = [
                 name
@@ -189,10 +198,9 @@ def repair(folder: Path) -> list[str]:
             ]
             bad += wrong
             if not wrong:
-                lines.append({"shard": shard, "sha256": entry["sha256"]})
+                done[shard] = entry["sha256"]
         if bad:
-            text = "".join(files.canonical_json(line) + "\n" for line in lines)
-            files.write_atomic(folder / "journal.jsonl", lambda file: file.write(text.encode()))
+            _write_journal(folder / "journal.jsonl", index["header"], done)
             (folder / "index.json").unlink()
     return bad
 
@@ -208,18 +216,37 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise CacheError(
             f"{folder} holds {state} (index.json is missing); run the notebook that makes it"
         )
-    index = files.read_json(path)
-    version = index.get("header", {}).get("format") if isinstance(index, dict) else None
+    try:
+        index = files.read_json(path)
+    except ValueError as error:
+        raise CacheError(str(error)) from None
+    header = index.get("header") if isinstance(index, dict) else None
+    version = header.get("format") if isinstance(header, dict) else None
     if version != FORMAT:
         raise CacheError(
             f"{path} has format {version}; this kdlib reads format {FORMAT}: build the cache "
             f"again elsewhere"
         )
-    names = [name for entry in index["shards"] for name in entry["sha256"]]
-    if strange := [name for name in names if not _FILE_NAME.fullmatch(name)]:
+    try:
+        n_examples, shard_size, columns = (
+            header[key] for key in ("n_examples", "shard_size", "columns")
+        )
+        found = [(entry["first_id"], entry["n"], set(entry["sha256"])) for entry in index["shards"]]
+        expected = [
+            (start, min(shard_size, n_examples - start), {_file_name(c, i) for c in columns})
+            for i, start in enumerate(range(0, n_examples, shard_size))
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheError(f"{path} is not an index of ours ({error!r}); {_DISTRUST}") from None
+    names = set().union(*(names for _, _, names in (*found, *expected)))
+    if strange := sorted(name for name in names if not _FILE_NAME.fullmatch(name)):
         raise CacheError(
-            f"{path} names a file that no cache of ours has: {strange[0]!r}; do not trust this "
-            f"folder"
+            f"{path} names a file that no cache of ours has: {strange[0]!r}; {_DISTRUST}"
+        )
+    if found != expected:
+        raise CacheError(
+            f"{path} lists {len(found)} shards that do not make up its {n_examples} examples in "
+            f"shards of {shard_size}; {_DISTRUST}"
         )
     return index
 

@@ -107,7 +107,7 @@ def write_npy(path: Path, array: np.ndarray) -> Path:
 def nearest(word: str, known: Iterable[str]) -> str:
     """Half a sentence for an error message: the nearest known name, or all of them when none is
     near."""
-    known = sorted(known)
+    known = sorted(set(known))
     close = get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 

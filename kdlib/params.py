@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,11 +140,10 @@ class Training(Settings):
 
     def n_steps(self, n_examples: int) -> int:
         """Optimiser steps of the budget for a training set of `n_examples`."""
-        return (
-            self.steps
-            if self.steps is not None
-            else math.ceil(self.epochs * n_examples / self.batch_size)
-        )
+        if self.steps is not None:
+            return self.steps
+        # as written: 0.07 epochs of 100 examples are 7, where floats make 7.000000000000001
+        return math.ceil(Fraction(str(self.epochs)) * n_examples / self.batch_size)
 
     @property
     def comparison(self) -> str:
@@ -416,11 +416,13 @@ class Study(Settings):
                 raise StudyError(f"unknown {axis} {values[axis]!r}; {nearest(values[axis], names)}")
         if values["strategy"] == "full":
             values["fraction"] = 1.0
-        if not 0 < float(values["fraction"]) <= 1:
-            raise StudyError(f"fraction is {values['fraction']}; expected a number in (0, 1]")
-        return Cell(
-            values["student"], values["strategy"], float(values["fraction"]), values["objective"]
-        )
+        try:
+            fraction = float(values["fraction"])
+        except (TypeError, ValueError):
+            fraction = math.nan
+        if not 0 < fraction <= 1:
+            raise StudyError(f"fraction is {values['fraction']!r}; expected a number in (0, 1]")
+        return Cell(values["student"], values["strategy"], fraction, values["objective"])
 
     def step_settings(self, step: str, cell: Cell | None = None) -> dict[str, Any]:
         """The settings one step reads itself; what it inherits reaches it as fingerprints.
@@ -443,7 +445,10 @@ class Study(Settings):
             "cache": {"data": dump["data"]},
             "teacher": {key: dump[key] for key in ("teacher", "dynamics", "compute")},
             "datamap": {"scoring": scoring},
-            "probe": {key: dump["probe"][key] for key in ("k", "c_grid", "seed")},
+            "probe": {
+                **{key: dump["probe"][key] for key in ("k", "c_grid", "seed")},
+                "compute": dump["compute"],
+            },
             "compare": dump,
         }[step]
 
@@ -479,7 +484,8 @@ def load_study(path: str | Path) -> Study:
         )
     try:
         content = yaml.load(found.read_text(), Loader=_SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # the last four are what PyYAML lets through, for 2025-02-30 or `!!bool maybe` or [[[[...
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise StudyError(f"{found} is not a readable YAML file: {error}") from None
     if not isinstance(content, dict):
         raise StudyError(
@@ -491,7 +497,7 @@ def load_study(path: str | Path) -> Study:
             f"{found}: `name` is taken from the file name ({found.stem}); remove the key"
         )
     try:
-        return Study(name=found.stem, **content)
+        return Study.model_validate({"name": found.stem, **content})
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"

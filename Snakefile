@@ -1,0 +1,170 @@
+# The pipeline of a study: each rule executes one notebook through papermill.
+#
+#   snakemake --cores 2 --config study=params/digits.yaml
+#
+# A step is done when its evidence file is there (the notebooks rename it into place last), never by
+# the look of a notebook. Evidence is marked `update`: a notebook that runs again keeps the runs whose
+# settings and inputs are unchanged, so a new seed trains one seed. A rule runs again when the settings
+# it reads change, or when a step before it wrote other evidence. A changed notebook alone does not
+# (`ancient`): a comment must not cost GPU days; ask with --forcerun RULE.
+import os
+from pathlib import Path
+
+from kdlib import files, params
+
+STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
+study = params.load_study(STUDY)
+NOTEBOOKS = Path(workflow.basedir) / "notebooks"
+RUNS = os.path.relpath(study.runs)
+FIGURES = os.path.relpath(study.figures)
+CELL = "student={student}/strategy={strategy}/fraction={fraction}/objective={objective}"
+SEEDS = [f"seed={seed}" for seed in study.seeds]
+PAPERMILL = (
+    "papermill --engine ipc --log-output --no-progress-bar {input.notebook} {log.notebook}"
+    " -p study {params.study:q}"
+)
+AXES = (
+    " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
+    " -p fraction {wildcards.fraction} -p objective {wildcards.objective:q}"
+)
+LOG = " > {log.text} 2>&1"
+
+
+def settings(step):
+    """Fingerprint of what a step reads; Snakemake runs the step again when it changes."""
+
+    def of(wildcards):
+        cell = None
+        if step == "distill":
+            axes = dict(wildcards.items())
+            cell = study.cell(**axes | {"fraction": float(axes["fraction"])})
+        return files.fingerprint(study.step_settings(step, cell))
+
+    return of
+
+
+def notebook(name):
+    return ancient(str(NOTEBOOKS / name))
+
+
+def students(cells):
+    return [f"{RUNS}/distill/{cell.path}/{seed}/evidence.json" for cell in cells for seed in SEEDS]
+
+
+wildcard_constraints:
+    student="[^/]+",
+    strategy="[^/]+",
+    fraction=r"[0-9.e+-]+",
+    objective="[^/]+",
+
+
+localrules:
+    all,
+
+
+rule all:
+    input:
+        f"{RUNS}/compare/evidence.json",
+        students(study.cells()),
+        [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
+
+
+rule cache:
+    input:
+        notebook=notebook("01_cache.ipynb"),
+    output:
+        update(f"{RUNS}/cache/evidence.json"),
+    log:
+        notebook=f"{RUNS}/cache/01_cache.ipynb",
+        text=f"{RUNS}/cache/01_cache.log",
+    params:
+        study=STUDY,
+        settings=settings("cache"),
+    shell:
+        PAPERMILL + LOG
+
+
+rule teacher:
+    input:
+        f"{RUNS}/cache/evidence.json",
+        notebook=notebook("02_teacher.ipynb"),
+    output:
+        update(f"{RUNS}/teacher/evidence.json"),
+    log:
+        notebook=f"{RUNS}/teacher/02_teacher.ipynb",
+        text=f"{RUNS}/teacher/02_teacher.log",
+    params:
+        study=STUDY,
+        settings=settings("teacher"),
+    threads: study.compute.threads
+    shell:
+        PAPERMILL + LOG
+
+
+rule datamap:
+    input:
+        f"{RUNS}/teacher/evidence.json",
+        notebook=notebook("03_datamap.ipynb"),
+    output:
+        update(f"{RUNS}/datamap/evidence.json"),
+    log:
+        notebook=f"{RUNS}/datamap/03_datamap.ipynb",
+        text=f"{RUNS}/datamap/03_datamap.log",
+    params:
+        study=STUDY,
+        settings=settings("datamap"),
+    shell:
+        PAPERMILL + LOG
+
+
+rule distill:
+    input:
+        f"{RUNS}/teacher/evidence.json",
+        f"{RUNS}/datamap/evidence.json",
+        notebook=notebook("04_distill.ipynb"),
+    output:
+        update(expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, allow_missing=True)),
+    log:
+        notebook=f"{RUNS}/distill/{CELL}/04_distill.ipynb",
+        text=f"{RUNS}/distill/{CELL}/04_distill.log",
+    params:
+        study=STUDY,
+        settings=settings("distill"),
+    threads: study.compute.threads
+    shell:
+        PAPERMILL + AXES + LOG
+
+
+rule probe:
+    input:
+        expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, allow_missing=True),
+        notebook=notebook("05_probe.ipynb"),
+    output:
+        update(f"{RUNS}/probe/{CELL}/evidence.json"),
+    log:
+        notebook=f"{RUNS}/probe/{CELL}/05_probe.ipynb",
+        text=f"{RUNS}/probe/{CELL}/05_probe.log",
+    params:
+        study=STUDY,
+        settings=settings("probe"),
+    threads: study.compute.threads
+    shell:
+        PAPERMILL + AXES + LOG
+
+
+rule compare:
+    input:
+        f"{RUNS}/datamap/evidence.json",
+        students(study.cells()),
+        [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
+        notebook=str(NOTEBOOKS / "06_compare.ipynb"),
+    output:
+        f"{RUNS}/compare/evidence.json",
+    log:
+        notebook=f"{RUNS}/compare/06_compare.ipynb",
+        text=f"{RUNS}/compare/06_compare.log",
+    params:
+        study=STUDY,
+        settings=settings("compare"),
+    shell:
+        PAPERMILL + LOG

@@ -1,0 +1,73 @@
+"""Command line: `python -m kdlib study | figures`."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from kdlib import files, runs
+from kdlib.params import Study, load_study
+
+ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
+
+
+def _study(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Run a study's pipeline under a lock of its own, then say what was found or what failed."""
+    study = load_study(arguments.study)
+    snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
+    options = ["--cores", str(arguments.cores), "--config", f"study={arguments.study}"]
+    # Snakemake's own lock outlives a kill; the kernel frees ours. Jobs that outlive a killed
+    # pipeline hold the locks of their runs, and the next pipeline's jobs wait for those.
+    with files.locked(study.runs / ".lock", wait=False):
+        process = subprocess.run([*snakemake, "--nolock", *options, *further])
+    if process.returncode:
+        _tell_failures(study)
+        return process.returncode
+    print((study.figures / "summary.md").read_text())
+    print(f"Figures: {study.figures}\nExecuted notebooks, tables and runs: {study.runs}")
+    return 0
+
+
+def _tell_failures(study: Study) -> None:
+    failed = runs.failed_notebooks(study)
+    print(f"\nThe study is not complete. {len(failed)} notebook(s) failed:", file=sys.stderr)
+    for path, message in failed:
+        print(f"  {path}\n    {message}", file=sys.stderr)
+    print("What finished is kept; run the same command again to go on.", file=sys.stderr)
+
+
+def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Redraw every figure of a study from its run records."""
+    from kdlib import report  # matplotlib, pandas: only where figures are drawn
+
+    study = load_study(arguments.study)
+    tables = report.compile_tables(study)
+    drawn = report.draw_datamap(study) | report.draw_comparison(study, tables)
+    report.summary(study, tables)
+    print(f"{', '.join(drawn)} drawn in {study.figures}")
+    return 0
+
+
+def main() -> int:
+    """Parse the command line and run one command."""
+    parser = argparse.ArgumentParser(prog="python -m kdlib", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    study = commands.add_parser("study", help="run a whole study; further options go to snakemake")
+    study.add_argument("study", help="study file, such as params/digits.yaml")
+    study.add_argument("--cores", type=int, default=2)
+    study.set_defaults(run=_study)
+    figures = commands.add_parser("figures", help="redraw all figures from the run records")
+    figures.add_argument("study", help="study file, such as params/digits.yaml")
+    figures.set_defaults(run=_figures)
+    arguments, further = parser.parse_known_args()
+    if further and arguments.run is not _study:
+        parser.error(f"unknown arguments: {' '.join(further)}")
+    try:
+        return arguments.run(arguments, further)
+    except (ValueError, FileNotFoundError, BlockingIOError, RuntimeError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""A papermill engine whose kernels talk over Unix sockets: `papermill --engine ipc ...`.
+
+papermill's own engine picks free TCP ports and lets go of them before the kernel binds them, so two
+notebooks started in the same moment can get the same port, and one of them dies. The pipeline
+starts many notebooks at once. This is the only module that imports papermill.
+"""
+
+import os
+import tempfile
+from typing import Any
+
+from papermill.engines import NBClientEngine
+from traitlets.config import Config
+
+
+class IpcEngine(NBClientEngine):
+    """papermill's engine, with kernels on Unix sockets in a folder of their own."""
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
+        """Execute a notebook; arguments as papermill's own engine."""
+        with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+            # Without a path of its own each kernel would use the same names in the current folder.
+            sockets = {"transport": "ipc", "ip": os.path.join(folder, "socket")}
+            config = Config({"KernelManager": sockets})
+            super().execute_managed_notebook(nb_man, kernel_name, config=config, **options)

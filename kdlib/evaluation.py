@@ -1,0 +1,93 @@
+"""The one evaluator: a network's outputs for a list of examples, and accuracy counted once.
+
+Leaves to others: what is done with the outputs (teacher cache, metrics, probes, datamap).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm.auto import tqdm
+
+from kdlib.augment import normalise
+from kdlib.models import Network
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a network wants its pixels: per-channel mean and std of pixels in [0, 1]."""
+
+    mean: list[float]
+    std: list[float]
+    channels_last: bool = False
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) uint8 -> float32, normalised, in the memory format the study asks for."""
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return normalise(images, self.mean, self.std)
+
+
+@torch.no_grad()
+def outputs(
+    network: Network, pixels: Pixels, images: torch.Tensor, batch_size: int = 500
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Penultimate features and logits of clean images, batch by batch, in evaluation mode.
+
+    The mode of each of its modules is put back as it was, and nothing else of it changes.
+
+    Args:
+        images: (N, C, H, W) uint8, on the network's device.
+
+    Yields: ((B, D) features, (B, C) logits), float32.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        for chunk in torch.split(images, batch_size):
+            features = network.features(pixels.prepare(chunk))
+            yield features, network.head(features)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def all_outputs(
+    network: Network, pixels: Pixels, images: torch.Tensor, describe: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, D) and logits (N, C), float32, of all images; `describe` shows progress."""
+    progress = tqdm(total=len(images), desc=describe, unit="img", leave=False, disable=not describe)
+    parts = []
+    for part in outputs(network, pixels, images):
+        parts.append(part)
+        progress.update(len(part[0]))
+    progress.close()
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> float:
+    """Fraction of rows whose largest logit is the label's: counts summed, divided once.
+
+    Args:
+        logits: (N, C) float, N > 0.
+        labels: (N,) int64.
+
+    Returns: In [0, 1].
+
+    >>> accuracy(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+    0.5
+    """
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
+    if len(logits) == 0 or len(logits) != len(labels):
+        raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels; expected as many")
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+def evaluate(
+    network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, float]:
+    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on clean images."""
+    _, logits = all_outputs(network, pixels, images)
+    return float(F.cross_entropy(logits.double(), labels)), accuracy(logits, labels)

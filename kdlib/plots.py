@@ -1,0 +1,779 @@
+"""Every figure of the lab, in one style: a function takes tables and an axis (or a figure where
+several panels belong together), draws, and returns it.
+
+Accuracies are drawn in %, their differences in percentage points. Colours are those of Okabe and
+Ito, safe for colour-blind readers, and each has a second cue: a marker, a dash or a label. Leaves
+to others: every number drawn.
+
+Sources:
+    [OkabeIto2008] Okabe, Ito. Color Universal Design. 2008. https://jfly.uni-koeln.de/color/.
+    [Swayamdipta2020] Swayamdipta et al. Dataset Cartography. EMNLP 2020. arXiv 2009.10795.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.textpath import TextPath
+
+from kdlib.files import nearest, write_atomic
+
+NARROW, WIDE = 3.25, 6.75  # inches: one column, two columns
+TEXT_PT = 7  # the smallest text at print size
+DPI = 300  # of the PNG and of what is rasterised inside the PDF
+
+BLACK, GREY = "#000000", "#767676"
+ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+DASHES = (
+    "-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)), (0, (4, 1, 1, 1, 1, 1)),
+    (0, (10, 1.5)),
+)  # fmt: skip
+OBJECTIVES = ((BLUE, "o"), (ORANGE, "D"), (GREEN, "s"), (PURPLE, "^"))  # colour, marker
+
+# The same strategy looks the same in every figure; those not named here share what is left.
+STRATEGIES = {
+    "full": (BLACK, DASHES[0]),
+    "random": (GREY, DASHES[1]),
+    "easy": (BLUE, DASHES[5]),
+    "ambiguous": (ORANGE, DASHES[3]),
+    "ambiguous_corner": (PURPLE, DASHES[4]),
+    "hard": (VERMILLION, DASHES[2]),
+}
+OTHER_COLOURS = (SKY, GREEN, BLUE, VERMILLION, PURPLE)
+REFERENCES = ("teacher", "untrained")
+
+VERDICTS = {
+    "better": (BLUE, "^"),
+    "worse": (VERMILLION, "v"),
+    "equivalent": (GREEN, "s"),
+    "inconclusive": (GREY, "o"),
+}
+REGIONS = {"easy": "easy-to-learn", "ambiguous": "ambiguous", "hard": "hard-to-learn"}
+# Yellow, the bright end of viridis, is lost on white paper.
+_VIRIDIS = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
+CORRECTNESS = LinearSegmentedColormap.from_list("correctness", _VIRIDIS, N=10)
+
+WORDS = {
+    "full": "full set", "kd": "KD", "knn": "k-NN", "aum": "AUM", "el2n": "EL2N", "tdds": "TDDS",
+    "dual": "DUAL", "dyn_unc": "Dyn-Unc",
+}  # fmt: skip
+AXES = ("student", "strategy", "fraction", "objective")
+
+RC = {
+    "font.family": "DejaVu Sans",  # ships with matplotlib
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": TEXT_PT,
+    "ytick.labelsize": TEXT_PT,
+    "legend.fontsize": TEXT_PT,
+    "legend.title_fontsize": TEXT_PT,
+    "figure.titlesize": 8,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 120,  # on the screen
+    "savefig.dpi": DPI,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.titlelocation": "left",
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kdlib",
+}
+# Dates and versions would make an unchanged figure a changed file.
+METADATA = {
+    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    "png": {"Software": None},
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The lab's matplotlib settings while the block runs, whatever the user's own are."""
+    with matplotlib.style.context(RC, after_reset=True):
+        yield
+
+
+def save_figure(fig: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
+    """Write `<name>.pdf` and `<name>.png` (300 dpi) at the figure's own size, each atomically.
+
+    The files carry no date and no version: the same figure gives the same bytes.
+
+    Args:
+        fig: The figure.
+        folder: Where to; made when it is not there.
+        name: File name without its ending.
+
+    Returns: The paths of the PDF and the PNG.
+    """
+    paths = []
+    with style():
+        for kind, metadata in METADATA.items():
+            # Constrained layout starts from the last layout; bytes are equal from an equal start.
+            for ax in fig.axes:
+                if ax.get_subplotspec() is not None:
+                    ax.set_subplotspec(ax.get_subplotspec())
+            paths.append(
+                write_atomic(
+                    Path(folder) / f"{name}.{kind}",
+                    lambda file, kind=kind, metadata=metadata: fig.savefig(
+                        file, format=kind, dpi=DPI, metadata=metadata
+                    ),
+                )
+            )
+    return tuple(paths)
+
+
+def in_words(name: str) -> str:
+    """The name of a strategy, objective or probe as a reader wants it.
+
+    >>> in_words("ambiguous_corner"), in_words("forgetting_events_top"), in_words("full")
+    ('ambiguous (corner)', 'forgetting events (top)', 'full set')
+    """
+    stem, _, end = name.rpartition("_")
+    if stem and end in ("top", "bottom", "corner"):
+        return f"{in_words(stem)} ({end})"
+    return WORDS.get(name, name.replace("_", " "))
+
+
+def datamap(
+    fig: Figure, table: pd.DataFrame, title: str, regions: str = "region_variability"
+) -> Figure:
+    """The map of a data set by training dynamics [Swayamdipta2020, fig. 1], every example a point.
+
+    Points end at the dotted line, which no example can cross: a variable in [0, 1] with mean c has
+    a standard deviation of at most sqrt(c (1 - c)). The regions are named outside it.
+
+    Args:
+        fig: An empty figure; `WIDE` by about 4.5 in.
+        table: The datamap: `confidence`, `variability`, `correctness` and the column `regions`.
+        title: The line above: what it shows, and the number of examples N and of epochs E.
+        regions: Column of region names, `region_variability` or `region_corner`.
+
+    Returns: `fig`; its axes are the map, the histograms of variability, confidence and
+        correctness, and the colour bar.
+    Raises: ValueError for missing columns, an empty table, or a score that is out of its range.
+    """
+    highest = {"confidence": 1, "variability": 0.5, "correctness": 1}
+    _demand(table, (*highest, regions), "datamap")
+    for score, top in highest.items():
+        if not table[score].between(0, top + 1e-6).all():  # as far as rounding to float32 goes
+            raise ValueError(
+                f"{score} runs from {table[score].min():g} to {table[score].max():g}, "
+                f"{int(table[score].isna().sum())} are NaN; expected numbers in [0, {top:g}] "
+                "(run notebooks/03_datamap.ipynb again)"
+            )
+    grid = fig.add_gridspec(2, 4, width_ratios=(6, 1.1, 0.22, 1.1), height_ratios=(1, 5.5))
+    ax = fig.add_subplot(grid[1, 0])
+    above = fig.add_subplot(grid[0, 0], sharex=ax)
+    right = fig.add_subplot(grid[1, 1], sharey=ax)
+    bar = fig.add_subplot(grid[1, 2])
+    far_right = fig.add_subplot(grid[1, 3])
+
+    n, n_steps = len(table), CORRECTNESS.N
+    # Tenths of the epochs; 7 of 10 may be stored as 0.69999999.
+    tenth = np.floor(table["correctness"] * n_steps + 1e-6).clip(upper=n_steps - 1).astype(int)
+    # Examples of one class may lie side by side in the source; shuffled, none covers the others.
+    order = np.random.default_rng(0).permutation(n)
+    x, y = table["variability"].clip(upper=0.5), table["confidence"].clip(upper=1)
+    points = ax.scatter(
+        x.iloc[order], y.iloc[order], c=(tenth.iloc[order] + 0.5) / n_steps, cmap=CORRECTNESS,
+        vmin=0, vmax=1, s=np.clip(9000 / n, 1.2, 9), linewidths=0, alpha=0.85, rasterized=True,
+        clip_on=False,
+    )  # fmt: skip
+    limit = np.linspace(0, np.pi, 200)
+    ax.plot(np.sin(limit) / 2, (1 + np.cos(limit)) / 2, ":", color=GREY, lw=0.8, zorder=0)
+    ax.text(
+        0.5, 0.13, "largest variability\nat this confidence", ha="right", va="center",
+        fontsize=TEXT_PT, color=GREY,
+    )  # fmt: skip
+    ax.set(xlim=(0, 0.5), ylim=(0, 1), xlabel="variability", ylabel="confidence")
+    _name_regions(ax, table, regions)
+
+    style_of_bars = {"color": "#9A9A9A", "edgecolor": "white", "linewidth": 0.3}
+    above.hist(x, bins=np.linspace(0, 0.5, 41), **style_of_bars)
+    right.hist(y, bins=np.linspace(0, 1, 41), orientation="horizontal", **style_of_bars)
+    far_right.barh(
+        np.arange(n_steps) / n_steps, np.bincount(tenth, minlength=n_steps), height=1 / n_steps,
+        align="edge", edgecolor="white", linewidth=0.3, color=CORRECTNESS(np.arange(n_steps)),
+    )  # fmt: skip
+    far_right.set(ylim=(0, 1), xlabel="examples")
+    right.set_xlabel("examples")
+    above.set_ylabel("examples")
+    for axis in (above, right, far_right):
+        axis.locator_params(axis="y" if axis is above else "x", nbins=2)
+    above.tick_params(labelbottom=False)
+    right.tick_params(labelleft=False)
+    far_right.tick_params(left=False, labelleft=False)
+    colours = fig.colorbar(points, cax=bar, ticks=np.linspace(0, 1, 6))
+    colours.solids.set_alpha(1)
+    colours.outline.set_visible(False)
+    bar.yaxis.set_ticks_position("left")
+    bar.yaxis.set_label_position("left")
+    bar.set_ylabel("correctness (fraction of epochs)")
+    above.set_title(title)
+    return fig
+
+
+def _name_regions(ax: Axes, table: pd.DataFrame, regions: str) -> None:
+    """Region names and counts where no point can be, each with a line to the region's middle."""
+    places = {"easy": (0.27, 0.97), "ambiguous": (0.5, 0.885), "hard": (0.27, 0.03)}
+    for region, place in places.items():
+        inside = table[table[regions] == region]
+        if inside.empty:
+            continue
+        ax.annotate(
+            f"{REGIONS[region]} ({len(inside):,})",
+            xy=(inside["variability"].median(), inside["confidence"].median()),
+            xytext=place,
+            ha="right" if region == "ambiguous" else "left",
+            va="center",
+            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": BLACK, "shrinkA": 1, "shrinkB": 3},
+        )
+        # An open ring: the points inside it stay in sight.
+        ax.plot(
+            inside["variability"].median(), inside["confidence"].median(), "o", ms=6, mfc="none",
+            mec=BLACK, mew=0.9,
+        )  # fmt: skip
+
+
+def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axes:
+    """Validation accuracy over optimiser steps: mean and standard deviation over seeds.
+
+    Each cell (student, strategy, fraction, objective) is one line, named at its end by `by` and by
+    what else tells it from the other cells of the same `by`.
+
+    Args:
+        ax: The axis.
+        curves: The axes of the study, `seed`, `step`, `validation_accuracy` in [0, 1].
+        by: The axis of the study that decides the colour.
+
+    Returns: `ax`.
+    Raises: ValueError for missing columns, an empty table, an unknown `by`, or a cell whose seeds
+        were not all evaluated at the same steps.
+    """
+    _demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
+    ends = _draw_cells(ax, curves, "validation_accuracy", by)
+    ax.set(xlabel="optimiser steps", ylabel="validation accuracy (%)")
+    ax.set_title(f"{_held(curves, by)}; {_seeds(curves)}", fontsize=TEXT_PT)
+    _finish_lines(ax, ends)
+    return ax
+
+
+def probe_curves(ax: Axes, probes: pd.DataFrame, probe: str = "linear") -> Axes:
+    """Probe accuracy over optimiser steps, with the untrained student and the teacher as levels.
+
+    Args:
+        ax: The axis.
+        probes: The axes of the study, `seed`, `step`, `probe`, `accuracy` in [0, 1]; rows whose
+            `strategy` is `untrained` or `teacher` become horizontal lines at their mean.
+        probe: Which rows: `linear` or `knn`.
+
+    Returns: `ax`.
+    Raises: ValueError for missing columns, a probe that is not there, or a cell whose seeds were
+        not all probed at the same steps.
+    """
+    _demand(probes, (*AXES, "seed", "step", "probe", "accuracy"), "probes")
+    rows = probes[probes["probe"] == probe]
+    if rows.empty:
+        raise ValueError(f"no rows of probe {probe!r}; {nearest(probe, set(probes['probe']))}")
+    is_reference = rows["strategy"].isin(REFERENCES)
+    trained = rows[~is_reference]
+    ends = _draw_cells(ax, trained, "accuracy", "strategy")
+    for name, dash in zip(REFERENCES, ((0, (4, 2)), (0, (1, 2))), strict=True):
+        reference = rows[rows["strategy"] == name]
+        # The teacher is the same for all students; an untrained student is its own reference.
+        groups = reference.groupby("student") if name == "untrained" else [("", reference)]
+        for student, group in groups:
+            if group.empty:
+                continue
+            level = 100 * group["accuracy"].mean()
+            ax.axhline(level, color=BLACK, ls=dash, lw=0.9, zorder=1)
+            several = name == "untrained" and reference["student"].nunique() > 1
+            label = f"{name}, {in_words(student)}" if several else name
+            ends.append((level, label, BLACK, None))
+    ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
+    held = f"{in_words(probe)} probe, {_held(trained, 'strategy')}"
+    ax.set_title(f"{held}; {_seeds(trained)}", fontsize=TEXT_PT)
+    _finish_lines(ax, ends)
+    return ax
+
+
+# The end of a line: height in %, label, colour, and last step (None: it runs over the whole axis).
+End = tuple[float, str, str, float | None]
+
+
+def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]:
+    """One line with a band for each cell; returns where the lines end."""
+    if by not in AXES:
+        raise ValueError(f"by is {by!r}; expected one of {', '.join(AXES)}")
+    looks = _looks(table[by].unique())
+    ends = []
+    others = _varying(table, by)
+    cells = table.groupby([by, *others], sort=False)
+    turns = dict.fromkeys(looks, 0)
+    for key, runs in sorted(cells, key=lambda cell: tuple(_rank(part) for part in cell[0])):
+        grid = runs.pivot(index="step", columns="seed", values=value)  # (steps, S)
+        if grid.isna().any(axis=None):
+            raise ValueError(
+                f"{', '.join(map(str, key))}: the seeds {list(grid.columns)} were not all "
+                "evaluated at the same steps; expected one row per seed and step"
+            )
+        colour, dash = looks[key[0]]
+        if others:
+            dash = DASHES[turns[key[0]] % len(DASHES)]
+            turns[key[0]] += 1
+        mean = 100 * grid.mean(axis=1)
+        label = ", ".join(_told(value) for value in key)
+        marker = "o" if len(mean) <= 12 else None  # few steps: show where something was measured
+        ax.plot(
+            mean.index, mean, color=colour, ls=dash, marker=marker, ms=2.8, label=label, zorder=3,
+            clip_on=False,
+        )  # fmt: skip
+        if grid.shape[1] > 1:
+            sd = 100 * grid.std(axis=1, ddof=1)
+            ax.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
+        ends.append((float(mean.iloc[-1]), label, colour, float(mean.index[-1])))
+    return ends
+
+
+def _finish_lines(ax: Axes, ends: Sequence[End]) -> None:
+    """Freeze the limits and write each label at the right of the axis, level with its line unless
+    another label is there."""
+    last = max((step for *_, step in ends if step is not None), default=1.0)
+    ax.set_xlim(0, last)
+    ax.margins(y=0.04)
+    low, high = ax.get_ylim()
+    low, high = max(low, 0), min(high, 100)
+    ax.set_ylim(low, high)
+    height_pt = 72 * ax.get_window_extent().height / ax.figure.dpi
+    ends = sorted(ends, key=lambda end: end[0])
+    levels = [(end[0] - low) / (high - low) for end in ends]
+    for (_, label, colour, step), level, place in zip(
+        ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
+    ):
+        start = 1.0 if step is None else step / last
+        ax.plot(
+            [start, 1.02, 1.05], [level, place, place], color=colour, lw=0.7, clip_on=False,
+            transform=ax.transAxes, scalex=False, scaley=False,
+        )  # fmt: skip
+        ax.text(1.06, place, label, transform=ax.transAxes, va="center_baseline", fontsize=TEXT_PT)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Places for labels in [0, 1], at least `gap` apart and as near to their heights as squares
+    allow.
+
+    Args:
+        heights: Wanted places, ascending.
+        gap: Smallest distance of neighbours; labels that need more room than [0, 1] start at 0.
+
+    Returns: Places, ascending, one per height.
+
+    >>> spread([0.2, 0.5, 0.5], gap=0.1)
+    [0.2, 0.45, 0.55]
+    """
+    blocks: list[list[float]] = []  # pool adjacent violators on what is left without the gaps
+    for i, height in enumerate(heights):
+        blocks.append([height - i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    top = max(0.0, 1 - (len(heights) - 1) * gap)
+    free = [min(max(float(np.mean(block)), 0.0), top) for block in blocks for _ in block]
+    return [round(place + i * gap, 6) for i, place in enumerate(free)]
+
+
+def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.DataFrame) -> Figure:
+    """Test accuracy at the last step: a panel for each fraction, a row of panels for each student.
+
+    A small dot is one seed, a large marker the mean, a vertical line the mean of the full set; the
+    sign at the right is the verdict of the paired comparison.
+
+    Args:
+        fig: An empty figure; `WIDE` by about 4.5 in for nine strategies.
+        results: Accepted runs: the axes of the study, `seed`, `test_accuracy` in [0, 1].
+        comparison: From `compare.paired_differences`, for the verdicts.
+
+    Returns: `fig`, one axis per student and fraction.
+    Raises: ValueError for missing columns, an empty table, refused rows, or more objectives than
+        there are markers.
+    """
+    _demand(results, (*AXES, "seed", "test_accuracy"), "results")
+    _demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
+    if "refused" in results and results["refused"].any():
+        raise ValueError(
+            f"{int(results['refused'].sum())} of {len(results)} rows are refused; draw accepted "
+            "rows only: results[~results['refused']]"
+        )
+    is_full = results["strategy"] == "full"
+    subsets, full = results[~is_full], results[is_full]
+    if subsets.empty:
+        raise ValueError("the results hold the full set alone; expected runs on subsets to compare")
+    students = list(dict.fromkeys(results["student"]))
+    fractions = sorted(set(subsets["fraction"]), reverse=True)
+    strategies = sorted(set(subsets["strategy"]), key=_rank)
+    objectives = sorted(set(results["objective"]))
+    if len(objectives) > len(OBJECTIVES):
+        raise ValueError(
+            f"{len(objectives)} objectives ({', '.join(objectives)}); expected at most "
+            f"{len(OBJECTIVES)}: draw some of them"
+        )
+    baseline = next(iter(comparison["against_strategy"]), None)
+    axs = fig.subplots(len(students), len(fractions), sharex=True, sharey=True, squeeze=False)
+    offsets = (np.arange(len(objectives)) - (len(objectives) - 1) / 2) * 0.7 / len(objectives)
+    for (i, j), ax in np.ndenumerate(axs):
+        student, fraction = students[i], fractions[j]
+        if baseline in strategies:
+            y = strategies.index(baseline)
+            ax.axhspan(y - 0.5, y + 0.5, color="#F0F0F0", lw=0, zorder=0)
+        for k, objective in enumerate(objectives):
+            colour, marker = OBJECTIVES[k]
+            of_full = full[(full["student"] == student) & (full["objective"] == objective)]
+            if len(of_full):
+                level = 100 * of_full["test_accuracy"].mean()
+                ax.axvline(level, color=colour, ls=DASHES[k], lw=1, zorder=1)
+            for y, strategy in enumerate(strategies):
+                cell = (student, strategy, fraction, objective)
+                values = 100 * _of_cell(subsets, cell)["test_accuracy"]
+                row = y + offsets[k]
+                below = row + 0.25 / len(objectives)  # where the mean does not cover the seeds
+                ax.plot(values, [below] * len(values), "o", ms=2.6, color=colour, alpha=0.6, mew=0)
+                if len(values):
+                    ax.plot(
+                        values.mean(), row, marker, ms=5.5, color=colour, mec="white", mew=0.7,
+                        zorder=4,
+                    )  # fmt: skip
+                for verdict in _of_cell(comparison, cell)["verdict"]:
+                    _verdict_mark(ax, 1.035, row, verdict, transform=ax.get_yaxis_transform())
+        ax.set_yticks(range(len(strategies)), [in_words(name) for name in strategies])
+        ax.set_ylim(len(strategies) - 0.5, -0.5)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", color="#DDDDDD", lw=0.5)
+        ax.set_axisbelow(True)
+        title = f"{_percent(fraction)} of the data"
+        ax.set_title(f"{in_words(student)}, {title}" if len(students) > 1 else title)
+        if i == len(students) - 1:
+            ax.set_xlabel("test accuracy at the last step (%)")
+    _legend_in_rows(fig, _objective_handles(objectives, full), _verdict_handles(baseline))
+    return fig
+
+
+def _objective_handles(objectives: Sequence[str], full: pd.DataFrame) -> list[Line2D]:
+    handles = []
+    for (colour, marker), dash, name in zip(OBJECTIVES, DASHES, objectives, strict=False):
+        mean = _handle(f"{in_words(name)}: mean", color=colour, marker=marker, ms=5.5, mew=0)
+        handles.append(mean)
+        if name in set(full["objective"]):
+            handles.append(_handle(f"{in_words(name)}: full set", color=colour, ls=dash, lw=1))
+    return [*handles, _handle("one seed", color=GREY, marker="o", ms=2.6, mew=0)]
+
+
+def _verdict_handles(baseline: str | None) -> list[Line2D]:
+    heading = [] if baseline is None else [_handle(f"against {in_words(baseline)}:")]
+    marks = [
+        _handle(name, color=colour, marker=marker, ms=4.5, mfc=_face(name))
+        for name, (colour, marker) in VERDICTS.items()
+    ]
+    return heading + marks
+
+
+def _handle(label: str, **look: Any) -> Line2D:
+    return Line2D([], [], label=label, **{"ls": "none", **look})
+
+
+def _face(verdict: str) -> str:
+    """Open markers say that nothing is settled, in grey print as well."""
+    return "white" if verdict == "inconclusive" else VERDICTS[verdict][0]
+
+
+def _legend_in_rows(fig: Figure, *rows: Sequence[Line2D]) -> None:
+    """One legend below the panels, each group of handles a row."""
+    n = max(map(len, rows))
+    padded = [[*row, *[_handle("")] * (n - len(row))] for row in rows]
+    handles = [handle for column in zip(*padded, strict=True) for handle in column]
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5
+    )
+
+
+def _verdict_mark(ax: Axes, x: float, y: float, verdict: str, **where: Any) -> None:
+    if verdict not in VERDICTS:
+        raise ValueError(f"unknown verdict {verdict!r}; {nearest(verdict, VERDICTS)}")
+    colour, marker = VERDICTS[verdict]
+    ax.plot(
+        x, y, marker, ms=4.5, color=colour, mfc=_face(verdict), clip_on=False, zorder=4, **where
+    )
+
+
+def paired_differences(ax: Axes, comparison: pd.DataFrame, margin: float) -> Axes:
+    """Forest plot: each cell minus the cell it is paired with, in percentage points.
+
+    The thin line is the interval at the study's level, the thick one that at 90 %, which must lie
+    inside the shaded margin for the verdict `equivalent`.
+
+    Args:
+        ax: The axis; about 0.12 in high for each row.
+        comparison: From `compare.paired_differences` or `compare.objective_differences`.
+        margin: Smallest difference of accuracy that matters, in (0, 1): the one of the comparison.
+
+    Returns: `ax`, a row for each comparison, strategy by strategy. A row without a pair of seeds
+        says so.
+    Raises: ValueError for missing columns, an empty table, or another margin than the verdicts'.
+    """
+    needed = ("difference", "low", "high", "low90", "high90", "verdict", "margin", "level")
+    against = ("against_strategy", "against_fraction", "against_objective")
+    _demand(comparison, (*AXES, *against, *needed), "comparison")
+    if not np.allclose(comparison["margin"], margin):
+        raise ValueError(
+            f"margin is {margin:g} but the verdicts were reached with "
+            f"{comparison['margin'].iloc[0]:g}; draw the margin of the comparison "
+            "(params: compare.margin)"
+        )
+    rows = comparison.assign(
+        # The full set has one fraction; its rows are told apart by what they are compared with.
+        shown=comparison["against_fraction"].where(
+            comparison["strategy"] == "full", comparison["fraction"]
+        ),
+        rank=comparison["strategy"].map(_rank),
+    ).sort_values(["rank", "student", "shown", "objective"], ascending=[True, True, False, True])
+    naming = [a for a in ("shown", "objective", "student") if rows[a].nunique() > 1]
+    y, places, labels, groups = 0.0, [], [], {}
+    for strategy, group in rows.groupby("strategy", sort=False):
+        groups[strategy] = (y - 0.5, y + len(group) - 0.5)
+        for row in group.to_dict("records"):
+            places.append(y)
+            label = ", ".join(_told(row[a]) for a in naming)
+            across = row["against_fraction"] != row["fraction"]
+            labels.append(f"against {label}" if across and label else label)
+            if np.isnan(row["difference"]):
+                ax.text(0, y, " no paired seeds", va="center", fontsize=TEXT_PT, color=GREY)
+            else:
+                colour = VERDICTS[row["verdict"]][0] if row["verdict"] in VERDICTS else GREY
+                for ends, width in ((("low", "high"), 0.8), (("low90", "high90"), 2.2)):
+                    line = [100 * row[end] for end in ends]
+                    ax.plot(line, [y, y], color=colour, lw=width, solid_capstyle="butt")
+                _verdict_mark(ax, 100 * row["difference"], y, row["verdict"])
+            y += 1
+        y += 0.6
+    ax.axvspan(-100 * margin, 100 * margin, color="#DDDDDD", lw=0, zorder=0)
+    ax.axvline(0, color=BLACK, lw=0.8, zorder=1)
+    ax.set_yticks(places, labels)
+    ax.tick_params(axis="y", length=0)
+    pad = max(map(_width_pt, labels)) + 12  # strategies stand left of the row labels
+    for strategy, (top, bottom) in groups.items():
+        ax.annotate(
+            in_words(strategy), xy=(0, (top + bottom) / 2), xycoords=ax.get_yaxis_transform(),
+            xytext=(-pad, 0), textcoords="offset points", ha="right", va="center",
+            annotation_clip=False,
+        )  # fmt: skip
+        ax.axhspan(top, bottom, color="#F5F5F5", lw=0, zorder=-1)
+    ax.set_ylim(y - 1.1, -0.9)
+    ax.spines["left"].set_visible(False)
+    subtraction, held = _subtraction(comparison)
+    held = f"\n{held}" if held else ""
+    ax.set_xlabel(f"test accuracy, {subtraction}, seed by seed (points){held}")
+    level = 100 * comparison["level"].iloc[0]
+    size = "1 point" if margin == 0.01 else f"{100 * margin:g} points"
+    handles = [
+        *_verdict_handles(None),
+        Patch(color="#DDDDDD", lw=0, label=f"margin, ±{size}"),
+        _handle(f"{level:g} % interval", color=BLACK, ls="-", lw=0.8),
+        _handle("90 %", color=BLACK, ls="-", lw=2.2),
+    ]
+    ax.legend(
+        handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles),
+        columnspacing=1, handletextpad=0.5, handlelength=1.3, borderaxespad=0.2,
+    )  # fmt: skip
+    return ax
+
+
+def _subtraction(comparison: pd.DataFrame) -> tuple[str, str]:
+    """What is subtracted from what (strategies, or objectives on the same subset), and what is the
+    same in all rows."""
+    if (comparison["against_strategy"] != comparison["strategy"]).any():
+        words = f"strategy minus {_one_of(comparison['against_strategy'])}"
+        return words, _held(comparison, "strategy")
+    words = f"{_one_of(comparison['objective'])} minus {_one_of(comparison['against_objective'])}"
+    return words, _held(comparison, "objective")
+
+
+def _one_of(names: pd.Series) -> str:
+    return " or ".join(in_words(name) for name in names.unique())
+
+
+def region_grid(
+    fig: Figure, images: Mapping[str, np.ndarray], titles: Mapping[str, Sequence[str]]
+) -> Figure:
+    """Rows of images, a region (or class) each, as they are: no smoothing, no stretching.
+
+    Args:
+        fig: An empty figure; its height is lowered to what the rows need.
+        images: Row name -> uint8 (n, C, H, W) in [0, 255], C = 1 or 3; rows may differ in n.
+        titles: Row name -> n captions; one too wide for its image is cut with an ellipsis.
+
+    Returns: `fig`, with one axis.
+    Raises: ValueError for no images, another dtype or shape, or captions that do not match.
+    """
+    if not images or max(map(len, images.values())) == 0:
+        raise ValueError(f"no images to draw in rows {list(images)}; expected at least one")
+    for name, pixels in images.items():
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1] not in (1, 3):
+            raise ValueError(
+                f"images of {name!r} are {pixels.dtype} of shape {pixels.shape}; expected uint8 "
+                "(n, C, H, W) with C = 1 or 3"
+            )
+        if len(titles.get(name, ())) != len(pixels):
+            raise ValueError(
+                f"{name!r} has {len(pixels)} images and {len(titles.get(name, ()))} captions; "
+                "expected one caption per image"
+            )
+    names = {name: REGIONS.get(name, in_words(name)) for name in images}
+    left = max(_width_pt(name, RC["font.size"]) for name in names.values()) + 10
+    step_x = (72 * fig.get_figwidth() - left - 2) / max(map(len, images.values()))
+    step_y = 72 * fig.get_figheight() / len(images)
+    below = 2 * TEXT_PT  # room for the caption and the gap to the next row
+    # Points per pixel: one scale for all, so that sizes compare.
+    scale = min(
+        min(0.9 * step_x / pixels.shape[3], (step_y - below) / pixels.shape[2])
+        for pixels in images.values()
+    )
+    if scale <= 0:
+        raise ValueError(
+            f"{len(images)} rows do not fit into a height of {fig.get_figheight():g} in; "
+            f"expected more than {below / 72:.2f} in a row"
+        )
+    step_y = min(step_y, scale * max(pixels.shape[2] for pixels in images.values()) + below)
+    width, height = 72 * fig.get_figwidth(), step_y * len(images)
+    fig.set_layout_engine("none")
+    fig.set_figheight(height / 72)
+    ax = fig.add_axes((0, 0, 1, 1))  # data units are points, so that text and images fit
+    for i, (name, pixels) in enumerate(images.items()):
+        top = i * step_y + 2
+        half_x, half_y = scale * pixels.shape[3] / 2, scale * pixels.shape[2] / 2
+        ax.text(left - 6, top + half_y, names[name], ha="right", va="center")
+        for j, (image, title) in enumerate(zip(pixels, titles[name], strict=True)):
+            x, bottom = left + (j + 0.5) * step_x, top + 2 * half_y
+            ax.imshow(
+                image[0] if len(image) == 1 else image.transpose(1, 2, 0),  # (C, H, W) -> (H, W, C)
+                cmap="gray", vmin=0, vmax=255, interpolation="nearest",
+                extent=(x - half_x, x + half_x, bottom, top),
+            )  # fmt: skip
+            ax.text(
+                x, bottom + 1, _fitted(title, step_x - 2), ha="center", va="top", fontsize=TEXT_PT
+            )
+    ax.set(xlim=(0, width), ylim=(height, 0))
+    ax.axis("off")
+    return fig
+
+
+def _fitted(text: str, width_pt: float) -> str:
+    """The text, or as much of its beginning as fits, and an ellipsis."""
+    text = text.replace("_", " ")
+    if _width_pt(text) <= width_pt:
+        return text
+    while text and _width_pt(text + "…") > width_pt:
+        text = text[:-1].rstrip()
+    return text + "…"
+
+
+@functools.lru_cache(maxsize=4096)
+def _width_pt(text: str, size: float = TEXT_PT) -> float:
+    """Width of a line of text in points, before anything is drawn."""
+    if not text.strip():
+        return 0.0
+    return (
+        TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"])).get_extents().x1
+    )
+
+
+def _looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
+    """Colour and dash of each name, in the order of `_rank`; numbers go from dark to light."""
+    names = sorted(names, key=_rank)
+    if not any(isinstance(name, str) for name in names):
+        colours = CORRECTNESS(np.linspace(0, 1, len(names)))
+        return {n: (c, DASHES[i % 6]) for i, (n, c) in enumerate(zip(names, colours, strict=True))}
+    # 5 colours and 6 dashes have no common divisor: 30 different pairs.
+    pairs = [(OTHER_COLOURS[i % 5], DASHES[i % 6]) for i in range(30)]
+    free = [pair for pair in pairs if pair not in STRATEGIES.values()]
+    others = [name for name in names if name not in STRATEGIES]
+    if len(others) > len(free):
+        raise ValueError(f"{len(others)} kinds of line; expected at most {len(free)}: draw some")
+    return {**STRATEGIES, **dict(zip(others, free, strict=False))}
+
+
+def _rank(name: Any) -> tuple:
+    """Sorting key: the full set and the regions first, the top of a score before its bottom."""
+    if not isinstance(name, str):
+        return (0, name)
+    known = list(STRATEGIES)
+    if name in known:
+        return (known.index(name), "", False)
+    stem, _, end = name.rpartition("_")
+    return (len(known), stem or name, end == "bottom")
+
+
+def _varying(table: pd.DataFrame, by: str) -> list[str]:
+    """The axes besides `by` that tell cells apart; that the full set has a fraction of its own does
+    not count."""
+    subsets = table[table["strategy"] != "full"]
+    counted = {a: (subsets if a == "fraction" else table)[a].nunique() for a in AXES}
+    return [axis for axis in AXES if axis != by and counted[axis] > 1]
+
+
+def _held(table: pd.DataFrame, by: str) -> str:
+    """What all cells have in common, for the title: fraction and objective where they are held."""
+    subsets = table[table["strategy"] != "full"]
+    told = []
+    for axis, rows in (("objective", table), ("fraction", subsets if len(subsets) else table)):
+        if axis != by and rows[axis].nunique() == 1:
+            told.append(_told(rows[axis].iloc[0]))
+            told[-1] += " of the data" if axis == "fraction" else ""
+    return ", ".join(told)
+
+
+def _seeds(table: pd.DataFrame) -> str:
+    """The name of the spread that is drawn."""
+    counts = table.groupby(list(AXES))["seed"].nunique()
+    fewest, most = counts.min(), counts.max()
+    if most == 1:
+        return "one seed"
+    return f"mean ± s.d., S = {most}" if fewest == most else f"mean ± s.d., S = {fewest} to {most}"
+
+
+def _told(value: Any) -> str:
+    return in_words(value) if isinstance(value, str) else _percent(value)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:g} %"
+
+
+def _of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataFrame:
+    return table[(table[list(AXES)] == list(cell)).all(axis=1)]
+
+
+def _demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
+    missing = [name for name in columns if name not in table]
+    if missing:
+        raise ValueError(
+            f"the table `{what}` lacks the columns {missing}; got {list(table.columns)}"
+        )
+    if table.empty:
+        raise ValueError(f"the table `{what}` has no rows; there is nothing to draw")

@@ -1,0 +1,251 @@
+"""Every table and figure of a study, from its run records alone.
+
+What the notebooks show and what `make figures` redraws is the same call. A row that fails a
+tripwire stays in the table as refused, with the reason. Leaves to others: drawing (`plots`),
+statistics (`compare`).
+"""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kdlib import checks, compare, files, plots, runs, steps
+from kdlib.params import Study
+
+# Settings in which compared runs may differ: the axes, and what follows from them.
+FACTORS = (
+    "own.seed", "own.subset.", "own.objective.", "own.student.", "inputs.subset",
+    "inputs.teacher_outputs",
+)  # fmt: skip
+
+
+def results(study: Study) -> pd.DataFrame:
+    """One row per declared run of the study, accepted or refused.
+
+    Returns: Columns `student strategy fraction objective seed test_accuracy test_accuracy_best
+        best_step steps samples unique_examples refused reason run weights_sha256`; accuracies in
+        [0, 1], NaN where there is no evidence.
+    """
+    rows, evidences = [], {}
+    reference: dict[str, Any] | None = None
+    for cell in study.cells():
+        for seed in study.seeds:
+            folder = steps.student_folder(study, cell, seed)
+            row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
+            try:
+                evidence = runs.read_evidence(folder)
+                settings = files.read_json(folder / "settings.json")
+                reference = reference or settings
+                row |= _measured(evidence)
+                reasons = _reasons(folder, evidence, settings, reference)
+                evidences[cell, seed] = (len(rows), evidence)
+            except (FileNotFoundError, KeyError, ValueError) as error:
+                reasons = [str(error)]
+            rows.append(row | {"reason": "; ".join(reasons)})
+    by_cell = defaultdict(list)
+    for (cell, _), found in evidences.items():
+        by_cell[cell].append(found)
+    for found in by_cell.values():
+        verdicts = checks.distinct_seeds([evidence for _, evidence in found])
+        for (index, _), check in zip(found, verdicts, strict=True):
+            if not check.passed:
+                rows[index]["reason"] = "; ".join(
+                    filter(None, [rows[index]["reason"], check.sentence])
+                )
+    table = pd.DataFrame(rows)
+    return table.assign(refused=table["reason"] != "")
+
+
+def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
+    last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
+    return {
+        "test_accuracy": last["test_accuracy"],
+        "test_accuracy_best": best["test_accuracy"],
+        "best_step": best["step"],
+        **evidence["budget"]["recorded"],
+        "weights_sha256": last["weights_sha256"],
+        "code_sha256": evidence["made"]["code_sha256"],
+    }
+
+
+def _reasons(folder: Path, evidence: dict, settings: dict, reference: dict) -> list[str]:
+    """Why this row must not be believed; empty when it may."""
+    judged = checks.run_all(checks.STUDENT, evidence)
+    judged.append(checks.checkpoint_hashes(folder, evidence))
+    reasons = [f"{check.name}: {check.sentence}" for check in judged if not check.passed]
+    if lines := checks.differing(settings, reference, FACTORS):
+        reasons.append(f"differs from the other runs in {', '.join(lines)}")
+    return reasons
+
+
+def curves(study: Study, table: pd.DataFrame) -> pd.DataFrame:
+    """Metrics of all accepted runs: the axes and seed, then the columns of `metrics.parquet`."""
+    axes = ["student", "strategy", "fraction", "objective", "seed"]
+    parts = []
+    for row in table[~table["refused"]].to_dict("records"):
+        path = study.runs / row["run"] / "metrics.parquet"
+        parts.append(pd.read_parquet(path, partitioning=None).assign(**{a: row[a] for a in axes}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def probes(study: Study) -> pd.DataFrame:
+    """Probe rows of all probed cells, with reference rows `untrained` and `teacher`."""
+    parts = [steps.open_probes(study, cell) for cell in study.probed_cells()]
+    return with_untrained(pd.concat(parts, ignore_index=True))
+
+
+def with_untrained(table: pd.DataFrame) -> pd.DataFrame:
+    """Probe rows with the rows of step 0 once more under the strategy `untrained`.
+
+    The untrained network of a seed is the same in every cell, and so is the teacher: each of these
+    reference rows is kept once.
+    """
+    untrained = table[table["step"] == 0].assign(strategy="untrained")
+    whole = pd.concat([table, untrained], ignore_index=True)
+    is_reference = whole["strategy"].isin(["untrained", "teacher"])
+    keys = ["student", "strategy", "objective", "seed", "probe"]
+    return whole[~(is_reference & whole.duplicated(keys))].reset_index(drop=True)
+
+
+def compile_tables(study: Study) -> dict[str, pd.DataFrame]:
+    """All tables of a study, written to `runs/<study>/compare/` as parquet.
+
+    Returns: `results`, `curves`, `probes`, `strategies` (each strategy minus the baseline) and
+        `objectives` (each objective minus the plain one, when the study has one).
+    Raises: checks.TripwireError when no row is left to compare.
+    """
+    table = results(study)
+    if table["refused"].all():
+        raise checks.TripwireError(f"every row is refused; the first: {table['reason'].iloc[0]}")
+    settings = study.compare
+    level, margin = settings.confidence_level, settings.margin
+    tables = {
+        "results": table,
+        "curves": curves(study, table),
+        "probes": probes(study),
+        "strategies": compare.paired_differences(table, settings.baseline, margin, level),
+    }
+    plain = [n for n in study.axes.objective if study.objectives[n].kind == "cross_entropy"]
+    if plain and len(study.axes.objective) > 1:
+        tables["objectives"] = compare.objective_differences(table, plain[0], margin, level)
+    folder = study.runs / "compare"
+    for name, content in tables.items():
+        files.write_atomic(folder / f"{name}.parquet", lambda f, c=content: c.to_parquet(f))
+    return tables
+
+
+def summary(study: Study, tables: dict[str, pd.DataFrame]) -> str:
+    """What was found, in plain sentences, as Markdown; also written to the figures folder."""
+    table = tables["results"]
+    refused = table[table["refused"]]
+    versions = table["code_sha256"].nunique()
+    inflation = (table["test_accuracy_best"] - table["test_accuracy"])[~table["refused"]].mean()
+    lines = [
+        f"# {study.name}: what was found",
+        "",
+        f"{len(table) - len(refused)} of {len(table)} runs accepted, {len(study.seeds)} paired "
+        f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the last "
+        f"step on the test split; the best validation epoch would change them by "
+        f"{100 * inflation:+.2f} points on average.",
+        "",
+    ]
+    if versions > 1:
+        lines += [f"The runs were made by {versions} versions of the code.", ""]
+    for row in refused.to_dict("records"):
+        lines.append(f"- refused: {row['run']}: {row['reason']}")
+    for name, title in (
+        ("strategies", f"Every strategy against {study.compare.baseline}"),
+        ("objectives", "With the teacher against without"),
+    ):
+        if name in tables:
+            lines += [f"## {title}", ""]
+            lines += [f"- {line}" for line in compare.summary_lines(tables[name])]
+            lines += ["", compare.to_markdown(tables[name]), ""]
+    text = "\n".join(lines).rstrip() + "\n"
+    files.write_atomic(study.figures / "summary.md", lambda file: file.write(text.encode()))
+    return text
+
+
+def finish(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """Mark the comparison made: what it was compiled from and how many rows it holds."""
+    folder = study.runs / "compare"
+    table = tables["results"]
+    settings = {"own": study.step_settings("compare"), "inputs": {}}
+    for name in tables:
+        settings["inputs"][name] = files.sha256_file(folder / f"{name}.parquet")
+    files.write_json(folder / "settings.json", settings)
+    return runs.Run(folder, settings).finish(
+        {
+            "step": "compare",
+            "study": study.name,
+            "n_runs": len(table),
+            "n_accepted": int((~table["refused"]).sum()),
+        }
+    )
+
+
+def draw_datamap(study: Study) -> dict[str, Figure]:
+    """Figures `datamap` and `regions` (the most typical images of each region)."""
+    images = steps.open_images(study)
+    table = steps.open_datamap(study, images)
+    evidence = runs.read_evidence(study.runs / "datamap")
+    with plots.style():
+        fig_map = Figure(figsize=(plots.WIDE, 4.6))
+        title = f"{study.name}, N = {len(table):,}, E = {evidence['n_epochs']}"
+        plots.datamap(fig_map, table, title)
+        fig_grid = Figure(figsize=(plots.WIDE, 3.2))
+        plots.region_grid(fig_grid, *_typical_images(images, table))
+    return _save(study, {"datamap": fig_map, "regions": fig_grid})
+
+
+def _typical_images(images: steps.Images, table: pd.DataFrame, n: int = 12) -> tuple[dict, dict]:
+    """The images deepest inside each region: region -> uint8 (n, C, H, W), region -> captions."""
+    names = images.train.header["class_names"]
+    deepest = {
+        "easy": np.hypot(table["variability"], 1 - table["confidence"]),
+        "ambiguous": -table["variability"],
+        "hard": np.hypot(table["variability"], table["confidence"]),
+    }
+    pixels, captions = {}, {}
+    for region, distance in deepest.items():
+        ids = distance.sort_values(kind="stable").index[:n].to_numpy()
+        pixels[region] = images.train.read("images", ids)
+        captions[region] = [str(names[label]) for label in table.loc[ids, "label"]]
+    return pixels, captions
+
+
+def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    """Figures `accuracy`, `differences`, `curves` and `probes`."""
+    accepted = tables["results"][~tables["results"]["refused"]]
+    figures = {}
+    with plots.style():
+        figures["accuracy"] = Figure(figsize=(plots.WIDE, 4.4))
+        plots.accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"])
+        figures["differences"] = Figure(figsize=(plots.WIDE, 5.0))
+        axis = figures["differences"].subplots()
+        plots.paired_differences(axis, tables["strategies"], margin=study.compare.margin)
+        figures["curves"] = Figure(figsize=(plots.WIDE, 3.4))
+        rows = tables["curves"]
+        shown = [s for s in study.probe.strategy if s != "full"]
+        chosen = rows[
+            (rows["objective"] == study.probe.objective[0])
+            & (
+                (rows["strategy"] == "full")
+                | (rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction))
+            )
+        ]
+        plots.learning_curves(figures["curves"].subplots(), chosen)
+        figures["probes"] = Figure(figsize=(plots.WIDE, 3.4))
+        for axis, kind in zip(figures["probes"].subplots(1, 2), ("linear", "knn"), strict=True):
+            plots.probe_curves(axis, tables["probes"], probe=kind)
+    return _save(study, figures)
+
+
+def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Figure]:
+    for name, figure in figures.items():
+        plots.save_figure(figure, study.figures, name)
+    return figures

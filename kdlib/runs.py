@@ -1,0 +1,153 @@
+"""A run's folder: its settings, its lock, its evidence; and many runs read back.
+
+A run is finished when `evidence.json` stands in its folder and names the fingerprint of the
+`settings.json` beside it; the evidence is renamed into place last. A folder made with other
+settings is never reused and never overwritten: it moves to the study's `archive/`.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdlib import files
+from kdlib.params import Study
+
+FORMAT = 1
+
+
+class Run:
+    """An open run: the holder may write into its folder.
+
+    Attributes:
+        folder: Where the run's files are.
+        settings: What was asked for: the step's own settings and the fingerprints of its inputs.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.settings_sha256 = files.fingerprint(settings)
+        self._started = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether valid evidence for these very settings is there."""
+        path = self.folder / "evidence.json"
+        return path.exists() and files.read_json(path)["settings_sha256"] == self.settings_sha256
+
+    def finish(self, evidence: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+        """Write the evidence, and with it mark the run finished.
+
+        Args:
+            evidence: JSON-able facts of the run; format, settings fingerprint and circumstances
+                (versions, machine, commit, wall time) are added.
+
+        Returns: The evidence as written.
+        """
+        made = circumstances(device) | {"wall_s": round(time.monotonic() - self._started, 3)}
+        whole = evidence | {"format": FORMAT, "settings_sha256": self.settings_sha256, "made": made}
+        files.write_json(self.folder / "evidence.json", whole)
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        return whole
+
+
+@contextlib.contextmanager
+def open_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[Run]:
+    """Open a run's folder under its lock, creating it when there is none.
+
+    When the folder was made with other settings, the difference is printed and the old folder
+    moves to `runs/<study>/archive/<fingerprint of its settings>/`.
+
+    Args:
+        folder: A folder below `study.runs`.
+        settings: JSON-able; all that determines the run's result.
+    """
+    with files.locked(folder.parent / f".{folder.name}.lock"):
+        before = folder / "settings.json"
+        if before.exists() and (
+            lines := files.difference(settings, old := files.read_json(before))
+        ):
+            aside = study.runs / "archive" / files.fingerprint(old)[:12]
+            target = aside / folder.relative_to(study.runs)
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(target)
+            print(f"{folder} was made with other settings (there -> now):", *lines, sep="\n  ")
+            print(f"the old run is kept in {target}")
+        if not before.exists():
+            files.write_json(before, settings)
+        yield Run(folder, settings)
+
+
+def read_evidence(folder: Path) -> dict[str, Any]:
+    """The evidence of a finished run.
+
+    Raises: FileNotFoundError that says which run is missing; ValueError for evidence of another
+        format, or evidence that does not belong to the settings beside it.
+    """
+    path = folder / "evidence.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no finished run; run the notebook that makes it")
+    evidence = files.read_json(path)
+    if evidence.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {evidence.get('format')}; expected {FORMAT}")
+    settings = files.fingerprint(files.read_json(folder / "settings.json"))
+    if evidence["settings_sha256"] != settings:
+        raise ValueError(f"{path} belongs to other settings than the settings.json beside it")
+    return evidence
+
+
+def code_sha256() -> str:
+    """Fingerprint of this package's source: runs that share it were made by the same code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """Where and by what something was made: device, versions, git commit, code fingerprint."""
+    names = ("torch", "numpy", "pandas", "scikit-learn")
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        commit = dirty = None
+    known = commit is not None and commit.returncode == 0
+    hardware = (
+        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    )
+    return {
+        "device": f"{device} ({hardware})",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in names},
+        "git_commit": commit.stdout.strip() if known else None,
+        "git_clean": not dirty.stdout.strip() if known else None,
+        "code_sha256": code_sha256(),
+    }
+
+
+def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
+    """Executed notebooks of a study in which a cell failed: (path, `Error: message` of that cell).
+
+    Reads papermill's mark; a killed notebook carries none and shows as an unfinished run instead.
+    """
+    failed = []
+    for path in sorted(study.runs.glob("**/*.ipynb")):
+        if "archive" in path.parts:
+            continue
+        for cell in files.read_json(path)["cells"]:
+            for output in cell.get("outputs", ()):
+                if output.get("output_type") == "error":
+                    failed.append((path, f"{output['ename']}: {output['evalue']}"))
+    return failed

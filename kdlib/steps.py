@@ -1,0 +1,575 @@
+"""The steps of a study, one function each: what the numbered notebooks call.
+
+Each step opens its run, skips itself when its evidence is there, does its work, lets the tripwires
+judge the evidence, and writes it last. Leaves to others: all computing (the rooms it calls),
+tables and figures (`report`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib import checks, files, params, probe, runs
+from kdlib.cache import Cache, build_images, pixel_statistics
+from kdlib.cartography import datamap, read_datamap, write_datamap
+from kdlib.data import open_source
+from kdlib.dynamics import DynamicsLog
+from kdlib.evaluation import Pixels, all_outputs, evaluate
+from kdlib.losses import needs_teacher
+from kdlib.models import Network, build_network
+from kdlib.params import Cell, Objective, Study
+from kdlib.sampling import Loader, Plan, split_ids
+from kdlib.seeds import PURPOSES, derive
+from kdlib.selection import Subset, budget, select
+from kdlib.tables import read_parquet, write_parquet
+from kdlib.teacher import logits_by_id, open_outputs, store_outputs, stored_accuracy, verify_outputs
+from kdlib.trainer import Task, Trained, checkpoint_steps, train
+from kdlib.weights import load_weights
+
+CROSS_ENTROPY = Objective(kind="cross_entropy")
+
+
+@dataclass(frozen=True)
+class Images:
+    """A study's cached images and their split.
+
+    Attributes:
+        train: Cache of the training split, validation images included.
+        test: Cache of the test split.
+        train_ids: (N,) int64, sorted: what teachers and students may learn from.
+        validation_ids: int64, sorted: what curves and best epochs are read from.
+        pixels: Normalisation measured on `train_ids`.
+    """
+
+    train: Cache
+    test: Cache
+    train_ids: np.ndarray
+    validation_ids: np.ndarray
+    pixels: Pixels
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        split = files.sha256_array(self.train_ids, self.validation_ids)
+        return {"train": self.train.fingerprint, "test": self.test.fingerprint, "split": split}
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.train.header["class_names"])
+
+    def network(self, model: params.Model, seed: int, device: str) -> Network:
+        """A network for these images with weights drawn from `seed`."""
+        _, shape = self.train.header["columns"]["images"]
+        built = build_network(model, n_classes=self.n_classes, image_shape=tuple(shape), seed=seed)
+        layout = torch.channels_last if self.pixels.channels_last else torch.contiguous_format
+        return built.to(device, memory_format=layout)
+
+    def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images (N, C, H, W) uint8, labels (N,) int64) of the held-out training images."""
+        images = torch.from_numpy(self.train.read("images", self.validation_ids))
+        labels = torch.from_numpy(self.train.read("labels", self.validation_ids))
+        return images.to(device), labels.to(device)
+
+
+def use(compute: params.Compute) -> str:
+    """Set the number of threads, and return the device the study asks for.
+
+    Raises: RuntimeError when that device is not there; another one is never taken silently.
+    """
+    torch.set_num_threads(compute.threads)
+    if compute.device.startswith("cuda") and not torch.cuda.is_available():
+        raise RuntimeError(
+            f"the study asks for {compute.device}, but torch sees no GPU here; set compute.device: "
+            "cpu in the study, or run it where a GPU is"
+        )
+    return compute.device
+
+
+def cache_images(study: Study) -> Images:
+    """Step 01: cache both splits, split off validation images, measure the pixels."""
+    caches = {}
+    for split in ("train", "test"):
+        source = open_source(study.data, split)
+        caches[split] = build_images(source, study.cache / split, study.data.shard_size)
+        caches[split].verify()
+    train_ids, _ = split_ids(
+        caches["train"].n_examples, study.data.n_validation, study.data.split_seed
+    )
+    settings = {
+        "own": study.step_settings("cache"),
+        "inputs": {split: cache.fingerprint for split, cache in caches.items()},
+    }
+    with runs.open_run(study, study.runs / "cache", settings) as run:
+        if not run.finished:
+            mean, std = pixel_statistics(caches["train"], train_ids)
+            run.finish({"step": "cache", "study": study.name, "mean": mean, "std": std})
+    return open_images(study)
+
+
+def open_images(study: Study) -> Images:
+    """What step 01 made.
+
+    Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
+    """
+    evidence = runs.read_evidence(study.runs / "cache")
+    train, test = (Cache(study.cache / split) for split in ("train", "test"))
+    train_ids, validation_ids = split_ids(
+        train.n_examples, study.data.n_validation, study.data.split_seed
+    )
+    pixels = Pixels(evidence["mean"], evidence["std"], study.compute.channels_last)
+    return Images(train, test, train_ids, validation_ids, pixels)
+
+
+def make_teacher(study: Study, images: Images) -> dict[str, Any]:
+    """Step 02: train or load the teacher, record training dynamics, store its outputs.
+
+    Returns: The teacher's evidence.
+    Raises: TripwireError when it does not reach the accuracy on its card, among others.
+    """
+    device, teacher = use(study.compute), study.teacher
+    own = study.step_settings("teacher")
+    settings = {"own": own, "inputs": images.fingerprints}
+    if teacher.weights is not None:
+        settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
+    if study.dynamics.model is not None:
+        _record_dynamics(study, images, device)
+    with runs.open_run(study, study.runs / "teacher", settings) as run:
+        if run.finished:
+            return runs.read_evidence(run.folder)
+        network = images.network(teacher.model, derive(teacher.seed, "init"), device)
+        evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints}
+        tripwires = checks.TEACHER
+        if teacher.training is not None:
+            recorded = study.dynamics.model is None
+            trained = _supervise(
+                run, study, images, network, teacher.training, teacher.seed, recorded, "teacher"
+            )
+            evidence |= trained
+            tripwires = (*checks.RUN, *checks.TEACHER)
+            weights = run.folder / trained["checkpoints"]["last"]["file"]
+        else:
+            weights = _weights_file(teacher.weights)
+        weights_sha256 = load_weights(network, weights)
+        pixels = teacher_pixels(study, images)
+        measured, outputs = {}, {}
+        for split, cache in (("train", images.train), ("test", images.test)):
+            stored = store_outputs(network, pixels, cache, outputs_folder(study, split), device)
+            verify_outputs(network, pixels, cache, stored)
+            measured[split], outputs[split] = stored_accuracy(stored, cache), stored.fingerprint
+        evidence["teacher"] = {
+            "claimed": teacher.expected_accuracy,
+            "tolerance": teacher.tolerance,
+            "measured": measured["test"],
+            "measured_train": measured["train"],
+            "split": "test",
+            "weights_sha256": weights_sha256,
+            "outputs": outputs,
+            "trained_here": teacher.training is not None,
+        }
+        evidence["checks"] = checks.demand(tripwires, evidence)
+        return run.finish(evidence, device)
+
+
+def _weights_file(weights: str) -> Path:
+    path = params.weights_path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"teacher weights {path} are not there; put the file into the data folder "
+            f"({files.data_root()}), set KDLIB_DATA, or write an absolute path (teacher.weights)"
+        )
+    return path
+
+
+def outputs_folder(study: Study, split: str) -> Path:
+    """Where a study's stored teacher outputs of one split are."""
+    return study.runs / "teacher" / f"outputs-{split}"
+
+
+def teacher_pixels(study: Study, images: Images) -> Pixels:
+    """The normalisation the teacher was trained with."""
+    teacher = study.teacher
+    if teacher.mean is None:
+        return images.pixels
+    return Pixels(list(teacher.mean), list(teacher.std), study.compute.channels_last)
+
+
+def _record_dynamics(study: Study, images: Images, device: str) -> None:
+    """Train the network whose dynamics make the datamap, when it is not the teacher."""
+    dynamics = study.dynamics
+    own = {k: v for k, v in study.step_settings("teacher").items() if k != "teacher"}
+    settings = {"own": own, "inputs": images.fingerprints}
+    with runs.open_run(study, study.recorded_run, settings) as run:
+        if run.finished:
+            return
+        network = images.network(dynamics.model, derive(dynamics.seed, "init"), device)
+        evidence = {"step": "dynamics", "study": study.name, "data": images.fingerprints}
+        evidence |= _supervise(
+            run, study, images, network, dynamics.training, dynamics.seed, True, "dynamics"
+        )
+        evidence["checks"] = checks.demand(checks.RUN, evidence)
+        run.finish(evidence, device)
+
+
+def _supervise(
+    run: runs.Run,
+    study: Study,
+    images: Images,
+    network: Network,
+    training: params.Training,
+    seed: int,
+    recorded: bool,
+    describe: str,
+) -> dict[str, Any]:
+    """Train on all training images with labels alone, recording dynamics when asked to."""
+    plan = Plan(
+        images.train_ids, training.batch_size, training.n_steps(len(images.train_ids)), seed
+    )
+    log = None
+    if recorded:
+        log = DynamicsLog.create(
+            run.folder / "dynamics",
+            plan.example_ids,
+            images.train.read("labels", plan.example_ids),
+            n_epochs=plan.n_passes,
+            n_classes=images.n_classes,
+            observed=study.dynamics.observed,
+            logits=study.dynamics.logits,
+            provenance=images.fingerprints | {"settings": run.settings_sha256},
+        )
+    evidence = _train(
+        run, images, network, training, plan, CROSS_ENTROPY, None, seed, log, study, describe
+    )
+    if log is not None:
+        log.finish()
+    return evidence
+
+
+def _train(
+    run: runs.Run,
+    images: Images,
+    network: Network,
+    training: params.Training,
+    plan: Plan,
+    objective: Objective,
+    teacher_logits: torch.Tensor | None,
+    seed: int,
+    log: DynamicsLog | None,
+    study: Study,
+    describe: str,
+) -> dict[str, Any]:
+    """Train, measure the last and the best checkpoint on the test split, collect the evidence."""
+    device = study.compute.device
+    task = Task(
+        network=network,
+        pixels=images.pixels,
+        loader=Loader(plan, images.train, teacher_logits, device),
+        objective=objective,
+        training=training,
+        validation=images.validation(device),
+        full_size=len(images.train_ids),
+        seed=seed,
+        log=log,
+        observed=study.dynamics.observed,
+    )
+    trained = train(run, task, describe)
+    test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
+    measured = {}
+    for which, step in (("best", trained.best_step), ("last", plan.n_steps)):
+        file, weights_sha256 = trained.checkpoints[step]
+        load_weights(network, run.folder / file)
+        loss, accuracy = evaluate(network, images.pixels, *test)
+        measured[which] = {
+            "step": step,
+            "file": file,
+            "file_sha256": files.sha256_file(run.folder / file),
+            "weights_sha256": weights_sha256,
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+        }
+    return _training_evidence(images, training, plan, trained, seed) | {"checkpoints": measured}
+
+
+def _training_evidence(
+    images: Images, training: params.Training, plan: Plan, trained: Trained, seed: int
+) -> dict[str, Any]:
+    samples = plan.n_steps * plan.batch_size
+    coverage = checks.coverage_evidence(trained.visits, plan.example_ids)
+    return {
+        "seeds": {"requested": seed, "resolved": {p: derive(seed, p) for p in PURPOSES}},
+        "budget": {
+            "comparison": training.comparison,
+            "declared": {
+                "unique_examples": min(len(plan.example_ids), samples),
+                "samples": samples,
+                "steps": plan.n_steps,
+            },
+            "recorded": {
+                "unique_examples": coverage["unique"],
+                "samples": int(trained.visits.sum()),
+                "steps": int(trained.metrics["step"].iloc[-1]),
+            },
+        },
+        "coverage": coverage,
+        "subset": {"n_examples": len(plan.example_ids)},
+        "initialisation": {
+            "source": "random",
+            "weights_sha256": trained.evidence["initial_weights_sha256"],
+        },
+        "order_sha256": trained.evidence["order_sha256"],
+        "gradient": trained.evidence["gradient"],
+        "pairing": trained.evidence["pairing"],
+        "selection": {
+            "best_epoch_by": "validation",
+            "overlap": int((trained.visits[images.validation_ids] > 0).sum()),
+        },
+        "series": {
+            str(step): trained.checkpoints[step][0]
+            for step in sorted(checkpoint_steps(training, plan.n_steps))
+        },
+    }
+
+
+def make_datamap(study: Study, images: Images) -> pd.DataFrame:
+    """Step 03: every score of every training example, from the recorded dynamics."""
+    recorded = runs.read_evidence(study.recorded_run)
+    log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
+    settings = {
+        "own": study.step_settings("datamap"),
+        "inputs": images.fingerprints | {"recorded": recorded["settings_sha256"]},
+    }
+    path = study.runs / "datamap" / "datamap.parquet"
+    with runs.open_run(study, path.parent, settings) as run:
+        if not run.finished:
+            scoring = study.dynamics
+            table = datamap(log, el2n_epoch=scoring.el2n_epoch, window=scoring.window)
+            provenance = settings["inputs"] | {"settings": run.settings_sha256}
+            write_datamap(table, path, provenance)
+            run.finish(
+                {
+                    "step": "datamap",
+                    "study": study.name,
+                    "datamap_sha256": files.sha256_file(path),
+                    "n_examples": len(table),
+                    "n_epochs": log.n_epochs,
+                    "observed": log.observed,
+                }
+            )
+        return open_datamap(study, images)
+
+
+def open_datamap(study: Study, images: Images) -> pd.DataFrame:
+    """What step 03 made, checked against the images and the evidence.
+
+    Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images.
+    """
+    evidence = runs.read_evidence(study.runs / "datamap")
+    path = study.runs / "datamap" / "datamap.parquet"
+    table = read_datamap(path, images.fingerprints)
+    if files.sha256_file(path) != evidence["datamap_sha256"]:
+        raise ValueError(f"{path} differs from its evidence; run notebooks/03_datamap.ipynb again")
+    return table
+
+
+def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
+    """The training examples of one cell and seed, exactly as many as the fraction says."""
+    if cell.strategy in ("full", "random"):  # these look at ids alone
+        table, parent = pd.DataFrame(index=pd.Index(images.train_ids, name="example_id")), None
+    else:
+        table = open_datamap(study, images)
+        parent = runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
+    ids = select(table, budget(len(images.train_ids), cell.fraction), cell.strategy, seed)
+    data = files.fingerprint(images.fingerprints)
+    return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
+
+
+def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[str, Any]:
+    """Step 04: one student of one cell and seed.
+
+    Returns: Its evidence, of this training or, when the run is finished, of the earlier one.
+    Raises: TripwireError when a tripwire fails; the run is then not finished.
+    """
+    device = use(study.compute)
+    subset = make_subset(study, images, cell, seed)
+    objective = study.objectives[cell.objective]
+    teacher = stored = None
+    inputs = images.fingerprints | {"subset": subset.sha256}
+    if needs_teacher(objective):
+        teacher = runs.read_evidence(study.runs / "teacher")["teacher"]
+        folder = outputs_folder(study, "train")
+        stored = open_outputs(folder, images.train, teacher["weights_sha256"])
+        inputs["teacher_outputs"] = stored.fingerprint
+    settings = {"own": study.step_settings("distill", cell) | {"seed": seed}, "inputs": inputs}
+    with runs.open_run(study, student_folder(study, cell, seed), settings) as run:
+        if run.finished:
+            return runs.read_evidence(run.folder)
+        subset.save(run.folder / "subset.parquet")
+        network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
+        n_steps = study.training.n_steps(len(subset.example_ids))
+        plan = Plan(subset.example_ids, study.training.batch_size, n_steps, seed)
+        evidence = _train(
+            run, images, network, study.training, plan, objective,
+            None if stored is None else logits_by_id(stored),
+            seed, None, study, f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}",
+        )  # fmt: skip
+        evidence |= {
+            "step": "distill",
+            "study": study.name,
+            "cell": dict(cell.items()),
+            "data": images.fingerprints,
+            "teacher": teacher,
+        }
+        evidence["subset"] |= {
+            "sha256": subset.sha256,
+            "strategy": cell.strategy,
+            "seed": seed,
+            "parent_datamap": subset.parent,
+        }
+        evidence["checks"] = checks.demand(checks.STUDENT, evidence)
+        return run.finish(evidence, device)
+
+
+def student_folder(study: Study, cell: Cell, seed: int) -> Path:
+    """Where the run of one cell and seed is."""
+    return study.runs / "distill" / cell.path / f"seed={seed}"
+
+
+def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
+    """Step 05: linear and k-NN probes of every kept checkpoint of a cell, and of the teacher.
+
+    Returns: One row per seed, step and probe; the teacher's rows have strategy `teacher`.
+    Raises: TripwireError when features are collapsed, or a trained probe lies below the random
+        initialisation's: both say that something is wrong with the features, not with the subset.
+    """
+    device = use(study.compute)
+    evidences = {s: runs.read_evidence(student_folder(study, cell, s)) for s in study.seeds}
+    teacher = runs.read_evidence(study.runs / "teacher")["teacher"]
+    settings = {
+        "own": study.step_settings("probe", cell),
+        "inputs": images.fingerprints
+        | {"students": {str(s): e["checkpoints"]["last"] for s, e in evidences.items()}}
+        | {"series": {str(s): e["series"] for s, e in evidences.items()}}
+        | {"teacher": teacher["outputs"]},
+    }
+    folder = probe_folder(study, cell)
+    with runs.open_run(study, folder, settings) as run:
+        if not run.finished:
+            table = pd.DataFrame(
+                [*_probe_students(study, images, cell, evidences, device),
+                 *_probe_teacher(study, images, cell, teacher)]
+            )  # fmt: skip
+            write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
+            evidence = _probe_evidence(table, images) | {
+                "step": "probe",
+                "study": study.name,
+                "cell": dict(cell.items()),
+                "table_sha256": files.sha256_file(folder / "probes.parquet"),
+            }
+            evidence["checks"] = checks.demand(checks.PROBE, evidence)
+            run.finish(evidence, device)
+    return open_probes(study, cell)
+
+
+def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
+    """What step 05 made for one cell.
+
+    Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
+    """
+    folder = probe_folder(study, cell)
+    evidence = runs.read_evidence(folder)
+    table, _ = read_parquet(folder / "probes.parquet", "notebooks/05_probe.ipynb")
+    if files.sha256_file(folder / "probes.parquet") != evidence["table_sha256"]:
+        raise ValueError(f"{folder / 'probes.parquet'} differs from its evidence; run 05 again")
+    return table
+
+
+def probe_folder(study: Study, cell: Cell) -> Path:
+    """Where the probes of one cell are."""
+    return study.runs / "probe" / cell.path
+
+
+def _probe_students(
+    study: Study, images: Images, cell: Cell, evidences: dict[int, dict], device: str
+) -> Iterator[dict[str, Any]]:
+    network = images.network(study.students[cell.student].model, 0, device)
+    for seed, evidence in evidences.items():
+        for step, file in evidence["series"].items():
+            weights = load_weights(network, student_folder(study, cell, seed) / file)
+            pair = []
+            for cache, ids in _probe_examples(images):
+                pixels = torch.from_numpy(cache.read("images", ids)).to(device)
+                features, _ = all_outputs(network, images.pixels, pixels)
+                pair.append(_features(cache, ids, features.cpu().numpy(), weights))
+            row = dict(cell.items()) | {"seed": seed, "step": int(step)}
+            yield from _probe_pair(row, *pair, study.probe)
+
+
+def _probe_teacher(
+    study: Study, images: Images, cell: Cell, teacher: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    pair = []
+    for cache, ids in _probe_examples(images):
+        folder = outputs_folder(study, cache.header["split"])
+        stored = open_outputs(folder, cache, teacher["weights_sha256"])
+        values = stored.read("features", ids)[:, 0].astype(np.float32)
+        pair.append(_features(cache, ids, values, teacher["weights_sha256"]))
+    row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
+    yield from _probe_pair(row, *pair, study.probe)
+
+
+def _probe_examples(images: Images) -> list[tuple[Cache, np.ndarray]]:
+    return [(images.train, images.train_ids), (images.test, np.arange(images.test.n_examples))]
+
+
+def _features(cache: Cache, ids: np.ndarray, values: np.ndarray, weights: str) -> probe.Features:
+    return probe.Features(values, cache.read("labels", ids), ids, cache.header["split"], weights)
+
+
+def _probe_pair(
+    row: dict[str, Any], train: probe.Features, test: probe.Features, settings: params.Probe
+) -> Iterator[dict[str, Any]]:
+    spread = probe.collapse(train.values)
+    for result in (
+        probe.linear_probe(train, test, settings.c_grid, settings.seed),
+        probe.knn_probe(train, test, settings.k),
+    ):
+        yield row | {
+            "probe": result.probe,
+            "accuracy": result.accuracy,
+            "chosen": result.chosen,
+            "converged": result.converged,
+            "effective_rank": spread.effective_rank,
+            "rank_ratio": spread.ratio,
+            "rank_threshold": spread.threshold_rank / spread.isotropic_rank,
+            "n_features": train.values.shape[1],
+            "n_test": result.n_test,
+            "train_weights": train.weights_sha256,
+            "test_weights": test.weights_sha256,
+            "weights_sha256": result.weights_sha256,
+        }
+
+
+def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
+    students = table[table["strategy"] != "teacher"]
+    linear = students[students["probe"] == "linear"]
+    by_step = linear.groupby("step")["accuracy"].mean()
+    floor, trained = by_step.iloc[0], by_step.iloc[-1]
+    last = linear[linear["step"] == by_step.index[-1]]
+    worst = last.loc[last["rank_ratio"].idxmin()]
+    pairs = table[["train_weights", "test_weights"]].drop_duplicates()
+    return {
+        "floor": {
+            "trained": float(trained),
+            "untrained": float(floor),
+            "untrained_step": int(by_step.index[0]),
+            "slack": float(2 * np.sqrt(floor * (1 - floor) / images.test.n_examples)),
+        },
+        "collapse": {
+            "ratio": float(worst["rank_ratio"]),
+            "threshold": float(worst["rank_threshold"]),
+        },
+        "probes": pairs.to_dict("records"),
+    }

@@ -1,0 +1,37 @@
+"""Shared by all tests: one thread, no progress bars, and a small image cache."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+
+import numpy as np
+import pytest
+import torch
+
+from kdlib.cache import Cache, build_images
+from kdlib.data import array_source
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace of this test's own."""
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    monkeypatch.delenv("KDLIB_DATA", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def make_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache]:
+    """A function that caches n random 3x6x6 images with labels of 4 classes."""
+
+    def make(n: int, shard_size: int = 7, seed: int = 0) -> Cache:
+        rng = np.random.default_rng(seed)
+        images = rng.integers(0, 256, (n, 3, 6, 6), np.uint8)
+        source = array_source("noise", "train", images, rng.integers(0, 4, n), "abcd")
+        return build_images(source, tmp_path_factory.mktemp("images"), shard_size)
+
+    return make

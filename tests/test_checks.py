@@ -1,0 +1,137 @@
+"""Each tripwire lets honest evidence pass and stops the lie it is there for."""
+
+import copy
+
+import numpy as np
+import pytest
+
+from kdlib import checks, files
+from kdlib.seeds import PURPOSES, derive
+
+HONEST = {
+    "budget": {
+        "declared": {"unique_examples": 30, "samples": 640, "steps": 20},
+        "recorded": {"unique_examples": 30, "samples": 640, "steps": 20},
+    },
+    "coverage": {"unique": 30, "fewest": 21, "most": 22, "outside_subset": 0},
+    "subset": {"n_examples": 30},
+    "seeds": {"requested": 3, "resolved": {p: derive(3, p) for p in PURPOSES}},
+    "gradient": {"norm": 0.7, "tensors": 8, "tensors_without": 0},
+    "pairing": {"paired": 0.2, "permuted": 1.4, "teacher_accuracy": 0.97},
+    "teacher": {
+        "claimed": 0.95,
+        "tolerance": 0.01,
+        "measured": 0.945,
+        "measured_train": 0.97,
+        "split": "test",
+    },
+    "selection": {"best_epoch_by": "validation", "overlap": 0},
+    "floor": {"trained": 0.6, "untrained": 0.4, "slack": 0.02},
+    "probes": [{"train_weights": "a", "test_weights": "a"}],
+    "collapse": {"ratio": 0.4, "threshold": 0.1},
+}
+ALL = (*checks.STUDENT, *checks.PROBE)
+
+
+def _broken(*path_and_value):
+    *path, value = path_and_value
+    evidence = copy.deepcopy(HONEST)
+    place = evidence
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    return evidence
+
+
+def test_honest_evidence_passes_every_tripwire():
+    assert all(check["passed"] for check in checks.demand(ALL, HONEST))
+
+
+@pytest.mark.parametrize(
+    ("evidence", "name", "sentence"),
+    [
+        # a subset of a third that trained on the full set, as in the first earlier study
+        (_broken("budget", "recorded", "unique_examples", 90), "budget", "30 -> 90"),
+        (_broken("budget", "recorded", "steps", 156), "budget", "steps: 20 -> 156"),
+        (_broken("coverage", "unique", 29), "coverage", "29 of 30 examples"),
+        # the last third of the data read forty times less often, as in the second one
+        (_broken("coverage", "fewest", 1), "coverage", "visited 1 to 22 times"),
+        (_broken("coverage", "outside_subset", 5), "coverage", "5 visits outside the subset"),
+        (_broken("seeds", "resolved", "order", derive(0, "order")), "seeds", r"\['order'\]"),
+        (_broken("gradient", "norm", 0.0), "gradient", "gradient norm 0;"),
+        (_broken("gradient", "tensors_without", 1), "gradient", "1 of 8 parameter tensors"),
+        (_broken("pairing", "permuted", 0.2), "pairing", "0.2 paired, 0.2 with permuted rows"),
+        (_broken("pairing", "teacher_accuracy", 0.11), "pairing", "rows 11.00% right"),
+        (_broken("teacher", "measured", 0.93), "teacher_card", "measured 93.00%"),
+        (_broken("selection", "best_epoch_by", "test"), "untouched_test", "chosen on test"),
+        (_broken("selection", "overlap", 2), "untouched_test", "2 of its examples"),
+        (_broken("floor", "trained", 0.119), "probe_floor", "extracted with the weights"),
+        (_broken("probes", [{"train_weights": "a", "test_weights": "b"}]), "same_weights", "mix"),
+        (_broken("collapse", "ratio", 0.05), "not_collapsed", "effective rank is 5.0%"),
+    ],
+)  # fmt: skip
+def test_each_lie_is_stopped_by_its_tripwire_alone(evidence, name, sentence):
+    with pytest.raises(checks.TripwireError, match=sentence) as stopped:
+        checks.demand(ALL, evidence)
+    assert [line.split(":")[0].strip() for line in str(stopped.value).splitlines()[1:]] == [name]
+
+
+@pytest.mark.parametrize("key", sorted(HONEST))
+def test_missing_evidence_is_a_failure_and_not_an_exemption(key):
+    evidence = {k: v for k, v in HONEST.items() if k != key}
+    with pytest.raises(checks.TripwireError, match="the evidence this needs is missing"):
+        checks.demand(ALL, evidence)
+
+
+def test_a_run_without_teacher_needs_no_teacher():
+    evidence = HONEST | {"pairing": None, "teacher": None}
+    assert all(check["passed"] for check in checks.demand(checks.STUDENT, evidence))
+
+
+def test_fewer_samples_than_examples_is_no_gap_in_coverage():
+    evidence = _broken("budget", "declared", "samples", 16)
+    evidence["coverage"] = {"unique": 16, "fewest": 0, "most": 1, "outside_subset": 0}
+    assert checks.coverage(evidence).passed
+
+
+def test_coverage_evidence_counts_visits_inside_and_outside_the_subset():
+    visits = np.array([3, 0, 2, 3, 1, 0])
+    found = checks.coverage_evidence(visits, np.array([0, 2, 3]))
+    assert found == {"unique": 4, "fewest": 2, "most": 3, "outside_subset": 1}
+
+
+def test_a_checkpoint_that_is_missing_or_changed_is_named(tmp_path):
+    for name in ("last", "best"):
+        (tmp_path / name).write_bytes(name.encode())
+    entries = {
+        name: {"file": name, "file_sha256": files.sha256_file(tmp_path / name)}
+        for name in ("last", "best")
+    }
+    evidence = {"checkpoints": entries}
+    assert checks.checkpoint_hashes(tmp_path, evidence).passed
+    (tmp_path / "best").write_bytes(b"other")
+    assert checks.checkpoint_hashes(tmp_path, evidence).sentence.endswith("changed: best")
+    (tmp_path / "last").unlink()
+    assert checks.checkpoint_hashes(tmp_path, evidence).sentence.endswith("changed: last, best")
+    assert not checks.checkpoint_hashes(tmp_path, {}).passed
+
+
+def test_three_seeds_that_are_one_seed_are_noticed():
+    def run(seed, weights, order):
+        return {
+            "seeds": {"requested": seed},
+            "initialisation": {"weights_sha256": weights},
+            "order_sha256": order,
+        }
+
+    honest = [run(0, "a", "x"), run(1, "b", "y"), run(2, "c", "z")]
+    assert all(check.passed for check in checks.distinct_seeds(honest))
+    same_order = [run(0, "a", "x"), run(1, "b", "x"), run(2, "c", "z")]
+    assert [check.passed for check in checks.distinct_seeds(same_order)] == [False, False, True]
+    assert "seed [1]" in checks.distinct_seeds(same_order)[0].sentence
+
+
+def test_settings_that_differ_beside_the_factor_are_named():
+    ours = {"own": {"subset": {"strategy": "easy"}, "training": {"steps": 50}}}
+    theirs = {"own": {"subset": {"strategy": "random"}, "training": {"steps": 100}}}
+    assert checks.differing(ours, theirs, ["own.subset."]) == ["own.training.steps: 100 -> 50"]

@@ -1,0 +1,636 @@
+"""`kdlib.params`: a study is exactly what its file says, or a StudyError that says why not."""
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kdlib import params
+from kdlib.params import (
+    MODELS,
+    SCORES,
+    STRATEGIES,
+    Cell,
+    Objective,
+    Study,
+    StudyError,
+    Training,
+    load_study,
+    open_point,
+    weights_path,
+)
+
+STUDY = {
+    "data": {"source": "digits", "n_validation": 97, "split_seed": 0, "shard_size": 512},
+    "teacher": {
+        "model": {"name": "tiny_cnn", "options": {"width": 32}},
+        "seed": 0,
+        "training": {
+            "epochs": 3.0,
+            "batch_size": 64,
+            "lr_peak": 0.05,
+            "augment": {"crop_padding": 1, "flip": False},
+        },
+        "expected_accuracy": 0.9,
+        "tolerance": 0.01,
+    },
+    "dynamics": {"observed": "train", "logits": True, "el2n_epoch": 2, "window": 2},
+    "students": {
+        "tiny": {"model": {"name": "tiny_cnn"}},
+        "wide": {"model": {"name": "tiny_cnn", "options": {"width": 16}}},
+    },
+    "training": {"steps": 20, "batch_size": 64, "lr_peak": 0.05, "checkpoint_fractions": [0, 1]},
+    "objectives": {
+        "kd": {"kind": "kd", "alpha": 0.7, "temperature": 4.0},
+        "plain": {"kind": "cross_entropy"},
+        "smooth": {"kind": "label_smoothing", "smoothing": 0.1},
+    },
+    "axes": {
+        "student": ["tiny", "wide"],
+        "strategy": ["random", "easy", "full"],
+        "fraction": [0.33, 0.1],
+        "objective": ["kd", "plain"],
+    },
+    "seeds": [0, 1],
+    "probe": {"strategy": ["full", "easy"], "fraction": 0.1, "objective": ["kd"], "k": 5},
+    "compare": {"baseline": "random", "margin": 0.01},
+    "compute": {"device": "cpu", "threads": 1},
+}
+
+
+def changed(path: str, value: object, content: dict = STUDY) -> dict:
+    """A copy of a study with one value, at a dotted path, replaced or added."""
+    content = copy.deepcopy(content)
+    *parents, last = path.split(".")
+    section = content
+    for key in parents:
+        section = section[key]
+    section[last] = value
+    return content
+
+
+def without(path: str) -> dict:
+    content = copy.deepcopy(STUDY)
+    *parents, last = path.split(".")
+    section = content
+    for key in parents:
+        section = section[key]
+    del section[last]
+    return content
+
+
+def validated(content: dict) -> Study:
+    return Study.model_validate({"name": "case", **content})
+
+
+@pytest.fixture
+def write(home: Path):
+    """A function that writes params/case.yaml, from a dictionary or as text."""
+    (home / "params").mkdir()
+
+    def to_file(content: dict | str) -> Path:
+        path = home / "params/case.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return to_file
+
+
+# --- what a file says ------------------------------------------------------------------------
+
+
+def test_a_study_says_what_its_file_says_and_takes_its_name(write):
+    study = load_study(write(STUDY))
+    assert study.name == "case"
+    assert study.students["wide"].model.options == {"width": 16}
+    assert study.training.steps == 20
+    assert study.axes.fraction == (0.33, 0.1)
+    assert study.seeds == (0, 1)
+    assert study == validated(STUDY)
+
+
+def test_a_study_is_found_from_the_workspace_and_from_the_current_folder(
+    write, home, tmp_path_factory, monkeypatch
+):
+    write(STUDY)
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert load_study("params/case.yaml").name == "case"
+    monkeypatch.chdir(home / "params")
+    assert load_study("case.yaml").name == "case"
+
+
+def test_a_missing_file_lists_the_studies_there_are(write, home):
+    with pytest.raises(FileNotFoundError, match=r"no study file 'nope\.yaml'; params/ has none"):
+        load_study("nope.yaml")
+    write(STUDY)
+    (home / "params/also.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"params/ has also\.yaml, case\.yaml"):
+        load_study("params/nope.yaml")
+
+
+def test_the_studies_of_this_repository_are_valid():
+    found = sorted((Path(params.__file__).parents[1] / "params").glob("*.yaml"))
+    assert found
+    for path in found:
+        assert load_study(path).cells()
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        validated(STUDY).training.steps = 1
+
+
+SECTIONS = {  # where a key may stand: a section's path, a known key of it, and a typo of that key
+    "": ("teacher", "techer"),
+    "data": ("n_validation", "n_validaton"),
+    "teacher": ("expected_accuracy", "expected_acuracy"),
+    "teacher.model": ("options", "option"),
+    "teacher.training": ("batch_size", "batchsize"),
+    "teacher.training.augment": ("crop_padding", "crop_pading"),
+    "dynamics": ("window", "windw"),
+    "students.tiny": ("model", "modle"),
+    "training": ("warmup_steps", "warmup_step"),
+    "objectives.kd": ("temperature", "temprature"),
+    "axes": ("strategy", "stratgy"),
+    "probe": ("c_grid", "cgrid"),
+    "compare": ("confidence_level", "confidence_levels"),
+    "compute": ("channels_last", "chanels_last"),
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_typo_in_a_key_gives_its_section_and_the_nearest_key(write, section):
+    known, typo = SECTIONS[section]
+    content = changed(f"{section}.{typo}".lstrip("."), 1)
+    where = section.replace(".", r"\.") or "study"
+    with pytest.raises(StudyError, match=f"{where}: unknown key '{typo}'; did you mean '{known}'"):
+        load_study(write(content))
+
+
+def test_every_section_of_a_study_is_in_the_table_of_typos():
+    def sections(content: dict, path: str = "") -> set[str]:
+        named = {"students", "objectives", "teacher.model.options", "students.wide.model.options"}
+        found = set() if path in named else {path}
+        for key, value in content.items():
+            if isinstance(value, dict):
+                found |= sections(value, f"{path}.{key}".lstrip("."))
+        return found
+
+    siblings = {"students.wide", "students.tiny.model", "students.wide.model"}
+    siblings |= {"objectives.plain", "objectives.smooth"}
+    assert sections(STUDY) - siblings == set(SECTIONS)
+
+
+@pytest.mark.parametrize("key", [7, 2.5, True, None])
+@pytest.mark.parametrize("section", ["", "data", "students", "teacher.model.options"])
+def test_a_key_that_is_no_word_is_refused(write, section, key):
+    content = copy.deepcopy(STUDY)
+    inside = content
+    for part in section.split(".") if section else []:
+        inside = inside[part]
+    inside[key] = 1
+    with pytest.raises(StudyError, match="is not a valid study"):
+        load_study(write(content))
+
+
+NAMES = {  # a value that is a name: where, a typo, and the message
+    "data.source": ("cifar11", r"data: unknown data source 'cifar11'; did you mean 'cifar10'"),
+    "teacher.model.name": ("tiny_cn", r"model\.name: unknown model 'tiny_cn'; did you mean 'tiny_"),
+    "axes.strategy": (["esy"], r"axes: unknown strategy 'esy'; did you mean 'easy'"),
+    "axes.student": (["tny"], r"study: unknown student on the axis 'tny'; did you mean 'tiny'"),
+    "axes.objective": (["kdd"], r"study: unknown objective 'kdd'; did you mean 'kd'"),
+    "probe.objective": (["plan"], r"study: unknown objective 'plan'; did you mean 'plain'"),
+    "probe.strategy": (["hard"], r"unknown strategy to probe 'hard'; known: easy, full, random"),
+    "compare.baseline": ("randm", r"unknown baseline strategy 'randm'; did you mean 'random'"),
+}
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_typo_in_a_name_gives_the_nearest_name(write, path):
+    typo, message = NAMES[path]
+    with pytest.raises(StudyError, match=message):
+        load_study(write(changed(path, typo)))
+
+
+IMPOSSIBLE = {
+    "training.epochs": (2, "give the budget once"),
+    "training.steps": (0, "training.steps: Input should be greater"),
+    "training.lr_peak": (0, "lr_peak: Input should be greater than 0"),
+    "training.momentum": (1, "momentum: Input should be less than 1"),
+    "training.optimiser": ("adam", "optimiser: Input should be 'sgd' or 'adamw'"),
+    "training.checkpoint_fractions": ([0, 1.5], "checkpoint_fractions are"),
+    "data.folder": ("images", "give it with `source: folder`, and only there"),
+    "data.source": ("folder", "give it with `source: folder`, and only there"),
+    "data.n_validation": (0, "n_validation: Input should be greater"),
+    "data.split_seed": (-1, "split_seed: Input should be greater"),
+    "teacher.weights": ("x.safetensors", "either trained .* or loaded"),
+    "teacher.training": (None, "either trained .* or loaded"),
+    "teacher.mean": ([0.5], "`mean` and `std` go together"),
+    "teacher.expected_accuracy": (90, "expected_accuracy: Input should be less"),
+    "dynamics.model": ({"name": "tiny_cnn"}, "`model` and `training` of dynamics go together"),
+    "dynamics.window": (1, "window: Input should be greater"),
+    "objectives.kd.alpha": (1.5, r"kd\.alpha: Input should be less"),
+    "objectives.kd.temperature": (0, r"kd\.temperature: Input should be greater"),
+    "objectives.plain.alpha": (0.5, r"cross_entropy takes no numbers; got \['alpha'\]"),
+    "objectives.smooth.smoothing": (None, r"label_smoothing takes \['smoothing'\]; got none"),
+    "axes.fraction": ([0.1, 0.0], r"fractions are .*; expected values in \(0, 1\]"),
+    "axes.strategy": (["easy", "random", "easy"], "axis strategy names a value twice"),
+    "probe.fraction": (0.5, "probe.fraction is 0.5; expected one of axes.fraction"),
+    "seeds": ([1, 1], "seeds are .*expected distinct integers"),
+    "students": ({}, "students: Dictionary should have at least 1"),
+    "compare.margin": (float("nan"), "margin: Input should be"),
+}
+
+
+@pytest.mark.parametrize("path", IMPOSSIBLE)
+def test_an_impossible_value_is_refused_with_its_place(write, path):
+    value, message = IMPOSSIBLE[path]
+    with pytest.raises(StudyError, match=message):
+        load_study(write(changed(path, value)))
+
+
+def test_one_seed_or_a_negative_one_is_refused(write):
+    for seeds in ([0], [0, -1]):
+        with pytest.raises(StudyError, match="seeds"):
+            load_study(write(changed("seeds", seeds)))
+
+
+def test_seed_0_is_a_seed_not_an_absent_one(write):
+    assert load_study(write(changed("seeds", [0, 3]))).seeds == (0, 3)
+
+
+def test_a_loaded_teacher_needs_safetensors_and_dynamics_of_their_own(write):
+    teacher = {"model": {"name": "tiny_cnn"}, "weights": "t.safetensors", "expected_accuracy": 0.9}
+    with pytest.raises(StudyError, match="a loaded teacher has no recorded training"):
+        load_study(write(changed("teacher", teacher)))
+    own = {"model": {"name": "tiny_cnn"}, "training": STUDY["training"]}
+    content = changed("dynamics", own, changed("teacher", teacher))
+    assert load_study(write(content)).recorded_run.name == "dynamics"
+    content["teacher"]["weights"] = "t.pth"
+    with pytest.raises(StudyError, match=r"must be a \.safetensors file.*execute code"):
+        load_study(write(content))
+
+
+# --- YAML ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["seeds: [0, 1]\nseeds: [2, 3]", "data: {source: digits, source: mnist}"]
+)
+def test_a_key_given_twice_is_refused(write, text):
+    with pytest.raises(
+        StudyError,
+        match=r"key '\w+' is given twice.*\n.*line \d",
+    ):
+        load_study(write(text))
+
+
+def test_the_name_of_a_study_cannot_be_written_into_it(write):
+    with pytest.raises(StudyError, match=r"`name` is taken from the file name \(case\)"):
+        load_study(write({"name": "other", **STUDY}))
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:pathlib.Path.touch [{marker}]",
+        "!!python/object/new:pathlib.PosixPath [{marker}]",
+        "!!python/name:os.system",
+        "!!python/module:antigravity",
+        "!include {marker}",
+    ],
+)
+def test_tags_are_refused_and_execute_nothing(write, tmp_path, tag):
+    marker = tmp_path / "executed"
+    path = write("data: " + tag.format(marker=marker))
+    with pytest.raises(StudyError, match="could not determine a constructor for the tag"):
+        load_study(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "a: 2025-02-30", "a: !!bool maybe", "a: !!timestamp x", "a: !!int x", "? [1]\n: 2",
+     "a: &x {b: *y}", "a: " + "[" * 3000, "\0"],
+    ids=lambda text: repr(text[:12]),
+)  # fmt: skip
+def test_text_that_is_not_yaml_is_a_study_error(write, text):
+    with pytest.raises(StudyError, match=r"case\.yaml is not a readable YAML file"):
+        load_study(write(text))
+
+
+def test_bytes_that_are_no_text_are_a_study_error(write):
+    path = write("")
+    path.write_bytes(b"data: \xff")
+    with pytest.raises(StudyError, match="not a readable YAML file"):
+        load_study(path)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "3", "word"])
+def test_a_file_that_is_no_mapping_is_refused(write, text):
+    with pytest.raises(StudyError, match="expected a mapping with data, teacher, students"):
+        load_study(write(text))
+
+
+def paths(content: dict, prefix: tuple = ()) -> list[tuple]:
+    found = []
+    for key, value in content.items():
+        found.append((*prefix, key))
+        if isinstance(value, dict):
+            found += paths(value, (*prefix, key))
+    return found
+
+
+WORDS = st.sampled_from(["data", "full", "kd", "steps", "timm/resnet18", "x", ""]) | st.text(
+    st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=8
+)
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.dates()
+    | st.binary(max_size=4)
+    | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_a_mutated_study_loads_or_is_a_study_error(write, data):
+    content = copy.deepcopy(STUDY)
+    for _ in range(data.draw(st.integers(1, 3))):
+        *parents, last = data.draw(st.sampled_from(paths(content)))
+        section = content
+        for key in parents:
+            section = section[key]
+        kind = data.draw(st.sampled_from(["delete", "rename", "replace", "add"]))
+        if kind in ("delete", "rename"):
+            value = section.pop(last)
+        if kind == "rename":
+            section[data.draw(WORDS | st.integers() | st.booleans())] = value
+        elif kind != "delete":
+            section[last if kind == "replace" else data.draw(WORDS)] = data.draw(VALUES)
+        if not content:
+            break
+    path = write(content)
+    try:
+        study = load_study(path)
+    except StudyError:
+        return
+    for cell in study.cells():
+        assert study.cell(**dict(cell.items())) == cell
+    assert set(study.probed_cells()) <= set(study.cells())
+    study.step_settings("compare")
+
+
+# --- what follows from it --------------------------------------------------------------------
+
+
+def test_steps_are_the_same_for_every_subset():
+    training = Training(steps=350, batch_size=64, lr_peak=0.1)
+    assert [training.n_steps(n) for n in (10, 1000, 50_000)] == [350] * 3
+    assert training.comparison == "equal_steps"
+
+
+def test_epochs_become_steps_by_the_size_of_the_subset_rounded_up():
+    training = Training(epochs=10, batch_size=64, lr_peak=0.1)
+    # 10 * 1100 / 64 = 171.875 and 10 * 64 / 64 = 10 and 10 * 1 / 64 = 0.16
+    assert [training.n_steps(n) for n in (1100, 64, 1)] == [172, 10, 1]
+    assert training.comparison == "equal_epochs"
+    half = Training(epochs=0.5, batch_size=10, lr_peak=0.1)
+    assert [half.n_steps(n) for n in (100, 101)] == [5, 6]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 500), st.integers(1, 5000), st.integers(1, 200))
+def test_epochs_in_hundredths_are_exact(hundredths, n, batch_size):
+    training = Training(epochs=hundredths / 100, batch_size=batch_size, lr_peak=0.1)
+    assert training.n_steps(n) == -(-hundredths * n // (100 * batch_size))  # integers alone
+
+
+def test_cells_are_every_point_of_the_axes_with_the_full_set_once_per_student_and_objective():
+    cells = validated(STUDY).cells()
+    # 2 students * (1 full + 2 strategies * 2 fractions) * 2 objectives
+    assert len(cells) == len(set(cells)) == 20
+    assert cells[:2] == [Cell("tiny", "full", 1.0, "kd"), Cell("tiny", "full", 1.0, "plain")]
+    assert [c for c in cells if c.strategy == "easy" and c.student == "wide"] == [
+        Cell("wide", "easy", f, o) for f in (0.33, 0.1) for o in ("kd", "plain")
+    ]
+    assert {c.fraction for c in cells if c.strategy == "full"} == {1.0}
+
+
+def test_probed_cells_are_the_named_ones_at_the_named_fraction():
+    # 2 students * (full at 1.0, easy at 0.1) * 1 objective
+    assert validated(STUDY).probed_cells() == [
+        Cell(student, strategy, fraction, "kd")
+        for student in ("tiny", "wide")
+        for strategy, fraction in (("full", 1.0), ("easy", 0.1))
+    ]
+
+
+def test_every_cell_has_a_folder_of_its_own():
+    cells = validated(STUDY).cells()
+    assert len({cell.path for cell in cells}) == len(cells)
+    assert cells[2].path.as_posix() == "student=tiny/strategy=random/fraction=0.33/objective=kd"
+
+
+def test_a_cell_takes_the_first_value_of_an_axis_that_is_not_given():
+    study = validated(STUDY)
+    assert study.cell() == Cell("tiny", "random", 0.33, "kd")
+    assert study.cell(student="wide", fraction=0.1) == Cell("wide", "random", 0.1, "kd")
+    assert study.cell(strategy=None).strategy == "random"
+    assert study.cell(strategy="full", fraction=0.1).fraction == 1.0
+    assert study.cell(objective="smooth", strategy="aum_top", fraction=0.5) == Cell(
+        "tiny", "aum_top", 0.5, "smooth"
+    )
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [
+        ({"strategi": "easy"}, "unknown axis 'strategi'; did you mean 'strategy'"),
+        ({"student": "tinny"}, "unknown student 'tinny'; did you mean 'tiny'"),
+        ({"strategy": "eazy"}, "unknown strategy 'eazy'; did you mean 'easy'"),
+        ({"objective": "kdd"}, "unknown objective 'kdd'; did you mean 'kd'"),
+        ({"fraction": 0.0}, r"fraction is 0\.0; expected a number in \(0, 1\]"),
+        ({"fraction": 1.1}, "fraction is 1.1; expected"),
+        ({"fraction": math.nan}, "fraction is nan; expected"),
+        ({"fraction": "a third"}, "fraction is 'a third'; expected"),
+        ({"fraction": [0.1]}, r"fraction is \[0.1\]; expected"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_refused(axes, message):
+    with pytest.raises(StudyError, match=message):
+        validated(STUDY).cell(**axes)
+
+
+def test_the_names_of_strategies_and_models_are_distinct():
+    assert len(set(STRATEGIES)) == len(STRATEGIES) == 6 + 2 * len(SCORES)
+    assert len(set(MODELS)) == len(MODELS)
+
+
+def test_studies_of_the_same_images_share_a_cache_and_others_do_not(home):
+    study = validated(STUDY)
+    assert study.cache.parent == home / "cache"
+    for path, value in [("data.n_validation", 50), ("data.split_seed", 1), ("training.steps", 9)]:
+        assert validated(changed(path, value)).cache == study.cache
+    others = [("data.source", "mnist"), ("data.image_size", 16), ("data.shard_size", 64)]
+    caches = {validated(changed(path, value)).cache for path, value in others}
+    assert len(caches | {study.cache}) == 4
+
+
+def test_runs_and_figures_of_a_study_carry_its_name(home):
+    study = validated(STUDY)
+    assert (study.runs, study.figures) == (home / "runs/case", home / "figures/case")
+    assert study.recorded_run == home / "runs/case/teacher"
+
+
+def test_a_weight_file_is_looked_up_in_the_data_folder(home, monkeypatch):
+    assert weights_path("a/b.safetensors") == home / "data/a/b.safetensors"
+    assert weights_path("/x/b.safetensors") == Path("/x/b.safetensors")
+
+
+READERS = {  # a value, and the steps that read it themselves (distill of which cells, see below)
+    "data.n_validation": {"cache"},
+    "data.split_seed": {"cache"},
+    "data.shard_size": {"cache"},
+    "data.image_size": {"cache"},
+    "teacher.model.options.width": {"teacher"},
+    "teacher.seed": {"teacher"},
+    "teacher.training.epochs": {"teacher"},
+    "teacher.training.augment.flip": {"teacher"},
+    "teacher.expected_accuracy": {"teacher"},
+    "dynamics.observed": {"teacher"},
+    "dynamics.logits": {"teacher"},
+    "dynamics.seed": {"teacher"},
+    "dynamics.el2n_epoch": {"datamap"},
+    "dynamics.window": {"datamap"},
+    "students.tiny.model.name": {"distill tiny kd", "distill tiny plain"},
+    "students.wide.model.options.width": {"distill wide kd", "distill wide plain"},
+    "objectives.kd.alpha": {"distill tiny kd", "distill wide kd"},
+    "objectives.smooth.smoothing": set(),
+    "training.steps": {"distill"},
+    "training.weight_decay": {"distill"},
+    "probe.k": {"probe"},
+    "probe.c_grid": {"probe"},
+    "probe.seed": {"probe"},
+    "probe.strategy": set(),
+    "compare.margin": set(),
+    "axes.fraction": set(),
+    "seeds": set(),
+    "compute.threads": {"teacher", "distill", "probe"},
+    "compute.channels_last": {"teacher", "distill", "probe"},
+}
+NEW = {
+    "dynamics.observed": "eval",
+    "dynamics.logits": False,
+    "teacher.training.augment.flip": True,
+    "students.tiny.model.name": "cifar_resnet8",
+    "probe.c_grid": [1.0],
+    "probe.strategy": ["full"],
+    "axes.fraction": [0.33, 0.1, 0.5],
+    "seeds": [0, 1, 2],
+    "compute.channels_last": True,
+}
+UNSEEN = {"dynamics.el2n_epoch", "dynamics.window"}  # reach `compare` through the datamap
+
+
+def settings_by_step(content: dict) -> dict[str, dict]:
+    study = validated(content)
+    steps = {s: study.step_settings(s) for s in ("cache", "teacher", "datamap", "probe", "compare")}
+    for student in ("tiny", "wide"):
+        for objective in ("kd", "plain"):
+            cell = Cell(student, "easy", 0.1, objective)
+            steps[f"distill {student} {objective}"] = study.step_settings("distill", cell)
+    return steps
+
+
+@pytest.mark.parametrize("path", READERS)
+def test_one_value_changes_the_settings_of_exactly_the_steps_that_read_it(path):
+    value = NEW.get(path, 0.02 if path == "compare.margin" else None)
+    if value is None:
+        value = 0.5 if "alpha" in path or "smooth" in path or "accuracy" in path else 17
+        value = 0.5 if path == "training.weight_decay" else value
+    before, after = settings_by_step(STUDY), settings_by_step(changed(path, value))
+    differing = {step for step in before if before[step] != after[step]}
+    expected = {s for s in before if s in READERS[path] or s.split()[0] in READERS[path]}
+    assert differing == expected | (set() if path in UNSEEN else {"compare"})
+
+
+def test_every_part_of_a_study_is_in_the_table_of_readers():
+    assert {path.split(".")[0] for path in READERS} == set(Study.model_fields) - {"name"}
+
+
+def test_the_cell_itself_is_part_of_what_distill_reads():
+    study = validated(STUDY)
+    cells = [*study.cells(), study.cell(fraction=0.5)]
+    assert len({str(study.step_settings("distill", cell)) for cell in cells}) == len(cells)
+
+
+def test_the_name_of_a_study_is_no_setting():
+    other = Study.model_validate({"name": "other", **STUDY})
+    assert validated(STUDY).step_settings("compare") == other.step_settings("compare")
+
+
+def test_an_objective_takes_the_numbers_of_its_kind_and_no_others():
+    assert Objective(kind="kd", alpha=0, temperature=1).alpha == 0
+    with pytest.raises(ValueError, match=r"kd takes \['alpha', 'temperature'\]; got \['alpha'\]"):
+        Objective(kind="kd", alpha=0.5)
+
+
+# --- what a notebook asks for ----------------------------------------------------------------
+
+DEFAULTS = 'study: str = "params/case.yaml"\nstrategy: str = ""\nfraction: float = 0.0'
+INJECTED = '# Parameters\nstudy = "params/case.yaml"\nstrategy = "easy"\n'
+
+
+def test_a_notebook_opens_the_point_it_was_asked_for(write):
+    write(STUDY)
+    study, cell = open_point(["", DEFAULTS], "params/case.yaml", strategy="easy", fraction=0.1)
+    assert (study.name, cell) == ("case", Cell("tiny", "easy", 0.1, "kd"))
+
+
+def test_empty_strings_and_zeros_mean_the_study_s_first_value(write):
+    write(STUDY)
+    axes = {"student": "", "strategy": "", "fraction": 0.0, "objective": None}
+    assert open_point([], "params/case.yaml", **axes)[1] == Cell("tiny", "random", 0.33, "kd")
+
+
+def test_an_unknown_papermill_parameter_is_refused_with_the_nearest(write):
+    write(STUDY)
+    history = ["", DEFAULTS, INJECTED + 'strateg = "hard"\n']
+    with pytest.raises(StudyError, match="no parameter 'strateg'; did you mean 'strategy'"):
+        open_point(history, "params/case.yaml", strategy="easy")
+
+
+def test_an_axis_this_notebook_does_not_have_is_refused(write):
+    write(STUDY)
+    with pytest.raises(StudyError, match="no parameter 'objective'; known: strategy, study"):
+        open_point(["# Parameters\nobjective = 'kd'"], "params/case.yaml", strategy="easy")
+
+
+def test_a_re_executed_notebook_is_opened(write):
+    """Its history holds the injected cell twice, cells of other kinds, and names that are read."""
+    write(STUDY)
+    history = ["", DEFAULTS, INJECTED, "import os\nx = 1", "!ls", INJECTED, "%time y = 2"]
+    history.append("# Parameters\nstrategy = str('easy')\n")
+    assert open_point(history, "params/case.yaml", strategy="easy")[1].strategy == "easy"
+
+
+def test_a_point_that_cannot_be_is_refused(write):
+    write(STUDY)
+    with pytest.raises(StudyError, match="unknown strategy 'esy'"):
+        open_point([], "params/case.yaml", strategy="esy")
+    with pytest.raises(FileNotFoundError, match="no study file"):
+        open_point([], "params/none.yaml")

@@ -1,0 +1,521 @@
+"""Figures show every point they are given, say what they show in legible words, and are the same
+files for the same tables."""
+
+from itertools import pairwise
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from kdlib import plots
+from kdlib.compare import objective_differences, paired_differences
+
+MARGIN = 0.01
+ACCURACY = {"full": 0.94, "random": 0.90, "easy": 0.87, "ambiguous_corner": 0.899, "hard": 0.78}
+
+
+def map_table(n=300, seed=0):
+    rng = np.random.default_rng(seed)
+    confidence = rng.uniform(0, 1, n)
+    variability = rng.uniform(0, 1, n) * np.sqrt(confidence * (1 - confidence))
+    regions = np.where(variability > 0.3, "ambiguous", np.where(confidence > 0.5, "easy", "hard"))
+    return pd.DataFrame(
+        {
+            "confidence": confidence,
+            "variability": variability,
+            "correctness": rng.integers(0, 11, n) / 10,
+            "region_variability": pd.Categorical(regions, ["easy", "ambiguous", "hard"]),
+        },
+        index=pd.Index(np.arange(n), name="example_id"),
+    )
+
+
+def cells(students=("tiny",), objectives=("kd", "plain"), fractions=(0.33, 0.1), n_seeds=5):
+    """One row per run, without what was measured."""
+    subsets = [(s, f) for s in ACCURACY if s != "full" for f in fractions]
+    rows = [
+        (student, strategy, fraction, objective, seed)
+        for student in students
+        for objective in objectives
+        for strategy, fraction in [("full", 1.0), *subsets]
+        for seed in range(n_seeds)
+    ]
+    return pd.DataFrame(rows, columns=[*plots.AXES, "seed"])
+
+
+def result_table(**axes):
+    runs = cells(**axes)
+    noise = np.random.default_rng(1).normal(0, 0.004, len(runs))
+    return runs.assign(
+        test_accuracy=runs["strategy"].map(ACCURACY) + noise,
+        steps=100,
+        samples=1600,
+        unique_examples=(900 * runs["fraction"]).round(),
+        refused=False,
+    )
+
+
+def series(steps, value, **axes):
+    """Every run at every step, accuracy rising from 0.1 with a seeded wobble."""
+    runs = cells(**axes).merge(pd.Series(steps, name="step"), how="cross")
+    noise = np.random.default_rng(2).normal(0, 0.004, len(runs))
+    rise = 1 - np.exp(-runs["step"] / 50)
+    return runs.assign(
+        **{value: 0.1 + (runs["strategy"].map(ACCURACY) - 0.1) * rise + noise * rise}
+    )
+
+
+def curve_table(**axes):
+    axes = {"objectives": ("kd",), "fractions": (0.33,), **axes}
+    return series(range(0, 301, 20), "validation_accuracy", **axes)
+
+
+def probe_table(**axes):
+    axes = {"objectives": ("kd",), "fractions": (0.33,), **axes}
+    table = series([0, 30, 100, 300], "accuracy", **axes)
+    teacher = table.iloc[:1].assign(strategy="teacher", seed=-1, step=-1, accuracy=0.97)
+    untrained = table[table["step"] == 0].assign(strategy="untrained", accuracy=0.1)
+    table = pd.concat([table, teacher, untrained], ignore_index=True)
+    return pd.concat(
+        [table.assign(probe="linear"), table.assign(probe="knn", accuracy=table["accuracy"] / 2)],
+        ignore_index=True,
+    )
+
+
+def compared(results):
+    return paired_differences(results, "random", MARGIN, 0.95)
+
+
+def grid_input(n=4, channels=3, names=("easy", "ambiguous", "hard")):
+    rng = np.random.default_rng(3)
+    images = {r: rng.integers(0, 256, (n, channels, 8, 8), dtype=np.uint8) for r in names}
+    return images, {region: [f"class_{i}" for i in range(n)] for region in names}
+
+
+def draw(name):
+    """Each figure as the lab draws it, at its print size."""
+    with plots.style():
+        heights = {"datamap": 4.6, "accuracy": 4.4, "differences": 5.0, "regions": 3.2}
+        fig = Figure(figsize=(plots.WIDE, heights.get(name, 3.4)))
+        if name == "datamap":
+            plots.datamap(fig, map_table(), "digits, N = 300, E = 10")
+        elif name == "accuracy":
+            plots.accuracy_by_strategy(fig, result_table(), compared(result_table()))
+        elif name == "differences":
+            plots.paired_differences(fig.subplots(), compared(result_table()), margin=MARGIN)
+        elif name == "curves":
+            plots.learning_curves(fig.subplots(), curve_table())
+        elif name == "probes":
+            for ax, kind in zip(fig.subplots(1, 2), ("linear", "knn"), strict=True):
+                plots.probe_curves(ax, probe_table(), probe=kind)
+        else:
+            plots.region_grid(fig, *grid_input())
+    return fig
+
+
+FIGURES = ("datamap", "accuracy", "differences", "curves", "probes", "regions")
+
+
+def words(where):
+    return [text.get_text() for text in where.findobj(Text) if text.get_text()]
+
+
+def title_of(ax):
+    """The title, whichever style was on when it was set."""
+    return ax.get_title(loc="left") or ax.get_title()
+
+
+def axis():
+    return Figure(figsize=(plots.WIDE, 3.4), layout="constrained").subplots()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_all_text_is_legible_and_inside_the_figure(name):
+    with plots.style():
+        fig = draw(name)
+        fig.draw_without_rendering()
+        extent = fig.get_tightbbox()  # inches, everything that is drawn
+    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text().strip()]
+    assert len(sizes) > 5
+    assert min(sizes) >= 7
+    assert min(extent.x0, extent.y0) >= 0
+    assert extent.x1 <= fig.get_figwidth()
+    assert extent.y1 <= fig.get_figheight()
+
+
+@pytest.mark.parametrize("name", ["datamap", "accuracy", "curves", "regions"])
+def test_the_same_tables_give_the_same_bytes(name, tmp_path):
+    again = draw(name)
+    again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
+    first = plots.save_figure(draw(name), tmp_path / "first", name)
+    second = plots.save_figure(again, tmp_path / "second", name)
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_saved_files_have_print_size_embedded_fonts_and_no_date_or_version(tmp_path):
+    from PIL import Image
+
+    pdf, png = plots.save_figure(draw("curves"), tmp_path / "new" / "study", "curves")
+    assert (pdf.name, png.name) == ("curves.pdf", "curves.png")
+    assert {path.name for path in pdf.parent.iterdir()} == {"curves.pdf", "curves.png"}
+    assert b"/Type42" not in pdf.read_bytes()
+    assert b"/CIDFontType2" in pdf.read_bytes()  # how type 42 appears in a PDF
+    for word in (b"CreationDate", b"Matplotlib", b"/Producer"):
+        assert word not in pdf.read_bytes()
+    with Image.open(png) as image:
+        assert image.size == (round(300 * plots.WIDE), round(300 * 3.4))
+        assert set(image.info) == {"dpi"}
+
+
+def test_a_figure_that_cannot_be_drawn_leaves_the_old_files(tmp_path):
+    pdf, png = plots.save_figure(draw("curves"), tmp_path, "curves")
+    before = pdf.read_bytes(), png.read_bytes()
+    broken = Figure()
+    broken.text(0, 0, r"$\unknown$")
+    with pytest.raises(ValueError, match="unknown"):
+        plots.save_figure(broken, tmp_path, "curves")
+    assert (pdf.read_bytes(), png.read_bytes()) == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_style_ends_with_its_block_and_ignores_the_users_settings():
+    with mpl.rc_context({"lines.linewidth": 9.0, "axes.grid": True}):
+        with plots.style():
+            assert mpl.rcParams["pdf.fonttype"] == 42
+            assert not mpl.rcParams["axes.grid"]
+            assert mpl.rcParams["lines.linewidth"] < 2
+        assert mpl.rcParams["lines.linewidth"] == 9.0
+        assert mpl.rcParams["axes.grid"]
+
+
+def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
+    table = map_table(500)
+    fig = plots.datamap(Figure(), table, "N = 500, E = 10")
+    ax, above, right, _, far_right = fig.axes
+    (points,) = ax.collections
+    assert points.get_rasterized()
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 0.5), (0, 1))
+    places = pd.DataFrame(np.asarray(points.get_offsets()), columns=["variability", "confidence"])
+    places["tenth"] = np.round(np.asarray(points.get_array()) * 10 - 0.5)
+    # Correctness k / 10 lies in tenth k, and 1.0 in the last one.
+    expected = table.assign(tenth=(10 * table["correctness"]).round().clip(upper=9))
+    order = ["variability", "confidence"]
+    np.testing.assert_allclose(
+        places.sort_values(order), expected[[*order, "tenth"]].sort_values(order)
+    )
+    for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
+        assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == 500
+    bars = [bar.get_width() for bar in far_right.patches]
+    assert bars == [int((expected["tenth"] == k).sum()) for k in range(10)]
+
+
+def test_datamap_names_title_axes_and_the_size_of_each_region():
+    table = map_table(500)
+    shown = words(plots.datamap(Figure(), table, "digits, N = 500, E = 10"))
+    counts = table["region_variability"].value_counts()
+    for text in (
+        "digits, N = 500, E = 10", "variability", "confidence", "correctness (fraction of epochs)",
+        f"easy-to-learn ({counts['easy']})", f"ambiguous ({counts['ambiguous']})",
+        f"hard-to-learn ({counts['hard']})",
+    ):  # fmt: skip
+        assert text in shown
+
+
+def test_datamap_region_names_stand_where_no_example_can_be():
+    with plots.style():
+        fig = plots.datamap(Figure(figsize=(plots.WIDE, 4.6)), map_table(), "t")
+        fig.draw_without_rendering()
+        ax = fig.axes[0]
+        names = [t for t in ax.texts if t.get_text().startswith(("easy", "ambi", "hard", "large"))]
+        corners = [
+            ax.transData.inverted().transform(Text.get_window_extent(t).corners()) for t in names
+        ]
+    assert len(corners) == 4
+    for x, y in np.concatenate(corners):
+        assert x**2 > y * (1 - y)
+
+
+def test_datamap_without_examples_of_a_region_does_not_name_it():
+    table = map_table()
+    shown = words(
+        plots.datamap(Figure(), table[table["region_variability"] != "hard"], "no hard examples")
+    )
+    assert not any(text.startswith("hard-to-learn") for text in shown)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variability": 0.7}, r"variability runs from 0.7 to 0.7.*\[0, 0.5\]"),
+        ({"correctness": 7.0}, r"correctness runs from 7"),
+        ({"confidence": np.nan}, r"300 are NaN"),
+    ],
+)
+def test_datamap_refuses_scores_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        plots.datamap(Figure(), map_table().assign(**change), "t")
+
+
+def test_missing_columns_and_empty_tables_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"`datamap` lacks the columns \['region_corner'\]"):
+        plots.datamap(Figure(), map_table(), "t", regions="region_corner")
+    with pytest.raises(ValueError, match="the table `curves` has no rows"):
+        plots.learning_curves(axis(), curve_table().iloc[:0])
+    with pytest.raises(ValueError, match=r"lacks the columns \['test_accuracy'\]"):
+        plots.accuracy_by_strategy(
+            Figure(), result_table().drop(columns="test_accuracy"), compared(result_table())
+        )
+
+
+def test_learning_curve_is_the_mean_and_the_band_one_standard_deviation():
+    # Two seeds, 0.5 and 0.7 at step 10: mean 60 %, sample s.d. 10 * sqrt(2) points.
+    runs = cells(objectives=("kd",), fractions=(0.33,), n_seeds=2).query("strategy == 'easy'")
+    curves = pd.concat(
+        [
+            runs.assign(step=0, validation_accuracy=[0.2, 0.2]),
+            runs.assign(step=10, validation_accuracy=[0.5, 0.7]),
+        ]
+    )
+    ax = plots.learning_curves(axis(), curves)
+    line = next(line for line in ax.lines if line.get_label() == "easy")
+    np.testing.assert_allclose(line.get_xydata(), [[0, 20], [10, 60]])
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert heights.min() == pytest.approx(20)
+    assert sorted({round(h, 6) for h in heights}) == pytest.approx(
+        [20, 60 - 10 * np.sqrt(2), 60 + 10 * np.sqrt(2)], abs=1e-5
+    )
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("optimiser steps", "validation accuracy (%)")
+    assert "KD, 33 % of the data; mean ± s.d., S = 2" in words(ax)
+
+
+def test_one_seed_has_no_band_and_says_so():
+    ax = plots.learning_curves(axis(), curve_table(n_seeds=1))
+    assert not ax.collections
+    assert any(text.endswith("one seed") for text in words(ax))
+
+
+def test_curves_of_different_cells_are_never_averaged():
+    both = curve_table(objectives=("kd", "plain"), fractions=(0.33, 0.1))
+    ax = plots.learning_curves(axis(), both)
+    names = {line.get_label() for line in ax.lines if not line.get_label().startswith("_")}
+    expected = {
+        f"{s}, {f} %, {o}" for s in ("easy", "hard") for f in (33, 10) for o in ("KD", "plain")
+    }
+    assert expected <= names
+    assert len(names) == 2 * (1 + 2 * 4)  # objectives x (full set, fractions x strategies)
+
+
+def test_curves_with_a_hole_are_refused():
+    table = curve_table()
+    with pytest.raises(ValueError, match="not all evaluated at the same steps"):
+        plots.learning_curves(axis(), table.drop(index=table.index[7]))
+
+
+def test_each_strategy_keeps_its_look_and_no_two_share_one():
+    every = [
+        *plots.STRATEGIES,
+        *(f"{s}_{end}" for s in ("aum", "el2n", "loss", "dual") for end in ("top", "bottom")),
+    ]
+    looks = plots._looks(every)
+    assert len({looks[name] for name in every}) == len(every)
+    assert plots._looks(["hard", "easy"])["easy"] == looks["easy"]
+
+
+def test_probe_curves_label_every_line_and_both_references():
+    table = probe_table()
+    ax = plots.probe_curves(axis(), table, probe="knn")
+    levels = {round(line.get_ydata()[0], 3) for line in ax.lines if len(set(line.get_ydata())) == 1}
+    assert {48.5, 5.0} <= levels  # teacher 0.97 / 2, untrained 0.1 / 2
+    assert {"teacher", "untrained", "full set", "random", "ambiguous (corner)"} <= set(words(ax))
+    assert "k-NN probe, KD, 33 % of the data; mean ± s.d., S = 5" in words(ax)
+    with pytest.raises(ValueError, match="no rows of probe 'lineal'; did you mean 'linear'"):
+        plots.probe_curves(axis(), table, probe="lineal")
+
+
+def test_each_untrained_student_has_a_level_of_its_own():
+    ax = plots.probe_curves(axis(), probe_table(students=("tiny", "wide")))
+    assert {"untrained, tiny", "untrained, wide", "teacher", "easy, wide"} <= set(words(ax))
+
+
+def test_labels_at_the_lines_do_not_overlap():
+    with plots.style():
+        fig = draw("curves")
+        fig.draw_without_rendering()
+        boxes = sorted(
+            (text.get_window_extent() for text in fig.axes[0].texts), key=lambda box: box.y0
+        )
+    assert len(boxes) == len(ACCURACY)
+    assert all(low.y1 <= high.y0 + 1 for low, high in pairwise(boxes))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.001, 0.1))
+def test_spread_labels_keep_order_and_distance_and_stay_near(heights, gap):
+    heights = sorted(heights)
+    places = plots.spread(heights, gap)
+    assert len(places) == len(heights)
+    assert all(b - a >= gap - 1e-5 for a, b in pairwise(places))
+    assert min(places) >= 0
+    assert max(places) <= 1 + 1e-5
+    if all(b - a >= gap for a, b in pairwise(heights)):
+        assert places == pytest.approx(heights, abs=1e-5)
+
+
+def test_accuracy_shows_each_run_the_means_and_the_full_set():
+    results = result_table()
+    fig = plots.accuracy_by_strategy(Figure(), results, compared(results))
+    assert [title_of(ax) for ax in fig.axes] == [
+        "33 % of the data",
+        "10 % of the data",
+    ]
+    for ax, fraction in zip(fig.axes, (0.33, 0.1), strict=True):
+        shown = results[results["fraction"] == fraction]
+        dots = [line for line in ax.lines if line.get_markersize() == 2.6]
+        seen = np.sort(np.concatenate([line.get_xdata() for line in dots]))
+        np.testing.assert_allclose(seen, np.sort(100 * shown["test_accuracy"]))
+        means = [line.get_xdata()[0] for line in ax.lines if line.get_markersize() == 5.5]
+        expected = 100 * shown.groupby(["strategy", "objective"])["test_accuracy"].mean()
+        np.testing.assert_allclose(np.sort(means), np.sort(expected))
+        full = (
+            100
+            * results[results["strategy"] == "full"].groupby("objective")["test_accuracy"].mean()
+        )
+        upright = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2
+                   and line.get_marker() == "None"]  # fmt: skip
+        np.testing.assert_allclose(np.sort(upright), np.sort(full))
+        assert ax.get_xlabel() == "test accuracy at the last step (%)"
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        assert names in ([], ["random", "easy", "ambiguous (corner)", "hard"])
+    (legend,) = fig.legends
+    assert {"KD: mean", "KD: full set", "one seed", "against random:", "worse"} <= set(
+        words(legend)
+    )
+
+
+def test_each_student_has_a_row_of_panels():
+    results = result_table(students=("tiny", "wide"))
+    fig = plots.accuracy_by_strategy(Figure(), results, compared(results))
+    titles = [title_of(ax) for ax in fig.axes]
+    assert titles == [f"{s}, {f} % of the data" for s in ("tiny", "wide") for f in (33, 10)]
+
+
+def test_refused_runs_are_not_drawn():
+    results = result_table()
+    comparison = compared(results)
+    results.loc[3, "refused"] = True
+    with pytest.raises(ValueError, match="1 of 90 rows are refused"):
+        plots.accuracy_by_strategy(Figure(), results, comparison)
+
+
+def test_results_without_subsets_are_refused():
+    results = result_table()
+    with pytest.raises(ValueError, match="full set alone"):
+        plots.accuracy_by_strategy(
+            Figure(), results[results["strategy"] == "full"], compared(results)
+        )
+
+
+def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
+    comparison = compared(result_table())
+    ax = plots.paired_differences(axis(), comparison, margin=MARGIN)
+    markers = {"better": "^", "worse": "v", "equivalent": "s", "inconclusive": "o"}
+    points = [line for line in ax.lines if line.get_marker() in markers.values()]
+    drawn = sorted((line.get_marker(), round(float(line.get_xdata()[0]), 6)) for line in points)
+    assert drawn == sorted(
+        (markers[row.verdict], round(100 * row.difference, 6)) for row in comparison.itertuples()
+    )
+    assert len({row.verdict for row in comparison.itertuples()}) > 1
+    spans = {
+        tuple(np.round(line.get_xdata(), 6)) for line in ax.lines if len(line.get_xdata()) == 2
+    }
+    for row in comparison.itertuples():
+        assert (round(100 * row.low, 6), round(100 * row.high, 6)) in spans
+        assert (round(100 * row.low90, 6), round(100 * row.high90, 6)) in spans
+    assert any(
+        patch.get_x() == pytest.approx(-1) and patch.get_width() == pytest.approx(2)
+        for patch in ax.patches
+    )
+    assert ax.get_xlabel() == "test accuracy, strategy minus random, seed by seed (points)"
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[:2] == ["against 33 %, KD", "against 33 %, plain"]  # the full set comes first
+    assert len(labels) == len(comparison)
+    assert {"full set", "ambiguous (corner)", "margin, ±1 point"} <= set(words(ax))
+
+
+def test_differences_of_objectives_say_what_is_subtracted():
+    comparison = objective_differences(result_table(), "plain", MARGIN, 0.95)
+    ax = plots.paired_differences(axis(), comparison, margin=MARGIN)
+    assert ax.get_xlabel() == "test accuracy, KD minus plain, seed by seed (points)"
+
+
+def test_differences_at_one_fraction_and_objective_name_them_below():
+    comparison = compared(result_table(objectives=("kd",), fractions=(0.33,)))
+    ax = plots.paired_differences(axis(), comparison, margin=MARGIN)
+    assert ax.get_xlabel().endswith("\nKD, 33 % of the data")
+
+
+def test_a_comparison_without_pairs_is_shown_as_such():
+    results = result_table()
+    results.loc[results["strategy"] == "hard", "refused"] = True
+    ax = plots.paired_differences(axis(), compared(results), margin=MARGIN)
+    assert sum(text.strip() == "no paired seeds" for text in words(ax)) == 4
+
+
+def test_another_margin_than_that_of_the_verdicts_is_refused():
+    with pytest.raises(ValueError, match=r"margin is 0.02 but the verdicts were reached with 0.01"):
+        plots.paired_differences(axis(), compared(result_table()), margin=0.02)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_region_grid_shows_every_image_unchanged_and_square(channels):
+    images, titles = grid_input(channels=channels)
+    images["hard"], titles["hard"] = images["hard"][:2], titles["hard"][:2]  # rows may be short
+    fig = plots.region_grid(Figure(figsize=(plots.WIDE, 4)), images, titles)
+    (ax,) = fig.axes
+    pixels = np.concatenate(list(images.values()))
+    assert len(ax.images) == len(pixels) == 10
+    for drawn, image in zip(ax.images, pixels, strict=True):
+        shown = np.asarray(drawn.get_array())
+        shown = shown[None] if channels == 1 else shown.transpose(2, 0, 1)
+        np.testing.assert_array_equal(shown, image)
+        assert drawn.get_interpolation() == "nearest"
+        x0, x1, y0, y1 = drawn.get_extent()
+        assert abs(x1 - x0) == pytest.approx(abs(y1 - y0))
+    assert {"easy-to-learn", "ambiguous", "hard-to-learn", "class 3"} <= set(words(ax))
+    assert fig.get_figheight() <= 4
+
+
+def test_long_captions_are_cut_to_the_width_of_their_image():
+    images, titles = grid_input(n=12)
+    titles["easy"] = ["a caption far too long for a small image"] * 12
+    fig = plots.region_grid(Figure(figsize=(plots.WIDE, 3)), images, titles)
+    captions = [text for text in words(fig) if text.startswith("a ")]
+    assert len(captions) == 12
+    assert all(text.endswith("…") and len(text) < 12 for text in captions)
+
+
+@pytest.mark.parametrize(
+    ("images", "titles", "message"),
+    [
+        ({}, {}, "no images"),
+        ({"easy": np.zeros((2, 1, 8, 8))}, {"easy": ["a", "b"]}, "float64 of shape"),
+        ({"easy": np.zeros((2, 8, 8), np.uint8)}, {"easy": ["a", "b"]}, r"expected uint8 \(n, C"),
+        ({"easy": np.zeros((2, 1, 8, 8), np.uint8)}, {"easy": ["a"]}, "2 images and 1 captions"),
+    ],
+)
+def test_region_grid_refuses_what_is_not_a_row_of_images(images, titles, message):
+    with pytest.raises(ValueError, match=message):
+        plots.region_grid(Figure(), images, titles)
+
+
+def test_rows_that_do_not_fit_are_refused():
+    images, titles = grid_input(names=[f"class_{i}" for i in range(10)])
+    with pytest.raises(ValueError, match="10 rows do not fit into a height of 1 in"):
+        plots.region_grid(Figure(figsize=(plots.WIDE, 1)), images, titles)

@@ -1,0 +1,90 @@
+"""Run folders: finished by evidence alone, never reused for other settings, never overwritten."""
+
+import json
+
+import pytest
+
+from kdlib import files, runs
+from kdlib.params import load_study
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    source = files.workspace() / "params" / "tiny.yaml"
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return load_study(source)
+
+
+def _finish(study, settings, content="first"):
+    with runs.open_run(study, study.runs / "teacher", settings) as run:
+        files.write_json(run.folder / "result.json", content)
+        return run.finish({"step": "teacher"})
+
+
+def test_a_run_is_finished_when_its_evidence_is_there_and_not_before(study):
+    with runs.open_run(study, study.runs / "teacher", {"lr": 1}) as run:
+        assert not run.finished
+        run.finish({"step": "teacher"})
+        assert run.finished
+    assert runs.read_evidence(study.runs / "teacher")["step"] == "teacher"
+
+
+def test_evidence_names_its_circumstances(study):
+    made = _finish(study, {"lr": 1})["made"]
+    assert made["versions"]["torch"]
+    assert made["wall_s"] >= 0
+    assert len(made["code_sha256"]) == 64
+    assert made["threads"] >= 1
+
+
+def test_other_settings_move_the_old_run_aside_and_print_the_difference(study, capsys):
+    _finish(study, {"training": {"lr": 1}})
+    with runs.open_run(study, study.runs / "teacher", {"training": {"lr": 2}}) as run:
+        assert not run.finished
+        assert not (run.folder / "result.json").exists()
+    assert "training.lr: 1 -> 2" in capsys.readouterr().out
+    (kept,) = (study.runs / "archive").glob("*/teacher/result.json")
+    assert json.loads(kept.read_text()) == "first"
+
+
+def test_nothing_in_the_archive_is_overwritten_when_settings_go_back_and_forth(study):
+    for round_, lr in enumerate((1, 2, 1, 2, 1)):
+        _finish(study, {"lr": lr}, content=round_)
+    kept = sorted((study.runs / "archive").glob("*/teacher*/result.json"))
+    assert sorted(json.loads(path.read_text()) for path in kept) == [0, 1, 2, 3]
+
+
+def test_evidence_of_other_settings_does_not_finish_a_run(study):
+    _finish(study, {"lr": 1})
+    evidence = (study.runs / "teacher" / "evidence.json").read_bytes()
+    with runs.open_run(study, study.runs / "teacher", {"lr": 2}) as run:
+        # a pipeline engine that restores the outputs of a failed job puts the old file back
+        (run.folder / "evidence.json").write_bytes(evidence)
+        assert not run.finished
+    with pytest.raises(ValueError, match="belongs to other settings"):
+        runs.read_evidence(study.runs / "teacher")
+
+
+def test_a_missing_foreign_or_cut_evidence_says_so(study):
+    with pytest.raises(FileNotFoundError, match="holds no finished run; run the notebook"):
+        runs.read_evidence(study.runs / "teacher")
+    _finish(study, {"lr": 1})
+    path = study.runs / "teacher" / "evidence.json"
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole) | {"format": 9}))
+    with pytest.raises(ValueError, match="has format 9; expected 1"):
+        runs.read_evidence(study.runs / "teacher")
+    path.write_text(whole[:40])
+    with pytest.raises(ValueError, match="not valid JSON"):
+        runs.read_evidence(study.runs / "teacher")
+
+
+def test_failed_notebooks_are_listed_with_their_error(study):
+    def notebook(outputs):
+        return {"cells": [{"cell_type": "code", "outputs": outputs}]}
+
+    error = {"output_type": "error", "ename": "TripwireError", "evalue": "no", "traceback": []}
+    files.write_json(study.runs / "a" / "bad.ipynb", notebook([error]))
+    files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
+    files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
+    assert runs.failed_notebooks(study) == [(study.runs / "a" / "bad.ipynb", "TripwireError: no")]

@@ -1,0 +1,336 @@
+"""The steps of a study in one process: what is reused, what is refused, what a lie runs into."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from kdlib import checks, files, report, runs, sampling, steps, teacher
+from kdlib.params import load_study
+from kdlib.probe import Features, linear_probe
+from kdlib.selection import Subset
+
+TINY = files.workspace() / "params" / "tiny.yaml"
+
+
+def _study(home, **changes):
+    """The tiny study, some of its values changed, as a file of its own in `home`."""
+    content = yaml.safe_load(TINY.read_text())
+    for dotted, value in changes.items():
+        *path, key = dotted.split("__")
+        place = content
+        for part in path:
+            place = place[part]
+        place[key] = value
+    path = home / "params" / "tiny.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(content))
+    return load_study(path)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A workspace in which the whole tiny study has run, without notebooks."""
+    home = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        study = _study(home)
+        images = steps.cache_images(study)
+        steps.make_teacher(study, images)
+        steps.make_datamap(study, images)
+        for cell in study.cells():
+            for seed in study.seeds:
+                steps.train_student(study, images, cell, seed)
+        for cell in study.probed_cells():
+            steps.probe_cell(study, images, cell)
+    return home
+
+
+@pytest.fixture
+def home(made, tmp_path, monkeypatch):
+    """A copy of it, to break."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return tmp_path
+
+
+def _first_run(study):
+    return steps.student_folder(study, study.cells()[0], study.seeds[0])
+
+
+def _forge(folder, change):
+    """Change evidence by hand."""
+    path = folder / "evidence.json"
+    evidence = json.loads(path.read_text())
+    change(evidence)
+    path.write_text(json.dumps(evidence))
+
+
+def test_every_row_of_an_honest_study_is_accepted(home):
+    table = report.results(_study(home))
+    assert len(table) == 12  # (full, random 33 %, easy 33 %) x (kd, plain) x 2 seeds
+    assert not table["refused"].any()
+    assert (table["steps"] == 60).all()
+    assert (table["samples"] == 60 * 64).all()
+    assert set(table["unique_examples"]) == {363, 1100}
+
+
+def test_finished_runs_are_read_and_not_made_again(home, monkeypatch):
+    study = _study(home)
+    monkeypatch.setattr(steps, "train", None)
+    monkeypatch.setattr(steps, "datamap", None)
+    monkeypatch.setattr(steps, "store_outputs", None)
+    images = steps.cache_images(study)
+    steps.make_teacher(study, images)
+    steps.make_datamap(study, images)
+    for cell in study.cells():
+        steps.train_student(study, images, cell, 0)
+    assert len(steps.probe_cell(study, images, study.probed_cells()[0])) > 0
+
+
+def test_the_same_study_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    study = _study(tmp_path)
+    images = steps.cache_images(study)
+    steps.make_teacher(study, images)
+    steps.make_datamap(study, images)
+    steps.train_student(study, images, study.cells()[0], 1)
+    names = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.suffix in (
+        ".npy", ".parquet", ".safetensors")]  # fmt: skip
+    assert len(names) > 20
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
+
+
+def test_a_changed_training_makes_new_students_and_keeps_teacher_and_old_runs(home, monkeypatch):
+    study = _study(home, training__lr_peak=0.05)
+    monkeypatch.setattr(steps, "store_outputs", None)  # a new teacher would need it
+    images = steps.open_images(study)
+    steps.make_teacher(study, images)
+    steps.train_student(study, images, study.cells()[0], 0)
+    evidence = runs.read_evidence(_first_run(study))
+    assert len(list((study.runs / "archive").glob("*/distill/**/evidence.json"))) == 1
+    assert evidence["settings_sha256"] != json.loads(
+        next((study.runs / "archive").glob("*/distill/**/evidence.json")).read_text()
+    )["settings_sha256"]  # fmt: skip
+
+
+def test_paired_seeds_share_initial_weights_across_cells_and_subsets_across_objectives(home):
+    study = _study(home)
+    by_cell = {
+        (c.strategy, c.objective): [runs.read_evidence(steps.student_folder(study, c, s)) for s in
+        (0, 1)] for c in study.cells()
+    }  # fmt: skip
+    initial = {
+        tuple(run["initialisation"]["weights_sha256"] for run in found)
+        for found in by_cell.values()
+    }
+    assert len(initial) == 1
+    assert len(set(initial.pop())) == 2
+    subsets = {key: [run["subset"]["sha256"] for run in found] for key, found in by_cell.items()}
+    assert subsets["random", "kd"] == subsets["random", "plain"]
+    assert len(set(subsets["random", "kd"])) == 2
+    assert len(set(subsets["easy", "kd"])) == 1
+
+
+def test_a_saved_subset_is_what_the_student_was_trained_on(home):
+    study = _study(home)
+    folder = steps.student_folder(study, study.cell(strategy="easy"), 0)
+    subset = Subset.load(folder / "subset.parquet")
+    evidence = runs.read_evidence(folder)
+    assert subset.sha256 == evidence["subset"]["sha256"]
+    assert len(subset.example_ids) == evidence["budget"]["recorded"]["unique_examples"] == 363
+    images = steps.open_images(study)
+    assert not set(subset.example_ids) & set(images.validation_ids)
+
+
+# --- lies ----------------------------------------------------------------------------------------
+
+
+def test_a_loader_that_ignores_its_subset_cannot_finish_a_run(home, monkeypatch):
+    study = _study(home, seeds=[7, 8])
+    images = steps.open_images(study)
+
+    class Ignoring(sampling.Loader):
+        def batch(self, step):
+            self._ids = torch.arange(step, step + len(self._ids))  # wanders off the subset
+            return super().batch(step)
+
+    monkeypatch.setattr(steps, "Loader", Ignoring)
+    with pytest.raises(checks.TripwireError, match="declared -> recorded: unique_examples: 363"):
+        steps.train_student(study, images, study.cell(strategy="easy"), 7)
+    folder = steps.student_folder(study, study.cell(strategy="easy"), 7)
+    assert not (folder / "evidence.json").exists()
+
+
+def test_teacher_rows_read_out_of_step_cannot_finish_a_run(home, monkeypatch):
+    study = _study(home, seeds=[7, 8], training__steps=200, objectives__kd__alpha=0.1)
+    images = steps.open_images(study)
+    rng = np.random.default_rng(0)
+
+    def shuffled(stored):
+        logits = teacher.logits_by_id(stored)
+        return logits[torch.from_numpy(rng.permutation(len(logits)))]
+
+    monkeypatch.setattr(steps, "logits_by_id", shuffled)
+    for seed in study.seeds:
+        with pytest.raises(checks.TripwireError, match="pairing: soft loss"):
+            steps.train_student(study, images, study.cell(objective="kd"), seed)
+
+
+def test_a_teacher_below_its_card_stops_the_study(home):
+    study = _study(home, teacher__expected_accuracy=0.999)
+    with pytest.raises(checks.TripwireError, match=r"teacher_card: .* claimed 99\.90%"):
+        steps.make_teacher(study, steps.open_images(study))
+    assert not (study.runs / "teacher" / "evidence.json").exists()
+
+
+def test_a_row_with_another_budget_is_refused_and_shown(home):
+    study = _study(home)
+    _forge(_first_run(study), lambda e: e["budget"]["recorded"].update(steps=156))
+    tables = report.compile_tables(study)
+    refused = tables["results"][tables["results"]["refused"]]
+    assert refused["run"].tolist() == [str(_first_run(study).relative_to(study.runs))]
+    assert "steps: 60 -> 156" in refused["reason"].iloc[0]
+    full = tables["strategies"].query("strategy == 'full' and objective == 'kd'").iloc[0]
+    assert (full["n_seeds"], full["n_refused"]) == (1, 1)
+    assert "refused: distill" in report.summary(study, tables)
+
+
+def test_a_number_without_its_checkpoint_is_refused(home):
+    study = _study(home)
+    evidence = runs.read_evidence(_first_run(study))
+    path = _first_run(study) / evidence["checkpoints"]["last"]["file"]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    table = report.results(study)
+    assert table["refused"].sum() == 1
+    assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
+
+
+def test_two_seeds_that_are_one_are_refused(home):
+    study = _study(home)
+    cell = study.cells()[0]
+    twin = runs.read_evidence(steps.student_folder(study, cell, 1))
+    _forge(_first_run(study), lambda e: e.update(order_sha256=twin["order_sha256"]))
+    table = report.results(study)
+    assert table["refused"].tolist() == [True, True] + [False] * 10
+    assert "shares initial weights or order with seed [1]" in table["reason"].iloc[0]
+
+
+def test_a_run_that_differs_in_more_than_the_factor_is_refused(home):
+    study = _study(home)
+    folder = steps.student_folder(study, study.cell(strategy="easy"), 0)
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["own"]["training"]["weight_decay"] = 0.1
+    files.write_json(folder / "settings.json", settings)
+    _forge(folder, lambda e: e.update(settings_sha256=files.fingerprint(settings)))
+    table = report.results(study)
+    assert table["refused"].sum() == 1
+    reason = table[table["refused"]]["reason"].iloc[0]
+    assert "differs from the other runs in own.training.weight_decay: 0.0005 -> 0.1" in reason
+
+
+def test_a_missing_run_is_refused_and_named(home):
+    study = _study(home)
+    shutil.rmtree(_first_run(study))
+    assert "holds no finished run" in report.results(study)["reason"].iloc[0]
+
+
+def test_no_row_left_is_no_comparison(home):
+    study = _study(home)
+    shutil.rmtree(study.runs / "distill")
+    with pytest.raises(checks.TripwireError, match="every row is refused"):
+        report.compile_tables(study)
+
+
+def test_changed_datamap_and_changed_probe_tables_are_refused(home):
+    study = _study(home)
+    images = steps.open_images(study)
+    path = study.runs / "datamap" / "datamap.parquet"
+    other = study.runs / "probe" / study.probed_cells()[0].path / "probes.parquet"
+    shutil.copy(other, path)
+    with pytest.raises(ValueError, match="datamap"):
+        steps.open_datamap(study, images)
+    table = steps.open_probes(study, study.probed_cells()[0])
+    table.assign(accuracy=1.0).to_parquet(other)
+    with pytest.raises(ValueError, match="kdlib metadata"):
+        steps.open_probes(study, study.probed_cells()[0])
+
+
+def test_test_features_of_an_untrained_network_are_refused(home):
+    rng = np.random.default_rng(0)
+    ids = np.arange(40)
+
+    def features(split, weights):
+        values = rng.normal(size=(40, 4)).astype(np.float32)
+        return Features(values, ids % 2, ids, split, weights)
+
+    with pytest.raises(ValueError, match="weights"):
+        linear_probe(features("train", "trained"), features("test", "untrained"), [1.0], 0)
+
+
+def test_probes_stand_beside_an_untrained_student_and_the_teacher(home):
+    table = report.probes(_study(home))
+    untrained = table[table["strategy"] == "untrained"]
+    assert (untrained["step"] == 0).all()
+    assert untrained.groupby("probe").size().to_dict() == {"knn": 2, "linear": 2}  # seeds
+    assert table[table["strategy"] == "teacher"].groupby("probe").size().to_dict() == {
+        "knn": 1, "linear": 1,
+    }  # fmt: skip
+
+
+def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(home, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    study = _study(home, compute={"device": "cuda"})
+    with pytest.raises(RuntimeError, match="torch sees no GPU here"):
+        steps.make_teacher(study, steps.open_images(study))
+
+
+def test_a_missing_weight_file_and_a_missing_step_say_what_to_do(home, tmp_path):
+    study = _study(
+        home, teacher={"model": {"name": "cifar_resnet8"}, "weights": "absent.safetensors",
+                       "expected_accuracy": 0.9},
+        dynamics={"model": {"name": "tiny_cnn"}, "window": 3, "el2n_epoch": 2,
+                  "training": {"epochs": 3, "batch_size": 64, "lr_peak": 0.1}},
+    )  # fmt: skip
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors are not there"):
+        steps.make_teacher(study, steps.open_images(study))
+    shutil.rmtree(study.runs)
+    with pytest.raises(FileNotFoundError, match="run the notebook"):
+        steps.open_images(study)
+
+
+def test_a_teacher_read_from_a_file_leaves_the_datamap_to_a_recorded_network(home):
+    before = _study(home)
+    evidence = runs.read_evidence(before.runs / "teacher")
+    weights = before.runs / "teacher" / evidence["checkpoints"]["last"]["file"]
+    kept = home / "data" / "teacher.safetensors"
+    kept.parent.mkdir()
+    shutil.copy(weights, kept)
+    study = _study(
+        home, teacher={"model": {"name": "tiny_cnn", "options": {"width": 8}},
+                       "weights": "teacher.safetensors", "expected_accuracy": 0.5},
+        dynamics={"model": {"name": "tiny_cnn"}, "window": 3, "el2n_epoch": 2, "observed": "eval",
+                  "training": {"epochs": 3, "batch_size": 64, "lr_peak": 0.1}},
+    )  # fmt: skip
+    images = steps.open_images(study)
+    loaded = steps.make_teacher(study, images)["teacher"]
+    assert loaded["weights_sha256"] == evidence["teacher"]["weights_sha256"]
+    assert loaded["measured"] == evidence["teacher"]["measured"]
+    assert len(steps.make_datamap(study, images)) == 1100
+    assert (study.runs / "dynamics" / "evidence.json").exists()
+
+
+def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(home):
+    study = _study(home)
+    tables = report.compile_tables(study)
+    drawn = report.draw_datamap(study) | report.draw_comparison(study, tables)
+    names = {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
+    assert {path.name for path in study.figures.iterdir()} == names
+    first = {path.name: path.read_bytes() for path in study.figures.iterdir()}
+    report.draw_datamap(study)
+    report.draw_comparison(study, report.compile_tables(study))
+    assert {path.name: path.read_bytes() for path in study.figures.iterdir()} == first
