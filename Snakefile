@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kdlib import files, params
 
+# Not a rule's parameter: where the file lies does not change what it asks for.
 STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
 study = params.load_study(STUDY)
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
@@ -21,7 +22,7 @@ CELL = "student={student}/strategy={strategy}/fraction={fraction}/objective={obj
 SEEDS = [f"seed={seed}" for seed in study.seeds]
 PAPERMILL = (
     "papermill --engine ipc --log-output --no-progress-bar {input.notebook} {log.notebook}"
-    " -p study {params.study:q}"
+    " -p study {STUDY:q}"
 )
 AXES = (
     " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
@@ -78,7 +79,6 @@ rule cache:
         notebook=f"{RUNS}/cache/01_cache.ipynb",
         text=f"{RUNS}/cache/01_cache.log",
     params:
-        study=STUDY,
         settings=settings("cache"),
     shell:
         PAPERMILL + LOG
@@ -94,7 +94,6 @@ rule teacher:
         notebook=f"{RUNS}/teacher/02_teacher.ipynb",
         text=f"{RUNS}/teacher/02_teacher.log",
     params:
-        study=STUDY,
         settings=settings("teacher"),
     threads: study.compute.threads
     shell:
@@ -111,7 +110,6 @@ rule datamap:
         notebook=f"{RUNS}/datamap/03_datamap.ipynb",
         text=f"{RUNS}/datamap/03_datamap.log",
     params:
-        study=STUDY,
         settings=settings("datamap"),
     shell:
         PAPERMILL + LOG
@@ -128,7 +126,6 @@ rule distill:
         notebook=f"{RUNS}/distill/{CELL}/04_distill.ipynb",
         text=f"{RUNS}/distill/{CELL}/04_distill.log",
     params:
-        study=STUDY,
         settings=settings("distill"),
     threads: study.compute.threads
     shell:
@@ -145,7 +142,6 @@ rule probe:
         notebook=f"{RUNS}/probe/{CELL}/05_probe.ipynb",
         text=f"{RUNS}/probe/{CELL}/05_probe.log",
     params:
-        study=STUDY,
         settings=settings("probe"),
     threads: study.compute.threads
     shell:
@@ -164,7 +160,6 @@ rule compare:
         notebook=f"{RUNS}/compare/06_compare.ipynb",
         text=f"{RUNS}/compare/06_compare.log",
     params:
-        study=STUDY,
         settings=settings("compare"),
     shell:
         PAPERMILL + LOG

@@ -1,0 +1,136 @@
+"""Every notebook: its form, its parameters, and one result whichever way it is run."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from kdlib import files, params
+
+FOLDER = Path(params.__file__).resolve().parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+AXES = ("04_distill", "05_probe")
+
+
+def _code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_no_notebook_is_left_out():
+    names = ["01_cache", "02_teacher", "03_datamap", "04_distill", "05_probe", "06_compare"]
+    assert [path.stem for path in NOTEBOOKS] == names
+    snakefile = (FOLDER.parent / "Snakefile").read_text()
+    assert all(f"{name}.ipynb" in snakefile for name in names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_asks_a_question_and_holds_calls_text_and_pictures(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.cells[0].cell_type == "markdown"
+    assert notebook.cells[0].source.splitlines()[0].endswith("?")
+    code = _code(notebook)
+    assert "parameters" in code[0].metadata.tags
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert len(code) <= 15
+    lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
+    assert len(lines) <= 80
+    for cell in code:
+        kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
+        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef}
+    assert code[-1].source.lstrip().startswith(("assert", "counts", "log", "evidence"))
+    assert "assert" in code[-1].source
+    assert "written to" in code[-1].source or "cached in" in code[-1].source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_parameters_are_the_study_and_its_axes_with_a_type_and_a_help_text(path):
+    found = papermill.inspect_notebook(path)
+    assert tuple(found) == ("study", *(params.AXES if path.stem in AXES else ()))
+    for parameter in found.values():
+        assert parameter["inferred_type_name"] in ("str", "float")
+        assert len(parameter["help"]) > 10
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A workspace with the tiny study's cache, teacher and datamap, made by papermill."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        (home / "params").mkdir()
+        shutil.copy(FOLDER.parent / "params" / "tiny.yaml", home / "params")
+        for name in ("01_cache", "02_teacher", "03_datamap"):
+            _papermill(home, name)
+    return home
+
+
+def _papermill(home, name, *options):
+    """Run a notebook with the command line, from a folder that is neither repository nor home."""
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar"]
+    study = ["-p", "study", "params/tiny.yaml"]
+    done = subprocess.run(
+        [*command, str(FOLDER / f"{name}.ipynb"), "out.ipynb", *study, *options],
+        cwd=elsewhere,
+        env=os.environ | {"KDLIB_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+
+
+def _as_in_jupyterlab(home, name, monkeypatch, **values):
+    """Run all cells as JupyterLab does: the parameters cell edited, the kernel in `notebooks/`."""
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    lines = _code(notebook)[0].source.splitlines()
+    for key, value in values.items():
+        lines = [f"{key} = {value!r}" if line.startswith(f"{key}:") else line for line in lines]
+    _code(notebook)[0].source = "\n".join(lines)
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()
+    return notebook
+
+
+def test_command_line_and_jupyterlab_give_the_same_bytes(home, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(home, other)
+    axes = {"strategy": "easy", "fraction": 0.33, "objective": "kd"}
+    options = [part for key, value in axes.items() for part in ("-p", key, str(value))]
+    _papermill(home, "04_distill", *options)
+    _as_in_jupyterlab(other, "04_distill", monkeypatch, study="params/tiny.yaml", **axes)
+    folder = Path("runs/tiny/distill/student=tiny/strategy=easy/fraction=0.33/objective=kd")
+    made = sorted(p.relative_to(home) for p in (home / folder).rglob("*.safetensors"))
+    made += sorted(p.relative_to(home) for p in (home / folder).rglob("*.parquet"))
+    assert len(made) >= 2 * 5
+    for name in made:
+        assert (home / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_known_name(home):
+    with pytest.raises(RuntimeError, match="no parameter 'stratgy'; did you mean 'strategy'"):
+        _papermill(home, "04_distill", "-p", "stratgy", "easy")
+
+
+def test_an_unknown_value_is_refused_with_the_nearest_known_one(home, monkeypatch):
+    with pytest.raises(CellExecutionError, match="unknown strategy 'eazy'; did you mean 'easy'"):
+        _as_in_jupyterlab(
+            home, "04_distill", monkeypatch, study="params/tiny.yaml", strategy="eazy"
+        )
+
+
+def test_a_notebook_before_its_time_names_the_step_that_is_missing(tmp_path, monkeypatch):
+    study = str(files.workspace() / "params" / "tiny.yaml")
+    with pytest.raises(CellExecutionError, match="holds no finished run; run the notebook"):
+        _as_in_jupyterlab(tmp_path, "04_distill", monkeypatch, study=study)

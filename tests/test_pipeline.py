@@ -1,0 +1,208 @@
+"""The whole study through Snakemake: done once, done again, changed, broken, killed."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdlib import files, params
+
+ROOT = Path(params.__file__).resolve().parents[1]
+STUDY = "params/tiny.yaml"
+
+
+def _environment(home):
+    scripts = str(Path(sys.executable).parent)
+    path = os.pathsep.join([scripts, os.environ["PATH"]])
+    return os.environ | {"KDLIB_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1"}
+
+
+def _command(home, *options):
+    command = [sys.executable, "-m", "kdlib", "study", str(home / STUDY), "--cores", "2"]
+    return [*command, "--directory", str(home), *options]
+
+
+def _run(home, *options):
+    return subprocess.run(
+        _command(home, *options), env=_environment(home), capture_output=True, text=True
+    )
+
+
+def _results(home):
+    """Bytes of everything a study leaves that must not depend on when and how often it ran."""
+    kinds = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md")
+    return {
+        str(path.relative_to(home)): files.sha256_file(path)
+        for path in sorted(home.rglob("*"))
+        if path.suffix in kinds and "archive" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A workspace in which the tiny study has run: (folder, what the command printed)."""
+    home = tmp_path_factory.mktemp("done")
+    (home / "params").mkdir()
+    shutil.copy(ROOT / STUDY, home / STUDY)
+    process = _run(home)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return home, process.stdout
+
+
+@pytest.fixture
+def home(done, tmp_path):
+    """A copy of it, to change; times of files are kept, as the pipeline reads them."""
+    shutil.copytree(done[0], tmp_path / "home")
+    return tmp_path / "home"
+
+
+def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
+    home, printed = done
+    assert "# tiny: what was found" in printed
+    assert f"Figures: {home}/figures/tiny" in printed
+    for name in ("datamap", "regions", "accuracy", "differences", "curves", "probes"):
+        assert (home / f"figures/tiny/{name}.pdf").stat().st_size > 5000
+    study = params.load_study(home / STUDY)
+    executed = sorted(path.name for path in (home / "runs").rglob("*.ipynb"))
+    expected = {"04_distill.ipynb": len(study.cells()), "05_probe.ipynb": len(study.probed_cells())}
+    for name in ("01_cache.ipynb", "02_teacher.ipynb", "03_datamap.ipynb", "06_compare.ipynb"):
+        expected[name] = 1
+    assert Counter(executed) == expected
+    logs = list((home / "runs").rglob("*.log"))
+    assert len(logs) == len(executed)
+    assert all("Executing Cell" in log.read_text() for log in logs)
+
+
+def test_a_second_run_makes_nothing_anew(home):
+    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
+    process = _run(home)
+    assert process.returncode == 0
+    assert "Nothing to be done" in process.stdout + process.stderr
+    assert "# tiny: what was found" in process.stdout
+    after = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
+    assert {p.name for p in before if after[p] != before[p]} <= {"tiny", ".lock"}
+
+
+ALL = {"cache": 1, "teacher": 1, "datamap": 1, "distill": 6, "probe": 2, "compare": 1}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "made"),
+    [
+        (("data", "split_seed"), 1, ALL),
+        (("teacher", "seed"), 1, {k: n for k, n in ALL.items() if k != "cache"}),
+        (
+            ("dynamics", "window"),
+            4,
+            {k: ALL[k] for k in ("datamap", "distill", "probe", "compare")},
+        ),
+        (("training", "lr_peak"), 0.2, {k: ALL[k] for k in ("distill", "probe", "compare")}),
+        (("objectives", "plain", "kind"), "label_smoothing", {"distill": 3, "compare": 1}),
+        (("seeds",), [0, 1, 2], {k: ALL[k] for k in ("distill", "probe", "compare")}),
+        (("probe", "k"), 7, {"probe": 2, "compare": 1}),
+        (("compare", "margin"), 0.03, {"compare": 1}),
+        (("axes", "strategy"), ["random", "easy", "hard"], {"distill": 2, "compare": 1}),
+    ],
+    ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_changed_value_makes_anew_only_what_depends_on_it(home, key, value, made):
+    content = yaml.safe_load((home / STUDY).read_text())
+    place = content
+    for part in key[:-1]:
+        place = place[part]
+    place[key[-1]] = value
+    if value == "label_smoothing":
+        place["smoothing"] = 0.1
+    (home / STUDY).write_text(yaml.safe_dump(content))
+    options = ["--dry-run", "--quiet", "rules"]
+    process = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *options,
+         "--directory", str(home), "--cores", "1", "--config", f"study={home / STUDY}"],
+        env=_environment(home), capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = [line.split() for line in (process.stdout + process.stderr).splitlines()]
+    counts = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
+    counts.pop("total"), counts.pop("all")
+    assert counts == made
+
+
+def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
+    content = yaml.safe_load((home / STUDY).read_text())
+    content["seeds"] = [0, 1, 2]
+    (home / STUDY).write_text(yaml.safe_dump(content))
+    cell = params.load_study(home / STUDY).cells()[0]
+    folder = home / "runs" / "tiny" / "distill" / cell.path
+    before = {seed: (folder / f"seed={seed}" / "evidence.json").read_bytes() for seed in (0, 1)}
+    process = _run(home, "--until", "distill", "--forcerun", "distill")
+    assert all((folder / f"seed={s}" / "evidence.json").read_bytes() == before[s] for s in (0, 1))
+    assert (folder / "seed=2" / "evidence.json").exists(), process.stderr
+
+
+def test_a_failing_run_is_listed_stops_no_other_and_is_mended_by_the_next_call(done, home):
+    broken = home / "runs/tiny/distill/student=tiny/strategy=easy/fraction=0.33/objective=kd/seed=1"
+    other = home / "runs/tiny/distill/student=tiny/strategy=random/fraction=0.33/objective=plain"
+    shutil.rmtree(other)
+    (broken / "evidence.json").unlink()
+    (broken / "state.safetensors").write_bytes(b"not a training state")
+    process = _run(home)
+    assert process.returncode != 0
+    assert "1 notebook(s) failed" in process.stderr
+    assert "TrainingError" in process.stderr
+    assert str(broken.parent / "04_distill.ipynb") in process.stderr
+    assert (other / "seed=1" / "evidence.json").exists()
+    assert (broken.parent / "seed=0" / "evidence.json").exists()
+    (broken / "state.safetensors").unlink()
+    assert _run(home).returncode == 0
+    assert _results(home) == _results(done[0])
+
+
+def test_a_killed_study_goes_on_and_ends_with_the_same_bytes(done, home):
+    shutil.rmtree(home / "runs" / "tiny" / "distill")
+    shutil.rmtree(home / "runs" / "tiny" / "datamap")
+    process = subprocess.Popen(
+        _command(home), env=_environment(home), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(
+        home.glob("runs/tiny/distill/**/subset.parquet")
+    ):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(home.glob("figures/tiny/nothing")), "the study had ended before the kill"
+    again = _run(home)
+    assert again.returncode == 0, again.stderr
+    assert _results(home) == _results(done[0])
+
+
+def test_two_pipelines_of_one_study_do_not_run_at_once(home):
+    with files.locked(home / "runs" / "tiny" / ".lock"):
+        process = _run(home)
+    assert process.returncode == 1
+    assert "another process is working here" in process.stderr
+
+
+def test_figures_are_redrawn_from_the_records_alone(done, home):
+    shutil.rmtree(home / "figures")
+    command = [sys.executable, "-m", "kdlib", "figures", str(home / STUDY)]
+    subprocess.run(command, env=_environment(home), check=True, capture_output=True)
+    assert _results(home) == _results(done[0])
+
+
+def test_a_typo_in_the_study_is_one_sentence_and_starts_nothing(tmp_path):
+    (tmp_path / "typo.yaml").write_text((ROOT / STUDY).read_text().replace("seeds:", "sedes:"))
+    command = [sys.executable, "-m", "kdlib", "study", str(tmp_path / "typo.yaml")]
+    process = subprocess.run(command, env=_environment(tmp_path), capture_output=True, text=True)
+    assert process.returncode == 1
+    assert "unknown key 'sedes'; did you mean 'seeds'?" in process.stderr
+    assert "Traceback" not in process.stderr
+    assert not (tmp_path / "runs").exists()
