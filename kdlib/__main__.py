@@ -23,8 +23,9 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     if process.returncode:
         _tell_failures(study)
         return process.returncode
-    print((study.figures / "summary.md").read_text())
-    print(f"Figures: {study.figures}\nExecuted notebooks, tables and runs: {study.runs}")
+    told = (study.figures / "summary.md").read_text().splitlines()
+    print(*[line for line in told if not line.startswith("|")], sep="\n")
+    print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
     return 0
 
 

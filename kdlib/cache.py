@@ -89,9 +89,9 @@ def build(
     """
     header = {"format": FORMAT, "n_examples": n_examples, "shard_size": shard_size, **header}
     header["columns"] = {name: [dtype, list(shape)] for name, (dtype, shape) in columns.items()}
+    if (folder / "index.json").exists():
+        return Cache(folder, header)
     with files.locked(folder / ".lock", wait=False):
-        if (folder / "index.json").exists():
-            return Cache(folder, header)
         journal = folder / "journal.jsonl"
         done = _read_journal(journal, header)
         n_shards = -(-n_examples // shard_size)
@@ -289,13 +289,16 @@ class Cache:
             for column, (dtype, shape) in self.header["columns"].items():
                 _check_file(self.folder / _file_name(column, shard), dtype, (entry["n"], *shape))
 
+    def _layout(self, column: str) -> tuple[str, list[int]]:
+        """dtype and row shape of a column; CacheError with the nearest name when there is none."""
+        if column not in self.header["columns"]:
+            known = files.nearest(column, self.header["columns"])
+            raise CacheError(f"{self.folder} has no column {column!r}; {known}")
+        return self.header["columns"][column]
+
     def shard(self, column: str, shard: int) -> np.ndarray:
         """One shard of one column, memory-mapped, read-only."""
-        if column not in self.header["columns"]:
-            raise CacheError(
-                f"{self.folder} has no column {column!r}; "
-                f"{files.nearest(column, self.header['columns'])}"
-            )
+        self._layout(column)
         key = (column, shard)
         if key not in self._maps:
             path = self.folder / _file_name(column, shard)
@@ -309,15 +312,18 @@ class Cache:
             example_ids: (B,) int64 in [0, n_examples).
 
         Returns: (B, *row shape), a copy.
-        Raises: IndexError when an id lies outside the cache.
+        Raises: IndexError when an id lies outside the cache; TypeError when ids are no integers.
         """
-        ids = np.asarray(example_ids, dtype=np.int64)
+        ids = np.asarray(example_ids)
+        if ids.size and not np.issubdtype(ids.dtype, np.integer):
+            raise TypeError(f"example ids are {ids.dtype}; expected integers")
+        ids = ids.astype(np.int64)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.n_examples:
             raise IndexError(
                 f"example ids [{ids.min()}, {ids.max()}] asked of {self.folder}, which has ids "
                 f"[0, {self.n_examples})"
             )
-        dtype, shape = self.header["columns"][column]
+        dtype, shape = self._layout(column)
         rows = np.empty((len(ids), *shape), dtype)
         shards = ids // self._shard_size
         for shard in np.unique(shards):
@@ -327,7 +333,7 @@ class Cache:
 
     def resident(self, column: str) -> torch.Tensor:
         """A whole column as one tensor: (n_examples, *row shape); row i is example id i."""
-        dtype, shape = self.header["columns"][column]
+        dtype, shape = self._layout(column)
         whole = np.empty((self.n_examples, *shape), dtype)
         for shard, entry in enumerate(self._shards):
             whole[entry["first_id"] : entry["first_id"] + entry["n"]] = self.shard(column, shard)

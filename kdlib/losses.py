@@ -24,7 +24,7 @@ def soft_loss(
         temperature: > 0; divides both logits.
 
     Returns: Scalar >= 0, mean over the batch, nats; 0 exactly when both softmaxes agree.
-    Raises: ValueError when the shapes differ.
+    Raises: ValueError when the shapes differ or the temperature is not positive.
     Source: [Hinton2015], sec. 2.
 
     >>> same = torch.tensor([[1.0, 2.0]])
@@ -36,6 +36,8 @@ def soft_loss(
             f"teacher logits are {tuple(teacher_logits.shape)}, student logits "
             f"{tuple(student_logits.shape)}; expected the same (B, C)"
         )
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number > 0")
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True)

@@ -8,6 +8,7 @@ fraction, objective) with all its seeds. Leaves to others: what the settings do.
 import ast
 import itertools
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -36,6 +37,7 @@ MODELS = (
 )  # fmt: skip
 SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
 AXES = ("student", "strategy", "fraction", "objective")
+_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 class StudyError(ValueError):
@@ -46,16 +48,18 @@ class Settings(BaseModel):
     """Base of every section: frozen, exactly typed, and refusing unknown keys with the nearest
     known one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, content: Any) -> Any:
-        if isinstance(content, dict):
-            for key in content:
-                if key not in cls.model_fields:
-                    raise ValueError(f"unknown key {key!r}; {nearest(key, cls.model_fields)}")
-        return content
+        if not isinstance(content, dict):
+            return content
+        for key in content:
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {key!r}; {nearest(key, cls.model_fields)}")
+        # settings are frozen all the way down: what a file lists is kept as a tuple
+        return {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
 
 
 def _known(value: str, known: Sequence[str], what: str) -> str:
@@ -327,6 +331,16 @@ class Study(Settings):
     probe: Probe
     compare: Compare = Compare()
     compute: Compute = Compute()
+
+    @field_validator("name", "students", "objectives")
+    @classmethod
+    def _fit_for_folders(cls, names: Any) -> Any:
+        for name in [names] if isinstance(names, str) else names:
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} names a folder; expected letters, digits, '_', '-' or '.'"
+                )
+        return names
 
     @model_validator(mode="after")
     def _consistent(self) -> "Study":

@@ -22,6 +22,8 @@ FACTORS = (
     "inputs.teacher_outputs",
 )  # fmt: skip
 
+LARGEST = 10  # sentences of a summary: two of counts, then the largest differences
+
 
 def results(study: Study) -> pd.DataFrame:
     """One row per declared run of the study, accepted or refused.
@@ -163,7 +165,10 @@ def summary(study: Study, tables: dict[str, pd.DataFrame]) -> str:
     ):
         if name in tables:
             lines += [f"## {title}", ""]
-            lines += [f"- {line}" for line in compare.summary_lines(tables[name])]
+            told = compare.summary_lines(tables[name])
+            lines += [f"- {line}" for line in told[:LARGEST]]
+            if len(told) > LARGEST:
+                lines.append(f"- The other {len(told) - LARGEST} comparisons are in the table.")
             lines += ["", compare.to_markdown(tables[name]), ""]
     text = "\n".join(lines).rstrip() + "\n"
     files.write_atomic(study.figures / "summary.md", lambda file: file.write(text.encode()))

@@ -199,3 +199,10 @@ def test_teacher_logits_of_another_shape_are_refused():
 def test_only_kd_needs_a_teacher():
     assert [needs_teacher(o) for o in OBJECTIVES] == [o.kind == "kd" for o in OBJECTIVES]
     assert needs_teacher(kd(0.0, 1.0))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    logits = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"temperature is .*; expected a number > 0"):
+        soft_loss(logits, logits, temperature)

@@ -240,9 +240,16 @@ IMPOSSIBLE = {
     "axes.fraction": ([0.1, 0.0], r"fractions are .*; expected values in \(0, 1\]"),
     "axes.strategy": (["easy", "random", "easy"], "axis strategy names a value twice"),
     "probe.fraction": (0.5, "probe.fraction is 0.5; expected one of axes.fraction"),
-    "seeds": ([1, 1], "seeds are .*expected distinct integers"),
+    "axes.student": (["tiny", "tiny"], "axis student names a value twice"),
     "students": ({}, "students: Dictionary should have at least 1"),
     "compare.margin": (float("nan"), "margin: Input should be"),
+    "probe.k": (0, "k: Input should be greater"),
+    # YAML reads `yes` as true and `no` as false: neither is a number
+    "training.batch_size": (True, "batch_size: Input should be a valid integer"),
+    "teacher.seed": (False, "seed: Input should be a valid integer"),
+    "seeds": ([0, 1.5], "seeds.1: Input should be a valid integer"),
+    "objectives.a/b": ({"kind": "cross_entropy"}, "'a/b' names a folder"),
+    "students.wide ": ({"model": {"name": "tiny_cnn"}}, "'wide ' names a folder"),
 }
 
 
@@ -634,3 +641,8 @@ def test_a_point_that_cannot_be_is_refused(write):
         open_point([], "params/case.yaml", strategy="esy")
     with pytest.raises(FileNotFoundError, match="no study file"):
         open_point([], "params/none.yaml")
+
+
+def test_a_seed_given_twice_is_refused(write):
+    with pytest.raises(StudyError, match="seeds are .*expected distinct integers"):
+        load_study(write(changed("seeds", [1, 1])))

@@ -66,7 +66,7 @@ def home(done, tmp_path):
 def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     home, printed = done
     assert "# tiny: what was found" in printed
-    assert f"Figures: {home}/figures/tiny" in printed
+    assert f"Figures and tables: {home}/figures/tiny" in printed
     for name in ("datamap", "regions", "accuracy", "differences", "curves", "probes"):
         assert (home / f"figures/tiny/{name}.pdf").stat().st_size > 5000
     study = params.load_study(home / STUDY)
