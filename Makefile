@@ -10,8 +10,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: .venv/installed
 	@$(BIN)/python -m kdlib study $(STUDY) --cores $(CORES)
 
+# Two files at a time; the long ones first.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_pipeline.py tests/test_notebooks.py tests kdlib
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/03_datamap.ipynb
