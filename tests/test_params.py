@@ -644,5 +644,5 @@ def test_a_point_that_cannot_be_is_refused(write):
 
 
 def test_a_seed_given_twice_is_refused(write):
-    with pytest.raises(StudyError, match="seeds are .*expected distinct integers"):
+    with pytest.raises(StudyError, match=r"seeds are .*expected distinct integers"):
         load_study(write(changed("seeds", [1, 1])))
