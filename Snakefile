@@ -18,15 +18,17 @@ study = params.load_study(STUDY)
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
 RUNS = os.path.relpath(study.runs)
 FIGURES = os.path.relpath(study.figures)
-CELL = "student={student}/strategy={strategy}/fraction={fraction}/objective={objective}"
+SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
+CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]
+RUNS_OF_SUBSET = [f"objective={o}/{seed}" for o in study.axes.objective for seed in SEEDS]
 PAPERMILL = (
     "papermill --engine ipc --log-output --no-progress-bar {input.notebook} {log.notebook}"
     " -p study {STUDY:q}"
 )
 AXES = (
     " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
-    " -p fraction {wildcards.fraction} -p objective {wildcards.objective:q}"
+    " -p fraction {wildcards.fraction}"
 )
 LOG = " > {log.text} 2>&1"
 
@@ -35,11 +37,13 @@ def settings(step):
     """Fingerprint of what a step reads; Snakemake runs the step again when it changes."""
 
     def of(wildcards):
-        cell = None
-        if step == "distill":
-            axes = dict(wildcards.items())
-            cell = study.cell(**axes | {"fraction": float(axes["fraction"])})
-        return files.fingerprint(study.step_settings(step, cell))
+        if step != "distill":
+            return files.fingerprint(study.step_settings(step))
+        fraction = float(wildcards.fraction)
+        cell = study.cell(
+            student=wildcards.student, strategy=wildcards.strategy, fraction=fraction
+        )
+        return files.fingerprint([study.step_settings(step, c) for c in study.same_subset(cell)])
 
     return of
 
@@ -121,10 +125,16 @@ rule distill:
         f"{RUNS}/datamap/evidence.json",
         notebook=notebook("04_distill.ipynb"),
     output:
-        update(expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, allow_missing=True)),
+        update(
+            expand(
+                f"{RUNS}/distill/{SUBSET}/{{run}}/evidence.json",
+                run=RUNS_OF_SUBSET,
+                allow_missing=True,
+            )
+        ),
     log:
-        notebook=f"{RUNS}/distill/{CELL}/04_distill.ipynb",
-        text=f"{RUNS}/distill/{CELL}/04_distill.log",
+        notebook=f"{RUNS}/distill/{SUBSET}/04_distill.ipynb",
+        text=f"{RUNS}/distill/{SUBSET}/04_distill.log",
     params:
         settings=settings("distill"),
     threads: study.compute.threads
@@ -145,7 +155,7 @@ rule probe:
         settings=settings("probe"),
     threads: study.compute.threads
     shell:
-        PAPERMILL + AXES + LOG
+        PAPERMILL + AXES + " -p objective {wildcards.objective:q}" + LOG
 
 
 rule compare:

@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
@@ -393,6 +393,10 @@ class Study(Settings):
         return [
             Cell(st, s, f, o) for st in axes.student for s, f in subsets for o in axes.objective
         ]
+
+    def same_subset(self, cell: Cell) -> list[Cell]:
+        """The cells that differ from this one in the objective alone, itself included."""
+        return [replace(cell, objective=objective) for objective in self.axes.objective]
 
     def probed_cells(self) -> list[Cell]:
         """The cells whose checkpoints are probed."""
