@@ -193,8 +193,11 @@ def finish(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     )
 
 
-def draw_datamap(study: Study) -> dict[str, Figure]:
-    """Figures `datamap` and `regions` (the most typical images of each region)."""
+def draw_datamap(study: Study) -> dict[str, Path]:
+    """Draw `datamap` and `regions` (the images deepest inside each region).
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
     images = steps.open_images(study)
     table = steps.open_datamap(study, images)
     evidence = runs.read_evidence(study.runs / "datamap")
@@ -223,8 +226,11 @@ def _typical_images(images: steps.Images, table: pd.DataFrame, n: int = 12) -> t
     return pixels, captions
 
 
-def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Figure]:
-    """Figures `accuracy`, `differences`, `curves` and `probes`."""
+def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Path]:
+    """Draw `accuracy`, `differences`, `curves` and `probes`.
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
     accepted = tables["results"][~tables["results"]["refused"]]
     figures = {}
     with plots.style():
@@ -250,7 +256,5 @@ def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, 
     return _save(study, figures)
 
 
-def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Figure]:
-    for name, figure in figures.items():
-        plots.save_figure(figure, study.figures, name)
-    return figures
+def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Path]:
+    return {n: plots.save_figure(figure, study.figures, n)[1] for n, figure in figures.items()}

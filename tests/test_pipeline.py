@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -75,6 +76,12 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     for name in ("01_cache.ipynb", "02_teacher.ipynb", "03_datamap.ipynb", "06_compare.ipynb"):
         expected[name] = 1
     assert Counter(executed) == expected
+    pictures = {"01_cache": 1, "02_teacher": 1, "03_datamap": 2, "04_distill": 1, "05_probe": 1}
+    for path in (home / "runs").rglob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        outputs = [output for cell in cells for output in cell.get("outputs", ())]
+        shown = sum("image/png" in output.get("data", ()) for output in outputs)
+        assert shown == (pictures | {"06_compare": 4})[path.stem], path
     logs = list((home / "runs").rglob("*.log"))
     assert len(logs) == len(executed)
     assert all("Executing Cell" in log.read_text() for log in logs)
