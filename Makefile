@@ -15,7 +15,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_pipeline.py tests/test_notebooks.py tests kdlib
 
 lab: .venv/installed
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/03_datamap.ipynb
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_cache.ipynb
 
 figures: .venv/installed
 	@$(BIN)/python -m kdlib figures $(STUDY)
