@@ -17,7 +17,6 @@ STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
 study = params.load_study(STUDY)
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
 RUNS = os.path.relpath(study.runs)
-FIGURES = os.path.relpath(study.figures)
 SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]

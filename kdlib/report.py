@@ -39,7 +39,7 @@ def results(study: Study) -> pd.DataFrame:
             folder = steps.student_folder(study, cell, seed)
             row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
             try:
-                evidence = runs.read_evidence(folder)
+                evidence = steps.open_student(study, cell, seed)
                 settings = files.read_json(folder / "settings.json")
                 reference = reference or settings
                 row |= _measured(evidence)
@@ -200,7 +200,7 @@ def draw_datamap(study: Study) -> dict[str, Path]:
     """
     images = steps.open_images(study)
     table = steps.open_datamap(study, images)
-    evidence = runs.read_evidence(study.runs / "datamap")
+    evidence = runs.read_evidence(study.runs / "datamap", study.step_settings("datamap"))
     with plots.style():
         fig_map = Figure(figsize=(plots.WIDE, 4.6))
         title = f"{study.name}, N = {len(table):,}, E = {evidence['n_epochs']}"

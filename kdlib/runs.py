@@ -87,11 +87,15 @@ def open_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[R
         yield Run(folder, settings)
 
 
-def read_evidence(folder: Path) -> dict[str, Any]:
+def read_evidence(folder: Path, own: dict[str, Any] | None = None) -> dict[str, Any]:
     """The evidence of a finished run.
 
+    Args:
+        own: What the study now asks of this step (`Study.step_settings`); None asks nothing.
+
     Raises: FileNotFoundError that says which run is missing; ValueError for evidence of another
-        format, or evidence that does not belong to the settings beside it.
+        format, evidence that does not belong to the settings beside it, or a run made before the
+        study was changed, with the difference.
     """
     path = folder / "evidence.json"
     if not path.exists():
@@ -99,9 +103,14 @@ def read_evidence(folder: Path) -> dict[str, Any]:
     evidence = files.read_json(path)
     if evidence.get("format") != FORMAT:
         raise ValueError(f"{path} has format {evidence.get('format')}; expected {FORMAT}")
-    settings = files.fingerprint(files.read_json(folder / "settings.json"))
-    if evidence["settings_sha256"] != settings:
+    settings = files.read_json(folder / "settings.json")
+    if evidence["settings_sha256"] != files.fingerprint(settings):
         raise ValueError(f"{path} belongs to other settings than the settings.json beside it")
+    if own is not None and (lines := files.difference(own, settings["own"])):
+        raise ValueError(
+            f"{folder} was made before the study was changed (there -> now): {'; '.join(lines)}; "
+            "run the notebook that makes it again"
+        )
     return evidence
 
 

@@ -115,7 +115,7 @@ def open_images(study: Study) -> Images:
 
     Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
     """
-    evidence = runs.read_evidence(study.runs / "cache")
+    evidence = runs.read_evidence(study.runs / "cache", study.step_settings("cache"))
     train, test = (Cache(study.cache / split) for split in ("train", "test"))
     train_ids, validation_ids = split_ids(
         train.n_examples, study.data.n_validation, study.data.split_seed
@@ -172,6 +172,15 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any]:
         }
         evidence["checks"] = checks.demand(tripwires, evidence)
         return run.finish(evidence, device)
+
+
+def open_teacher(study: Study) -> dict[str, Any]:
+    """The teacher's card as step 02 measured it.
+
+    Raises: FileNotFoundError when there is no teacher; ValueError when the study has been changed
+        since it was made.
+    """
+    return runs.read_evidence(study.runs / "teacher", study.step_settings("teacher"))["teacher"]
 
 
 def _weights_file(weights: str) -> Path:
@@ -335,6 +344,7 @@ def _training_evidence(
 
 def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     """Step 03: every score of every training example, from the recorded dynamics."""
+    open_teacher(study)
     recorded = runs.read_evidence(study.recorded_run)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     settings = {
@@ -366,7 +376,7 @@ def open_datamap(study: Study, images: Images) -> pd.DataFrame:
 
     Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images.
     """
-    evidence = runs.read_evidence(study.runs / "datamap")
+    evidence = runs.read_evidence(study.runs / "datamap", study.step_settings("datamap"))
     path = study.runs / "datamap" / "datamap.parquet"
     table = read_datamap(path, images.fingerprints)
     if files.sha256_file(path) != evidence["datamap_sha256"]:
@@ -398,11 +408,11 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     teacher = stored = None
     inputs = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
-        teacher = runs.read_evidence(study.runs / "teacher")["teacher"]
+        teacher = open_teacher(study)
         folder = outputs_folder(study, "train")
         stored = open_outputs(folder, images.train, teacher["weights_sha256"])
         inputs["teacher_outputs"] = stored.fingerprint
-    settings = {"own": study.step_settings("distill", cell) | {"seed": seed}, "inputs": inputs}
+    settings = {"own": student_settings(study, cell, seed), "inputs": inputs}
     with runs.open_run(study, student_folder(study, cell, seed), settings) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
@@ -432,6 +442,21 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         return run.finish(evidence, device)
 
 
+def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
+    """What the study asks of one student run."""
+    return study.step_settings("distill", cell) | {"seed": seed}
+
+
+def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
+    """The evidence of one student run.
+
+    Raises: FileNotFoundError when it is not finished; ValueError when the study has been changed
+        since it was made.
+    """
+    own = student_settings(study, cell, seed)
+    return runs.read_evidence(student_folder(study, cell, seed), own)
+
+
 def student_folder(study: Study, cell: Cell, seed: int) -> Path:
     """Where the run of one cell and seed is."""
     return study.runs / "distill" / cell.path / f"seed={seed}"
@@ -445,8 +470,8 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
         initialisation's: both say that something is wrong with the features, not with the subset.
     """
     device = use(study.compute)
-    evidences = {s: runs.read_evidence(student_folder(study, cell, s)) for s in study.seeds}
-    teacher = runs.read_evidence(study.runs / "teacher")["teacher"]
+    evidences = {s: open_student(study, cell, s) for s in study.seeds}
+    teacher = open_teacher(study)
     settings = {
         "own": study.step_settings("probe", cell),
         "inputs": images.fingerprints
@@ -479,7 +504,7 @@ def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
     Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
     """
     folder = probe_folder(study, cell)
-    evidence = runs.read_evidence(folder)
+    evidence = runs.read_evidence(folder, study.step_settings("probe"))
     table, _ = read_parquet(folder / "probes.parquet", "notebooks/05_probe.ipynb")
     if files.sha256_file(folder / "probes.parquet") != evidence["table_sha256"]:
         raise ValueError(f"{folder / 'probes.parquet'} differs from its evidence; run 05 again")

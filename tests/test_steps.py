@@ -224,13 +224,36 @@ def test_a_run_that_differs_in_more_than_the_factor_is_refused(home):
     study = _study(home)
     folder = steps.student_folder(study, study.cell(strategy="easy"), 0)
     settings = json.loads((folder / "settings.json").read_text())
-    settings["own"]["training"]["weight_decay"] = 0.1
+    settings["inputs"]["split"] = "of another seed"
     files.write_json(folder / "settings.json", settings)
     _forge(folder, lambda e: e.update(settings_sha256=files.fingerprint(settings)))
     table = report.results(study)
     assert table["refused"].sum() == 1
     reason = table[table["refused"]]["reason"].iloc[0]
-    assert "differs from the other runs in own.training.weight_decay: 0.0005 -> 0.1" in reason
+    assert "differs from the other runs in inputs.split" in reason
+    assert reason.endswith("-> of another seed")
+
+
+def test_a_changed_study_does_not_silently_use_what_was_made_before(home):
+    images = steps.open_images(_study(home))
+    with pytest.raises(ValueError, match="split_seed: 0 -> 3; run the notebook"):
+        steps.open_images(_study(home, data__split_seed=3))
+    study = _study(home, dynamics__window=4)
+    with pytest.raises(ValueError, match=r"before the study was changed .* scoring.window: 3 -> 4"):
+        steps.train_student(study, images, study.cell(strategy="easy"), 5)
+    study = _study(home, teacher__seed=9)
+    for needing in (steps.make_datamap, lambda s, i: steps.train_student(s, i, s.cells()[0], 5)):
+        with pytest.raises(ValueError, match=r"teacher\.seed: 0 -> 9"):
+            needing(study, images)
+    study = _study(home, probe__k=9)
+    with pytest.raises(ValueError, match="k: 5 -> 9"):
+        report.probes(study)
+
+
+def test_rows_made_before_the_study_was_changed_are_refused(home):
+    table = report.results(_study(home, objectives__kd__alpha=0.9))
+    assert table.groupby("objective")["refused"].mean().to_dict() == {"kd": 1.0, "plain": 0.0}
+    assert "objective.alpha: 0.5 -> 0.9" in table[table["refused"]]["reason"].iloc[0]
 
 
 def test_a_missing_run_is_refused_and_named(home):
