@@ -19,14 +19,23 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     # Snakemake's own lock outlives a kill; the kernel frees ours. Jobs that outlive a killed
     # pipeline hold the locks of their runs, and the next pipeline's jobs wait for those.
     with files.locked(study.runs / ".lock", wait=False):
-        process = subprocess.run([*snakemake, "--nolock", *options, *further])
-    if process.returncode:
+        code = _wait(subprocess.Popen([*snakemake, "--nolock", *options, *further]))
+    if code:
         _tell_failures(study)
-        return process.returncode
+        return code
     told = (study.figures / "summary.md").read_text().splitlines()
     print(*[line for line in told if not line.startswith("|")], sep="\n")
     print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
     return 0
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Exit code of a child that gets its own Ctrl-C from the terminal and may take time to stop."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            print("stopping: waiting for the jobs at work", file=sys.stderr)
 
 
 def _tell_failures(study: Study) -> None:
