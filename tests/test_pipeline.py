@@ -182,6 +182,8 @@ def test_a_stopped_study_goes_on_and_ends_with_the_same_bytes(done, home, how):
     process = subprocess.Popen(
         _command(home), env=_environment(home), start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # a shell that runs these tests in the background has them ignore Ctrl-C, children included
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not list(
