@@ -4,8 +4,8 @@ Shape letters used in every docstring: E recorded epochs, N examples, C classes,
 features, S seeds, V teacher views, K steps. Intervals are half-open. Losses and entropies are in
 nats.
 
-Modules are imported one way only (`tests/test_structure.py` draws the graph):
-files, seeds, plots <- params, data, losses, augment, models <- cache <- sampling <- ... <- report.
+Modules are imported one way only, from `files` and `seeds` up to `steps` and `report`;
+`tests/test_structure.py` holds every arrow.
 """
 
 __version__ = "0.1.0"
