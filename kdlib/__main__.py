@@ -1,11 +1,15 @@
-"""Command line: `python -m kdlib study | figures`."""
+"""Command line: `python -m kdlib study | figures | cache`.
+
+Commands import what they need when they run, so that help and errors come at once.
+"""
 
 import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from kdlib import files, runs
+from kdlib import files
 from kdlib.params import Study, load_study
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
@@ -39,6 +43,8 @@ def _wait(process: subprocess.Popen) -> int:
 
 
 def _tell_failures(study: Study) -> None:
+    from kdlib import runs
+
     failed = runs.failed_notebooks(study)
     print(f"\nThe study is not complete. {len(failed)} notebook(s) failed:", file=sys.stderr)
     for path, message in failed:
@@ -52,10 +58,61 @@ def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
 
     study = load_study(arguments.study)
     tables = report.compile_tables(study)
-    drawn = report.draw_datamap(study) | report.draw_comparison(study, tables)
+    drawn = report.draw_shard_visits(study) | report.draw_datamap(study)
+    drawn |= report.draw_comparison(study, tables)
     report.summary(study, tables)
     print(f"{', '.join(drawn)} drawn in {study.figures}")
     return 0
+
+
+def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Build the image cache of a study, or a part of it."""
+    from kdlib import inspecting
+
+    study = load_study(arguments.study)
+    inspecting.build(study, arguments.split, arguments.part, arguments.workers)
+    return 0
+
+
+def _cache_info(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Say what caches hold and what they miss."""
+    from kdlib import inspecting
+
+    for folder in (folder for path in arguments.path for folder in inspecting.find_caches(path)):
+        print(inspecting.describe(folder))
+    return 0
+
+
+def _cache_verify(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Compare every byte of caches with their checksums."""
+    from kdlib import inspecting
+
+    whole = True
+    for path in arguments.path:
+        study = path if Path(path).suffix in (".yaml", ".yml") else "STUDY"
+        for folder in inspecting.find_caches(path):
+            whole &= inspecting.verify(folder, arguments.repair, study)
+    return 0 if whole else 1
+
+
+def _add_cache(commands: Any) -> None:
+    described = "build, inspect or verify caches of images and teacher outputs"
+    cache = commands.add_parser("cache", help=described).add_subparsers(required=True)
+    build = cache.add_parser("build", help="build the image cache of a study, or a part of it")
+    build.add_argument("study", help="study file, such as params/digits.yaml")
+    build.add_argument("--split", choices=("train", "test"), help="with --part: train, else both")
+    build.add_argument("--part", metavar="I/K", help="only the i-th of k equal runs of shards")
+    build.add_argument("--workers", type=int, help="processes that decode images")
+    build.set_defaults(run=_cache_build)
+    info = cache.add_parser("info", help="what caches hold, and what is missing")
+    verify = cache.add_parser("verify", help="compare every byte with the checksums")
+    for parser in (info, verify):
+        parser.add_argument("path", nargs="+", help="folder of a cache or of caches, or study file")
+    verify.add_argument(
+        "--repair", action="store_true", help="make what is damaged an unfinished build"
+    )
+    info.set_defaults(run=_cache_info)
+    verify.set_defaults(run=_cache_verify)
 
 
 def main() -> int:
@@ -69,14 +126,18 @@ def main() -> int:
     figures = commands.add_parser("figures", help="redraw all figures from the run records")
     figures.add_argument("study", help="study file, such as params/digits.yaml")
     figures.set_defaults(run=_figures)
+    _add_cache(commands)
     arguments, further = parser.parse_known_args()
     if further and arguments.run is not _study:
         parser.error(f"unknown arguments: {' '.join(further)}")
     try:
         return arguments.run(arguments, further)
-    except (ValueError, FileNotFoundError, BlockingIOError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept: run the same again to go on", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

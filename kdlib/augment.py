@@ -1,50 +1,305 @@
-"""Batch augmentation as a pure function of (seed, epoch, example id), and pixel normalisation.
+"""Random views of images as a pure function of (seed, epoch, example id), and pixel normalisation.
 
 There is no generator whose state would depend on batch size, order, device or resume point: the
 parameters of a view are a hash of what the view is. So a teacher's output for a view can be cached.
+They are drawn on the CPU, and all arithmetic on pixels is that of integers (fixed point), so a
+view is the same to the bit on every device and in the compiled loops of `kdlib.fused`.
 """
 
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
-from kdlib.params import Augment
+from kdlib.params import Augment, ColourJitter, ResizedCrop
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as signed 64 bits, as in SplitMix64
-_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
-_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+FACTOR_BITS = 12
+ONE = 1 << FACTOR_BITS  # a blending factor of 1, and a sixth of a turn of hue
+TAP_BITS = 11  # bits of a bilinear weight; two of them and a pixel stay below 2**31
+RED, GREEN, BLUE = 19595, 38470, 7471  # 0.299, 0.587, 0.114 of 2**16, their sum: BT.601 grey
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_TRIES = 10  # of a random resized crop, before the central one
+# Streams of the hash. A resized crop's area and ratio take two for each try from _CROP on.
+_FLIP, _X, _Y, _ORDER, _FACTORS, _CROP = 0, 1, 2, 3, 4, 8
 
 
-def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical shift; >> on int64 copies the sign
-
-
-def _mix(x: torch.Tensor) -> torch.Tensor:
-    x = x + _GOLDEN
-    x = (x ^ _shifted(x, 30)) * _MIX_1
-    x = (x ^ _shifted(x, 27)) * _MIX_2
-    return x ^ _shifted(x, 31)
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def counter_hash(
-    seed: int, epochs: torch.Tensor, example_ids: torch.Tensor, stream: int
-) -> torch.Tensor:
-    """Independent-looking 32-bit integers, one per view, equal on every device.
+    seed: int,
+    epochs: torch.Tensor | np.ndarray,
+    example_ids: torch.Tensor | np.ndarray,
+    stream: int | np.ndarray,
+) -> np.ndarray:
+    """Independent-looking 32-bit integers, one per view.
 
-    SplitMix64's finaliser over seed, epoch, example id and stream in turn; int64 products wrap the
-    same way on CPU and GPU.
+    SplitMix64's finaliser over seed, example id, epoch and stream in turn.
 
     Args:
         seed: In [0, 2**63).
-        epochs: (B,) int64.
-        example_ids: (B,) int64.
-        stream: Which of the view's parameters is drawn.
+        epochs: (B,) int64, on the CPU.
+        example_ids: (B,) int64, on the CPU.
+        stream: Which of the view's parameters is drawn; or (S, 1), several of them.
 
-    Returns: (B,) int64, uniform on [0, 2**32).
+    Returns: (B,) int64, uniform on [0, 2**32); or (S, B).
     Source: Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
-    key = torch.full_like(example_ids, seed)
-    for part in (example_ids, epochs, torch.full_like(example_ids, stream)):
-        key = _mix(key ^ _mix(part))
-    return _shifted(key, 32)
+    key = np.array([seed], np.uint64)
+    for part in (example_ids, epochs, np.atleast_1d(stream)):
+        key = _mix(key ^ _mix(np.asarray(part).astype(np.uint64)))
+    return (key >> np.uint64(32)).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Views:
+    """What was drawn for B views: small tensors on the CPU; what is off is the identity.
+
+    A view is a box cut out of the image (zeros outside), brought to the image's size, mirrored,
+    and recoloured.
+    """
+
+    settings: Augment
+    image_shape: tuple[int, int, int]
+    flip: torch.Tensor  # (B,) bool
+    box: (
+        torch.Tensor
+    )  # (B, 4) int32: top, left, height, width; top and left in [-pad, pad] if padded
+    factors: torch.Tensor  # (B, 4) int32 of brightness, contrast, saturation, hue; unit 1 / ONE
+    order: torch.Tensor  # (B, K) int32: the K colour operations switched on, first to last
+
+    @property
+    def identity(self) -> bool:
+        """Whether every view is the image itself, because nothing is switched on."""
+        return not (self.moves or self.order.shape[1])
+
+    @property
+    def moves(self) -> bool:
+        """Whether any setting changes where a pixel is."""
+        s = self.settings
+        return bool(s.flip or s.crop_padding or s.resized_crop)
+
+    def check(self, n: int, image_shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless drawn for `n` images of this (C, H, W)."""
+        if (len(self.box), self.image_shape) != (n, tuple(image_shape)):
+            raise ValueError(
+                f"views were drawn for {len(self.box)} images of shape {self.image_shape}; "
+                f"expected {n} of shape {tuple(image_shape)}, as the images have"
+            )
+
+
+def _crops(crop: ResizedCrop, hashes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(B, 4) int64 boxes by torchvision's rule: ten tries, then the largest allowed central box.
+
+    In float64; an exponential that differs in its last bit between two CPUs moves a box's rounding
+    in fewer than 1 of 10**12 views.
+    """
+    n, low, high = hashes.shape[1], *np.log(crop.ratio)
+    uniform = hashes[_CROP : _CROP + 2 * _TRIES].reshape(_TRIES, 2, n) / 2**32
+    area = height * width * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * uniform[:, 0])
+    ratio = np.exp(low + (high - low) * uniform[:, 1])
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)  # (_TRIES, B)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(0)[None]
+    w, h = np.take_along_axis(w, first, 0)[0], np.take_along_axis(h, first, 0)[0]
+    top, left = (
+        hashes[_Y] % np.maximum(height - h + 1, 1),
+        hashes[_X] % np.maximum(width - w + 1, 1),
+    )
+    central_h = min(height, max(1, round(width / crop.ratio[0])))
+    central_w = min(width, max(1, round(height * crop.ratio[1])))
+    central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
+    return np.where(fits.any(0)[:, None], np.stack([top, left, h, w], 1), central)
+
+
+def _jitters(jitter: ColourJitter, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B, 4) factors and (B, K) order; an operation of strength 0 is in no order."""
+    strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    factors = np.empty((hashes.shape[1], 4))
+    for i, strength in enumerate(strengths):
+        low, high = (-strength, strength) if i == HUE else (max(0.0, 1 - strength), 1 + strength)
+        uniform = low + (high - low) * (hashes[_FACTORS + i] / 2**32)
+        factors[:, i] = np.rint(uniform * (6 * ONE if i == HUE else ONE))
+    factors[:, HUE] %= 6 * ONE
+    orders = np.array(list(itertools.permutations(np.flatnonzero(strengths))))
+    return factors, orders[hashes[_ORDER] % len(orders)]
+
+
+def draw(
+    settings: Augment,
+    seed: int,
+    epochs: torch.Tensor,
+    example_ids: torch.Tensor,
+    image_shape: tuple[int, int, int],
+) -> Views:
+    """What is random about the views that belong to (seed, epoch, example id).
+
+    Flip: mirrored with probability 1/2. Padded crop: of the native size out of the zero-padded
+    image, each of the (2 * padding + 1)**2 places equally likely. Resized crop and colour jitter:
+    distributed as torchvision's RandomResizedCrop and ColorJitter.
+
+    Args:
+        settings: Which of them are on.
+        seed: The run's augmentation seed, in [0, 2**63).
+        epochs: (B,) int64, on the CPU; views of one image in two epochs are unrelated.
+        example_ids: (B,) int64, on the CPU.
+        image_shape: (C, H, W) of one image.
+
+    Raises: ValueError where colour is asked of images that have none.
+    """
+    n_channels, height, width = image_shape
+    crop, jitter, pad = settings.resized_crop, settings.colour_jitter, settings.crop_padding
+    if jitter and any(jitter.model_dump().values()) and n_channels not in (1, 3):
+        raise ValueError(f"images have {n_channels} channels; colour_jitter expects 1 or 3")
+    if jitter and (jitter.saturation or jitter.hue) and n_channels != 3:
+        raise ValueError(
+            f"colour_jitter has saturation {jitter.saturation} and hue {jitter.hue}, but images "
+            "have 1 channel; grey images have neither, set both to 0"
+        )
+    n = len(example_ids)
+    n_streams = _CROP + 2 * _TRIES if crop else _CROP if jitter else _ORDER
+    hashes = counter_hash(seed, epochs, example_ids, np.arange(n_streams)[:, None])
+    flip = hashes[_FLIP] % 2 == 1 if settings.flip else np.zeros(n, bool)
+    box = np.tile([0, 0, height, width], (n, 1))
+    if pad:
+        box[:, 0] = hashes[_Y] % (2 * pad + 1) - pad
+        box[:, 1] = hashes[_X] % (2 * pad + 1) - pad
+    elif crop:
+        box = _crops(crop, hashes, height, width)
+    factors, order = np.tile([ONE, ONE, ONE, 0], (n, 1)), np.empty((n, 0))
+    if jitter:
+        factors, order = _jitters(jitter, hashes)
+    box, factors, order = (torch.from_numpy(x.astype(np.int32)) for x in (box, factors, order))
+    return Views(settings, tuple(image_shape), torch.from_numpy(flip), box, factors, order)
+
+
+def _shifted(images: torch.Tensor, box: torch.Tensor, flip: torch.Tensor, pad: int) -> torch.Tensor:
+    """(B, C, H, W) uint8: the window of each zero-padded image, mirrored where `flip`."""
+    n, n_channels, height, width = images.shape
+    x = torch.arange(width, device=images.device)
+    x = torch.where(flip[:, None], width - 1 - x, x) + (pad + box[:, 1, None])  # (B, W)
+    y = torch.arange(height, device=images.device) + (pad + box[:, 0, None])  # (B, H)
+    if pad:
+        images = torch.nn.functional.pad(images, (pad, pad, pad, pad))
+    pixels = y[:, :, None] * images.shape[3] + x[:, None, :]  # (B, H, W) places in the padded image
+    index = pixels.reshape(n, 1, height * width).expand(n, n_channels, height * width)
+    return images.flatten(2).gather(2, index).reshape(n, n_channels, height, width)
+
+
+def _taps(start: torch.Tensor, size: torch.Tensor, n: int) -> tuple[torch.Tensor, ...]:
+    """The two pixels, (B, n) int64 each, and the second's weight, (B, n) int32, of n samples of
+    [start, start + size): bilinear, centres at half pixels, clamped to the box."""
+    centres = 2 * torch.arange(n, device=start.device) + 1
+    place = (centres * size[:, None] - n).clamp(min=0)  # 2 * n times the place in the box
+    place = ((place << TAP_BITS) + n) // (2 * n)  # 2**TAP_BITS times it, rounded
+    place = torch.minimum(place, (size[:, None] - 1) << TAP_BITS)
+    first = place >> TAP_BITS
+    second = torch.minimum(first + 1, size[:, None] - 1)
+    weight = (place & ((1 << TAP_BITS) - 1)).int()
+    return first + start[:, None], second + start[:, None], weight
+
+
+def _resized(images: torch.Tensor, box: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) uint8: each box enlarged to (H, W), mirrored where `flip`.
+
+    A box is never larger than the image, so nothing is made smaller and no filter against aliasing
+    would change a pixel. The sum is exact and rounded once.
+    """
+    shape, (top, left, h, w) = images.shape, box.unbind(1)
+    top_row, bottom_row, y = _taps(top, h, shape[2])  # (B, H)
+    columns = _taps(left, w, shape[3])  # (B, W)
+    first, second, x = (torch.where(flip[:, None], t.flip(1), t) for t in columns)
+
+    def rows(index: torch.Tensor) -> torch.Tensor:
+        return images.gather(2, index[:, None, :, None].expand(shape)).int()
+
+    y, x = y[:, None, :, None], x[:, None, None, :]
+    mixed = rows(top_row) * ((1 << TAP_BITS) - y) + rows(bottom_row) * y
+    left_part, right_part = (
+        mixed.gather(3, i[:, None, None].expand(shape)) for i in (first, second)
+    )
+    total = left_part * ((1 << TAP_BITS) - x) + right_part * x
+    return ((total + (1 << (2 * TAP_BITS - 1))) >> (2 * TAP_BITS)).to(torch.uint8)
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) int32 grey levels of 1 or 3 channels, rounded."""
+    if pixels.shape[1] == 1:
+        return pixels
+    red, green, blue = pixels.split(1, 1)
+    return (RED * red + GREEN * green + BLUE * blue + (1 << 15)) >> 16
+
+
+def _turned(pixels: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+    """Hue turned by `turn` sixths / ONE, in [0, 6); value and chroma stay.
+
+    With the hue in units of the chroma no division is left: a channel is value minus
+    chroma * clamp(min(k, 4 - k), 0, 1), k = (5, 3 or 1 + hue sixths) mod 6.
+    Source: Wikipedia, HSL and HSV, "HSV to RGB alternative".
+    """
+    red, green, blue = pixels.split(1, 1)
+    value = pixels.amax(1, keepdim=True)
+    chroma = value - pixels.amin(1, keepdim=True)
+    hue = torch.where(value == green, 2 * chroma + blue - red, 4 * chroma + red - green)
+    hue = torch.where(value == red, green - blue, hue)  # in [-chroma, 5 * chroma]
+    unit = chroma * ONE
+    hue = (hue * ONE + chroma * turn).remainder((6 * unit).clamp(min=1))
+    steps = torch.tensor([5, 3, 1], dtype=torch.int32, device=pixels.device).reshape(1, 3, 1, 1)
+    k = hue + steps * unit  # (B, 3, H, W), in [0, 11 * unit)
+    k = torch.where(k >= 6 * unit, k - 6 * unit, k)
+    part = torch.minimum(torch.minimum(k, 4 * unit - k), unit).clamp(min=0)
+    return value - ((part + ONE // 2) >> FACTOR_BITS)
+
+
+def _recoloured(pixels: torch.Tensor, operation: int, factor: torch.Tensor) -> torch.Tensor:
+    """One colour operation: (B, C, H, W) int32 pixels, (B, 1, 1, 1) int32 factors."""
+    if operation == HUE:
+        return _turned(pixels, factor)
+    rest = torch.zeros_like(factor)  # ONE times what is added to factor * pixels
+    if operation == CONTRAST:
+        grey = _grey(pixels)
+        total = grey.sum((1, 2, 3), keepdim=True, dtype=torch.int64)
+        rest = ((ONE - factor) * total // grey[0].numel()).int()
+    elif operation == SATURATION:
+        rest = (ONE - factor) * _grey(pixels)
+    return ((factor * pixels + rest + ONE // 2) >> FACTOR_BITS).clamp(0, 255)
+
+
+def apply(images: torch.Tensor, views: Views) -> torch.Tensor:
+    """The views of a batch in plain tensor operations, on the images' device.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        views: Of these B images, in their order.
+
+    Returns: (B, C, H, W) uint8; the input itself when nothing is switched on.
+    Raises: ValueError for views of other images.
+    """
+    views.check(len(images), images.shape[1:])
+    if views.identity:
+        return images
+    settings, device = views.settings, images.device
+    if views.moves:
+        box, flip = views.box.to(device).long(), views.flip.to(device)
+        images = (
+            _resized(images, box, flip)
+            if settings.resized_crop
+            else _shifted(images, box, flip, settings.crop_padding)
+        )
+    if views.order.shape[1] == 0:
+        return images
+    pixels, factors = images.int(), views.factors.to(device)[:, :, None, None, None]
+    for step in views.order.unbind(1):
+        for operation in step.unique().tolist():  # of tensors on the CPU: waits for no device
+            rows = (step == operation).nonzero()[:, 0].to(device)
+            pixels[rows] = _recoloured(pixels[rows], operation, factors[rows, operation])
+    return pixels.to(torch.uint8)
 
 
 def augment(
@@ -54,48 +309,68 @@ def augment(
     settings: Augment,
     seed: int,
 ) -> torch.Tensor:
-    """The view of each image that belongs to (seed, epoch, example id).
+    """The view of each image that belongs to (seed, epoch, example id): `apply` of a `draw`.
 
     Args:
         images: (B, C, H, W) uint8.
-        example_ids: (B,) int64.
-        epochs: (B,) int64; views of one image in two epochs are unrelated.
-        settings: Flip with probability 1/2; crop of the native size out of the zero-padded image,
-            each of the (2 * padding + 1)**2 places equally likely.
-        seed: The run's augmentation seed.
+        example_ids: (B,) int64, on any device.
+        epochs: (B,) int64, on any device.
+        settings: As in `draw`.
+        seed: As in `draw`.
 
     Returns: (B, C, H, W) uint8; the input itself when nothing is switched on.
     """
-    pad = settings.crop_padding
-    if not (pad or settings.flip):
-        return images
-    n, n_channels, height, width = images.shape
-    x = torch.arange(width, device=images.device).expand(n, width)
-    y = torch.arange(height, device=images.device).expand(n, height)
-    if settings.flip:
-        flipped = counter_hash(seed, epochs, example_ids, 0) & 1
-        x = torch.where(flipped[:, None] == 1, width - 1 - x, x)
-    if pad:
-        images = torch.nn.functional.pad(images, (pad, pad, pad, pad))
-        places = 2 * pad + 1
-        x = x + (counter_hash(seed, epochs, example_ids, 1) % places)[:, None]
-        y = y + (counter_hash(seed, epochs, example_ids, 2) % places)[:, None]
-    pixels = y[:, :, None] * images.shape[3] + x[:, None, :]  # (B, H, W) places in the padded image
-    index = pixels.reshape(n, 1, height * width).expand(n, n_channels, height * width)
-    return images.flatten(2).gather(2, index).reshape(n, n_channels, height, width)
+    shape = tuple(images.shape[1:])
+    return apply(images, draw(settings, seed, epochs.cpu(), example_ids.cpu(), shape))
 
 
-def normalise(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+def pixel_scale(mean: list[float], std: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """`scale` and `shift`, (C,) float32 each, with which `pixel * scale + shift` normalises.
+
+    Args:
+        mean: C floats, for pixels in [0, 1].
+        std: C floats > 0, for pixels in [0, 1].
+    """
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return np.array([1 / (255 * s) for s in std], np.float32), np.array(shift, np.float32)
+
+
+def normalise(
+    images: torch.Tensor, mean: list[float], std: list[float], out: torch.Tensor | None = None
+) -> torch.Tensor:
     """uint8 pixels to float32 `(pixel / 255 - mean) / std`, per channel.
+
+    A product and a sum, each rounded: never one fused operation, whose bits would be others.
 
     Args:
         images: (B, C, H, W) uint8.
-        mean: C floats, for pixels in [0, 1].
-        std: C floats > 0, for pixels in [0, 1].
+        mean: As in `pixel_scale`.
+        std: As in `pixel_scale`.
+        out: (B, C, H, W) float32 to write to, in any memory format.
 
-    Returns: (B, C, H, W) float32, in the memory format of the input.
+    Returns: (B, C, H, W) float32, `out` or new, in the memory format of the input.
     """
-    shape = (1, -1, 1, 1)
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).reshape(shape)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return torch.addcmul(shift.reshape(shape), images.float(), scale)
+    scale, shift = (
+        torch.from_numpy(x).to(images.device)[:, None, None] for x in pixel_scale(mean, std)
+    )
+    out = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
+    return out.mul_(scale).add_(shift)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a network wants its pixels: per-channel mean and std of pixels in [0, 1]."""
+
+    mean: list[float]
+    std: list[float]
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Where the channels stand in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def prepare(self, images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, C, H, W) uint8 -> float32, normalised, in the memory format the study asks for."""
+        images = images.contiguous(memory_format=self.memory_format)
+        return normalise(images, self.mean, self.std, out)

@@ -41,15 +41,17 @@ def budget(evidence: Evidence) -> Check:
 
 
 def coverage(evidence: Evidence) -> Check:
-    """Exactly the subset was visited, each example as often as any other, give or take one."""
+    """Exactly the subset was visited, each example as often as planned: as any other, give or take
+    one, unless each pass draws some shards."""
     visits, wanted = evidence["coverage"], evidence["subset"]["n_examples"]
-    even = visits["most"] - visits["fewest"] <= 1 and visits["outside_subset"] == 0
-    seen_all = visits["unique"] == min(wanted, evidence["budget"]["declared"]["samples"])
+    even = visits["most"] - visits["fewest"] <= 1 or visits["shards_per_pass"] is not None
+    seen_all = visits["unique"] == evidence["budget"]["declared"]["unique_examples"]
     return Check(
         "coverage",
-        even and seen_all,
+        even and seen_all and visits["outside_subset"] == visits["unlike_plan"] == 0,
         f"{visits['unique']} of {wanted} examples visited {visits['fewest']} to {visits['most']} "
-        f"times, {visits['outside_subset']} visits outside the subset",
+        f"times, {visits['unlike_plan']} not as often as planned, {visits['outside_subset']} "
+        "visits outside the subset",
     )
 
 
@@ -78,7 +80,7 @@ def pairing(evidence: Evidence) -> Check:
     found = evidence["pairing"]
     if found is None:
         return Check("pairing", True, "no teacher in this objective")
-    read, measured = found["teacher_accuracy"], evidence["teacher"]["measured_train"]
+    read, measured = found["teacher_accuracy"], found["stored_accuracy"]
     return Check(
         "pairing",
         found["permuted"] > found["paired"] and abs(read - measured) < 1e-9,
@@ -216,12 +218,19 @@ def differing(ours: dict[str, Any], theirs: dict[str, Any], allowed: Iterable[st
     return [line for line in files.difference(ours, theirs) if not line.startswith(allowed)]
 
 
-def coverage_evidence(visits: np.ndarray, subset_ids: np.ndarray) -> dict[str, int]:
+def coverage_evidence(
+    visits: np.ndarray,
+    subset_ids: np.ndarray,
+    planned: np.ndarray,
+    shards_per_pass: int | None = None,
+) -> dict[str, int | None]:
     """Summary of recorded visits, counted over all examples of the split.
 
     Args:
         visits: (n_examples,) int64, visits per example id.
-        subset_ids: The declared training set.
+        subset_ids: (N,) the declared training set.
+        planned: (N,) int64, the visits its plan gives each of them.
+        shards_per_pass: How many shards each pass draws; None when it has all.
     """
     inside = visits[subset_ids]
     return {
@@ -229,4 +238,6 @@ def coverage_evidence(visits: np.ndarray, subset_ids: np.ndarray) -> dict[str, i
         "fewest": int(inside.min()),
         "most": int(inside.max()),
         "outside_subset": int(visits.sum() - inside.sum()),
+        "unlike_plan": int((inside != planned).sum()),
+        "shards_per_pass": shards_per_pass,
     }

@@ -1,37 +1,47 @@
 """Sources of images with stable example ids, all behind one interface.
 
-An example id is the position of an image in its split's own order, for ever. Holds where images
-come from and how they become uint8 arrays of one size. Leaves to others: storing them (`cache`),
-normalising and augmenting them, and holding out a validation split.
+An example id is the position of an image in its split's own order, for ever. Holds the interface,
+and images that are arrays in memory. Leaves to others: images that must be decoded (`encoded`,
+`hub`), storing (`cache`), normalising and augmenting, and holding out a validation split.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdlib import files
+from kdlib.encoded import (
+    RESIZE_RULE,
+    SPLITS,
+    fit,
+    limit_identity,
+    limited,
+    open_folder,
+)
+from kdlib.hub import open_hub
 from kdlib.params import Data
 
-SPLITS = ("train", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 N_DIGITS_TRAIN = 1297  # of 1,797; the last 500 are the test split
-_RESIZE_RULE = "largest centred square, bilinear with antialiasing"
-
-Range = Callable[[int, int], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
 class Source:
     """One split of one data set.
 
+    A range is read in two steps: `fetch`, which is cheap, where the source was opened, and `decode`
+    anywhere. A pickled source is small and can decode but not fetch: only payloads travel.
+
     Attributes:
+        class_names: Empty for images without labels.
         image_shape: (channels, height, width) of every image.
         identity: JSON-able; everything that determines the images, the labels and their order.
-        read_range: What `read` calls once it has checked the range.
+        fetch_range: What `fetch` calls once it has checked the range.
+        decode: From what `fetch` returns to images, uint8 (n, *image_shape), and labels, int64
+            (n,), in [0, n_classes), or -1 where there are none. Raises ValueError that names the
+            example, for an image that cannot be read.
+        parallel: Whether decoding is worth worker processes.
     """
 
     name: str
@@ -40,22 +50,37 @@ class Source:
     n_examples: int
     image_shape: tuple[int, int, int]
     identity: dict[str, Any]
-    read_range: Range = field(repr=False, compare=False)
+    fetch_range: Callable[[int, int], Any] = field(repr=False, compare=False)
+    decode: Callable[[Any], tuple[np.ndarray, np.ndarray]] = field(repr=False, compare=False)
+    parallel: bool = False
 
-    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of the example ids [start, stop); only these are decoded.
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"fetch_range": _fetch_elsewhere}
 
-        Returns: uint8 (stop - start, *image_shape) and int64 (stop - start,), labels in
-            [0, n_classes).
-        Raises: IndexError for a range outside [0, n_examples]; ValueError that names the file, for
-            an image that cannot be read.
+    def fetch(self, start: int, stop: int) -> Any:
+        """What `decode` needs of the example ids [start, stop), and nothing else; picklable.
+
+        Raises: IndexError for a range outside [0, n_examples].
         """
         if not 0 <= start <= stop <= self.n_examples:
             raise IndexError(
                 f"asked for example ids [{start}, {stop}) of {self.name} {self.split}; expected a "
                 f"range inside [0, {self.n_examples})"
             )
-        return self.read_range(start, stop)
+        return self.fetch_range(start, stop)
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of the example ids [start, stop); only these are decoded.
+
+        Returns: As `decode`; raises as `fetch` and `decode`.
+        """
+        return self.decode(self.fetch(start, stop))
+
+
+def _fetch_elsewhere(start: int, stop: int) -> Any:
+    raise RuntimeError(
+        "a source that came from another process decodes only; call `fetch` where it was opened"
+    )
 
 
 def open_source(data: Data, split: str) -> Source:
@@ -64,15 +89,23 @@ def open_source(data: Data, split: str) -> Source:
     Args:
         split: `train` or `test`.
 
-    Raises: ValueError for another split, or for a folder whose layout or images are unfit;
-        FileNotFoundError when the data are not there and cannot be downloaded.
+    Raises: ValueError for another split, for `n_train` beyond the split, or for a folder or data
+        set whose layout, images or labels are unfit; FileNotFoundError when the data are not there
+        and cannot be downloaded.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; {files.nearest(split, SPLITS)}")
-    if data.source == "folder":
-        return _open_folder(data, split)
-    arrays = _read_digits(split) if data.source == "digits" else _read_torchvision(data, split)
-    return array_source(data.source, split, *arrays, image_size=data.image_size)
+    if data.source in ("folder", "huggingface"):
+        found = (open_folder if data.source == "folder" else open_hub)(data, split)
+        return Source(data.source, split, **vars(found), parallel=True)
+    read = _read_digits(split) if data.source == "digits" else _read_torchvision(data, split)
+    images, labels, class_names = read
+    n = limited(data, split, len(images))
+    source = array_source(
+        data.source, split, images[:n], labels[:n], class_names, image_size=data.image_size
+    )
+    source.identity.update(limit_identity(data, split))
+    return source
 
 
 def array_source(
@@ -111,12 +144,10 @@ def array_source(
     identity = {"source": name, "split": split, "sha256": files.sha256_array(images, labels)}
     resize = image_size is not None and images.shape[2:] != (image_size, image_size)
     if resize:
-        identity |= {"image_size": image_size, "resize": _RESIZE_RULE}
+        identity |= {"image_size": image_size, "resize": RESIZE_RULE}
 
-    def read_range(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        part = images[start:stop]
-        part = _resize_batch(part, image_size) if resize else part.copy(order="C")
-        return part, labels[start:stop].copy()
+    def fetch_range(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        return images[start:stop], labels[start:stop]
 
     side = (image_size, image_size) if resize else images.shape[2:]
     return Source(
@@ -126,8 +157,20 @@ def array_source(
         n_examples=len(images),
         image_shape=(images.shape[1], *side),
         identity=identity,
-        read_range=read_range,
+        fetch_range=fetch_range,
+        decode=_DecodeArrays(image_size if resize else None),
     )
+
+
+@dataclass(frozen=True)
+class _DecodeArrays:
+    image_size: int | None
+
+    def __call__(self, payload: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = payload
+        if self.image_size is None:
+            return images.copy(order="C"), labels.copy()
+        return _resize_batch(images, self.image_size), labels.copy()
 
 
 def _read_digits(split: str) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
@@ -177,139 +220,11 @@ def _read_torchvision(data: Data, split: str) -> tuple[np.ndarray, np.ndarray, S
     return opened.data.transpose(0, 3, 1, 2), labels, opened.classes
 
 
-def _open_folder(data: Data, split: str) -> Source:
-    """Images in <folder>/<split>/<class>/: classes sorted by name, files sorted within their class.
-
-    All images become RGB. A relative folder is looked up in the data folder. The identity is a
-    sha256 over names and file sizes, so that opening reads no pixels: an image replaced by another
-    of the same name and size goes unnoticed here.
-    """
-    root = files.data_root() / data.folder  # an absolute folder stays as it is
-    classes = {s: _class_names(root / s) for s in SPLITS}
-    only = {s: sorted(set(classes[s]) - set(classes[o])) for s, o in (SPLITS, SPLITS[::-1])}
-    if any(only.values()):
-        raise ValueError(
-            f"train and test of {root} differ in their classes: only in train {only['train']}, "
-            f"only in test {only['test']}; expected the same class folders in both"
-        )
-    class_names = classes[split]
-    paths, labels = [], []
-    for label, class_name in enumerate(class_names):
-        found = _image_paths(root / split / class_name)
-        paths += found
-        labels += [label] * len(found)
-    listing = [[f"{path.parent.name}/{path.name}", path.stat().st_size] for path in paths]
-    identity = {"source": "folder", "split": split, "sha256": files.fingerprint(listing)}
-    if data.image_size is None:
-        height, width = _common_size(paths)
-    else:
-        height = width = data.image_size
-        identity |= {"image_size": data.image_size, "resize": _RESIZE_RULE}
-    all_labels = np.array(labels, np.int64)
-
-    def read_range(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        images = np.empty((stop - start, 3, height, width), np.uint8)
-        for image, path in zip(images, paths[start:stop], strict=True):
-            image[:] = _decode(path, data.image_size)
-        return images, all_labels[start:stop].copy()
-
-    return Source(
-        name="folder",
-        split=split,
-        class_names=tuple(class_names),
-        n_examples=len(paths),
-        image_shape=(3, height, width),
-        identity=identity,
-        read_range=read_range,
-    )
-
-
-def _class_names(folder: Path) -> list[str]:
-    """Sorted names of the class folders of one split; hidden ones are passed over."""
-    layout = "expected <folder>/train/<class>/ and <folder>/test/<class>/ (params: data.folder)"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; {layout}")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
-    if not names:
-        raise ValueError(f"{folder} has no class folders; {layout}")
-    return names
-
-
-def _image_paths(folder: Path) -> list[Path]:
-    """Sorted images of one class folder; files of other kinds and hidden ones are passed over."""
-    paths = sorted(p for p in folder.iterdir() if p.name[0] != ".")
-    nested = next((p for p in paths if p.is_dir()), None)
-    if nested is not None:
-        raise ValueError(f"{nested} is a folder inside a class folder; expected images only")
-    paths = [p for p in paths if p.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise ValueError(
-            f"class folder {folder} has no image; expected files that end in {', '.join(SUFFIXES)}"
-        )
-    return paths
-
-
-def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """(height, width) of all images, from their headers.
-
-    Raises: ValueError that names two files, when they differ.
-    """
-    first = None
-    for path in paths:
-        with _opened(path) as image:
-            size = image.size
-        first = first or size
-        if size != first:
-            raise ValueError(
-                f"{path} has {size[0]}x{size[1]} pixels but {paths[0]} has {first[0]}x{first[1]}; "
-                "give one size for all (params: data.image_size)"
-            )
-    return first[1], first[0]
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """An open PIL image; whatever Pillow says of a file it cannot read becomes a ValueError with
-    the path."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            yield image
-    # SyntaxError: Pillow's word for a broken PNG chunk
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({error}); repair or remove it"
-        ) from None
-
-
-def _decode(path: Path, image_size: int | None) -> np.ndarray:
-    """One file as uint8 (3, H, W). EXIF rotation is not applied, as in torchvision's image
-    folder."""
-    with _opened(path) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255 on conversion
-            raise ValueError(
-                f"{path} has more than 8 bits per channel (mode {image.mode}); save it with 8"
-            )
-        image = image.convert("RGB")
-    return np.asarray(image if image_size is None else _fit(image, image_size)).transpose(2, 0, 1)
-
-
-def _fit(image: Any, size: int) -> Any:
-    """The largest centred square of a PIL image, resized to `size` x `size`."""
-    from PIL import Image
-
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-
-
 def _resize_batch(images: np.ndarray, size: int) -> np.ndarray:
     """(n, channels, H, W) -> (n, channels, size, size), each channel on its own."""
     from PIL import Image
 
     resized = np.empty((*images.shape[:2], size, size), np.uint8)
     for i, channel in np.ndindex(images.shape[:2]):
-        resized[i, channel] = np.asarray(_fit(Image.fromarray(images[i, channel]), size))
+        resized[i, channel] = np.asarray(fit(Image.fromarray(images[i, channel]), size))
     return resized

@@ -4,30 +4,14 @@ Leaves to others: what is done with the outputs (teacher cache, metrics, probes,
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from kdlib.augment import normalise
+from kdlib.augment import Pixels
 from kdlib.models import Network
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """How a network wants its pixels: per-channel mean and std of pixels in [0, 1]."""
-
-    mean: list[float]
-    std: list[float]
-    channels_last: bool = False
-
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) uint8 -> float32, normalised, in the memory format the study asks for."""
-        if self.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return normalise(images, self.mean, self.std)
 
 
 @torch.no_grad()

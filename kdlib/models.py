@@ -29,10 +29,11 @@ class Network(nn.Module):
     """A classifier in two parts: `forward(x) = head(features(x))`.
 
     Input is (B, C, H, W) float32, already normalised; features are (B, D) float32, D =
-    `n_features`, the input of the last linear layer; logits are (B, C) float32.
+    `n_features`, the input of the last linear layer; logits are (B, C) float32, C = `n_classes`.
     """
 
     n_features: int
+    n_classes: int
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate activations, (B, D)."""
@@ -65,7 +66,7 @@ class TinyCNN(Network):
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"option width of tiny_cnn is {width!r}; expected an integer >= 1")
-        self.n_features = 2 * width
+        self.n_features, self.n_classes = 2 * width, n_classes
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
@@ -107,7 +108,7 @@ class CifarResNet(Network):
     def __init__(self, n_classes: int, channels: int, depth: int):
         super().__init__()
         n_blocks = (depth - 2) // 6
-        self.n_features = 64
+        self.n_features, self.n_classes = 64, n_classes
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         for stage, (n_in, n_out) in enumerate([(16, 16), (16, 32), (32, 64)], start=1):
@@ -243,8 +244,8 @@ def _build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed
                 _fit_stem(body, model.name)
             network = TimmNetwork(body).eval()  # a trial: does it take such images, how wide is D?
             features = network.features(torch.zeros(1, *image_shape))
-            network.head(features)
             network.n_features = features.shape[1]
+            network.n_classes = network.head(features).shape[1]
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{model.name} with options {model.options} cannot be built for images of shape "

@@ -25,17 +25,19 @@ SCORES = (
     "loss", "trend", "dyn_unc", "tdds", "dual",
 )  # fmt: skip
 REGION_STRATEGIES = ("easy", "ambiguous", "ambiguous_corner", "hard")
-STRATEGIES = (
+SHARD_POLICIES = ("fixed_shards", "random_shards")  # whole shards: always the same, or new per pass
+SELECTIONS = (  # subsets of an exact number of examples
     "full",
     "random",
     *REGION_STRATEGIES,
     *(f"{s}_{end}" for s in SCORES for end in ("top", "bottom")),
 )
+STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
 MODELS = (
     "tiny_cnn", "cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
     "cifar_resnet56", "mlperf_resnet8",
 )  # fmt: skip
-SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder")
+SOURCES = ("digits", "mnist", "cifar10", "cifar100", "folder", "huggingface")
 AXES = ("student", "strategy", "fraction", "objective")
 _NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
@@ -68,16 +70,42 @@ def _known(value: str, known: Sequence[str], what: str) -> str:
     return value
 
 
+class HuggingFace(Settings):
+    """A data set of the Hugging Face hub, or a local folder or file that `datasets` can read."""
+
+    # `owner/name` on the hub, or a local parquet file or folder (relative: in the data folder)
+    dataset: str
+    config: str | None = None  # the data set's configuration, where it has several
+    revision: str | None = None  # commit of the hub repository; None: the latest, which is recorded
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str = "image"
+    label_column: str = "label"
+    streaming: bool = False  # read once, in order, without keeping the files
+
+
 class Data(Settings):
     """Which images. `n_validation` training images are held out, the same for teacher and students
     of the study."""
 
     source: str
-    folder: str | None = None  # source `folder` only: a path with train/<class>/ and test/<class>/
+    # source `folder` only: a path with train/<class>/ and test/<class>/; unlabelled: train/, test/
+    folder: str | None = None
+    test_folder: str = "test"  # of a folder whose test images are in `val`, say
+    huggingface: HuggingFace | None = None  # source `huggingface` only
+    labelled: bool = True  # False: labels are not read, and stored as -1
+    n_train: int | None = Field(None, ge=2)  # only the first so many training images
     image_size: int | None = Field(None, ge=4)  # pixels; None keeps the native size
     n_validation: int = Field(ge=1)
     split_seed: int = Field(0, ge=0)
     shard_size: int = Field(2048, ge=1)  # examples per shard
+    part: str = "1/1"  # `i/k`: learn from the i-th of k equal runs of shards of the training split
+
+    @field_validator("part")
+    @classmethod
+    def _fraction(cls, part: str) -> str:
+        parse_part(part)
+        return part
 
     @model_validator(mode="after")
     def _consistent(self) -> "Data":
@@ -87,7 +115,28 @@ class Data(Settings):
                 "`folder` is the path of an image folder: give it with `source: folder`, and "
                 "only there"
             )
+        if (self.source == "huggingface") != (self.huggingface is not None):
+            raise ValueError(
+                "`huggingface` names a data set of the hub: give it with `source: huggingface`, "
+                "and only there"
+            )
+        if not self.labelled and self.source not in ("folder", "huggingface"):
+            raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
         return self
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """`i/k` as (i, k), with 1 <= i <= k.
+
+    Raises: ValueError for anything else.
+
+    >>> parse_part("2/8")
+    (2, 8)
+    """
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"part is {part!r}; expected i/k with 1 <= i <= k, such as 2/8")
+    return int(found[1]), int(found[2])
 
 
 class Model(Settings):
@@ -103,12 +152,46 @@ class Model(Settings):
         return name if name.startswith("timm/") else _known(name, (*MODELS, "timm/<name>"), "model")
 
 
+class ResizedCrop(Settings):
+    """Ranges of a random resized crop, as torchvision defines it."""
+
+    scale: tuple[float, float] = (0.08, 1.0)  # area of the crop, as a fraction of the image's
+    ratio: tuple[float, float] = (0.75, 4 / 3)  # width / height
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ResizedCrop":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(
+                f"scale is {self.scale} and ratio {self.ratio}; expected 0 < scale <= 1 and "
+                "0 < ratio, the lower end first"
+            )
+        return self
+
+
+class ColourJitter(Settings):
+    """Largest changes of colour, as torchvision defines them: a factor is drawn from
+    [max(0, 1 - x), 1 + x], the hue's shift from [-hue, hue] turns."""
+
+    brightness: float = Field(0.0, ge=0, le=8)
+    contrast: float = Field(0.0, ge=0, le=8)
+    saturation: float = Field(0.0, ge=0, le=8)
+    hue: float = Field(0.0, ge=0, le=0.5)
+
+
 class Augment(Settings):
     """Random views of a training image; all off by default."""
 
     # pixels of zero padding before a random crop of the native size
     crop_padding: int = Field(0, ge=0)
     flip: bool = False  # mirror left-right with probability 1/2
+    resized_crop: ResizedCrop | None = None  # instead of the padded crop
+    colour_jitter: ColourJitter | None = None
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> "Augment":
+        if self.crop_padding and self.resized_crop:
+            raise ValueError("give one crop: either `crop_padding` or `resized_crop`")
+        return self
 
 
 class Training(Settings):
@@ -127,6 +210,10 @@ class Training(Settings):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
     augment: Augment = Augment()
+    # of each pass: `shuffled` draws from the whole training set; `windowed` permutes the shards and
+    # shuffles within so many of them, for caches larger than memory; `sequential` is by example id
+    order: Literal["shuffled", "windowed", "sequential"] = "shuffled"
+    window_shards: int = Field(8, ge=1)
     # None: once per pass over the full training split
     evaluate_every_steps: int | None = Field(None, ge=1)
     # weights kept for probing, as fractions of the budget
@@ -155,6 +242,16 @@ class Training(Settings):
         return "equal_steps" if self.steps is not None else "equal_epochs"
 
 
+class Outputs(Settings):
+    """What of a teacher is stored for its students."""
+
+    # None: logits of the clean image. n: of n replayed views of each, which the students then see
+    # in turn, one per pass, all students the same
+    views: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0)  # of the replayed views
+    top_k: int | None = Field(None, ge=1)  # store the k largest logits and the mass of the others
+
+
 class Teacher(Settings):
     """A network trained by this lab (`training`) or read from a weight file (`weights`), never
     both."""
@@ -173,6 +270,7 @@ class Teacher(Settings):
     expected_accuracy: float = Field(ge=0, le=1)
     # by how much the measured accuracy may lie below the claim
     tolerance: float = Field(0.005, ge=0)
+    outputs: Outputs = Outputs()
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Teacher":
@@ -291,6 +389,9 @@ class Compute(Settings):
     device: str = "cpu"
     threads: int = Field(1, ge=1)
     channels_last: bool = False
+    # where pixels are kept: on the device, or mapped from the disk; `auto` looks at the memory.
+    # Changes no result
+    images: Literal["auto", "resident", "mapped"] = "auto"
 
 
 @dataclass(frozen=True, order=True)
@@ -376,7 +477,7 @@ class Study(Settings):
     @property
     def cache(self) -> Path:
         """Folder of the image cache; studies that ask for the same images share it."""
-        content = self.data.model_dump(include={"source", "folder", "image_size", "shard_size"})
+        content = self.data.model_dump(exclude={"n_validation", "split_seed", "part"})
         return workspace() / "cache" / f"{self.data.source}-{fingerprint(content)[:8]}"
 
     @property
@@ -449,7 +550,7 @@ class Study(Settings):
             step: cache, teacher, datamap, distill, probe or compare.
             cell: The cell, for distill.
         """
-        dump = self.model_dump(mode="json", exclude={"name"})
+        dump = self.model_dump(mode="json", exclude={"name": True, "compute": {"images"}})
         scoring = {key: dump["dynamics"].pop(key) for key in ("el2n_epoch", "window")}
         if step == "distill":
             return {

@@ -683,6 +683,35 @@ def region_grid(
     return fig
 
 
+def shard_visits(fig: Figure, visits: Mapping[str, np.ndarray], title: str = "") -> Figure:
+    """How often each shard was read under several policies: one panel each, on the same scales.
+
+    Args:
+        fig: An empty figure.
+        visits: Policy -> (shards,) mean visits per example, >= 0; as many shards in each.
+        title: Above all panels.
+
+    Returns: `fig`. Each panel says what share of all samples the last third of the shards supplied.
+    Raises: ValueError for no policies, or for policies over different numbers of shards.
+    """
+    sizes = {len(counts) for counts in visits.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"policies have {sorted(sizes)} shards; expected one number for all")
+    axs = fig.subplots(len(visits), 1, sharex=True, sharey=True)
+    for ax, (policy, counts) in zip(np.atleast_1d(axs), visits.items(), strict=True):
+        ax.bar(np.arange(len(counts)), counts, width=1.0, color=BLUE, linewidth=0)
+        late = counts[-(len(counts) // 3) :].sum() / counts.sum()
+        never = int((counts == 0).sum())
+        told = f"{policy}: {late:.1%} of the samples from the last third of the shards"
+        ax.set_title(told + (f", {never} shards never read" if never else ""), fontsize=TEXT_PT)
+        ax.margins(x=0.01)
+    fig.supxlabel("shard", fontsize=RC["axes.labelsize"])
+    fig.supylabel("mean visits per image", fontsize=RC["axes.labelsize"])
+    if title:
+        fig.suptitle(title)
+    return fig
+
+
 def _fitted(text: str, width_pt: float) -> str:
     """The text, or as much of its beginning as fits, and an ellipsis."""
     text = text.replace("_", " ")

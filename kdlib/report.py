@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 
 from kdlib import checks, compare, files, plots, runs, steps
 from kdlib.params import Study
+from kdlib.sampling import Plan, fixed_shards
+from kdlib.seeds import generator
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
@@ -224,6 +226,42 @@ def _typical_images(images: steps.Images, table: pd.DataFrame, n: int = 12) -> t
         pixels[region] = images.train.read("images", ids)
         captions[region] = [str(names[label]) for label in table.loc[ids, "label"]]
     return pixels, captions
+
+
+def draw_shard_visits(study: Study) -> dict[str, Path]:
+    """Draw `shard_visits`: how often the shard policies read each shard, and how often the scheme
+    did that sorts the drawn shards and cuts every pass short.
+
+    The numbers are those of an earlier study: 122 shards of 2,048 images, 25 of them per pass, 200
+    passes of 500 batches of 64 (800 would be needed to read 25 shards).
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    n_shards, size, drawn, n_passes, n_batches, batch = 122, 2048, 25, 200, 500, 64
+    ids, n_steps = np.arange(n_shards * size), n_passes * n_batches
+    chosen = fixed_shards(ids, size, drawn, seed=0)
+    fixed = np.zeros(n_shards)
+    fixed[np.unique(chosen // size)] = Plan(
+        chosen, batch, n_steps, 0, shard_size=size
+    ).shard_visits()
+    visits = {"all": Plan(ids, batch, n_steps, 0, shard_size=size).shard_visits(), "fixed": fixed}
+    visits[f"random, {drawn} a pass"] = Plan(
+        ids, batch, n_steps, 0, shard_size=size, shards_per_pass=drawn
+    ).shard_visits()
+    for number in range(2):
+        total = np.zeros(n_shards)
+        for epoch in range(n_passes):
+            rng = generator(0, "shards", epoch)
+            first = np.arange(drawn)
+            read = first if number == 0 else np.sort(rng.choice(n_shards, drawn, replace=False))
+            left = n_batches * batch / size  # shards that a capped pass gets through
+            total[read] += np.clip(left - np.arange(drawn), 0, 1)
+        visits[f"earlier scheme (sorted, cut short), {('fixed', 'random')[number]}"] = total
+    with plots.style():
+        fig = Figure(figsize=(plots.WIDE, 5.6))
+        title = f"{n_steps:,} batches of {batch} from {n_shards} shards of {size:,} images"
+        plots.shard_visits(fig, visits, title)
+    return _save(study, {"shard_visits": fig})
 
 
 def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Path]:

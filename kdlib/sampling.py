@@ -1,60 +1,64 @@
 """Which examples, in which order, at which step: a plan that is a pure function of its seed.
 
-Batches are cut from one endless stream of passes, each pass a fresh permutation of the training
-set. Every batch has exactly `batch_size` examples, so that a budget of K steps is K * batch_size
-samples whatever the size of the subset, every example is seen once per pass, and visit counts never
-differ by more than one. A batch may hold the end of one pass and the start of the next, and of a
-subset smaller than a batch the same example twice.
+Batches are cut from one endless stream of passes over the training set. Every batch has exactly
+`batch_size` examples, so that a budget of K steps is K * batch_size samples whatever the size of
+the subset, and a budget that ends inside a pass ends inside a permutation of it. Every example of a
+pass is seen once in it. A batch may hold the end of one pass and the start of the next, and of a
+subset smaller than a batch the same example twice. Leaves to others: reading pixels (`loading`).
 """
 
-from dataclasses import dataclass
+import threading
+from bisect import bisect_right
 
 import numpy as np
-import torch
 
-from kdlib.cache import Cache
 from kdlib.seeds import generator
 
+ORDERS = ("shuffled", "windowed", "sequential")
 
-def split_ids(n_examples: int, n_validation: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+
+def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np.ndarray, ...]:
     """Hold out validation examples from a training split.
 
     Args:
-        n_examples: Size of the training split; ids are [0, n_examples).
-        n_validation: How many to hold out, in (0, n_examples).
+        example_ids: (N,) int64, sorted: all examples of the training split that are at hand.
+        n_validation: How many to hold out, in (0, N).
         seed: The study's split seed.
 
     Returns: (training ids, validation ids), both sorted int64, disjoint, together all ids.
     Raises: ValueError when nothing would be left on one side.
     """
-    if not 0 < n_validation < n_examples:
+    ids = np.asarray(example_ids, np.int64)
+    if not 0 < n_validation < len(ids):
         raise ValueError(
-            f"n_validation is {n_validation} of {n_examples} training images; "
+            f"n_validation is {n_validation} of {len(ids)} training images; "
             "expected at least one on each side (study: data.n_validation)"
         )
-    order = generator(seed, "split").permutation(n_examples)
-    return np.sort(order[n_validation:]), np.sort(order[:n_validation])
+    order = generator(seed, "split").permutation(len(ids))
+    return np.sort(ids[order[n_validation:]]), np.sort(ids[order[:n_validation]])
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One step's examples.
+def count_shards(example_ids: np.ndarray, shard_size: int, fraction: float) -> int:
+    """How many of the shards that hold these examples a fraction of them is: at least one."""
+    return max(1, round(fraction * len(np.unique(np.asarray(example_ids) // shard_size))))
 
-    Attributes:
-        example_ids: (B,) int64.
-        ranks: (B,) int64, place of each id among the plan's sorted ids.
-        passes: (B,) int64, which pass over the training set each example belongs to.
-        images: (B, C, H, W) uint8.
-        labels: (B,) int64.
-        teacher_logits: (B, C) float32, or None.
+
+def fixed_shards(example_ids: np.ndarray, shard_size: int, n: int, seed: int) -> np.ndarray:
+    """The examples of n shards, drawn once: the same in every pass.
+
+    Args:
+        example_ids: (N,) int64, sorted.
+        n: Shards, of those that hold any of these examples.
+
+    Returns: Sorted int64 example ids.
+    Raises: ValueError when there are fewer shards.
     """
-
-    example_ids: torch.Tensor
-    ranks: torch.Tensor
-    passes: torch.Tensor
-    images: torch.Tensor
-    labels: torch.Tensor
-    teacher_logits: torch.Tensor | None
+    shards = np.asarray(example_ids) // shard_size
+    known = np.unique(shards)
+    if not 1 <= n <= len(known):
+        raise ValueError(f"{n} fixed shards of {len(known)}; expected 1 to {len(known)}")
+    chosen = generator(seed, "subset").choice(known, n, replace=False)
+    return np.asarray(example_ids)[np.isin(shards, chosen)]
 
 
 class Plan:
@@ -62,77 +66,159 @@ class Plan:
 
     Attributes:
         example_ids: (N,) int64, sorted: the training set.
-        batch_size: Examples per step.
+        batch_size: Examples per step, over all ranks.
         n_steps: Optimiser steps in all.
     """
 
-    def __init__(self, example_ids: np.ndarray, batch_size: int, n_steps: int, seed: int) -> None:
-        """Raises: ValueError when there is nothing to draw from, or an id stands twice."""
+    def __init__(
+        self,
+        example_ids: np.ndarray,
+        batch_size: int,
+        n_steps: int,
+        seed: int,
+        *,
+        order: str = "shuffled",
+        shard_size: int | None = None,
+        window_shards: int = 8,
+        shards_per_pass: int | None = None,
+    ) -> None:
+        """Plan a run.
+
+        Args:
+            order: Within a pass: `shuffled` permutes all its examples; `windowed` permutes its
+                shards, takes `window_shards` of them at a time and permutes their examples
+                together, so that few shards are read at once; `sequential` goes by example id.
+            shard_size: Examples per shard of the cache; needed for `windowed` and
+                `shards_per_pass`.
+            shards_per_pass: Each pass has only so many shards, drawn anew for each; None: all.
+
+        Raises: ValueError when there is nothing to draw from, an id stands twice, or the shards are
+            too few.
+        """
         ids = np.asarray(example_ids, dtype=np.int64)
         if len(ids) == 0 or np.any(np.diff(ids) <= 0):
             raise ValueError(f"a plan needs distinct, sorted example ids; got {len(ids)} ids")
+        if order not in ORDERS:
+            raise ValueError(f"order is {order!r}; expected one of {', '.join(ORDERS)}")
+        if shard_size is None and (order == "windowed" or shards_per_pass is not None):
+            raise ValueError("an order by shards needs the cache's shard_size")
         self.example_ids, self.batch_size, self.n_steps = ids, batch_size, n_steps
-        self._seed = seed
+        self._seed, self._order, self._window = seed, order, window_shards
+        shards = ids // shard_size if shard_size else np.zeros_like(ids)
+        cuts = np.flatnonzero(np.diff(shards)) + 1
+        self._bounds = np.concatenate([[0], cuts, [len(ids)]])  # ranks at which a shard begins
+        self.n_shards = len(self._bounds) - 1
+        if shards_per_pass is not None and not 1 <= shards_per_pass <= self.n_shards:
+            raise ValueError(
+                f"{shards_per_pass} shards per pass of {self.n_shards}; expected 1 to "
+                f"{self.n_shards}"
+            )
+        self.shards_per_pass = shards_per_pass
+        self._starts = [0]  # of each pass, in samples; grows as it is asked for
         self._orders: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()  # a loader's thread looks ahead in the same plan
 
     @property
     def n_passes(self) -> int:
         """Complete passes within the budget; a last, partial one is not counted."""
-        return self.n_steps * self.batch_size // len(self.example_ids)
+        return self._pass_at(self.n_steps * self.batch_size)
+
+    def _pass_at(self, sample: int) -> int:
+        """Number of the pass that the sample at this place of the stream belongs to."""
+        if self.shards_per_pass is None:
+            return sample // len(self.example_ids)
+        with self._lock:
+            while self._starts[-1] <= sample:
+                members = self.members(len(self._starts) - 1)
+                sizes = self._bounds[members + 1] - self._bounds[members]
+                self._starts.append(self._starts[-1] + int(sizes.sum()))
+        return bisect_right(self._starts, sample) - 1
+
+    def _start(self, number: int) -> int:
+        """Place in the stream at which a pass begins."""
+        if self.shards_per_pass is None:
+            return number * len(self.example_ids)
+        while len(self._starts) <= number:
+            self._pass_at(self._starts[-1])
+        return self._starts[number]
+
+    def members(self, number: int) -> np.ndarray:
+        """Shards of pass `number`, sorted int64, counted among those of the training set."""
+        if self.shards_per_pass is None:
+            return np.arange(self.n_shards)
+        rng = generator(self._seed, "shards", number)
+        return np.sort(rng.choice(self.n_shards, self.shards_per_pass, replace=False))
 
     def order(self, number: int) -> np.ndarray:
-        """Ranks in the order of pass `number`: (N,) int64, a permutation."""
-        if number not in self._orders:
-            self._orders = {k: v for k, v in self._orders.items() if k >= number - 1}
-            rng = generator(self._seed, "order", number)
-            self._orders[number] = rng.permutation(len(self.example_ids))
-        return self._orders[number]
+        """Ranks in the order of pass `number`, int64; of all shards a permutation of (0..N-1)."""
+        with self._lock:
+            if number not in self._orders:
+                kept = {k: v for k, v in self._orders.items() if k >= number - 1}
+                self._orders = kept | {number: self._draw(number)}
+            return self._orders[number]
 
-    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """What step `step` sees: (passes, ranks), both (batch_size,) int64."""
-        n = len(self.example_ids)
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        passes, places = np.divmod(positions, n)
-        ranks = np.empty_like(places)
-        for number in range(passes[0], passes[-1] + 1):
-            mine = passes == number
-            ranks[mine] = self.order(number)[places[mine]]
-        return passes, ranks
+    def _draw(self, number: int) -> np.ndarray:
+        rng = generator(self._seed, "order", number)
+        if self._order == "windowed":
+            return self._windowed(self.members(number), rng)
+        if self.shards_per_pass is None:
+            n = len(self.example_ids)
+            return np.arange(n) if self._order == "sequential" else rng.permutation(n)
+        ranks = self._ranks(self.members(number))
+        return ranks if self._order == "sequential" else rng.permutation(ranks)
 
+    def _ranks(self, shards: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.arange(self._bounds[s], self._bounds[s + 1]) for s in shards])
 
-class Loader:
-    """Batches of a plan out of a cache that fits in memory, with cached teacher logits when given.
+    def _windowed(self, shards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        shards = rng.permutation(shards)
+        windows = np.split(shards, range(self._window, len(shards), self._window))
+        return np.concatenate([rng.permutation(self._ranks(window)) for window in windows])
 
-    The pixels stay uint8 and stay where they are; a batch is one gather per column.
-    """
-
-    def __init__(
-        self, plan: Plan, images: Cache, teacher_logits: torch.Tensor | None, device: str
-    ) -> None:
-        """Open the columns the plan needs.
+    def pieces(self, step: int, rank: int = 0, n_ranks: int = 1) -> list[tuple[int, int, int]]:
+        """What step `step` sees, as (pass, start, stop): places [start, stop) of that pass's order.
 
         Args:
-            images: The training split's image cache.
-            teacher_logits: (n_examples, C) float, row i = example id i; None without a teacher.
-            device: Where the columns live and batches are made.
-        """
-        self.plan, self.device = plan, device
-        self.images = images.resident("images").to(device)
-        self.labels = images.resident("labels").to(device)
-        self.teacher_logits = None if teacher_logits is None else teacher_logits.to(device)
-        self._ids = torch.tensor(plan.example_ids)
+            rank: Which of `n_ranks` processes asks; together they see what one would.
 
-    def batch(self, step: int) -> Batch:
-        """The batch of one step, on the device."""
-        passes, ranks = (torch.from_numpy(part) for part in self.plan.at(step))
-        example_ids = self._ids[ranks].to(self.device)
-        teacher = self.teacher_logits
-        return Batch(
-            example_ids=example_ids,
-            ranks=ranks.to(self.device),
-            passes=passes.to(self.device),
-            # index_select gathers uint8 rows much faster than images[ids] does
-            images=torch.index_select(self.images, 0, example_ids),
-            labels=torch.index_select(self.labels, 0, example_ids),
-            teacher_logits=None if teacher is None else teacher.index_select(0, example_ids),
-        )
+        Raises: ValueError when the batch cannot be split evenly.
+        """
+        if self.batch_size % n_ranks or not 0 <= rank < n_ranks:
+            raise ValueError(
+                f"rank {rank} of {n_ranks} of a batch of {self.batch_size}; expected a batch size "
+                "that is a multiple of the number of processes"
+            )
+        share = self.batch_size // n_ranks
+        sample = step * self.batch_size + rank * share
+        stop, number, pieces = sample + share, self._pass_at(sample), []
+        while sample < stop:
+            begin, end = self._start(number), self._start(number + 1)
+            pieces.append((number, sample - begin, min(stop, end) - begin))
+            sample, number = end, number + 1
+        return pieces
+
+    def at(self, step: int, rank: int = 0, n_ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """What step `step` sees: (passes, ranks), both (batch_size / n_ranks,) int64; arguments as
+        in `pieces`."""
+        pieces = self.pieces(step, rank, n_ranks)
+        passes = [np.full(stop - start, number) for number, start, stop in pieces]
+        ranks = [self.order(number)[start:stop] for number, start, stop in pieces]
+        return np.concatenate(passes), np.concatenate(ranks)
+
+    def shard_visits(self) -> np.ndarray:
+        """Mean visits of the examples of each shard: (n_shards,) float64."""
+        return np.add.reduceat(self.visits(), self._bounds[:-1]) / np.diff(self._bounds)
+
+    def visits(self) -> np.ndarray:
+        """How often the whole budget visits each example: (N,) int64."""
+        counts, number = np.zeros(len(self.example_ids), np.int64), self.n_passes
+        if self.shards_per_pass is None:
+            counts += number
+        else:
+            drawn = np.zeros(self.n_shards, np.int64)
+            for earlier in range(number):
+                drawn[self.members(earlier)] += 1
+            counts += np.repeat(drawn, np.diff(self._bounds))
+        left = self.n_steps * self.batch_size - self._start(number)
+        counts[self.order(number)[:left]] += 1
+        return counts

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-PURPOSES = ("split", "init", "order", "augment", "subset", "dropout", "probe", "bootstrap")
+PURPOSES = (
+    "split", "init", "order", "shards", "augment", "subset", "dropout", "probe", "bootstrap",
+)  # fmt: skip
 
 
 def derive(seed: int, purpose: str, *parts: int) -> int:

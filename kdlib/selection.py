@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib import files
-from kdlib.params import STRATEGIES
+from kdlib.params import SELECTIONS
 from kdlib.seeds import derive
 from kdlib.tables import check_provenance, read_parquet, write_parquet
 
@@ -80,7 +80,7 @@ def select(table: pd.DataFrame, n: int, strategy: str, seed: int) -> np.ndarray:
     Args:
         table: A datamap: index of N distinct int64 example ids in any order, score columns.
         n: Budget, in [0, N].
-        strategy: One of `params.STRATEGIES`.
+        strategy: One of `params.SELECTIONS`.
         seed: >= 0; decides `random` and every tie.
 
     Returns: (n,) int64, sorted and distinct.
@@ -93,8 +93,8 @@ def select(table: pd.DataFrame, n: int, strategy: str, seed: int) -> np.ndarray:
             f"the datamap's index is {ids.dtype}, distinct: {table.index.is_unique}; expected "
             "distinct int64 example ids"
         )
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; {files.nearest(strategy, STRATEGIES)}")
+    if strategy not in SELECTIONS:
+        raise ValueError(f"unknown strategy {strategy!r}; {files.nearest(strategy, SELECTIONS)}")
     n, n_examples = operator.index(n), len(ids)
     if not 0 <= n <= n_examples:
         raise ValueError(f"the budget is {n} examples; expected [0, {n_examples}]")

@@ -15,23 +15,27 @@ import pandas as pd
 import torch
 
 from kdlib import checks, files, params, probe, runs
-from kdlib.cache import Cache, build_images, pixel_statistics
+from kdlib.augment import Pixels
+from kdlib.building import build_images
+from kdlib.cache import Cache, pixel_statistics
 from kdlib.cartography import datamap, read_datamap, write_datamap
 from kdlib.data import open_source
 from kdlib.dynamics import DynamicsLog
-from kdlib.evaluation import Pixels, all_outputs, evaluate
+from kdlib.evaluation import all_outputs, evaluate
+from kdlib.loading import Loader, View
 from kdlib.losses import needs_teacher
 from kdlib.models import Network, build_network
-from kdlib.params import Cell, Objective, Study
-from kdlib.sampling import Loader, Plan, split_ids
+from kdlib.params import SHARD_POLICIES, Cell, Objective, Study, parse_part
+from kdlib.sampling import Plan, count_shards, fixed_shards, split_ids
 from kdlib.seeds import PURPOSES, derive
 from kdlib.selection import Subset, budget, select
 from kdlib.tables import read_parquet, write_parquet
-from kdlib.teacher import logits_by_id, open_outputs, store_outputs, stored_accuracy, verify_outputs
+from kdlib.teacher import Replay, open_outputs, store_outputs, stored_accuracy, verify_outputs
 from kdlib.trainer import Task, Trained, checkpoint_steps, train
 from kdlib.weights import load_weights
 
 CROSS_ENTROPY = Objective(kind="cross_entropy")
+REPLAYED = "replayed"  # teacher outputs of the views that the students will see
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,17 @@ class Images:
 
     @property
     def n_classes(self) -> int:
-        return len(self.train.header["class_names"])
+        """Classes of the labels.
+
+        Raises: ValueError for images without labels.
+        """
+        names = self.train.header["class_names"]
+        if not names:
+            raise ValueError(
+                f"the images of {self.train.folder} have no labels (study: data.labelled), and "
+                "every objective, datamap and probe of this study needs them"
+            )
+        return len(names)
 
     def network(self, model: params.Model, seed: int, device: str) -> Network:
         """A network for these images with weights drawn from `seed`."""
@@ -93,11 +107,11 @@ def cache_images(study: Study) -> Images:
     """Step 01: cache both splits, split off validation images, measure the pixels."""
     caches = {}
     for split in ("train", "test"):
-        source = open_source(study.data, split)
-        caches[split] = build_images(source, study.cache / split, study.data.shard_size)
+        source, part = open_source(study.data, split), _part(study, split)
+        caches[split] = build_images(source, study.cache / split, study.data.shard_size, part)
         caches[split].verify()
     train_ids, _ = split_ids(
-        caches["train"].n_examples, study.data.n_validation, study.data.split_seed
+        caches["train"].example_ids, study.data.n_validation, study.data.split_seed
     )
     settings = {
         "own": study.step_settings("cache"),
@@ -110,15 +124,21 @@ def cache_images(study: Study) -> Images:
     return open_images(study)
 
 
+def _part(study: Study, split: str) -> tuple[int, int]:
+    return parse_part(study.data.part) if split == "train" else (1, 1)
+
+
 def open_images(study: Study) -> Images:
     """What step 01 made.
 
     Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
     """
     evidence = runs.read_evidence(study.runs / "cache", study.step_settings("cache"))
-    train, test = (Cache(study.cache / split) for split in ("train", "test"))
+    train, test = (
+        Cache(study.cache / split, part=_part(study, split)) for split in ("train", "test")
+    )
     train_ids, validation_ids = split_ids(
-        train.n_examples, study.data.n_validation, study.data.split_seed
+        train.example_ids, study.data.n_validation, study.data.split_seed
     )
     pixels = Pixels(evidence["mean"], evidence["std"], study.compute.channels_last)
     return Images(train, test, train_ids, validation_ids, pixels)
@@ -157,9 +177,11 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any]:
         pixels = teacher_pixels(study, images)
         measured, outputs = {}, {}
         for split, cache in (("train", images.train), ("test", images.test)):
-            stored = store_outputs(network, pixels, cache, outputs_folder(study, split), device)
-            verify_outputs(network, pixels, cache, stored)
+            stored = _store(study, network, pixels, cache, split, device)
             measured[split], outputs[split] = stored_accuracy(stored, cache), stored.fingerprint
+        if replay(study) is not None:
+            stored = _store(study, network, pixels, images.train, REPLAYED, device)
+            outputs[REPLAYED] = stored.fingerprint
         evidence["teacher"] = {
             "claimed": teacher.expected_accuracy,
             "tolerance": teacher.tolerance,
@@ -172,6 +194,34 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any]:
         }
         evidence["checks"] = checks.demand(tripwires, evidence)
         return run.finish(evidence, device)
+
+
+def _store(
+    study: Study, network: Network, pixels: Pixels, images: Cache, which: str, device: str
+) -> Cache:
+    """Store and spot-check a teacher's outputs of one split, or of the replayed views."""
+    views = replay(study) if which == REPLAYED else None
+    stored = store_outputs(
+        network,
+        pixels,
+        images,
+        outputs_folder(study, which),
+        device,
+        replay=views,
+        top_k=study.teacher.outputs.top_k,
+        features=views is None,  # for the probes; a student reads logits
+        part=_part(study, images.header["split"]),
+    )
+    verify_outputs(network, pixels, images, stored, views)
+    return stored
+
+
+def replay(study: Study) -> Replay | None:
+    """The views that the study's teacher and students share; None when each pass has a new one."""
+    outputs = study.teacher.outputs
+    if outputs.views is None:
+        return None
+    return Replay(outputs.views, study.training.augment, derive(outputs.seed, "augment"))
 
 
 def open_teacher(study: Study) -> dict[str, Any]:
@@ -193,9 +243,9 @@ def _weights_file(weights: str) -> Path:
     return path
 
 
-def outputs_folder(study: Study, split: str) -> Path:
-    """Where a study's stored teacher outputs of one split are."""
-    return study.runs / "teacher" / f"outputs-{split}"
+def outputs_folder(study: Study, which: str) -> Path:
+    """Where a study's stored teacher outputs of one split, or of the replayed views, are."""
+    return study.runs / "teacher" / f"outputs-{which}"
 
 
 def teacher_pixels(study: Study, images: Images) -> Pixels:
@@ -234,9 +284,7 @@ def _supervise(
     describe: str,
 ) -> dict[str, Any]:
     """Train on all training images with labels alone, recording dynamics when asked to."""
-    plan = Plan(
-        images.train_ids, training.batch_size, training.n_steps(len(images.train_ids)), seed
-    )
+    plan = _plan(images, training, images.train_ids, seed)
     log = None
     if recorded:
         log = DynamicsLog.create(
@@ -250,11 +298,35 @@ def _supervise(
             provenance=images.fingerprints | {"settings": run.settings_sha256},
         )
     evidence = _train(
-        run, images, network, training, plan, CROSS_ENTROPY, None, seed, log, study, describe
+        run, images, network, training, plan, CROSS_ENTROPY, None, None, seed, log, study, describe
     )
     if log is not None:
         log.finish()
     return evidence
+
+
+def _plan(
+    images: Images,
+    training: params.Training,
+    example_ids: np.ndarray,
+    seed: int,
+    shards_per_pass: int | None = None,
+) -> Plan:
+    """The order of a run's examples; an epoch of drawn shards is as long as these are on
+    average."""
+    n, size = len(example_ids), images.train.shard_size
+    if shards_per_pass is not None:
+        n = round(n * shards_per_pass / len(np.unique(example_ids // size)))
+    return Plan(
+        example_ids,
+        training.batch_size,
+        training.n_steps(n),
+        seed,
+        order=training.order,
+        shard_size=size,
+        window_shards=training.window_shards,
+        shards_per_pass=shards_per_pass,
+    )
 
 
 def _train(
@@ -264,7 +336,8 @@ def _train(
     training: params.Training,
     plan: Plan,
     objective: Objective,
-    teacher_logits: torch.Tensor | None,
+    teacher: Cache | None,
+    views: Replay | None,
     seed: int,
     log: DynamicsLog | None,
     study: Study,
@@ -272,14 +345,27 @@ def _train(
 ) -> dict[str, Any]:
     """Train, measure the last and the best checkpoint on the test split, collect the evidence."""
     device = study.compute.device
+    view = View(training.augment, derive(seed, "augment"), images.pixels)
+    if views is not None:
+        view = View(views.augment, views.seed, images.pixels, views.n)
+    loader = Loader(
+        plan,
+        images.train,
+        view=view,
+        teacher=teacher,
+        device=device,
+        residence=study.compute.images,
+        reuse=True,
+    )
     task = Task(
         network=network,
         pixels=images.pixels,
-        loader=Loader(plan, images.train, teacher_logits, device),
+        loader=loader,
         objective=objective,
         training=training,
         validation=images.validation(device),
         full_size=len(images.train_ids),
+        n_examples=images.train.n_examples,
         seed=seed,
         log=log,
         observed=study.dynamics.observed,
@@ -299,21 +385,27 @@ def _train(
             "test_accuracy": accuracy,
             "test_loss": loss,
         }
-    return _training_evidence(images, training, plan, trained, seed) | {"checkpoints": measured}
+    evidence = _training_evidence(images, training, plan, trained, seed)
+    if teacher is not None:  # read past the loader, for the tripwire to compare
+        read = stored_accuracy(teacher, images.train, plan.example_ids)
+        evidence["pairing"] |= {"stored_accuracy": read}
+    return evidence | {"checkpoints": measured}
 
 
 def _training_evidence(
     images: Images, training: params.Training, plan: Plan, trained: Trained, seed: int
 ) -> dict[str, Any]:
-    samples = plan.n_steps * plan.batch_size
-    coverage = checks.coverage_evidence(trained.visits, plan.example_ids)
+    planned = plan.visits()
+    coverage = checks.coverage_evidence(
+        trained.visits, plan.example_ids, planned, plan.shards_per_pass
+    )
     return {
         "seeds": {"requested": seed, "resolved": {p: derive(seed, p) for p in PURPOSES}},
         "budget": {
             "comparison": training.comparison,
             "declared": {
-                "unique_examples": min(len(plan.example_ids), samples),
-                "samples": samples,
+                "unique_examples": int((planned > 0).sum()),
+                "samples": plan.n_steps * plan.batch_size,
                 "steps": plan.n_steps,
             },
             "recorded": {
@@ -385,14 +477,23 @@ def open_datamap(study: Study, images: Images) -> pd.DataFrame:
 
 
 def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
-    """The training examples of one cell and seed, exactly as many as the fraction says."""
+    """The training examples of one cell and seed, exactly as many as the fraction says.
+
+    Of `fixed_shards` whole shards, as many as the fraction says of them; of `random_shards` all,
+    since each pass draws its own.
+    """
+    ids, data, parent = images.train_ids, files.fingerprint(images.fingerprints), None
+    if cell.strategy in SHARD_POLICIES:
+        if cell.strategy == "fixed_shards":
+            size = images.train.shard_size
+            ids = fixed_shards(ids, size, count_shards(ids, size, cell.fraction), seed)
+        return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
     if cell.strategy in ("full", "random"):  # these look at ids alone
-        table, parent = pd.DataFrame(index=pd.Index(images.train_ids, name="example_id")), None
+        table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
     else:
         table = open_datamap(study, images)
         parent = runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
-    ids = select(table, budget(len(images.train_ids), cell.fraction), cell.strategy, seed)
-    data = files.fingerprint(images.fingerprints)
+    ids = select(table, budget(len(ids), cell.fraction), cell.strategy, seed)
     return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
 
 
@@ -409,8 +510,9 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     inputs = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
         teacher = open_teacher(study)
-        folder = outputs_folder(study, "train")
-        stored = open_outputs(folder, images.train, teacher["weights_sha256"])
+        folder = outputs_folder(study, "train" if replay(study) is None else REPLAYED)
+        part = _part(study, "train")
+        stored = open_outputs(folder, images.train, teacher["weights_sha256"], part)
         inputs["teacher_outputs"] = stored.fingerprint
     settings = {"own": student_settings(study, cell, seed), "inputs": inputs}
     with runs.open_run(study, student_folder(study, cell, seed), settings) as run:
@@ -418,11 +520,12 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
             return runs.read_evidence(run.folder)
         subset.save(run.folder / "subset.parquet")
         network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
-        n_steps = study.training.n_steps(len(subset.example_ids))
-        plan = Plan(subset.example_ids, study.training.batch_size, n_steps, seed)
+        n_shards = None
+        if cell.strategy == "random_shards":
+            n_shards = count_shards(subset.example_ids, images.train.shard_size, cell.fraction)
+        plan = _plan(images, study.training, subset.example_ids, seed, n_shards)
         evidence = _train(
-            run, images, network, study.training, plan, objective,
-            None if stored is None else logits_by_id(stored),
+            run, images, network, study.training, plan, objective, stored, replay(study),
             seed, None, study, f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}",
         )  # fmt: skip
         evidence |= {
@@ -538,7 +641,8 @@ def _probe_teacher(
     pair = []
     for cache, ids in _probe_examples(images):
         folder = outputs_folder(study, cache.header["split"])
-        stored = open_outputs(folder, cache, teacher["weights_sha256"])
+        part = _part(study, cache.header["split"])
+        stored = open_outputs(folder, cache, teacher["weights_sha256"], part)
         values = stored.read("features", ids)[:, 0].astype(np.float32)
         pair.append(_features(cache, ids, values, teacher["weights_sha256"]))
     row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}

@@ -1,67 +1,195 @@
-"""A teacher's outputs for every example, stored once in the shards of `cache` and bound to it.
+"""A teacher's outputs for every example and view, stored once in the shards of `cache` and bound to
+it.
 
-The stored header names the teacher's weights, the images and the view, so that outputs of another
-teacher, of other images or of another view are refused. Leaves to others: how a teacher is trained
-(`trainer`) and which student reads what (`steps`).
+The stored header names the teacher's weights, the images and the views, so that outputs of another
+teacher, of other images or of other views are refused. Logits are kept whole, or as the k largest
+and the probability mass of the others. Leaves to others: how a teacher is trained (`trainer`) and
+which student reads what (`steps`).
+Sources: [Hinton2015] Distilling the Knowledge in a Neural Network, arXiv:1503.02531; [Wu2022]
+TinyViT: Fast Pretraining Distillation, arXiv:2207.10666 (sparse logits of replayed views).
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from kdlib.cache import Cache, CacheError, build
-from kdlib.evaluation import Pixels, accuracy, all_outputs, outputs
+from kdlib.augment import Pixels, augment
+from kdlib.building import build
+from kdlib.cache import Cache, CacheError
+from kdlib.evaluation import accuracy, outputs
 from kdlib.models import Network
+from kdlib.params import Augment
 from kdlib.weights import weights_fingerprint
 
+KIND = "teacher_outputs"
 CLEAN_VIEW = "clean"  # one view per example, without augmentation
 
 
-def output_header(network: Network, pixels: Pixels, images: Cache) -> dict[str, Any]:
-    """What determines a teacher's outputs: weights, normalisation, images, view."""
+@dataclass(frozen=True)
+class Replay:
+    """Views that teacher and students both see: view v of an example is that of pass v.
+
+    Attributes:
+        n: How many; a student's pass p sees view p % n.
+        augment: Which augmentation.
+        seed: Its seed.
+    """
+
+    n: int
+    augment: Augment
+    seed: int
+
+
+def output_header(
+    network: Network, pixels: Pixels, images: Cache, replay: Replay | None, top_k: int | None
+) -> dict[str, Any]:
+    """What determines a teacher's outputs: weights, normalisation, images, views, form."""
+    view: Any = CLEAN_VIEW
+    if replay is not None:
+        view = {
+            "n": replay.n,
+            "augment": replay.augment.model_dump(mode="json"),
+            "seed": replay.seed,
+        }
     return {
-        "kind": "teacher_outputs",
+        "kind": KIND,
+        "split": images.header["split"],
         "teacher": weights_fingerprint(network),
         "pixels": {"mean": pixels.mean, "std": pixels.std},
         "images": images.fingerprint,
-        "view": CLEAN_VIEW,
+        "view": view,
+        "n_classes": network.n_classes,
+        "top_k": top_k,
     }
 
 
 def store_outputs(
-    network: Network, pixels: Pixels, images: Cache, folder: Path, device: str = "cpu"
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    folder: Path,
+    device: str = "cpu",
+    *,
+    replay: Replay | None = None,
+    top_k: int | None = None,
+    features: bool = True,
+    part: tuple[int, int] = (1, 1),
 ) -> Cache:
-    """Store logits and penultimate features of all images of a cache, resuming a killed build.
+    """Store logits, and penultimate features when asked, of all images of a cache, resuming a
+    killed build.
 
-    Columns: `logits` float16 (V, C) and `features` float16 (V, D), with V = 1, the clean view.
+    Columns, for V views (1 without `replay`): `logits` float16 (V, C), or with `top_k` `values`
+    float16 (V, k), `indices` int16 or int32 (V, k) and `log_tail` float16 (V,), the log of the
+    probability of all other classes; `features` float16 (V, D).
+
+    Args:
+        replay: Views to store; None is the clean image alone.
+        top_k: In [1, C); None stores all logits.
+        part: (i, k): only the i-th of k equal runs of shards.
 
     Returns: The open cache of outputs, aligned with the image cache by example id.
-    Raises: CacheError when the folder holds outputs of another teacher or of other images;
-        OverflowError when an output does not fit into float16.
+    Raises: CacheError when the folder holds outputs of another teacher, of other images or views;
+        OverflowError when an output does not fit into float16; ValueError for a `top_k` outside its
+        range.
     """
-    n_classes = len(images.header["class_names"])
-    columns = {"logits": ("<f2", (1, n_classes)), "features": ("<f2", (1, network.n_features))}
-
-    def make(start: int, stop: int) -> dict[str, np.ndarray]:
-        pixels_u8 = torch.from_numpy(images.read("images", np.arange(start, stop))).to(device)
-        parts = list(outputs(network, pixels, pixels_u8))
-        features, logits = (torch.cat(column) for column in zip(*parts, strict=True))
-        return {
-            "features": _to_float16(features, "features"),
-            "logits": _to_float16(logits, "logits"),
+    n_classes, n_views = network.n_classes, 1 if replay is None else replay.n
+    if top_k is not None and not 1 <= top_k < n_classes:
+        raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
+    if top_k is None:
+        columns = {"logits": ("<f2", (n_views, n_classes))}
+    else:
+        kind = "<i2" if n_classes <= 2**15 else "<i4"
+        columns = {
+            "values": ("<f2", (n_views, top_k)),
+            "indices": (kind, (n_views, top_k)),
+            "log_tail": ("<f2", (n_views,)),
         }
+    if features:
+        columns["features"] = ("<f2", (n_views, network.n_features))
+
+    def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
+        ids = np.arange(*span)
+        parts = [
+            encoded(*_outputs(network, pixels, images, ids, v, replay, device), top_k)
+            for v in range(n_views)
+        ]
+        stacked = {name: np.stack([part[name] for part in parts], 1) for name in columns}
+        return {name: stacked[name].astype(dtype) for name, (dtype, _) in columns.items()}
 
     return build(
         folder,
-        output_header(network, pixels, images),
+        output_header(network, pixels, images, replay, top_k),
         columns,
         make,
         n_examples=images.n_examples,
-        shard_size=images.header["shard_size"],
+        shard_size=images.shard_size,
+        part=part,
         describe=f"teacher outputs, {images.header['split']}",
     )
+
+
+def _outputs(
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    ids: np.ndarray,
+    view: int,
+    replay: Replay | None,
+    device: str | torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features (B, D), logits (B, C)) of one view of some examples."""
+    seen = torch.from_numpy(images.read("images", ids)).to(device)
+    if replay is not None:
+        epochs = torch.full((len(ids),), view)
+        seen = augment(seen, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
+    features, logits = zip(*outputs(network, pixels, seen), strict=True)
+    return torch.cat(features), torch.cat(logits)
+
+
+def encoded(
+    features: torch.Tensor, logits: torch.Tensor, top_k: int | None
+) -> dict[str, np.ndarray]:
+    """The stored form of some outputs.
+
+    Args:
+        features: (B, D) float.
+        logits: (B, C) float.
+
+    Returns: Per column the rows without their view axis.
+    """
+    rows = {"features": _to_float16(features, "features")}
+    if top_k is None:
+        return rows | {"logits": _to_float16(logits, "logits")}
+    values, indices = logits.topk(top_k)
+    others = logits.double().scatter(1, indices, -torch.inf)
+    log_tail = others.logsumexp(1) - logits.double().logsumexp(1)
+    return rows | {
+        "values": _to_float16(values, "logits"),
+        "indices": indices.cpu().numpy(),
+        "log_tail": _to_float16(log_tail, "log tail"),
+    }
+
+
+def decode_logits(columns: Mapping[str, torch.Tensor], n_classes: int) -> torch.Tensor:
+    """Logits from their stored form; what top-k left out shares its mass evenly.
+
+    Args:
+        columns: Rows of the columns `logit_columns` names, without their view axis.
+
+    Returns: (B, C) float32. From top-k form, the softmax at temperature 1 gives the stored classes
+        their probabilities and all others together theirs.
+    """
+    if "logits" in columns:
+        return columns["logits"].float()
+    values, log_tail = columns["values"].float(), columns["log_tail"].float()
+    log_total = values.logsumexp(1) - torch.log(-torch.expm1(log_tail))
+    rest = log_tail + log_total - float(np.log(n_classes - values.shape[1]))
+    dense = rest[:, None].expand(len(values), n_classes).clone()
+    return dense.scatter_(1, columns["indices"].long(), values)
 
 
 def _to_float16(values: torch.Tensor, name: str) -> np.ndarray:
@@ -71,10 +199,12 @@ def _to_float16(values: torch.Tensor, name: str) -> np.ndarray:
             f"teacher {name} reach {float(values.abs().max()):.4g}, beyond float16's 65,504; "
             "check the teacher's normalisation (study: teacher.mean, teacher.std)"
         )
-    return half.cpu().numpy()[:, None]  # (B, X) -> (B, V=1, X)
+    return half.cpu().numpy()
 
 
-def open_outputs(folder: Path, images: Cache, teacher: str) -> Cache:
+def open_outputs(
+    folder: Path, images: Cache, teacher: str, part: tuple[int, int] | None = None
+) -> Cache:
     """Open stored outputs for reading.
 
     Args:
@@ -83,36 +213,76 @@ def open_outputs(folder: Path, images: Cache, teacher: str) -> Cache:
 
     Raises: CacheError that says which of the two differs, or that the outputs are unfinished.
     """
-    return Cache(folder, {"images": images.fingerprint, "teacher": teacher, "view": CLEAN_VIEW})
+    expected = {"kind": KIND, "images": images.fingerprint, "teacher": teacher}
+    return Cache(folder, expected, part)
 
 
-def logits_by_id(stored: Cache) -> torch.Tensor:
-    """Logits of the clean view, (n_examples, C) float32; row i is example id i."""
-    return stored.resident("logits")[:, 0].float()
+def logit_columns(stored: Cache) -> tuple[str, ...]:
+    """The columns that hold logits: all of them, or the largest and the others' mass."""
+    return ("logits",) if stored.header["top_k"] is None else ("values", "indices", "log_tail")
 
 
-def stored_accuracy(stored: Cache, images: Cache) -> float:
-    """The teacher's accuracy as read back from its stored outputs, in [0, 1]."""
-    return accuracy(logits_by_id(stored), images.resident("labels"))
+def stored_views(stored: Cache) -> dict[str, Any] | None:
+    """{"n", "augment", "seed"} of the replayed views; None when the clean image was seen."""
+    view = stored.header["view"]
+    return None if view == CLEAN_VIEW else view
+
+
+def stored_logits(stored: Cache, example_ids: np.ndarray, view: int = 0) -> torch.Tensor:
+    """Logits of one view of some examples as they are stored: (B, C) float32."""
+    parts = {c: torch.from_numpy(stored.read(c, example_ids)) for c in logit_columns(stored)}
+    parts = {column: rows[:, view] for column, rows in parts.items()}
+    return decode_logits(parts, stored.header["n_classes"])
+
+
+def stored_accuracy(stored: Cache, images: Cache, example_ids: np.ndarray | None = None) -> float:
+    """The teacher's accuracy on the first view, as read back from its stored outputs, in [0, 1].
+
+    Args:
+        example_ids: Which examples; None: all that are here.
+    """
+    ids = images.example_ids if example_ids is None else example_ids
+    return accuracy(stored_logits(stored, ids), images.read("labels", ids))
 
 
 def verify_outputs(
-    network: Network, pixels: Pixels, images: Cache, stored: Cache, n: int = 256
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    stored: Cache,
+    replay: Replay | None = None,
+    n: int = 256,
 ) -> float:
-    """Recompute `n` evenly spaced examples and compare with what is stored.
+    """Recompute `n` evenly spaced examples, of views in turn, and compare with what is stored.
 
-    Returns: Largest absolute difference of a logit, relative to the largest logit of the sample.
+    Returns: Largest absolute difference of a stored logit, relative to the largest logit of the
+        sample; with top-k, of the others' probability when that is larger.
     Raises: CacheError when it exceeds 1 %: the rows are then not those of these examples.
     """
-    ids = np.linspace(0, images.n_examples - 1, min(n, images.n_examples)).astype(np.int64)
-    sample = torch.from_numpy(images.read("images", ids))
-    _, fresh = all_outputs(network, pixels, sample.to(next(network.parameters()).device))
-    old = torch.from_numpy(stored.read("logits", ids))[:, 0].float()
-    largest = fresh.abs().max().cpu().clamp(min=torch.finfo(fresh.dtype).tiny)
-    drift = float((fresh.cpu() - old).abs().max() / largest)
+    known = images.example_ids
+    ids = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]
+    n_views, drift = 1 if replay is None else replay.n, 0.0
+    device = next(network.parameters()).device
+    for view, some in enumerate(np.array_split(ids, min(n_views, len(ids)))):
+        _, fresh = _outputs(network, pixels, images, some, view, replay, device)
+        drift = float(np.maximum(drift, _drift(stored, some, view, fresh.cpu())))  # keeps NaN
     if not drift <= 0.01:  # NaN, too
         raise CacheError(
             f"stored teacher outputs in {stored.folder} differ from recomputed ones by {drift:.1%} "
             "of the largest logit; delete the folder and run notebooks/02_teacher.ipynb"
         )
     return drift
+
+
+def _drift(stored: Cache, ids: np.ndarray, view: int, fresh: torch.Tensor) -> float:
+    largest = fresh.abs().max().clamp(min=torch.finfo(fresh.dtype).tiny)
+    parts = {
+        c: torch.from_numpy(stored.read(c, ids))[:, view] for c in logit_columns(stored)
+    }  # fmt: skip
+    if "logits" in parts:
+        return float((fresh - parts["logits"].float()).abs().max() / largest)
+    indices = parts["indices"].long()
+    values = (fresh.gather(1, indices) - parts["values"].float()).abs().max() / largest
+    tail = 1 - fresh.double().softmax(1).gather(1, indices).sum(1)
+    lost = (tail - parts["log_tail"].double().exp()).abs().max()
+    return float(np.maximum(float(values), float(lost)))

@@ -22,18 +22,19 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 
 from kdlib import files
-from kdlib.augment import augment
+from kdlib.augment import Pixels
 from kdlib.dynamics import DynamicsLog
-from kdlib.evaluation import Pixels, accuracy, all_outputs, evaluate
+from kdlib.evaluation import accuracy, all_outputs, evaluate
+from kdlib.loading import Batch, Loader
 from kdlib.losses import objective_loss, soft_loss
 from kdlib.models import Network
 from kdlib.params import Objective, Training
 from kdlib.runs import Run
-from kdlib.sampling import Batch, Loader
-from kdlib.seeds import derive, torch_seeded
+from kdlib.seeds import torch_seeded
 from kdlib.weights import save_weights, weights_fingerprint
 
 STATE_EVERY_S = 20.0  # at most this much work is lost by a kill
+CHUNK = 5000  # images of a clean pass that are in memory at once; a multiple of its batch
 
 
 class TrainingError(RuntimeError):
@@ -46,10 +47,13 @@ class Task:
 
     Attributes:
         validation: (images (N, C, H, W) uint8, labels (N,) int64) for the curves and the best
-            epoch. full_size: Examples of the whole training split: one `epoch` of the curves. seed:
-            The run's requested seed, from which every stream is derived. log: Where training
-            dynamics are recorded, or None. observed: `train` records each batch as it is trained
-            on, `eval` a clean pass after each pass.
+            epoch.
+        full_size: Images that may be trained on in all: one `epoch` of the curves.
+        n_examples: Examples of the whole split; ids are below it.
+        seed: The run's requested seed, from which every stream is derived.
+        log: Where training dynamics are recorded, or None.
+        observed: `train` records each batch as it is trained on, `eval` a clean pass after each
+            pass.
     """
 
     network: Network
@@ -59,6 +63,7 @@ class Task:
     training: Training
     validation: tuple[torch.Tensor, torch.Tensor]
     full_size: int
+    n_examples: int
     seed: int
     log: DynamicsLog | None = None
     observed: str = "train"
@@ -121,10 +126,8 @@ def training_step(
     Returns: (loss in nats, detached logits (B, C) from before the step).
     Raises: TrainingError when the loss is not finite; the weights are then still those before it.
     """
-    seed = derive(task.seed, "augment")
-    images = augment(batch.images, batch.example_ids, batch.passes, task.training.augment, seed)
     with _dropout_seed(task, step):
-        logits = task.network(task.pixels.prepare(images))
+        logits = task.network(batch.images)
     loss = objective_loss(task.objective, logits, batch.labels, batch.teacher_logits)
     value = loss.item()
     if not math.isfinite(value):
@@ -182,6 +185,7 @@ def train(run: Run, task: Task, describe: str = "training") -> Trained:
         raise TrainingError(f"out of memory: lower training.batch_size ({error})") from None
     finally:
         progress.close()
+        task.loader.close()
     return loop.close(run, task)
 
 
@@ -195,7 +199,7 @@ class _Loop:
         self.hits, self.best_step, self.best_accuracy = 0, -1, -1.0
         self.best_weights: dict[str, torch.Tensor] = {}
         self.checkpoints: dict[int, tuple[str, str]] = {}
-        self.visits = torch.zeros(len(task.loader.labels), dtype=torch.int64)
+        self.visits = torch.zeros(task.n_examples, dtype=torch.int64)
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
             "order_sha256": files.sha256_array(task.loader.plan.order(0)),
@@ -223,7 +227,8 @@ class _Loop:
             }
         self.losses.append(loss)
         self.hits += int((logits.argmax(1) == batch.labels).sum())
-        self.visits += torch.bincount(batch.example_ids.cpu(), minlength=len(self.visits))
+        ids = batch.example_ids.cpu()
+        self.visits.index_add_(0, ids, torch.ones_like(ids))
         self._record(task, batch, logits)
         self.step += 1
 
@@ -241,10 +246,12 @@ class _Loop:
         n = len(task.loader.plan.example_ids)
         before = self.step * task.training.batch_size // n
         for number in range(before, (self.step + 1) * task.training.batch_size // n):
-            ids = torch.tensor(task.loader.plan.example_ids).to(task.loader.device)
-            _, clean = all_outputs(task.network, task.pixels, task.loader.images[ids])
-            ranks = torch.arange(n)
-            task.log.record(torch.full((n,), number), ranks, clean, task.loader.labels[ids])
+            for start in range(0, n, CHUNK):
+                ranks = torch.arange(start, min(start + CHUNK, n))
+                images = task.loader.raw(ranks.numpy())
+                _, clean = all_outputs(task.network, task.pixels, images)
+                passes = torch.full((len(ranks),), number)
+                task.log.record(passes, ranks, clean, task.loader.labels[ranks])
 
     def measure(self, task: Task) -> dict[str, float]:
         """Add one row of metrics, and remember the weights when they are the best so far."""
@@ -338,23 +345,26 @@ def pairing(task: Task, n: int = 512) -> dict[str, float] | None:
 
     Swapped means that each example gets the row of an example of another class.
 
-    Returns: {"paired", "permuted"}: mean soft losses in nats; "teacher_accuracy": of all rows as
-        this loader hands them out, against its labels. None without a teacher.
+    Returns: {"paired", "permuted"}: mean soft losses in nats; "teacher_accuracy": of the rows of
+        all training examples as this loader hands them out, against its labels. None without a
+        teacher.
     """
     loader = task.loader
-    if loader.teacher_logits is None:
+    if not loader.has_teacher:
         return None
-    known = loader.plan.example_ids
-    chosen = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]
-    ids = torch.from_numpy(chosen).to(loader.device)
-    _, logits = all_outputs(task.network, task.pixels, loader.images[ids])
-    teacher, labels = loader.teacher_logits[ids].double(), loader.labels[ids]
-    by_class = labels.argsort(stable=True)
+    ranks = np.arange(len(loader.plan.example_ids))
+    chosen = ranks[np.linspace(0, len(ranks) - 1, min(n, len(ranks))).astype(np.int64)]
+    _, logits = all_outputs(task.network, task.pixels, loader.raw(chosen))
+    teacher = loader.teacher_logits(chosen, np.zeros_like(chosen)).double()
+    by_class = loader.labels[chosen].argsort(stable=True)
     swapped = teacher.clone()
-    swapped[by_class] = teacher[by_class.roll(int(labels.bincount().max()))]
+    swapped[by_class] = teacher[by_class.roll(int(loader.labels[chosen].bincount().max()))]
     temperature = task.objective.temperature or 1.0
+    rows = [
+        loader.teacher_logits(r, np.zeros_like(r)) for r in np.split(ranks, ranks[CHUNK::CHUNK])
+    ]
     return {
         "paired": float(soft_loss(logits.double(), teacher, temperature)),
         "permuted": float(soft_loss(logits.double(), swapped, temperature)),
-        "teacher_accuracy": accuracy(loader.teacher_logits, loader.labels),
+        "teacher_accuracy": accuracy(torch.cat(rows), loader.labels),
     }

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.cache import Cache, build_images
+from kdlib.building import build_images
+from kdlib.cache import Cache
 from kdlib.data import array_source
 
 torch.set_num_threads(1)

@@ -1,14 +1,32 @@
 """`kdlib.augment`: a view is a function of (seed, epoch, example id) and of nothing else."""
 
+import colorsys
+import itertools
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from kdlib.augment import augment, counter_hash, normalise
-from kdlib.params import Augment
+from kdlib.augment import ONE, Views, apply, augment, counter_hash, draw, normalise, pixel_scale
+from kdlib.params import Augment, ColourJitter, ResizedCrop
+from kdlib.seeds import torch_seeded
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+JITTER = ColourJitter(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.2)
+# every kind of view, alone and together
+KINDS = {
+    "crop": Augment(resized_crop=ResizedCrop()),
+    "crop, flip": Augment(resized_crop=ResizedCrop(scale=(0.3, 1.0), ratio=(0.5, 3.0)), flip=True),
+    "jitter": Augment(colour_jitter=JITTER),
+    "hue": Augment(colour_jitter=ColourJitter(hue=0.5)),
+    "padded, flip, jitter": Augment(crop_padding=2, flip=True, colour_jitter=JITTER),
+    "crop, flip, jitter": Augment(flip=True, resized_crop=ResizedCrop(), colour_jitter=JITTER),
+}
 BOTH = Augment(crop_padding=2, flip=True)
 MASK = 2**64 - 1
 
@@ -84,29 +102,333 @@ def test_nothing_switched_on_is_the_image_itself():
     )
 
 
+def test_a_jitter_of_strength_nought_is_the_image_itself():
+    images, ids = images_of(4), torch.arange(4)
+    nought = Augment(colour_jitter=ColourJitter())
+    assert augment(images, ids, ids, nought, 0) is images
+    assert draw(nought, 0, ids, ids, (3, 5, 6)).identity
+
+
 def test_the_input_is_not_changed():
     images = images_of(20)
     before = images.clone()
-    augment(images, torch.arange(20), torch.arange(20), BOTH, 0)
-    assert torch.equal(images, before)
+    for kind in (BOTH, *KINDS.values()):
+        augment(images, torch.arange(20), torch.arange(20), kind, 0)
+        assert torch.equal(images, before)
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_a_view_does_not_depend_on_the_rest_of_its_batch(data):
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), kind=st.sampled_from([BOTH, *KINDS.values()]))
+def test_a_view_does_not_depend_on_the_rest_of_its_batch(data, kind):
     images, ids, epochs = images_of(12), torch.arange(12) * 31, torch.arange(12) % 5
-    whole = augment(images, ids, epochs, BOTH, 3)
+    whole = augment(images, ids, epochs, kind, 3)
     order = torch.tensor(data.draw(st.permutations(range(12))))
     cut = data.draw(st.integers(1, 11))
     for part in (order[:cut], order[cut:]):
-        view = augment(images[part], ids[part], epochs[part], BOTH, 3)
+        view = augment(images[part], ids[part], epochs[part], kind, 3)
         assert torch.equal(view, whole[part])
 
 
-def test_a_view_does_not_depend_on_the_memory_format():
-    images, ids = images_of(12), torch.arange(12)
+@pytest.mark.parametrize("kind", [BOTH, *KINDS.values()], ids=["padded, flip", *KINDS])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_view_does_not_depend_on_device_and_memory_format(kind, device):
+    images, ids = images_of(40), torch.arange(40)
+    here = augment(images, ids, ids, kind, 0)
+    there = augment(images.to(device), ids.to(device), ids.to(device), kind, 0)
+    assert torch.equal(there.cpu(), here)
+    assert torch.equal(
+        normalise(there, MEAN, STD).cpu().view(torch.int32),
+        normalise(here, MEAN, STD).view(torch.int32),
+    )
     last = images.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(augment(last, ids, ids, BOTH, 0), augment(images, ids, ids, BOTH, 0))
+    assert torch.equal(augment(last, ids, ids, kind, 0), here)
+
+
+def slow_crop(crop, height, width, seed, epoch, example_id) -> tuple[int, int, int, int]:
+    """One image's box, with the standard library: ten tries, then the central one."""
+    (s0, s1), (r0, r1) = crop.scale, crop.ratio
+    for t in range(10):
+        u, v = (slow_hash(seed, epoch, example_id, 8 + 2 * t + i) / 2**32 for i in (0, 1))
+        area = height * width * (s0 + (s1 - s0) * u)
+        ratio = math.exp(math.log(r0) + (math.log(r1) - math.log(r0)) * v)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = slow_hash(seed, epoch, example_id, 2) % (height - h + 1)
+            return top, slow_hash(seed, epoch, example_id, 1) % (width - w + 1), h, w
+    h, w = height, width
+    if width / height < r0:
+        h = max(1, round(width / r0))
+    elif width / height > r1:
+        w = max(1, round(height * r1))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def slow_resize(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """Bilinear, pixel by pixel; weights are multiples of 1/2048, sums exact."""
+    top, left, h, w = box
+
+    def taps(i: int, size: int, n: int) -> list[tuple[int, Fraction]]:
+        place = min(
+            max(Fraction((2 * i + 1) * size, 2 * n) - Fraction(1, 2), Fraction(0)), size - 1
+        )
+        place = Fraction(math.floor(place * 2048 + Fraction(1, 2)), 2048)
+        first = math.floor(place)
+        return [(first, 1 - place + first), (min(first + 1, size - 1), place - first)]
+
+    out = np.empty_like(image)
+    n_channels, height, width = image.shape
+    for c, y, x in itertools.product(range(n_channels), range(height), range(width)):
+        total = sum(
+            int(image[c, top + i, left + j]) * a * b
+            for (i, a), (j, b) in itertools.product(taps(y, h, height), taps(x, w, width))
+        )
+        out[c, y, x] = math.floor(total + Fraction(1, 2))
+    return out
+
+
+def slow_colour(image: np.ndarray, operation: int, factor: int) -> np.ndarray:
+    """One colour operation in exact fractions, pixel by pixel; hue by the six sectors."""
+    f, half = Fraction(factor, 4096), Fraction(1, 2)
+    grey = {}
+    out = np.empty_like(image)
+    n_channels, height, width = image.shape
+    places = list(itertools.product(range(height), range(width)))
+    for y, x in places:
+        pixel = [int(p) for p in image[:, y, x]]
+        grey[y, x] = pixel[0]
+        if n_channels == 3:
+            weights = (19595, 38470, 7471)
+            grey[y, x] = sum(w * p for w, p in zip(weights, pixel, strict=True)) + 2**15 >> 16
+    for y, x in places:
+        pixel = [int(p) for p in image[:, y, x]]
+        if operation == 3:
+            value, low = max(pixel), min(pixel)
+            red, green, blue = pixel
+            if value > low:
+                hue = (
+                    Fraction(green - blue, value - low) % 6
+                    if value == red
+                    else 2 + Fraction(blue - red, value - low)
+                    if value == green
+                    else 4 + Fraction(red - green, value - low)
+                )
+                hue = (hue + f) % 6
+                sector, rest = math.floor(hue), hue - math.floor(hue)
+                falls = value - math.floor((value - low) * rest + half)
+                rises = value - math.floor((value - low) * (1 - rest) + half)
+                pixel = [
+                    (value, rises, low),
+                    (falls, value, low),
+                    (low, value, rises),
+                    (low, falls, value),
+                    (rises, low, value),
+                    (value, low, falls),
+                ][sector]
+        else:
+            other = 0
+            if operation == 1:  # ONE times what is added is a whole number, rounded down
+                other = math.floor((4096 - factor) * Fraction(sum(grey.values()), len(places)))
+            elif operation == 2:
+                other = (4096 - factor) * grey[y, x]
+            pixel = [math.floor(f * p + Fraction(other, 4096) + half) for p in pixel]
+        out[:, y, x] = np.clip(pixel, 0, 255)
+    return out
+
+
+def slow_jitter(image, jitter, seed, epoch, example_id) -> np.ndarray:
+    strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    on = [i for i in range(4) if strengths[i]]
+    orders = list(itertools.permutations(on))
+    for i in orders[slow_hash(seed, epoch, example_id, 3) % len(orders)]:
+        low, high = max(0, 1 - strengths[i]), 1 + strengths[i]
+        if i == 3:
+            low, high = -6 * strengths[i], 6 * strengths[i]  # in sixths of a turn
+        uniform = slow_hash(seed, epoch, example_id, 4 + i) / 2**32
+        image = slow_colour(image, i, round((low + (high - low) * uniform) * 4096))
+    return image
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (3, 7, 3), (1, 4, 4)])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_crops_and_colours_are_those_of_a_slow_loop(kind, shape):
+    if shape[0] == 1 and kind.colour_jitter:
+        grey = ColourJitter(brightness=0.8, contrast=0.7)
+        kind = kind.model_copy(update={"colour_jitter": grey})
+    images, ids, epochs = images_of(12, shape), torch.arange(12) * 7, torch.arange(12) % 3
+    images[0, :, :2] = images[0, :1, :2]  # grey pixels, and two channels alike
+    images[1, 0] = images[1, -1]
+    views = augment(images, ids, epochs, kind, 11)
+    for i in range(12):
+        key = (11, int(epochs[i]), int(ids[i]))
+        if kind.resized_crop:
+            expected = slow_resize(
+                images[i].numpy(), slow_crop(kind.resized_crop, *shape[1:], *key)
+            )
+            expected = expected[:, :, ::-1] if kind.flip and slow_hash(*key, 0) % 2 else expected
+        else:
+            expected = slow_view(images[i].numpy(), kind.crop_padding, kind.flip, *key)
+        if kind.colour_jitter:
+            expected = slow_jitter(expected, kind.colour_jitter, *key)
+        np.testing.assert_array_equal(views[i].numpy(), expected)
+
+
+def test_the_slow_hue_is_the_standard_library_s():
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (3, 8, 8), np.uint8)
+    for factor in (0, 1, 5000, -9000, 12288):
+        turned = slow_colour(image, 3, factor)
+        for pixel, ours in zip(image.reshape(3, -1).T / 255, turned.reshape(3, -1).T, strict=True):
+            h, s, v = colorsys.rgb_to_hsv(*pixel)
+            expected = np.array(colorsys.hsv_to_rgb((h + factor / 6 / 4096) % 1, s, v)) * 255
+            assert np.abs(ours - expected).max() <= 0.5 + 1e-6
+
+
+def smooth_images(n: int, size: tuple[int, int]) -> torch.Tensor:
+    """Half noise, half soft blobs: the hardest and the usual picture."""
+    images = images_of(n, (3, *size), seed=1)
+    coarse = images[: n // 2, :, :4, :4].float()
+    soft = torch.nn.functional.interpolate(coarse, size, mode="bicubic", align_corners=False)
+    images[: n // 2] = soft.clamp(0, 255).to(torch.uint8)
+    return images
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 41)])
+def test_resized_crops_are_torchvision_s_within_one_grey_level(size):
+    from torchvision.transforms.v2.functional import resized_crop
+
+    images, ids = smooth_images(200, size), torch.arange(200)
+    views = draw(Augment(resized_crop=ResizedCrop()), 3, ids, ids, (3, *size))
+    ours = apply(images, views)
+    for image, our, box in zip(images, ours, views.box.tolist(), strict=True):
+        theirs = resized_crop(image, *box, size=list(size), antialias=True)
+        assert (our.int() - theirs.int()).abs().max() <= 1
+
+
+# Where torchvision cuts off the fraction, we round (1 level); its grey is cut off, too, and its
+# weights add up to 0.9999, which a factor far from 1 enlarges.
+@pytest.mark.parametrize(
+    ("name", "strength", "bound"),
+    [
+        ("brightness", 1.0, 1), ("contrast", 0.8, 2), ("saturation", 0.8, 2), ("hue", 0.5, 2),
+    ],
+)  # fmt: skip
+def test_colours_are_torchvision_s_within_two_grey_levels(name, strength, bound):
+    from torchvision.transforms.v2 import functional
+
+    images, ids = smooth_images(200, (16, 16)), torch.arange(200)
+    settings = Augment(colour_jitter=ColourJitter(**{name: strength}))
+    views = draw(settings, 3, ids, ids, (3, 16, 16))
+    column = ("brightness", "contrast", "saturation", "hue").index(name)
+    factors = views.factors[:, column].double() / (6 * ONE if name == "hue" else ONE)
+    if name == "hue":
+        factors = factors - (factors > 0.5).double()  # torchvision takes [-0.5, 0.5]
+    worst = 0
+    for image, our, factor in zip(images, apply(images, views), factors.tolist(), strict=True):
+        theirs = getattr(functional, f"adjust_{name}")(image, factor)
+        worst = max(worst, int((our.int() - theirs.int()).abs().max()))
+    assert worst <= bound
+
+
+def test_boxes_are_distributed_as_torchvision_s():
+    from torchvision.transforms import RandomResizedCrop
+
+    n, (height, width) = 4000, (32, 48)
+    crop = ResizedCrop(scale=(0.1, 1.0), ratio=(0.6, 2.0))
+    ids, image = torch.arange(n), torch.empty(3, height, width)
+    views = draw(Augment(resized_crop=crop), 8, torch.zeros_like(ids), ids, (3, height, width))
+    with torch_seeded(0, "augment"):
+        theirs = np.array(
+            [RandomResizedCrop.get_params(image, list(crop.scale), list(crop.ratio)) for _ in ids]
+        )
+
+    def numbers(box: np.ndarray) -> dict[str, np.ndarray]:
+        top, left, h, w = box.T.astype(float)
+        return {
+            "area": h * w, "log ratio": np.log(w / h), "height": h, "width": w, "top": top,
+            "left": left, "place": (left + 0.5) / (width - w + 1) + (top + 0.5) / (height - h + 1),
+        }  # fmt: skip
+
+    for name, ours in numbers(views.box.numpy()).items():
+        assert stats.ks_2samp(ours, numbers(theirs)[name]).pvalue > 1e-3, name
+
+
+@pytest.mark.parametrize("size", [(4, 40), (40, 4)])
+def test_an_image_no_box_fits_into_is_cut_in_the_middle_as_torchvision_does(size):
+    from torchvision.transforms import RandomResizedCrop
+
+    crop, ids = ResizedCrop(scale=(0.5, 1.0)), torch.arange(20)
+    views = draw(Augment(resized_crop=crop), 0, ids, ids, (3, *size))
+    with torch_seeded(0, "augment"):
+        theirs = RandomResizedCrop.get_params(torch.empty(3, *size), crop.scale, crop.ratio)
+    assert views.box.tolist() == [list(theirs)] * 20
+
+
+def test_boxes_lie_in_the_image_and_are_whole_even_where_it_is_tiny():
+    ids = torch.arange(300)
+    for size in itertools.product((1, 2, 9), (1, 2, 9)):
+        crop = ResizedCrop(scale=(0.01, 1.0), ratio=(0.1, 10.0))
+        box = draw(Augment(resized_crop=crop), 0, ids, ids, (1, *size)).box
+        assert box[:, :2].min() >= 0
+        assert box[:, 2:].min() >= 1
+        assert torch.all(box[:, :2] + box[:, 2:] <= torch.tensor(size))
+
+
+def test_factors_and_orders_are_distributed_as_torchvision_s():
+    from torchvision.transforms import ColorJitter
+
+    n, ids = 4800, torch.arange(4800)
+    jitter = ColourJitter(brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1)
+    views = draw(Augment(colour_jitter=jitter), 8, torch.zeros_like(ids), ids, (3, 8, 8))
+    theirs = ColorJitter(0.4, 1.5, 0.2, 0.1)
+    limits = theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue
+    with torch_seeded(0, "augment"):
+        factors = np.array([ColorJitter.get_params(*limits)[1:] for _ in ids])
+    ours = views.factors.double().numpy() / ONE
+    ours[:, 3] = np.where(ours[:, 3] > 3, ours[:, 3] - 6, ours[:, 3]) / 6
+    for column in range(4):
+        assert stats.ks_2samp(ours[:, column], factors[:, column]).pvalue > 1e-3
+    correlation = np.corrcoef(ours.T) - np.eye(4)
+    assert np.abs(correlation).max() < 5 / n**0.5
+    _, counts = np.unique(views.order.numpy(), axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_colours_switched_off_are_in_no_order():
+    ids = torch.arange(50)
+    jitter = ColourJitter(contrast=0.4, hue=0.1)
+    views = draw(Augment(colour_jitter=jitter), 0, ids, ids, (3, 4, 4))
+    assert {tuple(o) for o in views.order.tolist()} == {(1, 3), (3, 1)}
+
+
+def test_a_factor_of_one_and_a_turn_of_nought_change_nothing():
+    images = images_of(24)
+    order = torch.tensor(list(itertools.permutations(range(4))), dtype=torch.int32)
+    factors = torch.tensor([[ONE, ONE, ONE, 0]] * 24, dtype=torch.int32)
+    box = torch.tensor([[0, 0, 5, 6]] * 24, dtype=torch.int32)
+    on = Augment(colour_jitter=JITTER, resized_crop=ResizedCrop())
+    views = Views(on, (3, 5, 6), torch.zeros(24, dtype=torch.bool), box, factors, order)
+    assert torch.equal(apply(images, views), images)
+
+
+def test_views_of_other_images_are_refused():
+    ids = torch.arange(3)
+    views = draw(BOTH, 0, ids, ids, (3, 5, 6))
+    with pytest.raises(ValueError, match=r"drawn for 3 images of .*expected 2 of shape"):
+        apply(images_of(2), views)
+    with pytest.raises(ValueError, match=r"expected 3 of shape \(3, 6, 5\)"):
+        apply(images_of(3, (3, 6, 5)), views)
+
+
+@pytest.mark.parametrize("jitter", [{"saturation": 0.1}, {"hue": 0.1}])
+def test_grey_images_have_neither_saturation_nor_hue(jitter):
+    images, ids = images_of(3, (1, 4, 4)), torch.arange(3)
+    both = ColourJitter(brightness=0.4, contrast=0.4)
+    assert augment(images, ids, ids, Augment(colour_jitter=both), 0).shape == images.shape
+    with pytest.raises(ValueError, match="grey images have neither"):
+        draw(Augment(colour_jitter=ColourJitter(**jitter)), 0, ids, ids, (1, 4, 4))
+    with pytest.raises(ValueError, match="4 channels; colour_jitter expects 1 or 3"):
+        draw(Augment(colour_jitter=both), 0, ids, ids, (4, 4, 4))
 
 
 def test_views_differ_over_epochs_seeds_and_examples():
@@ -142,7 +464,7 @@ def test_a_flip_says_nothing_about_the_crop():
     n = 20_000
     ids, epochs = torch.arange(n), torch.zeros(n, dtype=torch.int64)
     flip, x, y = (counter_hash(5, epochs, ids, s) % m for s, m in enumerate((2, 5, 5)))
-    cells = torch.bincount(flip * 25 + x * 5 + y, minlength=50).double()
+    cells = np.bincount(flip * 25 + x * 5 + y, minlength=50)
     # 49 degrees of freedom: 85.4 is exceeded by 1 independent sample in 1,000
     assert float(((cells - n / 50) ** 2 / (n / 50)).sum()) < 85.4
 
@@ -153,14 +475,21 @@ def test_streams_epochs_seeds_and_ids_are_uncorrelated():
     draws = [counter_hash(0, zero, ids, stream) for stream in range(4)]
     draws += [counter_hash(0, zero + 1, ids, 0), counter_hash(1, zero, ids, 0)]
     draws += [counter_hash(0, zero, ids + 1, 0), counter_hash(0, ids, zero, 0)]
-    table = torch.stack(draws).double()
+    table = np.stack(draws)
     assert table.min() >= 0
     assert table.max() < 2**32
-    correlation = torch.corrcoef(table) - torch.eye(len(draws))
-    assert correlation.abs().max() < 5 / n**0.5
+    correlation = np.corrcoef(table) - np.eye(len(draws))
+    assert np.abs(correlation).max() < 5 / n**0.5
     for bit in (0, 13, 31):
-        rate = ((torch.stack(draws) >> bit) & 1).double().mean(1)
-        assert (rate - 0.5).abs().max() < 5 * 0.5 / n**0.5
+        rate = ((table >> bit) & 1).mean(1)
+        assert np.abs(rate - 0.5).max() < 5 * 0.5 / n**0.5
+
+
+def test_several_streams_at_once_are_the_streams_one_by_one():
+    ids, epochs = torch.arange(9), torch.arange(9) % 2
+    table = counter_hash(7, epochs, ids, np.array([[0], [5], [27]]))
+    for row, stream in zip(table, (0, 5, 27), strict=True):
+        np.testing.assert_array_equal(row, counter_hash(7, epochs, ids, stream))
 
 
 def test_augmenting_leaves_the_global_generators_alone():
@@ -203,6 +532,23 @@ def test_normalising_keeps_the_memory_format():
     assert ours.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(ours, normalise(images, MEAN, STD))
     assert normalise(images, MEAN, STD).is_contiguous()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_normalised_pixels_can_be_written_to_memory_at_hand(memory_format):
+    images = images_of(4)
+    out = torch.empty(4, 3, 5, 6).to(memory_format=memory_format)
+    assert normalise(images, MEAN, STD, out=out) is out
+    assert torch.equal(out, normalise(images, MEAN, STD))
+
+
+def test_a_product_and_a_sum_are_rounded_one_by_one():
+    scale, shift = pixel_scale(MEAN, STD)
+    assert scale.dtype == shift.dtype == np.float32
+    images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    expected = images.numpy().astype(np.float32) * scale[:, None, None]
+    expected = expected + shift[:, None, None]
+    np.testing.assert_array_equal(normalise(images, MEAN, STD).numpy(), expected)
 
 
 def test_a_mean_and_a_std_of_different_length_are_refused():

@@ -1,10 +1,10 @@
-"""`kdlib.cache`: every row comes back, a killed build resumes, and nothing damaged is read."""
+"""`kdlib.cache`: every row comes back, a part is a smaller cache, and nothing damaged is read."""
 
+import builtins
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import cache, files
-from kdlib.cache import FORMAT, Cache, CacheError, build, build_images, pixel_statistics, repair
+from kdlib import cache as cache_module
+from kdlib import files
+from kdlib.building import build, build_images, repair
+from kdlib.cache import FORMAT, Cache, CacheError, part_range, pixel_statistics
 from kdlib.data import array_source
 
 N, SIZE = 17, 5  # four shards: 5, 5, 5, 2
@@ -22,20 +24,35 @@ COLUMNS = {"values": ("<i4", (2, 3)), "labels": ("<i8", ())}
 HEADER = {"kind": "numbers", "nested": {"a": 1}}
 
 
-def make(start: int, stop: int) -> dict[str, np.ndarray]:
+def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
     """Rows that say which example they belong to: 6 * id + place."""
-    ids = np.arange(start, stop)
+    ids = np.arange(*span)
     values = 6 * ids[:, None] + np.arange(6)
     return {"values": values.reshape(-1, 2, 3).astype("<i4"), "labels": ids}
 
 
-def make_cache(folder: Path, function: Callable = make, n: int = N, **changes) -> Cache:
-    return build(folder, HEADER | changes, COLUMNS, function, n_examples=n, shard_size=SIZE)
+def make_cache(
+    folder: Path,
+    function: Callable = make,
+    n: int = N,
+    shard_size: int = SIZE,
+    part: tuple[int, int] = (1, 1),
+    **changes,
+) -> Cache:
+    header = HEADER | changes
+    return build(folder, header, COLUMNS, function, n_examples=n, shard_size=shard_size, part=part)
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every visible file of a cache, and its bytes."""
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if p.name != ".lock"}
+    """Every file of a cache but the locks, and its bytes."""
+    paths = (p for p in sorted(folder.iterdir()) if not p.name.startswith(".lock"))
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def sealed(index: dict) -> str:
+    """The text of an index whose content was changed together with its seal."""
+    content = {key: value for key, value in index.items() if key != "seal"}
+    return json.dumps(content | {"seal": files.fingerprint(content)})
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +75,10 @@ def test_every_row_comes_back_over_uneven_shards(pristine):
     assert opened.n_examples == N
     for i in range(N):
         np.testing.assert_array_equal(
-            opened.read("values", np.array([i])), make(i, i + 1)["values"]
+            opened.read("values", np.array([i])), make((i, i + 1))["values"]
         )
         assert opened.read("labels", np.array([i])) == [i]
-    assert [len(opened.shard("labels", s)) for s in range(4)] == [5, 5, 5, 2]
+    assert [len(opened.mapped("labels", s)) for s in range(4)] == [5, 5, 5, 2]
     assert sorted(content(pristine)) == [
         "index.json",
         *(f"labels-{s:05d}.npy" for s in range(4)),
@@ -73,9 +90,9 @@ def test_every_row_comes_back_over_uneven_shards(pristine):
 @given(n=st.integers(1, 30), shard_size=st.integers(1, 12), data=st.data())
 def test_any_ids_are_read_in_the_order_given(tmp_path_factory, n, shard_size, data):
     folder = tmp_path_factory.mktemp("cache")
-    built = build(folder, HEADER, COLUMNS, make, n_examples=n, shard_size=shard_size)
+    built = make_cache(folder, n=n, shard_size=shard_size)
     ids = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n)), np.int64)
-    expected = make(0, n)
+    expected = make((0, n))
     for column, (dtype, shape) in COLUMNS.items():
         rows = built.read(column, ids)
         assert (rows.dtype, rows.shape) == (np.dtype(dtype), (len(ids), *shape))
@@ -90,19 +107,103 @@ def test_ids_outside_the_cache_are_refused(pristine, ids):
         Cache(pristine).read("values", np.array(ids))
 
 
-def test_rows_are_copies_and_shards_are_read_only(pristine):
-    opened = Cache(pristine)
+def test_rows_are_copies_and_writing_into_a_mapped_shard_changes_no_file(folder):
+    before, opened = content(folder), Cache(folder)
     opened.read("values", np.arange(N))[:] = 0
     opened.resident("values")[:] = 0
-    with pytest.raises(ValueError, match="read-only"):
-        opened.shard("values", 0)[:] = 0
-    opened.verify()
-    np.testing.assert_array_equal(opened.read("values", np.arange(N)), make(0, N)["values"])
+    np.testing.assert_array_equal(opened.read("values", np.arange(N)), make((0, N))["values"])
+    mapped = opened.mapped("values", 0)
+    mapped.zero_()
+    assert opened.mapped("values", 0).sum() == 0  # a private copy, as long as it is mapped
+    assert content(folder) == before
+    np.testing.assert_array_equal(Cache(folder).mapped("values", 0), make((0, SIZE))["values"])
+
+
+def test_a_mapped_shard_holds_no_file_descriptor(pristine):
+    opened = Cache(pristine)
+    before = len(os.listdir("/proc/self/fd"))
+    held = [opened.mapped(column, shard) for column in COLUMNS for shard in range(4)]
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [len(rows) for rows in held] == 2 * [5, 5, 5, 2]
+
+
+def test_so_many_shards_are_mapped_at_a_time_and_no_more(pristine, monkeypatch):
+    monkeypatch.setattr(cache_module, "_MOST_MAPS", 2)
+    opened = Cache(pristine)
+    held = opened.mapped("values", 0)
+    for _ in range(2):
+        rows = opened.read("values", np.arange(N)[::-1])
+        np.testing.assert_array_equal(rows, make((0, N))["values"][::-1])
+        assert len(opened._maps) == 2
+    np.testing.assert_array_equal(held, make((0, SIZE))["values"])  # still mapped: it is held here
+
+
+def test_columns_of_one_dtype_and_two_shapes_are_told_apart(tmp_path):
+    columns = {"wide": ("<f4", (6,)), "narrow": ("<f4", (2,))}
+
+    def rows(span):
+        n = span[1] - span[0]
+        return {c: np.full((n, *shape), n, dtype) for c, (dtype, shape) in columns.items()}
+
+    opened = build(tmp_path, HEADER, columns, rows, n_examples=4, shard_size=2)
+    assert [opened.mapped(c, s).shape for c in columns for s in (0, 1)] == 2 * [(2, 6)] + 2 * [
+        (2, 2)
+    ]
+    narrow = (tmp_path / "narrow-00000.npy").read_bytes()
+    (tmp_path / "wide-00000.npy").write_bytes(narrow + bytes(2 * 4 * 4))  # as long as a wide one
+    with pytest.raises(CacheError, match=r"holds <f4 \(2, 2\); its index says <f4 \(2, 6\)"):
+        Cache(tmp_path).check(["narrow", "wide"], [0])
+
+
+@pytest.mark.parametrize("ids", [[0.0], [True, False], ["1"]])
+def test_ids_that_are_no_integers_are_refused(pristine, ids):
+    with pytest.raises(TypeError, match="expected integers"):
+        Cache(pristine).read("values", np.array(ids))
+
+
+def file_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many files and folders opening a cache opens, lists or asks the state of."""
+    looks = 0
+
+    def counted(function: Callable) -> Callable:
+        def counting(*args, **options):
+            nonlocal looks
+            looks += 1
+            return function(*args, **options)
+
+        return counting
+
+    with monkeypatch.context() as patched:
+        for owner, name in (
+            *((os, name) for name in ("stat", "lstat", "open", "listdir", "scandir")),
+            (io, "open"),
+            (builtins, "open"),
+        ):
+            patched.setattr(owner, name, counted(getattr(owner, name)))
+        Cache(folder)
+    return looks
+
+
+def test_opening_looks_at_no_shard_file_however_many_there_are(tmp_path, monkeypatch):
+    looks = []
+    for n_shards in (2, 400):
+        folder = tmp_path / str(n_shards)
+        folder.mkdir()
+        header = {"format": FORMAT, "n_examples": n_shards, "shard_size": 1}
+        header["columns"] = {"labels": ["<i8", []]}
+        names = [f"labels-{s:05d}.npy" for s in range(n_shards)]
+        shards = [{"first_id": s, "n": 1, "sha256": {names[s]: "0"}} for s in range(n_shards)]
+        (folder / "index.json").write_text(sealed({"header": header, "shards": shards}))
+        for name in names:
+            (folder / name).touch()
+        looks.append(file_looks(folder, monkeypatch))
+    assert looks[0] == looks[1]
+    assert 3 <= looks[0] <= 10
 
 
 def test_a_typo_in_a_column_gives_the_nearest(pristine):
     with pytest.raises(CacheError, match="no column 'value'; did you mean 'values'"):
-        Cache(pristine).shard("value", 0)
+        Cache(pristine).mapped("value", 0)
 
 
 def test_the_fingerprint_covers_all_that_determines_the_bytes(pristine, tmp_path):
@@ -110,223 +211,181 @@ def test_the_fingerprint_covers_all_that_determines_the_bytes(pristine, tmp_path
     others = [
         make_cache(tmp_path / "a", nested={"a": 2}),
         make_cache(tmp_path / "b", n=N - 1),
-        build(tmp_path / "c", HEADER, COLUMNS, make, n_examples=N, shard_size=SIZE + 1),
+        make_cache(tmp_path / "c", shard_size=SIZE + 1),
     ]
     assert same.fingerprint == Cache(pristine).fingerprint
     assert content(same.folder) == content(pristine)
     assert len({c.fingerprint for c in (same, *others)}) == 4
 
 
-# --- building --------------------------------------------------------------------------------
+# --- parts -----------------------------------------------------------------------------------
 
 
-def test_a_whole_cache_is_opened_and_not_made_again(folder):
-    before = content(folder)
-    make_cache(folder, lambda start, stop: pytest.fail("made again"))
-    assert content(folder) == before
+@pytest.fixture
+def half(tmp_path: Path) -> Cache:
+    """The second half of a cache: shards 2 and 3, examples 10 to 16."""
+    make_cache(tmp_path, part=(2, 2))
+    return Cache(tmp_path)
 
 
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_cache_of_something_else_is_refused_and_left_alone(folder, finished):
-    if not finished:
-        (folder / "values-00003.npy").unlink()
-        repair(folder)
-    before = content(folder)
-    with pytest.raises(CacheError, match=r"something else.*nested\.a: (1 -> 2|2 -> 1)"):
-        make_cache(folder, nested={"a": 2})
-    with pytest.raises(CacheError, match="n_examples"):
-        make_cache(folder, n=N + 1)
-    assert content(folder) == before
+def test_a_part_of_a_cache_says_what_is_there_and_what_is_missing(half, pristine):
+    assert not half.whole
+    assert half.missing == [0, 1]
+    assert half.shards.tolist() == [2, 3]
+    assert half.n_examples == N
+    np.testing.assert_array_equal(half.example_ids, np.arange(10, N))
+    whole = Cache(pristine)
+    assert (whole.whole, whole.missing) == (True, [])
+    np.testing.assert_array_equal(whole.example_ids, np.arange(N))
 
 
-@pytest.mark.parametrize("shard", range(4))
-def test_a_build_whose_source_fails_resumes_after_the_last_whole_shard(pristine, tmp_path, shard):
-    def failing(start, stop):
-        if start == shard * SIZE:
-            raise OSError("disk on fire")
-        return make(start, stop)
-
-    folder = tmp_path / "cache"
-    with pytest.raises(OSError, match="disk on fire"):
-        make_cache(folder, failing)
-    with pytest.raises(CacheError, match=r"unfinished build .*run the notebook"):
-        Cache(folder)
-    starts = []
-    make_cache(folder, lambda start, stop: (starts.append(start), make(start, stop))[1]).verify()
-    assert starts == [s * SIZE for s in range(shard, 4)]
-    assert content(folder) == content(pristine)
+def test_rows_of_a_part_are_those_of_the_whole(half, pristine):
+    ids = np.array([16, 10, 14, 10])
+    for column in COLUMNS:
+        np.testing.assert_array_equal(half.read(column, ids), Cache(pristine).read(column, ids))
+        here = half.resident(column)
+        assert len(here) == 7
+        np.testing.assert_array_equal(here[half.positions(ids)], half.read(column, ids))
+    np.testing.assert_array_equal(half.positions(half.example_ids), np.arange(7))
+    np.testing.assert_array_equal(Cache(pristine).positions(ids), ids)
+    half.verify()
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[4])
-from kdlib import cache
-from test_cache import make, make_cache
-victim, moment = int(sys.argv[2]), sys.argv[3]
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-def making(start, stop):
-    if start == 5 * victim and moment == "make":
-        die()
-    return make(start, stop)
-replace, count = os.replace, 0
-def replacing(source, target):
-    global count
-    if Path(target).name == f"labels-{victim:05d}.npy" and moment == "rename":
-        die()
-    replace(source, target)
-os.replace = replacing
-append = cache._append
-def appending(log, entry):
-    if entry.get("shard") == victim and moment == "journal":
-        log.write('{"shard": 1, "sha2')
-        log.flush()
-        die()
-    append(log, entry)
-cache._append = appending
-write_json = cache.files.write_json
-cache.files.write_json = die if moment == "index" else write_json
-make_cache(Path(sys.argv[1]), making)
-"""
+def test_positions_skip_the_shards_between_two_parts(tmp_path):
+    for part in ((1, 4), (4, 4)):
+        make_cache(tmp_path, part=part)
+    opened = Cache(tmp_path)
+    assert opened.missing == [1, 2]
+    np.testing.assert_array_equal(opened.positions(np.array([0, 4, 15, 16])), [0, 4, 5, 6])
+    np.testing.assert_array_equal(opened.resident("labels"), [0, 1, 2, 3, 4, 15, 16])
 
 
-@pytest.mark.parametrize("moment", ["make", "rename", "journal", "index"])
-def test_a_killed_build_resumes_to_the_same_bytes(pristine, tmp_path, moment):
-    folder = tmp_path / "cache"
-    victim = int(np.random.default_rng([ord(c) for c in moment]).integers(1, 4))
-    command = [sys.executable, "-c", KILLED, folder, str(victim), moment, Path(__file__).parent]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    with pytest.raises(CacheError, match="unfinished build"):
-        Cache(folder)
-    starts = []
-    make_cache(folder, lambda start, stop: (starts.append(start), make(start, stop))[1]).verify()
-    assert starts == [s * SIZE for s in range(4 if moment == "index" else victim, 4)]
-    visible = {name: data for name, data in content(folder).items() if name[0] != "."}
-    assert visible == content(pristine)
+def test_ids_that_are_not_built_yet_are_refused_by_their_shards(half):
+    for use in (half.positions, lambda ids: half.read("values", ids)):
+        with pytest.raises(IndexError, match="is partial: shards 0, 1 are not built yet; build"):
+            use(np.array([12, 9, 3]))
+        with pytest.raises(IndexError, match="shards 1 are not built"):
+            use(np.array([12, 9]))
+        with pytest.raises(IndexError, match=rf"which has ids \[0, {N}\)"):
+            use(np.array([12, N]))
 
 
-def interrupted(folder: Path) -> Path:
-    """Make an unfinished cache of which three of four shards are whole; returns its journal."""
-
-    def stops(start, stop):
-        if start == 3 * SIZE:
-            raise KeyboardInterrupt
-        return make(start, stop)
-
-    with pytest.raises(KeyboardInterrupt):
-        make_cache(folder, stops)
-    return folder / "journal.jsonl"
-
-
-@settings(max_examples=30, deadline=None)
-@given(data=st.data())
-def test_a_torn_last_line_of_the_journal_costs_that_shard_alone(tmp_path_factory, pristine, data):
-    folder = tmp_path_factory.mktemp("cache")
-    journal = interrupted(folder)
-    text = journal.read_bytes()
-    ends = [i for i, byte in enumerate(text) if byte == ord("\n")]
-    cut = data.draw(st.integers(0, len(text)), label="cut")
-    journal.write_bytes(text[:cut])
-    starts = []
-    make_cache(folder, lambda start, stop: (starts.append(start), make(start, stop))[1]).verify()
-    n_lines = sum(cut >= end for end in ends)  # a line without its newline is whole as well
-    assert starts == [s * SIZE for s in range(max(n_lines - 1, 0), 4)]
-    assert content(folder) == content(pristine)
+def test_a_part_has_a_fingerprint_of_its_own_whoever_else_arrives(tmp_path, pristine):
+    make_cache(tmp_path, part=(1, 2))
+    alone, as_part = Cache(tmp_path), Cache(tmp_path, part=(1, 2))
+    make_cache(tmp_path, part=(2, 2))
+    beside, other, both = (Cache(tmp_path, part=part) for part in ((1, 2), (2, 2), None))
+    assert alone.fingerprint == as_part.fingerprint == beside.fingerprint
+    assert both.fingerprint == Cache(tmp_path, part=(1, 1)).fingerprint
+    assert both.fingerprint == Cache(pristine).fingerprint
+    assert len({beside.fingerprint, other.fingerprint, both.fingerprint}) == 3
+    assert Cache(pristine, part=(1, 2)).fingerprint == alone.fingerprint
 
 
-def test_shards_made_after_a_torn_line_are_kept_by_the_next_interruption(tmp_path):
-    journal = interrupted(tmp_path)
-    journal.write_bytes(journal.read_bytes()[:-10])  # shard 2 is torn
-    interrupted(tmp_path)  # makes shard 2 again, stops at 3
-    starts = []
-    make_cache(tmp_path, lambda start, stop: (starts.append(start), make(start, stop))[1])
-    assert starts == [3 * SIZE]
+def test_a_part_of_a_whole_cache_opens_without_the_rest(pristine):
+    quarter = Cache(pristine, part=(3, 4))
+    assert quarter.shards.tolist() == [2]
+    with pytest.raises(IndexError, match="is partial"):
+        quarter.read("labels", np.array([0]))
 
 
-def test_a_shard_that_was_damaged_while_the_build_lay_unfinished_is_made_again(pristine, tmp_path):
-    interrupted(tmp_path)
-    (tmp_path / "values-00000.npy").write_bytes(b"damaged")
-    (tmp_path / "labels-00002.npy").unlink()
-    starts = []
-    make_cache(tmp_path, lambda start, stop: (starts.append(start), make(start, stop))[1]).verify()
-    assert starts == [0, 2 * SIZE, 3 * SIZE]
-    assert content(tmp_path) == content(pristine)
+def test_a_part_that_is_not_built_is_refused_with_the_command_that_builds_it(half):
+    with pytest.raises(
+        CacheError,
+        match=r"not all of part 1/2: 0, 1 of its shards \[0, 2\) are missing; .*--part 1/2`",
+    ):
+        Cache(half.folder, part=(1, 2))
+    with pytest.raises(CacheError, match=r"part 2/3: 1 of its shards \[1, 2\) are missing"):
+        Cache(half.folder, part=(2, 3))
 
 
-def test_a_full_disk_leaves_an_unfinished_build_and_no_temporary_file(
-    pristine, tmp_path, monkeypatch
-):
-    save = np.save
-
-    def full(file, array, **options):
-        if array.dtype == np.int32 and array[0, 0, 0] == 6 * 2 * SIZE:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        save(file, array, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files.np, "save", full)
-        with pytest.raises(OSError, match="No space left"):
-            make_cache(tmp_path)
-    assert not list(tmp_path.glob("*.tmp")) + list(tmp_path.glob(".*.tmp"))
-    make_cache(tmp_path).verify()
-    assert content(tmp_path) == content(pristine)
+@pytest.mark.parametrize("part", [(0, 2), (3, 2), (1, 5), (-1, 4)])
+def test_a_part_out_of_range_is_refused(pristine, part):
+    with pytest.raises(ValueError, match=rf"part {part[0]}/{part[1]} of 4 shards; expected i/k"):
+        Cache(pristine, part=part)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"values": np.zeros((5, 2, 3), "<i4")}, r"made with columns \['values'\]; expected"),
-        ({"values": np.zeros((5, 2, 3), "<i8")}, "values of shard 0 is int64 .*expected <i4"),
-        ({"values": np.zeros((4, 2, 3), "<i4")}, r"is int32 \(4, 2, 3\); expected <i4 \(5, 2, 3\)"),
-        ({"labels": np.zeros((5, 1), "<i8")}, r"labels of shard 0 is int64 \(5, 1\)"),
-    ],
-)
-def test_arrays_other_than_declared_are_refused(tmp_path, wrong, message):
-    whole = wrong if list(wrong) == ["values"] and "made with" in message else make(0, 5) | wrong
-    with pytest.raises(ValueError, match=message):
-        make_cache(tmp_path, lambda start, stop: whole)
-    assert not (tmp_path / "index.json").exists()
+@given(n_shards=st.integers(1, 50), data=st.data())
+def test_the_parts_of_a_cache_are_even_runs_that_leave_no_gap(n_shards, data):
+    k = data.draw(st.integers(1, n_shards))
+    ranges = [part_range(n_shards, (i, k)) for i in range(1, k + 1)]
+    assert [first for first, _ in ranges] + [n_shards] == [0] + [stop for _, stop in ranges]
+    sizes = [stop - first for first, stop in ranges]
+    assert max(sizes) - min(sizes) <= 1
 
 
-def test_a_second_builder_of_one_cache_is_refused(tmp_path):
-    command = "from pathlib import Path; from kdlib import files\n"
-    command += (
-        f"with files.locked(Path({str(tmp_path / '.lock')!r})):\n print(1, flush=True)\n input()"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", command], **pipes) as holder:
-        assert holder.stdout.readline() == "1\n"
-        with pytest.raises(BlockingIOError, match="another process is working here"):
-            make_cache(tmp_path)
-        assert os.listdir(tmp_path) == [".lock"]
-        holder.stdin.write("\n")
-    make_cache(tmp_path).verify()
+def test_indexes_of_two_caches_in_one_folder_are_refused(half, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    make_cache(other, part=(1, 2), nested={"a": 2})
+    for path in other.iterdir():
+        shutil.copy(path, half.folder)
+    with pytest.raises(CacheError, match=r"of another cache than the other parts \(nested\.a: "):
+        Cache(half.folder)
 
 
-def test_a_builder_that_starts_while_another_one_works_is_refused(tmp_path):
-    def nested(start, stop):
-        with pytest.raises(BlockingIOError, match="another process"):
-            make_cache(tmp_path)
-        return make(start, stop)
+def test_indexes_that_differ_on_a_shard_are_refused(half):
+    make_cache(half.folder, part=(2, 3))  # shard 1
+    path = half.folder / "index-00002-00004.json"
+    overlapping = json.loads(path.read_text())
+    first = json.loads((half.folder / "index-00001-00002.json").read_text())["shards"][0]
+    overlapping["shards"].insert(0, first | {"sha256": dict.fromkeys(first["sha256"], "0" * 64)})
+    (half.folder / "index-00001-00004.json").write_text(sealed(overlapping))
+    with pytest.raises(CacheError, match="differ on shard 1; do not trust"):
+        Cache(half.folder)
 
-    make_cache(tmp_path, nested).verify()
+
+def test_an_index_that_a_builder_replaces_while_it_is_read_is_no_error(half, monkeypatch):
+    read, replaced = cache_module.read_index, []
+
+    def replacing(path):
+        if not replaced:  # between the list of names and the first look at one of them
+            replaced.append(True)
+            make_cache(half.folder)
+        return read(path)
+
+    monkeypatch.setattr(cache_module, "read_index", replacing)
+    assert Cache(half.folder).whole
 
 
 # --- damage ----------------------------------------------------------------------------------
 
 
 def test_a_missing_cache_names_the_remedy(tmp_path):
-    with pytest.raises(CacheError, match=r"no cache \(index.json is missing\); run the notebook"):
+    remedy = r"no cache \(index.json is missing\); run notebooks/01_cache.*cache build STUDY`"
+    with pytest.raises(CacheError, match=remedy):
         Cache(tmp_path / "nowhere")
 
 
-def test_a_missing_shard_is_refused(folder):
+def test_a_missing_shard_is_refused_at_opening(folder):
     (folder / "labels-00002.npy").unlink()
-    with pytest.raises(CacheError, match=r"labels-00002\.npy is missing; run `kdlib.cache.repair`"):
+    with pytest.raises(
+        CacheError, match=r"labels-00002\.npy is missing; run `python -m kdlib cache verify --rep"
+    ):
         Cache(folder)
+
+
+LOOKS = {  # all the ways to read shard 1 of the labels
+    "mapped": lambda cache: cache.mapped("labels", 1),
+    "read": lambda cache: cache.read("labels", np.array([SIZE])),
+    "resident": lambda cache: cache.resident("labels"),
+    "check": lambda cache: cache.check(["values", "labels"], [0, 1]),
+}
+
+
+def assert_refused(folder: Path, message: str) -> None:
+    """Every look at shard 1 of the labels raises, and a look at another one does not."""
+    for look in LOOKS.values():
+        with pytest.raises(CacheError, match=message):
+            look(Cache(folder))
+    assert len(Cache(folder).mapped("labels", 0)) == SIZE
+
+
+def test_a_shard_that_goes_missing_after_opening_is_named(folder):
+    opened = Cache(folder)
+    (folder / "labels-00001.npy").unlink()
+    for look in LOOKS.values():
+        with pytest.raises(CacheError, match=r"labels-00001\.npy is missing; run"):
+            look(opened)
 
 
 @settings(max_examples=60, deadline=None)
@@ -335,15 +394,18 @@ def test_a_cut_shard_is_refused_wherever_it_is_cut(tmp_path_factory, pristine, k
     folder = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("cut") / "cache"))
     path = folder / "labels-00001.npy"  # 128 bytes of header, 5 * 8 of labels
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CacheError, match=r"labels-00001\.npy is cut or damaged"):
-        Cache(folder)
+    assert_refused(folder, r"labels-00001\.npy is cut or damaged")
+
+
+def test_a_shard_with_bytes_behind_its_end_is_refused(folder):
+    with open(folder / "labels-00001.npy", "ab") as file:
+        file.write(b"\0")
+    assert_refused(folder, r"labels-00001\.npy is cut or damaged")
 
 
 @settings(max_examples=150, deadline=None)
 @given(place=st.integers(0, 128 + 40 - 1), value=st.integers(0, 255))
-def test_a_changed_byte_is_found_by_verify_if_opening_does_not(
-    tmp_path_factory, pristine, place, value
-):
+def test_a_changed_byte_is_found_by_verify(tmp_path_factory, pristine, place, value):
     folder = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("flip") / "cache"))
     path = folder / "labels-00001.npy"
     damaged = bytearray(path.read_bytes())
@@ -360,6 +422,7 @@ HEADER_CHANGES = {  # from the bytes of an .npy header to others, each once seen
     "unbalanced": (b", }", b",  "),
     "octal": (b"(5,)", b"(05)"),
     "no header": (b"\x93NUMPY", b"PK\x03\x04  "),
+    "shorter header": (b"\x93NUMPY\x01\x00\x76", b"\x93NUMPY\x01\x00\x75"),
 }
 
 
@@ -369,19 +432,17 @@ def test_a_header_numpy_cannot_parse_is_refused(folder, change):
     old, new = HEADER_CHANGES[change]
     assert old in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(old, new))
-    with pytest.raises(CacheError, match=r"labels-00001\.npy is cut or damaged"):
-        Cache(folder)
+    assert_refused(folder, r"labels-00001\.npy is cut or damaged")
 
 
 @pytest.mark.parametrize(
     "array",
-    [np.zeros((5, 2, 3), "<i8"), np.zeros((5, 2, 3), ">i4"), np.zeros((5, 3, 2), "<i4")],
+    [np.zeros(5, "<i4"), np.zeros(5, ">i8"), np.zeros((5, 1), "<i8"), np.zeros(6, "<i8")],
     ids=lambda a: f"{a.dtype.str} {a.shape}",
 )
 def test_a_shard_of_another_dtype_or_shape_is_refused(folder, array):
-    np.save(folder / "values-00000.npy", array)
-    with pytest.raises(CacheError, match=r"its index says <i4 \(5, 2, 3\)"):
-        Cache(folder)
+    np.save(folder / "labels-00001.npy", array)
+    assert_refused(folder, r"its index says <i8 \(5,\)")
 
 
 class Trap:
@@ -398,12 +459,11 @@ def test_a_pickled_shard_is_refused_and_executes_nothing(folder, tmp_path):
     trap = np.empty(5, dtype=object)
     trap[:] = [Trap(tmp_path / "executed")] * 5
     np.save(folder / "labels-00001.npy", trap, allow_pickle=True)
-    with pytest.raises(CacheError, match=r"labels-00001\.npy is cut or damaged"):
-        Cache(folder)
     np.load(folder / "labels-00001.npy", allow_pickle=True)
-    assert (tmp_path / "executed").exists()  # the trap would have worked
+    assert (tmp_path / "executed").exists()  # the trap works
     (tmp_path / "executed").unlink()
-    with pytest.raises(CacheError, match=r"labels-00001\.npy is cut or damaged"):
+    assert_refused(folder, r"labels-00001\.npy is cut or damaged")
+    with pytest.raises(CacheError, match=r"labels-00001\.npy differ from"):
         Cache(folder).verify()
     repair(folder)
     make_cache(folder).verify()
@@ -429,14 +489,43 @@ INDEX_CHANGES = {
     "up": (lambda i: rename_file(i, "../labels-00000.npy"), "names a file that no cache of ours"),
     "absolute": (lambda i: rename_file(i, "/etc/passwd"), "no cache of ours has: '/etc/passwd'"),
     "newline": (lambda i: rename_file(i, "values-00000.npy\n"), "no cache of ours has"),
-    "other file": (lambda i: rename_file(i, "others-00000.npy"), "do not make up its 17 examples"),
+    "other file": (
+        lambda i: rename_file(i, "others-00000.npy"),
+        "do not make up its part of 17 examples",
+    ),
     "column up": (
         lambda i: i["header"]["columns"].update({"../x/values": ["<i4", [2, 3]]}),
-        "no cache of ours has: '../x/values-00000.npy'; do not trust",
+        "do not make up its part of 17 examples",
+    ),
+    "odd dtype": (
+        lambda i: i["header"]["columns"].update(values=["<i5", [2, 3]]),
+        r"is not an index of ours \(TypeError",
+    ),
+    "two dtypes": (
+        lambda i: i["header"]["columns"].update(values=[",i4", [2, 3]]),  # NumPy: SyntaxError
+        r"is not an index of ours \(ValueError\('rows of ,i4",
+    ),
+    "objects": (
+        lambda i: i["header"]["columns"].update(values=["|O", [2, 3]]),
+        r"is not an index of ours \(ValueError\('rows of \|O",
+    ),
+    "odd shape": (
+        lambda i: i["header"]["columns"].update(values=["<i4", [2, -3]]),
+        r"rows of <i4 \[2, -3\]",
+    ),
+    "listed columns": (
+        lambda i: i["header"].update(columns=["values", "labels"]),
+        "is not an index of ours",
     ),
     "no sums": (lambda i: i["shards"][1].update(sha256={}), "lists 4 shards that do not make up"),
-    "fewer shards": (lambda i: i["shards"].pop(), "lists 3 shards that do not make up its 17"),
-    "more examples": (lambda i: i["header"].update(n_examples=18), "do not make up its 18 examp"),
+    "fewer shards": (
+        lambda i: i["shards"].pop(),
+        "lists 3 shards that do not make up its part of 17",
+    ),
+    "more examples": (
+        lambda i: i["header"].update(n_examples=18),
+        "do not make up its part of 18 examp",
+    ),
     "moved": (lambda i: i["shards"][1].update(first_id=0), "do not make up"),
     "no shards": (lambda i: i.pop("shards"), r"is not an index of ours \(KeyError\('shards'\)\)"),
     "size 0": (lambda i: i["header"].update(shard_size=0), "is not an index of ours"),
@@ -470,6 +559,41 @@ def test_json_that_is_no_index_is_refused(folder, text):
         Cache(folder)
 
 
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_of_an_index_is_detected_or_harmless(tmp_path_factory, pristine, data):
+    folder = tmp_path_factory.mktemp("flip")
+    for part in ((1, 2), (2, 2)):
+        make_cache(folder, part=part)
+    path = folder / data.draw(st.sampled_from(["index-00000-00002.json", "index-00002-00004.json"]))
+    text = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(text) - 1), label="place")
+    text[place] ^= 1 << data.draw(st.integers(0, 7), label="bit")
+    path.write_bytes(text)
+    try:
+        opened = Cache(folder)
+        opened.verify()
+    except CacheError:
+        return
+    assert opened.fingerprint == Cache(pristine).fingerprint
+    np.testing.assert_array_equal(opened.read("values", np.arange(N)), make((0, N))["values"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_of_an_index_is_found_when_it_is_opened(tmp_path_factory, pristine, data):
+    folder = Path(shutil.copytree(pristine, tmp_path_factory.mktemp("flip") / "cache"))
+    text = bytearray((folder / "index.json").read_bytes())
+    text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (folder / "index.json").write_bytes(text)
+    try:
+        opened = Cache(folder)
+    except CacheError:
+        return
+    assert opened.fingerprint == Cache(pristine).fingerprint  # white space, at most
+    assert opened.entries == Cache(pristine).entries
+
+
 def test_another_header_than_expected_is_refused_with_the_difference(pristine):
     assert Cache(pristine, {"kind": "numbers", "nested": {"a": 1}}).n_examples == N
     with pytest.raises(CacheError, match=r"nested\.a: 1 -> 2; nothing was changed"):
@@ -483,50 +607,15 @@ def test_verify_names_every_damaged_file_and_no_other(folder):
         damaged = bytearray((folder / name).read_bytes())
         damaged[-1] ^= 1
         (folder / name).write_bytes(damaged)
+    opened = Cache(folder)
+    assert opened.damaged() == opened.damaged(1) == ["values-00001.npy", "labels-00003.npy"]
     with pytest.raises(CacheError, match=r"values-00001\.npy, labels-00003\.npy differ from"):
-        Cache(folder).verify()
-
-
-def test_repair_keeps_whole_shards_and_the_next_build_makes_the_others(folder, pristine):
-    (folder / "values-00001.npy").write_bytes(b"")
-    (folder / "labels-00003.npy").unlink()
-    kept = {name: (folder / name).stat().st_mtime_ns for name in ("values-00000.npy",)}
-    assert repair(folder) == ["values-00001.npy", "labels-00003.npy"]
-    with pytest.raises(CacheError, match="unfinished build"):
-        Cache(folder)
-    starts = []
-    make_cache(folder, lambda start, stop: (starts.append(start), make(start, stop))[1]).verify()
-    assert starts == [SIZE, 3 * SIZE]
-    assert all((folder / name).stat().st_mtime_ns == time for name, time in kept.items())
-    assert content(folder) == content(pristine)
-
-
-def test_repair_of_a_whole_cache_changes_nothing(folder):
-    before = content(folder)
-    assert repair(folder) == []
-    assert content(folder) == before
+        opened.verify()
+    (folder / "labels-00000.npy").unlink()
+    assert opened.damaged()[0] == "labels-00000.npy"
 
 
 # --- images ----------------------------------------------------------------------------------
-
-
-def test_images_and_labels_of_a_source_come_back_and_name_it(tmp_path):
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (13, 3, 4, 5), np.uint8), rng.integers(0, 2, 13)
-    source = array_source("noise", "test", images, labels, ["cat", "dog"])
-    built = build_images(source, tmp_path, 4)
-    np.testing.assert_array_equal(built.read("images", np.arange(13)), images)
-    np.testing.assert_array_equal(built.resident("labels").numpy(), labels)
-    assert built.header["class_names"] == ["cat", "dog"]
-    assert (built.header["source"], built.header["split"]) == ("noise", "test")
-    assert np.load(tmp_path / "images-00003.npy", allow_pickle=False).shape == (1, 3, 4, 5)
-
-
-def test_another_source_does_not_open_this_one_s_cache(tmp_path):
-    images = np.zeros((3, 1, 4, 4), np.uint8)
-    build_images(array_source("noise", "test", images, np.array([0, 1, 0]), "ab"), tmp_path, 2)
-    with pytest.raises(CacheError, match=r"identity\.sha256: "):
-        build_images(array_source("noise", "test", images, np.array([0, 1, 1]), "ab"), tmp_path, 2)
 
 
 def test_pixel_statistics_are_numpy_s_whatever_the_order(make_images, monkeypatch):
@@ -553,10 +642,3 @@ def test_a_constant_channel_has_standard_deviation_1(tmp_path):
     pixels[:, 1], pixels[:2, 2] = 51, 255
     built = build_images(array_source("flat", "train", pixels, np.zeros(4), "a"), tmp_path, 4)
     assert pixel_statistics(built, np.arange(4)) == ([0.0, 0.2, 0.5], [1.0, 1.0, 0.5])
-
-
-def test_building_leaves_the_global_generators_alone(tmp_path):
-    before = np.random.get_state()[1].copy()
-    make_cache(tmp_path).read("values", np.arange(3))
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
-    assert cache.FORMAT == 1

@@ -13,11 +13,23 @@ HONEST = {
         "declared": {"unique_examples": 30, "samples": 640, "steps": 20},
         "recorded": {"unique_examples": 30, "samples": 640, "steps": 20},
     },
-    "coverage": {"unique": 30, "fewest": 21, "most": 22, "outside_subset": 0},
+    "coverage": {
+        "unique": 30,
+        "fewest": 21,
+        "most": 22,
+        "outside_subset": 0,
+        "unlike_plan": 0,
+        "shards_per_pass": None,
+    },
     "subset": {"n_examples": 30},
     "seeds": {"requested": 3, "resolved": {p: derive(3, p) for p in PURPOSES}},
     "gradient": {"norm": 0.7, "tensors": 8, "tensors_without": 0},
-    "pairing": {"paired": 0.2, "permuted": 1.4, "teacher_accuracy": 0.97},
+    "pairing": {
+        "paired": 0.2,
+        "permuted": 1.4,
+        "teacher_accuracy": 0.97,
+        "stored_accuracy": 0.97,
+    },
     "teacher": {
         "claimed": 0.95,
         "tolerance": 0.01,
@@ -56,6 +68,7 @@ def test_honest_evidence_passes_every_tripwire():
         (_broken("coverage", "unique", 29), "coverage", "29 of 30 examples"),
         # the last third of the data read forty times less often, as in the second one
         (_broken("coverage", "fewest", 1), "coverage", "visited 1 to 22 times"),
+        (_broken("coverage", "unlike_plan", 4), "coverage", "4 not as often as planned"),
         (_broken("coverage", "outside_subset", 5), "coverage", "5 visits outside the subset"),
         (_broken("seeds", "resolved", "order", derive(0, "order")), "seeds", r"\['order'\]"),
         (_broken("gradient", "norm", 0.0), "gradient", "gradient norm 0;"),
@@ -89,15 +102,24 @@ def test_a_run_without_teacher_needs_no_teacher():
 
 
 def test_fewer_samples_than_examples_is_no_gap_in_coverage():
-    evidence = _broken("budget", "declared", "samples", 16)
-    evidence["coverage"] = {"unique": 16, "fewest": 0, "most": 1, "outside_subset": 0}
+    evidence = _broken("budget", "declared", "unique_examples", 16)
+    evidence["coverage"] |= {"unique": 16, "fewest": 0, "most": 1}
     assert checks.coverage(evidence).passed
+
+
+def test_passes_that_draw_shards_may_visit_unevenly_but_as_planned():
+    evidence = _broken("coverage", "shards_per_pass", 3)
+    evidence["coverage"] |= {"fewest": 2, "most": 9}
+    assert checks.coverage(evidence).passed
+    evidence["coverage"]["unlike_plan"] = 1
+    assert not checks.coverage(evidence).passed
 
 
 def test_coverage_evidence_counts_visits_inside_and_outside_the_subset():
     visits = np.array([3, 0, 2, 3, 1, 0])
-    found = checks.coverage_evidence(visits, np.array([0, 2, 3]))
-    assert found == {"unique": 4, "fewest": 2, "most": 3, "outside_subset": 1}
+    found = checks.coverage_evidence(visits, np.array([0, 2, 3]), np.array([3, 3, 3]), 2)
+    counts = {"unique": 4, "fewest": 2, "most": 3, "outside_subset": 1}
+    assert found == counts | {"unlike_plan": 1, "shards_per_pass": 2}
 
 
 def test_a_checkpoint_that_is_missing_or_changed_is_named(tmp_path):

@@ -218,6 +218,50 @@ def test_an_unfit_layout_is_refused_with_the_folder_s_name(folder):
         open_folder(folder / "bare")
 
 
+@pytest.mark.parametrize("image_size", [None, 4])
+def test_n_train_takes_the_first_training_images_and_leaves_the_test_split(image_size):
+    whole = digits("train", image_size)
+    data = Data(source="digits", image_size=image_size, n_train=30, n_validation=1)
+    part = open_source(data, "train")
+    assert part.n_examples == 30
+    for ours, theirs in zip(part.read(0, 30), whole.read(0, 30), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    changed = {k for k in part.identity if part.identity[k] != whole.identity.get(k)}
+    assert changed == {"sha256", "n_train"}
+    assert part.identity["n_train"] == 30
+    assert open_source(data, "test").identity == digits("test", image_size).identity
+
+
+def test_more_training_images_than_there_are_is_refused_with_both_numbers():
+    data = Data(source="digits", n_train=1298, n_validation=1)
+    with pytest.raises(ValueError, match=r"n_train is 1298 but the training split .* has 1297 im"):
+        open_source(data, "train")
+
+
+def test_identities_are_those_of_the_caches_that_exist():
+    # any change here would refuse all of them
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    assert array_source("toy", "train", images, [0, 1], "ab", 2).identity == {
+        "source": "toy",
+        "split": "train",
+        "sha256": "83b21575266081b643cd882b3d25ae9fe321470f4815a03a05862019699b4244",
+        "image_size": 2,
+        "resize": "largest centred square, bilinear with antialiasing",
+    }
+
+
+@pytest.mark.parametrize("image_size", [None, 4])
+def test_arrays_are_decoded_from_a_payload_of_their_range_alone(image_size):
+    source = digits("train", image_size)
+    assert not source.parallel
+    payload = source.fetch(5, 9)
+    assert len(pickle.dumps(payload)) < 1000
+    copy = pickle.loads(pickle.dumps(source))
+    assert len(pickle.dumps(source)) < 1000
+    for ours, theirs in zip(copy.decode(payload), source.read(5, 9), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def write_mnist(root: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
     """MNIST's own file format (big-endian sizes, then bytes), with n random images per split."""
     rng = np.random.default_rng(2)

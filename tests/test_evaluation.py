@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdlib.evaluation import Pixels, accuracy, all_outputs, evaluate, outputs
+from kdlib.augment import Pixels
+from kdlib.evaluation import accuracy, all_outputs, evaluate, outputs
 from kdlib.models import Network, build_network
 from kdlib.params import Model
 from kdlib.weights import weights_fingerprint

@@ -483,7 +483,7 @@ def test_a_cell_that_cannot_be_is_refused(axes, message):
 
 
 def test_the_names_of_strategies_and_models_are_distinct():
-    assert len(set(STRATEGIES)) == len(STRATEGIES) == 6 + 2 * len(SCORES)
+    assert len(set(STRATEGIES)) == len(STRATEGIES) == 8 + 2 * len(SCORES)
     assert len(set(MODELS)) == len(MODELS)
 
 

@@ -68,7 +68,7 @@ def test_region_strategies_take_the_nearest_to_their_pole(strategy, pole):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    strategy=st.sampled_from(params.STRATEGIES),
+    strategy=st.sampled_from(params.SELECTIONS),
     n_examples=st.integers(1, 40),
     share=st.sampled_from(["0", "1/N", "third", "N-1", "1"]),
     seed=st.integers(0, 1000),
@@ -94,7 +94,7 @@ def test_every_strategy_returns_exactly_its_budget_of_distinct_ids(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    strategy=st.sampled_from([name for name in params.STRATEGIES if name != "full"]),
+    strategy=st.sampled_from([name for name in params.SELECTIONS if name != "full"]),
     n=st.integers(0, 30),
     seed=st.integers(0, 1000),
 )

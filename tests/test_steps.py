@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from kdlib import checks, files, report, runs, sampling, steps, teacher
+from kdlib import checks, files, loading, report, runs, sampling, steps
+from kdlib.cache import CacheError
 from kdlib.params import load_study
 from kdlib.probe import Features, linear_probe
 from kdlib.selection import Subset
@@ -154,10 +155,10 @@ def test_a_loader_that_ignores_its_subset_cannot_finish_a_run(home, monkeypatch)
     study = _study(home, seeds=[7, 8])
     images = steps.open_images(study)
 
-    class Ignoring(sampling.Loader):
-        def batch(self, step):
-            self._ids = torch.arange(step, step + len(self._ids))  # wanders off the subset
-            return super().batch(step)
+    class Ignoring(loading.Loader):
+        def __init__(self, plan, images, **options):
+            whole = sampling.Plan(images.example_ids, plan.batch_size, plan.n_steps, 7)
+            super().__init__(whole, images, **options)
 
     monkeypatch.setattr(steps, "Loader", Ignoring)
     with pytest.raises(checks.TripwireError, match="declared -> recorded: unique_examples: 363"):
@@ -171,11 +172,12 @@ def test_teacher_rows_read_out_of_step_cannot_finish_a_run(home, monkeypatch):
     images = steps.open_images(study)
     rng = np.random.default_rng(0)
 
-    def shuffled(stored):
-        logits = teacher.logits_by_id(stored)
-        return logits[torch.from_numpy(rng.permutation(len(logits)))]
+    class Shuffled(loading.Loader):
+        def teacher_logits(self, ranks, views):
+            order = rng.permutation(len(self.plan.example_ids))
+            return super().teacher_logits(order[ranks], views)
 
-    monkeypatch.setattr(steps, "logits_by_id", shuffled)
+    monkeypatch.setattr(steps, "Loader", Shuffled)
     for seed in study.seeds:
         with pytest.raises(checks.TripwireError, match="pairing: soft loss"):
             steps.train_student(study, images, study.cell(objective="kd"), seed)
@@ -357,3 +359,105 @@ def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(home):
     report.draw_datamap(study)
     report.draw_comparison(study, report.compile_tables(study))
     assert {path.name: path.read_bytes() for path in study.figures.iterdir()} == first
+
+
+# --- shards, views, parts --------------------------------------------------------------------
+
+
+def test_shard_policies_are_strategies_with_budgets_of_their_own(home):
+    study = _study(home, axes__strategy=["random", "easy", "fixed_shards", "random_shards"])
+    images = steps.open_images(study)
+    size = images.train.shard_size
+    evidence = {
+        s: steps.train_student(study, images, study.cell(strategy=s), 0)
+        for s in ("fixed_shards", "random_shards")
+    }
+    assert all(check["passed"] for e in evidence.values() for check in e["checks"])
+    fixed, drawn = evidence["fixed_shards"], evidence["random_shards"]
+    # five shards of 300, the last one shorter: a third of them is two
+    ids = steps.make_subset(study, images, study.cell(strategy="fixed_shards"), 0).example_ids
+    assert len(np.unique(ids // size)) == 2
+    assert fixed["budget"]["declared"]["unique_examples"] == len(ids)
+    assert fixed["coverage"]["most"] - fixed["coverage"]["fewest"] <= 1
+    assert drawn["coverage"]["shards_per_pass"] == 2
+    assert drawn["coverage"]["most"] - drawn["coverage"]["fewest"] > 1
+    assert drawn["subset"]["n_examples"] == len(images.train_ids)
+
+
+def test_a_loader_that_draws_other_shards_than_planned_cannot_finish_a_run(home, monkeypatch):
+    study = _study(home, axes__strategy=["random", "easy", "random_shards"])
+    images = steps.open_images(study)
+
+    class Sorted(loading.Loader):
+        def __init__(self, plan, images, **options):
+            super().__init__(plan, images, **options)
+            plan.members = lambda number: np.arange(plan.shards_per_pass)
+            self.batch(0)
+            del plan.members
+
+    monkeypatch.setattr(steps, "Loader", Sorted)
+    with pytest.raises(checks.TripwireError, match="not as often as planned"):
+        steps.train_student(study, images, study.cell(strategy="random_shards"), 0)
+
+
+def test_students_of_replayed_views_see_what_the_teacher_saw(home):
+    study = _study(
+        home,
+        teacher__outputs={"views": 3, "top_k": 4},
+        training__augment={"crop_padding": 1},
+    )
+    images = steps.open_images(study)
+    card = steps.make_teacher(study, images)["teacher"]
+    assert set(card["outputs"]) == {"train", "test", "replayed"}
+    for objective in ("kd", "plain"):
+        evidence = steps.train_student(study, images, study.cell(objective=objective), 0)
+        assert all(check["passed"] for check in evidence["checks"])
+    # stored outputs know their views: a student that would see others is refused
+    stored = steps.open_outputs(
+        steps.outputs_folder(study, "replayed"), images.train, card["weights_sha256"]
+    )
+    plan = sampling.Plan(images.train_ids, 64, 3, 0)
+    view = loading.View(study.training.augment, 1, images.pixels, 3)
+    with pytest.raises(CacheError, match="outputs of other views"):
+        loading.Loader(plan, images.train, view=view, teacher=stored)
+
+
+def test_a_study_on_part_of_the_shards_learns_from_those_alone(home):
+    study = _study(home, data__part="1/2", data__n_validation=100, teacher__expected_accuracy=0.3)
+    images = steps.cache_images(study)
+    assert images.train.example_ids.tolist() == list(range(600))
+    assert max(images.train_ids.max(), images.validation_ids.max()) == 599
+    steps.make_teacher(study, images)
+    steps.make_datamap(study, images)
+    evidence = steps.train_student(study, images, study.cell(strategy="easy"), 0)
+    assert all(check["passed"] for check in evidence["checks"])
+    assert evidence["subset"]["n_examples"] == 165  # 33 % of 500
+    assert steps.open_images(study).fingerprints == images.fingerprints
+
+
+def test_where_pixels_are_kept_changes_no_weight_and_no_setting(home):
+    plain = _study(home)
+    cell = plain.cell(strategy="easy", objective="kd")
+    before = runs.read_evidence(steps.student_folder(plain, cell, 0))
+    mapped = _study(home, compute={"images": "mapped"})
+    images = steps.open_images(mapped)
+    assert steps.train_student(mapped, images, cell, 0) == before  # not trained again
+    shutil.rmtree(steps.student_folder(plain, cell, 0))
+    again = steps.train_student(mapped, images, cell, 0)
+    assert again["checkpoints"]["last"] == before["checkpoints"]["last"]
+
+
+def test_images_without_labels_are_cached_and_then_refused_by_name(home):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = home / "data" / "wild" / ("train" if i < 9 else "test") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    data = {"source": "folder", "folder": "wild", "labelled": False, "n_validation": 2}
+    study = _study(home, data=data)
+    images = steps.cache_images(study)
+    assert images.train.read("labels", images.train_ids).tolist() == [-1] * 7
+    with pytest.raises(ValueError, match=r"no labels \(study: data\.labelled\)"):
+        steps.make_teacher(study, images)

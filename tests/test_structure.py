@@ -22,10 +22,13 @@ ALLOWED = {
     "tables": "files",
     "weights": "files",
     "engine": "",
-    "data": "files params",
+    "data": "encoded files hub params",
+    "encoded": "files params",
+    "hub": "encoded files params",
     "models": "files params seeds",
     "losses": "params",
     "augment": "params",
+    "fused": "augment params",
     "plots": "files",
     "probe": "seeds",
     "compare": "files",
@@ -33,19 +36,30 @@ ALLOWED = {
     "dynamics": "files tables",
     "cartography": "dynamics tables",
     "selection": "files params seeds tables",
-    "cache": "data files",
-    "sampling": "cache seeds",
+    "cache": "files",
+    "building": "cache data files",
+    "inspecting": "building cache data files params",
+    "sampling": "seeds",
+    "loading": "augment cache files fused params sampling teacher",
     "evaluation": "augment models",
-    "teacher": "cache evaluation models weights",
+    "teacher": "augment building cache evaluation models params weights",
     "runs": "files params",
-    "trainer": "augment dynamics evaluation files losses models params runs sampling seeds weights",
-    "steps": "cache cartography checks data dynamics evaluation files losses models params probe "
-    "runs sampling seeds selection tables teacher trainer weights",
-    "report": "checks compare files params plots runs steps",
-    "__main__": "files params report runs",
+    "trainer": "augment dynamics evaluation files loading losses models params runs seeds weights",
+    "steps": "augment building cache cartography checks data dynamics evaluation files loading "
+    "losses models params probe runs sampling seeds selection tables teacher trainer weights",
+    "report": "checks compare files params plots runs sampling seeds steps",
+    "__main__": "files inspecting params report runs",
 }
 NOTEBOOK_SIDE = {"explorer", "IPython", "ipywidgets", "papermill", "jupyter", "nbformat"}
-SLOW = {"torchvision", "timm", "matplotlib", "seaborn", "sklearn", "PIL"}  # a kernel's start counts
+SLOW = {
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "seaborn",
+    "sklearn",
+    "PIL",
+    "numba",
+}  # a kernel's start counts
 DRAWING = {"plots", "report"}
 ENGINE = "engine"  # papermill loads it, by its entry point; no module imports it
 EXECUTING = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}  # run code on loading

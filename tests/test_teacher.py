@@ -5,17 +5,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kdlib import teacher
+from kdlib.augment import Pixels, augment
 from kdlib.cache import Cache, CacheError
-from kdlib.evaluation import Pixels, all_outputs, evaluate
+from kdlib.evaluation import all_outputs, evaluate
 from kdlib.models import Network, build_network
-from kdlib.params import Model
+from kdlib.params import Augment, Model
 from kdlib.teacher import (
-    logits_by_id,
+    Replay,
+    decode_logits,
+    encoded,
     open_outputs,
     store_outputs,
     stored_accuracy,
+    stored_logits,
     verify_outputs,
 )
 from kdlib.weights import weights_fingerprint
@@ -65,8 +71,8 @@ def test_outputs_are_aligned_with_the_images_by_example_id(images, stored):
     assert len({row.tobytes() for row in rows}) == N  # so that a wrong row would have shown
 
 
-def test_logits_by_id_are_the_stored_rows_as_float32(stored):
-    logits = logits_by_id(stored)
+def test_stored_logits_are_the_stored_rows_as_float32(stored):
+    logits = stored_logits(stored, np.arange(N))
     assert (logits.dtype, logits.shape) == (torch.float32, (N, 4))
     for i in range(N):
         row = stored.read("logits", np.array([i]))[0, 0].astype(np.float32)
@@ -111,7 +117,7 @@ def test_another_normalisation_is_refused_and_said(images, stored):
 
 
 def test_an_image_cache_is_no_cache_of_outputs(images):
-    with pytest.raises(CacheError, match=r"images: None -> .*view: None -> clean"):
+    with pytest.raises(CacheError, match=r"images: None -> .*kind: images -> teacher_outputs"):
         open_outputs(images.folder, images, weights_fingerprint(network_of()))
 
 
@@ -211,5 +217,116 @@ def test_accuracy_read_from_the_store_is_that_of_a_direct_evaluation(images, sto
     close = int((top[:, 0] - top[:, 1] < 2 * HALF * top[:, 0].abs()).sum())
     assert abs(stored_accuracy(stored, images) - direct) <= close / N
     assert close <= 1
-    by_hand = logits_by_id(stored).numpy().argmax(1) == labels.numpy()
+    by_hand = stored_logits(stored, np.arange(N)).numpy().argmax(1) == labels.numpy()
     assert stored_accuracy(stored, images) == by_hand.mean()
+
+
+# --- top-k -----------------------------------------------------------------------------------
+
+
+def test_top_k_keeps_the_largest_and_shares_the_rest_evenly():
+    # probabilities 0.5, 0.3, 0.1, 0.1: two kept, the others share 0.2 and get 0.1 each
+    logits = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log() + 3
+    stored = encoded(torch.zeros(1, 2), logits, 2)
+    assert stored["indices"].tolist() == [[0, 2]]
+    assert np.exp(stored["log_tail"][0]) == pytest.approx(0.2, rel=1e-3)
+    parts = {k: torch.from_numpy(v) for k, v in stored.items() if k != "features"}
+    dense = decode_logits(parts, 4)
+    np.testing.assert_allclose(dense.softmax(1), [[0.5, 0.1, 0.3, 0.1]], rtol=3e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_classes=st.integers(2, 12), scale=st.floats(0.1, 30), data=st.data())
+def test_decoded_top_k_has_the_stored_probabilities(n_classes, scale, data):
+    k = data.draw(st.integers(1, n_classes - 1))
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    logits = torch.from_numpy(scale * rng.standard_normal((5, n_classes))).float()
+    stored = encoded(torch.zeros(5, 1), logits, k)
+    parts = {key: torch.from_numpy(v) for key, v in stored.items() if key != "features"}
+    dense = decode_logits(parts, n_classes)
+    assert (dense.dtype, dense.shape) == (torch.float32, (5, n_classes))
+    assert torch.isfinite(dense).all()
+    wanted, found = logits.softmax(1), dense.softmax(1)
+    kept = parts["indices"].long()
+    # float16 moves a logit of 60 by up to 0.016, so a probability by that part of itself
+    torch.testing.assert_close(found.gather(1, kept), wanted.gather(1, kept), rtol=0.05, atol=1e-4)
+    tails = [1 - p.gather(1, kept).sum(1) for p in (found, wanted)]
+    torch.testing.assert_close(*tails, rtol=0.1, atol=2e-3)
+    np.testing.assert_array_equal(found.gather(1, kept).argmax(1), wanted.gather(1, kept).argmax(1))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_top_k_outputs_are_stored_verified_and_read_as_logits(images, tmp_path, top_k):
+    stored = store_outputs(
+        network_of(), PIXELS, images, tmp_path / "outputs", top_k=top_k, features=False
+    )
+    assert stored.header["columns"] == {
+        "values": ["<f2", [1, top_k]],
+        "indices": ["<i2", [1, top_k]],
+        "log_tail": ["<f2", [1]],
+    }
+    assert verify_outputs(network_of(), PIXELS, images, stored) < 0.003
+    whole = store_outputs(network_of(), PIXELS, images, tmp_path / "whole")
+    assert stored_accuracy(stored, images) == stored_accuracy(whole, images)
+    if top_k == 3:  # of four classes: nothing is left to share
+        torch.testing.assert_close(
+            stored_logits(stored, np.arange(N)).softmax(1),
+            stored_logits(whole, np.arange(N)).softmax(1),
+            rtol=0.01,
+            atol=2e-3,
+        )
+    rolled = overwrite(stored, "indices", lambda rows: (rows + 1) % 4)
+    with pytest.raises(CacheError, match="differ from recomputed"):
+        verify_outputs(network_of(), PIXELS, images, rolled)
+
+
+@pytest.mark.parametrize("top_k", [0, 4, 5])
+def test_a_top_k_outside_the_classes_is_refused(images, tmp_path, top_k):
+    with pytest.raises(ValueError, match=rf"top_k is {top_k} of 4 classes; expected \[1, 4\)"):
+        store_outputs(network_of(), PIXELS, images, tmp_path, top_k=top_k)
+
+
+# --- replayed views --------------------------------------------------------------------------
+
+REPLAY = Replay(3, Augment(crop_padding=1, flip=True), seed=11)
+
+
+def test_replayed_views_are_those_of_the_first_passes(images, tmp_path):
+    network = network_of()
+    stored = store_outputs(network, PIXELS, images, tmp_path / "outputs", replay=REPLAY)
+    assert stored.header["columns"]["logits"] == ["<f2", [3, 4]]
+    ids = torch.arange(N)
+    pixels = images.resident("images")
+    for view in range(3):
+        seen = augment(pixels, ids, torch.full((N,), view), REPLAY.augment, REPLAY.seed)
+        features, logits = all_outputs(network, PIXELS, seen)
+        np.testing.assert_allclose(
+            stored_logits(stored, ids.numpy(), view), logits, rtol=2 * HALF, atol=1e-3
+        )
+        rows = stored.read("features", ids.numpy())[:, view]
+        np.testing.assert_allclose(rows, features, rtol=2 * HALF, atol=1e-3)
+    assert verify_outputs(network, PIXELS, images, stored, REPLAY) < 2 * HALF
+    with pytest.raises(CacheError, match="differ from recomputed"):
+        verify_outputs(network, PIXELS, images, stored, Replay(3, REPLAY.augment, 12))
+    swapped = overwrite(stored, "logits", lambda rows: rows[:, [1, 0, 2]])
+    with pytest.raises(CacheError, match="differ from recomputed"):
+        verify_outputs(network, PIXELS, images, swapped, REPLAY)
+
+
+def test_outputs_of_other_views_are_refused_and_said(images, stored, tmp_path):
+    with pytest.raises(CacheError, match="view: clean -> "):
+        store_outputs(network_of(), PIXELS, images, stored.folder, replay=REPLAY)
+    store_outputs(network_of(), PIXELS, images, tmp_path / "replayed", replay=REPLAY)
+    other = Replay(3, Augment(crop_padding=1), 11)
+    with pytest.raises(CacheError, match=r"view\.augment\.flip: True -> False"):
+        store_outputs(network_of(), PIXELS, images, tmp_path / "replayed", replay=other)
+
+
+def test_parts_of_outputs_give_the_bytes_of_the_whole(images, stored, tmp_path):
+    for i in (2, 1):
+        part = store_outputs(network_of(), PIXELS, images, tmp_path / "parts", part=(i, 2))
+        verify_outputs(network_of(), PIXELS, Cache(images.folder, part=(i, 2)), part)
+    whole = store_outputs(network_of(), PIXELS, images, tmp_path / "parts")
+    assert whole.fingerprint == stored.fingerprint
+    for path in stored.folder.glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()

@@ -8,16 +8,19 @@ import torch
 from torch import nn
 
 from kdlib import trainer
-from kdlib.cache import build
+from kdlib.augment import Pixels
+from kdlib.building import build
 from kdlib.dynamics import DynamicsLog
-from kdlib.evaluation import Pixels
+from kdlib.loading import Loader, View
 from kdlib.models import Network, build_network
 from kdlib.params import Model, Objective, Training
 from kdlib.runs import Run
-from kdlib.sampling import Loader, Plan
+from kdlib.sampling import Plan
+from kdlib.seeds import derive
 from kdlib.trainer import Task, TrainingError, learning_rate, make_optimiser, train
 
 N, CLASSES = 90, 3
+PIXELS = Pixels([0.5], [0.25])
 TRAINING = Training(epochs=4, batch_size=16, lr_peak=0.1, warmup_steps=3, evaluate_every_steps=5)
 
 
@@ -54,7 +57,7 @@ def images(tmp_path):
         tmp_path / "images",
         {"kind": "images"},
         {"images": ("|u1", (1, 4, 4)), "labels": ("<i8", ())},
-        lambda start, stop: {"images": pixels[start:stop], "labels": labels[start:stop]},
+        lambda span: {"images": pixels[slice(*span)], "labels": labels[slice(*span)]},
         n_examples=N,
         shard_size=40,
     )
@@ -63,15 +66,30 @@ def images(tmp_path):
 def _task(images, *, seed=0, training=TRAINING, network=None, log=None, observed="train", n=60):
     ids = np.arange(n)
     plan = Plan(ids, training.batch_size, training.n_steps(n), seed)
-    teacher = torch.nn.functional.one_hot(images.resident("labels"), CLASSES).float() * 4
+    one_hot = torch.nn.functional.one_hot(images.resident("labels"), CLASSES).half() * 4
+    teacher = build(
+        images.folder.parent / "outputs",
+        {"view": "clean", "top_k": None, "n_classes": CLASSES},
+        {"logits": ("<f2", (1, CLASSES))},
+        lambda span: {"logits": one_hot[slice(*span), None].numpy()},
+        n_examples=N,
+        shard_size=40,
+    )
     held_out = images.resident("images")[n:], images.resident("labels")[n:]
     if network is None:
         model = Model(name="tiny_cnn", options={"width": 4})
         network = build_network(model, n_classes=CLASSES, image_shape=(1, 4, 4), seed=seed)
     return Task(
         network=network,
-        pixels=Pixels([0.5], [0.25]),
-        loader=Loader(plan, images, teacher, "cpu"),
+        pixels=PIXELS,
+        loader=Loader(
+            plan,
+            images,
+            view=View(training.augment, derive(seed, "augment"), PIXELS),
+            teacher=teacher,
+            reuse=True,
+        ),
+        n_examples=N,
         objective=Objective(kind="kd", alpha=0.5, temperature=2.0),
         training=training,
         validation=held_out,
@@ -166,7 +184,7 @@ def test_the_dynamics_of_a_clean_pass_are_those_of_the_weights_after_it(tmp_path
     train(_run(tmp_path / "run"), task)
     task.network.eval()
     with torch.no_grad():
-        logits = task.network(task.pixels.prepare(task.loader.images[:60]))
+        logits = task.network(task.pixels.prepare(task.loader.raw(np.arange(60))))
     expected = logits.softmax(1)[torch.arange(60), task.loader.labels[:60]].numpy()
     assert np.allclose(log.finish()["gold_prob"][0], expected, atol=1e-3)
 
@@ -262,8 +280,8 @@ def test_permuted_teacher_rows_show_in_the_pairing(tmp_path, images):
     task = _task(images)
     train(_run(tmp_path / "run"), task)
     honest = trainer.pairing(task)
-    shuffled = torch.from_numpy(np.random.default_rng(0).permutation(N))
-    task.loader.teacher_logits = task.loader.teacher_logits[shuffled]
+    shuffled, rows = np.random.default_rng(0).permutation(60), task.loader.teacher_logits
+    task.loader.teacher_logits = lambda ranks, views: rows(shuffled[ranks], views)
     broken = trainer.pairing(task)
     assert honest["paired"] < 0.5 * honest["permuted"]
     assert honest["teacher_accuracy"] == 1.0
@@ -289,6 +307,6 @@ def test_biases_and_normalisation_weights_are_not_decayed(images):
 
 def test_without_teacher_there_is_no_pairing(tmp_path, images):
     task = _task(images)
-    task.loader.teacher_logits = None
-    plain = dataclasses.replace(task, objective=Objective(kind="cross_entropy"))
+    loader = Loader(task.loader.plan, images, view=View(TRAINING.augment, 0, PIXELS))
+    plain = dataclasses.replace(task, loader=loader, objective=Objective(kind="cross_entropy"))
     assert train(_run(tmp_path / "run"), plain).evidence["pairing"] is None

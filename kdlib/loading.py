@@ -1,0 +1,364 @@
+"""Batches of a plan out of a cache: pixels resident on the device, or mapped from the disk.
+
+A batch is one gather per column and one pass over its pixels; there are no worker processes, and
+nothing is done per image in Python. Where pixels are kept changes no byte of any batch. Leaves to
+others: which examples a step sees (`sampling`), what a view is (`augment`, `fused`).
+"""
+
+import ctypes
+import mmap
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdlib import files, fused
+from kdlib.augment import Pixels, apply, draw, pixel_scale
+from kdlib.cache import Cache, CacheError
+from kdlib.params import Augment
+from kdlib.sampling import Plan
+from kdlib.teacher import decode_logits, logit_columns, stored_views
+
+READ_AHEAD = 16  # steps whose shards are asked for together
+ASK_AGAIN = 256  # steps after which a shard may have left the page cache
+_LIBC = ctypes.CDLL(None)
+_POPULATE_READ = 22  # of madvise(2), since Linux 5.14
+SHARE = 0.5  # of the free memory that `auto` lets pixels take
+
+
+@dataclass(frozen=True)
+class View:
+    """How stored pixels become a network's input.
+
+    Attributes:
+        settings: Which augmentation.
+        seed: Its seed; a view is a function of (seed, pass, example id).
+        pixels: Normalisation and memory format.
+        n_views: Pass p shows view p % n_views; None: each pass a new one.
+    """
+
+    settings: Augment
+    seed: int
+    pixels: Pixels
+    n_views: int | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's examples.
+
+    Attributes:
+        example_ids: (B,) int64.
+        ranks: (B,) int64, place of each id among the plan's sorted ids.
+        passes: (B,) int64, which pass over the training set each example belongs to.
+        images: (B, C, H, W) uint8 as stored; float32, augmented and normalised, when the loader
+            has a view.
+        labels: (B,) int64; -1 is unlabelled.
+        teacher_logits: (B, C) float32, or None.
+    """
+
+    example_ids: torch.Tensor
+    ranks: torch.Tensor
+    passes: torch.Tensor
+    images: torch.Tensor
+    labels: torch.Tensor
+    teacher_logits: torch.Tensor | None
+
+
+class Rows:
+    """Rows of one column for the examples of a plan, by their rank in it.
+
+    Attributes:
+        source: (K, row bytes) uint8. Resident: the plan's rows, on the device. Mapped: all memory
+            from the first mapped shard to the last as overlapping rows, of which only those of
+            `index` are meant, so that one gather reads from any number of shards.
+        index: (N,) int64, the row of `source` for each rank; None when it is the rank.
+    """
+
+    def __init__(
+        self, cache: Cache, column: str, example_ids: np.ndarray, device: str, resident: bool
+    ) -> None:
+        """Read the rows onto the device, or map the shards they lie in.
+
+        Raises: CacheError for a damaged shard, IndexError for ids that are not in the cache.
+        """
+        dtype, self.shape = cache.layout(column)
+        self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        self.device, self.index = torch.device(device), None
+        if resident:
+            rows = torch.from_numpy(cache.read(column, example_ids)).flatten(1)
+            self.source = rows.view(torch.uint8).to(self.device)
+            return
+        cache.positions(example_ids)
+        shards, local = np.divmod(example_ids, cache.shard_size)
+        known, self.shard_of = np.unique(shards, return_inverse=True)
+        self._maps = [cache.mapped(column, shard) for shard in known.tolist()]  # kept alive
+        begins = np.array([rows.data_ptr() for rows in self._maps], np.int64)
+        base, row_bytes = int(begins.min()), cache.row_bytes()[column]
+        span = int(begins.max()) - base + max(rows.nbytes for rows in self._maps)
+        # the largest step that meets the beginning of every row
+        step = int(np.gcd.reduce([*(begins - base), row_bytes]))
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(base))
+        n_steps = (span - row_bytes) // step + 1
+        self.source = torch.from_numpy(memory).as_strided((n_steps, row_bytes), (step, 1))
+        self.index = (begins[self.shard_of] - base + local * row_bytes) // step
+
+    def populate(self, number: int) -> None:
+        """Read a mapped shard into the page cache and this process's page table; where the system
+        cannot, pages are read when they are first used."""
+        rows = self._maps[number]
+        begin = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = rows.data_ptr() + rows.nbytes - begin
+        _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _POPULATE_READ)
+
+    def gather(self, index: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Rows of `source`, (B, *row shape), on the device; into `out` when it is given."""
+        if out is None:
+            out = torch.empty((len(index), *self.shape), dtype=self.dtype, device=self.device)
+        # index_select gathers bytes an order of magnitude faster than source[index] does
+        rows = torch.from_numpy(index)
+        if self.source.device == self.device:
+            flat = out.view(len(index), -1).view(torch.uint8)
+            torch.index_select(self.source, 0, rows.to(self.device), out=flat)
+            return out
+        fetched = torch.index_select(self.source, 0, rows).pin_memory().view(self.dtype)
+        return out.copy_(fetched.view(out.shape), non_blocking=True)
+
+
+class Loader:
+    """Batches of a plan, made when asked for.
+
+    A small thread works ahead where that pays: it makes the next batch while a GPU computes, and
+    asks the disk for the shards of the next batches when pixels are mapped.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        images: Cache,
+        *,
+        view: View | None = None,
+        teacher: Cache | None = None,
+        device: str = "cpu",
+        residence: str = "auto",
+        reuse: bool = False,
+        rank: int = 0,
+        n_ranks: int = 1,
+    ) -> None:
+        """Open the columns the plan needs.
+
+        Args:
+            images: The image cache the plan's ids are from.
+            view: How pixels become inputs; None hands them out as they are stored.
+            teacher: Stored outputs of the same images, whose logits go with each batch.
+            device: Where batches are made.
+            residence: `resident` keeps pixels on the device, `mapped` reads them from the disk's
+                page cache, `auto` takes the former when they need less than half of the free
+                memory there.
+            reuse: Hand out the same memory again and again: a batch is then valid until the next
+                one is asked for. Saves more time than the copy takes.
+            rank: Of `n_ranks` processes that share each batch.
+
+        Raises: CacheError for damaged shards, or a teacher whose replayed views are not those of
+            `view`; ValueError for another residence.
+        """
+        if residence not in ("auto", "resident", "mapped"):
+            raise ValueError(f"residence is {residence!r}; expected auto, resident or mapped")
+        self.plan, self.view, self.device = plan, view, torch.device(device)
+        self._images = images
+        ids = plan.example_ids
+        self.residence = residence
+        if residence == "auto":
+            n_bytes = len(ids) * images.row_bytes()["images"]
+            fits = n_bytes <= SHARE * free_memory(self.device)
+            self.residence = "resident" if fits else "mapped"
+        resident = self.residence == "resident"
+        self._pixels = Rows(images, "images", ids, device, resident)
+        self._labels = images.read("labels", ids)
+        self._teacher = None
+        if teacher is not None:
+            self._replayed = _agreeing_views(teacher, view)
+            self._n_classes = teacher.header["n_classes"]
+            self._teacher = {
+                column: Rows(teacher, column, ids, device, resident)
+                for column in logit_columns(teacher)
+            }
+        self._rank = (rank, n_ranks)
+        self._reuse, self._buffers, self._turn = reuse, [{}, {}], 0
+        self._passes: dict[int, tuple[np.ndarray, ...]] = {}
+        ahead = not resident or self.device.type != "cpu"
+        self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
+        # on a CPU a batch is made by the cores that would train meanwhile
+        self._works_ahead = self.device.type != "cpu"
+        self._next: tuple[int, Future] | None = None
+        self._asked: dict[int, int] = {}  # shard -> step at which it was last asked for
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether teacher logits go with each batch."""
+        return self._teacher is not None
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """(N,) int64: the label of each rank."""
+        return torch.from_numpy(self._labels).to(self.device)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of one step, on the device."""
+        if self._thread is None:
+            return self._make(step)
+        if self.residence == "mapped" and step % READ_AHEAD == 0:
+            self._thread.submit(self._read_ahead, step)
+        if not self._works_ahead:
+            return self._make(step)
+        waiting, self._next = self._next, None
+        made = None if waiting is None else waiting[1].result()  # it fills one of our buffers
+        if made is None or waiting[0] != step:
+            made = self._make(step)
+        if step + 1 < self.plan.n_steps:
+            self._next = (step + 1, self._thread.submit(self._make, step + 1))
+        return made
+
+    def _read_ahead(self, step: int) -> None:
+        """Bring the shards of the next two stretches of steps into memory."""
+        steps = range(step, min(step + 2 * READ_AHEAD, self.plan.n_steps))
+        ranks = np.concatenate([self.plan.at(s, *self._rank)[1] for s in steps])
+        for number in np.unique(self._pixels.shard_of[ranks]).tolist():
+            if self._asked.get(number, -np.inf) < step - ASK_AGAIN:
+                self._asked[number] = step
+                self._pixels.populate(number)
+
+    def close(self) -> None:
+        """End the thread; further batches are made when asked for."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        self._thread = self._next = None
+
+    def _make(self, step: int) -> Batch:
+        pieces = [
+            [column[start:stop] for column in self._pass(number)]
+            for number, start, stop in self.plan.pieces(step, *self._rank)
+        ]
+        if len(pieces) == 1:
+            passes, ids, ranks, labels, index = pieces[0]
+        else:
+            passes, ids, ranks, labels, index = map(np.concatenate, zip(*pieces, strict=True))
+        buffers = None
+        if self._reuse:
+            self._turn = 1 - self._turn
+            buffers = self._buffers[self._turn]
+        views = passes
+        if self.view is not None and self.view.n_views is not None:
+            views = passes % self.view.n_views
+        if self.view is None:
+            images = self._pixels.gather(index, self._room(buffers, "raw", len(ids)))
+        else:
+            images = self._inputs(index, ids, views, buffers)
+        return Batch(
+            example_ids=self._small(ids),
+            ranks=self._small(ranks),
+            passes=self._small(passes),
+            images=images,
+            labels=self._small(labels),
+            teacher_logits=self.teacher_logits(ranks, views) if self.has_teacher else None,
+        )
+
+    def _small(self, values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+
+    def _pass(self, number: int) -> tuple[np.ndarray, ...]:
+        """Passes, ids, ranks, labels and pixel rows of a whole pass, of which a batch is a
+        slice."""
+        if number not in self._passes:
+            order, index = self.plan.order(number), self._pixels.index
+            self._passes = {k: v for k, v in self._passes.items() if k >= number - 1}
+            self._passes[number] = (
+                np.full(len(order), number),
+                self.plan.example_ids[order],
+                order,
+                self._labels[order],
+                order if index is None else index[order],
+            )
+        return self._passes[number]
+
+    def _room(self, buffers: dict | None, name: str, n: int) -> torch.Tensor | None:
+        """Memory for n images that is handed out again; None when a fresh one shall be taken."""
+        if buffers is None:
+            return None
+        if name not in buffers:
+            _, shape = self._images.layout("images")
+            kind, layout = torch.uint8, torch.contiguous_format
+            if name == "inputs":
+                kind, layout = torch.float32, self.view.pixels.memory_format
+            buffers[name] = torch.empty(
+                (n, *shape), dtype=kind, device=self.device, memory_format=layout
+            )
+        return buffers[name]
+
+    def _inputs(
+        self, index: np.ndarray, ids: np.ndarray, views: np.ndarray, buffers: dict | None
+    ) -> torch.Tensor:
+        """Augmented, normalised float32 images in the memory format the network wants."""
+        view, pixels, shape = self.view, self.view.pixels, self._pixels.shape
+        numbers, names = torch.from_numpy(views), torch.from_numpy(ids)
+        drawn = draw(view.settings, view.seed, numbers, names, shape)
+        out = self._room(buffers, "inputs", len(index))
+        if self.device.type != "cpu" or not fused.available():
+            raw = self._pixels.gather(index, self._room(buffers, "raw", len(index)))
+            return pixels.prepare(apply(raw, drawn), out)
+        if out is None:
+            out = torch.empty((len(index), *shape), memory_format=pixels.memory_format)
+        source = self._pixels.source
+        whole = source.as_strided(
+            (len(source), *shape), (source.stride(0), shape[1] * shape[2], shape[2], 1)
+        )
+        scale, shift = pixel_scale(pixels.mean, pixels.std)
+        fused.deliver(whole, index, drawn, scale, shift, out, n_threads=torch.get_num_threads())
+        return out
+
+    def raw(self, ranks: np.ndarray) -> torch.Tensor:
+        """Stored images of some ranks, (B, C, H, W) uint8, on the device."""
+        return self._pixels.gather(_index(self._pixels, np.asarray(ranks, np.int64)))
+
+    def teacher_logits(self, ranks: np.ndarray, views: np.ndarray) -> torch.Tensor:
+        """Stored teacher logits, (B, C) float32, of some ranks and the view each was seen in."""
+        parts = {column: rows.gather(_index(rows, ranks)) for column, rows in self._teacher.items()}
+        if self._replayed:
+            index = torch.from_numpy(views).to(self.device)
+            every = torch.arange(len(index), device=self.device)
+            parts = {column: part[every, index] for column, part in parts.items()}
+        else:
+            parts = {column: part[:, 0] for column, part in parts.items()}
+        return decode_logits(parts, self._n_classes)
+
+
+def _index(rows: Rows, ranks: np.ndarray) -> np.ndarray:
+    return ranks if rows.index is None else rows.index[ranks]
+
+
+def _agreeing_views(teacher: Cache, view: View | None) -> bool:
+    """Whether the stored outputs are of replayed views, which are then those of `view`."""
+    theirs = stored_views(teacher)
+    if theirs is None:
+        return False
+    ours = {}
+    if view is not None:
+        augment = view.settings.model_dump(mode="json")
+        ours = {"n": view.n_views, "augment": augment, "seed": view.seed}
+    if lines := files.difference(ours, theirs):
+        raise CacheError(
+            f"{teacher.folder} holds outputs of other views than the student would see (there -> "
+            f"here): {'; '.join(lines)} (study: teacher.outputs, training.augment)"
+        )
+    return True
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device without pushing anything out."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(known["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,292 @@
+"""`python -m kdlib cache`: caches are built, shown and verified, and an error is one sentence."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdlib import building, files
+from kdlib.__main__ import main
+from kdlib.cache import Cache
+from kdlib.params import Study, load_study
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def study(home: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """The small study in a workspace of its own: 1,297 training digits in shards of 300."""
+    source = Path(__file__).parents[1] / "params" / "tiny.yaml"
+    text = source.read_text()
+    assert "shard_size: 300" in text
+    (home / "params").mkdir()
+    (home / "params" / "tiny.yaml").write_text(re.sub(r"n_train: .*", "", text))
+    monkeypatch.chdir(home)
+    return load_study("params/tiny.yaml")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
+    """A function that runs one command: its exit code, and what it prints and complains."""
+
+    def running(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["kdlib", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return running
+
+
+def lines(text: str) -> dict[str, str]:
+    """The lines of `cache info` of one cache, by their first word."""
+    found = [line.split(maxsplit=1) for line in text.splitlines()[1:]]
+    return {word: rest for word, rest in found}
+
+
+def test_a_study_s_image_caches_are_built_and_said_to_be_whole(study, run):
+    code, told, complaint = run("cache", "build", "params/tiny.yaml")
+    assert (code, complaint) == (0, "")
+    assert told == (
+        f"{study.cache}/train: whole, 1,297 examples in 5 shards\n"
+        f"{study.cache}/test: whole, 500 examples in 2 shards\n"
+    )
+    assert Cache(study.cache / "train").header["source"] == "digits"
+
+
+def test_parts_are_built_one_by_one_and_what_is_missing_is_said(study, run):
+    command = ("cache", "build", "params/tiny.yaml", "--part")
+    code, told, _ = run(*command, "1/2")
+    assert (code, told) == (
+        0,
+        f"{study.cache}/train: 2 of 5 shards, 600 of 1,297 examples; missing: "
+        "shards 2-4 (examples 600-1,296)\n",
+    )
+    assert not (study.cache / "test").exists()
+    assert run(*command, "2/2", "--workers", "0")[1].endswith(
+        "train: whole, 1,297 examples in 5 shards\n"
+    )
+    assert run(*command, "2/2", "--split", "test")[1] == (
+        f"{study.cache}/test: 1 of 2 shards, 200 of 500 examples; missing: "
+        "shard 0 (examples 0-299)\n"
+    )
+    assert sorted(p.name for p in (study.cache / "test").glob("*.npy")) == [
+        "images-00001.npy",
+        "labels-00001.npy",
+    ]
+
+
+def test_a_study_that_asks_for_a_part_gets_that_part_alone(study, run):
+    text = Path("params/tiny.yaml").read_text()
+    Path("params/part.yaml").write_text(text.replace("data:\n", "data:\n  part: 3/5\n", 1))
+    code, told, _ = run("cache", "build", "params/part.yaml")
+    assert code == 0
+    assert told.splitlines() == [
+        f"{study.cache}/train: 1 of 5 shards, 300 of 1,297 examples; missing: "
+        "shards 0-1 (examples 0-599), shards 3-4 (examples 900-1,296)",
+        f"{study.cache}/test: whole, 500 examples in 2 shards",
+    ]
+
+
+def test_info_says_what_a_cache_holds(study, run):
+    run("cache", "build", "params/tiny.yaml", "--split", "train")
+    code, told, complaint = run("cache", "info", study.cache / "train")
+    assert (code, complaint) == (0, "")
+    folder = study.cache / "train"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert told.splitlines()[0] == str(folder)
+    assert told.splitlines()[3:5] == [
+        "  columns      images uint8 (1, 8, 8)",
+        "               labels int64 ()",
+    ]
+    found = lines(told)
+    assert found["holds"] == "images, digits, train"
+    assert found["examples"] == "1,297"
+    assert found["shards"] == "5 of up to 300 examples"
+    assert found["on"] == f"disk      {size / 1000:.2f} kB"
+    assert found["fingerprint"] == Cache(folder).fingerprint
+    assert found["part"] == "index.json: shards 0-4 (examples 0-1,296)"
+    assert found["missing"] == "nothing"
+    assert "unfinished" not in found
+
+
+def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monkeypatch):
+    run("cache", "build", "params/tiny.yaml", "--part", "3/5")
+    write, made = building._Job.write, []
+
+    def stopping(job, shard, n, payload):
+        if made:
+            raise KeyboardInterrupt
+        made.append(shard)
+        return write(job, shard, n, payload)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building._Job, "write", stopping)
+        code, _, complaint = run("cache", "build", "params/tiny.yaml", "--part", "1/2")
+    assert code == 130
+    assert complaint == "stopped; what is finished is kept: run the same again to go on\n"
+    code, told, _ = run("cache", "info", "params/tiny.yaml")
+    found = lines(told)
+    assert code == 0
+    assert found["part"] == "index-00002-00003.json: shard 2 (examples 600-899)"
+    assert found["missing"] == "shards 0-1 (examples 0-599), shards 3-4 (examples 900-1,296)"
+    assert found["unfinished"] == "journal-00000-00002.jsonl: 1 of 2 shards made"
+
+
+def test_info_of_an_unfinished_cache_says_that_it_has_no_fingerprint_yet(study, run):
+    run("cache", "build", "params/tiny.yaml", "--split", "test")
+    (study.cache / "test" / "labels-00001.npy").unlink()
+    building.repair(study.cache / "test")
+    found = lines(run("cache", "info", study.cache / "test")[1])
+    assert found["fingerprint"] == "none yet"
+    assert found["missing"] == "shards 0-1 (examples 0-499)"
+    assert found["unfinished"] == "journal.jsonl: 1 of 2 shards made"
+
+
+def test_many_gaps_are_counted(tmp_path, run):
+    for i in range(1, 40, 2):
+        building.build(
+            tmp_path,
+            {"kind": "numbers"},
+            {"labels": ("<i8", ())},
+            make_labels,
+            n_examples=40,
+            shard_size=1,
+            part=(i, 40),
+        )
+    missing = lines(run("cache", "info", tmp_path)[1])["missing"]
+    assert missing.startswith("shard 1 (examples 1-1), shard 3 (examples 3-3), ")
+    assert missing.endswith("shard 11 (examples 11-11), and 14 more runs, 20 shards in all")
+
+
+def make_labels(span: tuple[int, int]) -> dict[str, np.ndarray]:
+    return {"labels": np.arange(*span)}
+
+
+def test_a_study_and_a_folder_of_caches_mean_all_their_caches(study, run):
+    run("cache", "build", "params/tiny.yaml")
+    outputs = study.runs / "teacher" / "outputs-train"
+    building.build(
+        outputs, {"kind": "teacher_outputs", "split": "train"}, {"logits": ("<i8", ())},
+        lambda span: {"logits": make_labels(span)["labels"]}, n_examples=9, shard_size=4,
+    )  # fmt: skip
+    (study.runs / "teacher" / "outputs-test").mkdir()  # not built yet
+    _, told, _ = run("cache", "info", "params/tiny.yaml")
+    folders = [line for line in told.splitlines() if not line.startswith(" ")]
+    assert folders == [str(study.cache / "train"), str(study.cache / "test"), str(outputs)]
+    _, told, _ = run("cache", "info", study.cache, outputs)
+    folders = [line for line in told.splitlines() if not line.startswith(" ")]
+    assert folders == [str(study.cache / "test"), str(study.cache / "train"), str(outputs)]
+
+
+def test_verify_reads_every_byte_and_names_what_is_damaged(study, run):
+    run("cache", "build", "params/tiny.yaml")
+    code, told, complaint = run("cache", "verify", "params/tiny.yaml")
+    assert (code, complaint) == (0, "")
+    assert re.fullmatch(r".*train: 10 files, 94\.\d\d kB, whole \(\d+\.\d\d GB/s\)\n.*\n", told)
+    path = study.cache / "train" / "images-00003.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\7")
+    (study.cache / "train" / "labels-00004.npy").unlink()
+    code, told, _ = run("cache", "verify", "params/tiny.yaml")
+    assert code == 1
+    assert re.match(r".*train: 2 of 10 files damaged or missing \(\d+\.\d\d GB/s\)\n", told)
+    assert told.splitlines()[1:4] == [
+        "  images-00003.npy",
+        "  labels-00004.npy",
+        "run this again with --repair: it keeps what is whole",
+    ]
+    assert "test: 4 files" in told.splitlines()[4]  # the other caches are verified all the same
+
+
+def test_repair_keeps_what_is_whole_and_says_how_to_make_the_rest(study, run):
+    run("cache", "build", "params/tiny.yaml", "--split", "test")
+    folder = study.cache / "test"
+    pristine = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
+    (folder / "labels-00000.npy").write_bytes(b"")
+    code, told, _ = run("cache", "verify", "--repair", "params/tiny.yaml")
+    assert code == 1
+    assert told.splitlines()[-1] == (
+        "whole shards are kept; run `python -m kdlib cache build params/tiny.yaml` to make the "
+        "others"
+    )
+    assert run("cache", "build", "params/tiny.yaml", "--split", "test")[0] == 0
+    assert {path.name: path.read_bytes() for path in folder.glob("[!.]*")} == pristine
+    assert run("cache", "verify", "--repair", folder)[0] == 0
+
+
+def test_an_index_that_cannot_be_trusted_fails_and_the_others_are_verified(study, run):
+    run("cache", "build", "params/tiny.yaml")
+    (study.cache / "train" / "index.json").write_text("{}")
+    code, told, complaint = run("cache", "verify", "params/tiny.yaml")
+    assert code == 1
+    assert re.fullmatch(r"CacheError: .*train/index\.json has format None; .*\n", complaint)
+    assert re.match(r".*test: 4 files, .* whole", told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["build", "params/none.yaml"], "FileNotFoundError: no study file 'params/none.yaml'; "),
+        (["build", "params/tiny.yaml", "--part", "3/2"], "ValueError: part is '3/2'; expected i/k"),
+        (["build", "params/tiny.yaml", "--part", "6/6"], "ValueError: part 6/6 of 5 shards; expec"),
+        (["build", "params/tiny.yaml", "--workers", "-1"], "ValueError: n_workers is -1; expected"),
+        (["info", "nowhere"], "FileNotFoundError: nowhere is neither a cache folder nor a study"),
+        (["info", "params"], "FileNotFoundError: there is no cache in "),
+        (
+            ["info", "params/tiny.yaml"],
+            "FileNotFoundError: there is no cache in params/tiny.yaml; ",
+        ),
+        (["verify", "nowhere"], "FileNotFoundError: nowhere is neither a cache folder nor a study"),
+    ],
+)
+def test_an_error_is_one_sentence_and_exit_code_1(study, run, arguments, complaint):
+    code, told, complained = run("cache", *arguments)
+    assert (code, told) == (1, "")
+    assert complained.startswith(complaint)
+    assert complained.count("\n") == 1
+
+
+def test_verify_of_an_unfinished_cache_says_so(study, run):
+    run("cache", "build", "params/tiny.yaml", "--split", "test")
+    (study.cache / "test" / "labels-00001.npy").unlink()
+    building.repair(study.cache / "test")
+    code, told, complaint = run("cache", "verify", study.cache / "test")
+    assert (code, told) == (1, "")
+    assert "holds an unfinished build" in complaint
+
+
+def test_a_cache_of_other_images_is_refused_and_kept(study, run):
+    run("cache", "build", "params/tiny.yaml", "--split", "test")
+    shutil.copytree(study.cache / "test", study.cache / "train")
+    before = {path.name: path.read_bytes() for path in (study.cache / "train").iterdir()}
+    code, _, complaint = run("cache", "build", "params/tiny.yaml")
+    assert code == 1
+    assert re.match(r"CacheError: .*was made of something else .*split: test -> train", complaint)
+    assert {p.name: p.read_bytes() for p in (study.cache / "train").iterdir()} == before
+
+
+@pytest.mark.parametrize("command", [["--help"], ["cache", "build", "--help"]])
+def test_help_comes_without_torch(home, command):
+    code = (
+        "import sys\nfrom kdlib.__main__ import main\n"
+        f"sys.argv = ['kdlib', *{command}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: kdlib" in done.stdout or "usage: python -m kdlib" in done.stdout
+
+
+def test_an_unknown_option_is_refused(study, run):
+    code, _, complaint = run("cache", "build", "params/tiny.yaml", "--force")
+    assert code == 2
+    assert "unknown arguments: --force" in complaint
+    assert not files.workspace().joinpath("cache").exists()
