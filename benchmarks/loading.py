@@ -35,9 +35,11 @@ VIEW = Augment(crop_padding=4, flip=True)
 Epoch = Callable[[], Iterator[int]]  # yields the number of images of each batch delivered
 
 
-def our(cache: Cache, n: int, order: str, residence: str, view: bool, **layout: bool) -> Epoch:
+def our(
+    cache: Cache, n: int, order: str, residence: str, view: bool, window: int = 1, **layout: bool
+) -> Epoch:
     """kdlib's loader; each call is the next pass."""
-    plan = Plan(np.arange(n), BATCH, 10**6, 0, order=order, shard_size=SHARD, window_shards=8)
+    plan = Plan(np.arange(n), BATCH, 10**6, 0, order=order, shard_size=SHARD, window_shards=window)
     pixels = augment.Pixels(MEAN, STD, **layout)
     loader = Loader(
         plan, cache, view=View(VIEW, 0, pixels) if view else None, residence=residence, reuse=True
@@ -61,10 +63,12 @@ def reference(cache: Cache, n: int, order: str, view: bool, reused: bool = True)
     rng = torch.Generator().manual_seed(0)
     raw = torch.empty((BATCH, *shape), dtype=torch.uint8)
     names = torch.empty(BATCH, dtype=torch.int64)
-    buffers = (torch.empty((BATCH, *shape)), torch.empty((BATCH, *shape)))
+    buffers = torch.empty((BATCH, *shape))
 
     def deliver(images: torch.Tensor) -> torch.Tensor:
-        return separate(images, rng, *(buffers if reused else (None, None))) if view else images
+        if not view:
+            return images
+        return separate(images, rng, buffers if reused else None)
 
     def shuffled() -> Iterator[int]:
         index = torch.randperm(n, generator=rng)
@@ -88,10 +92,7 @@ def reference(cache: Cache, n: int, order: str, view: bool, reused: bool = True)
 
 
 def separate(
-    images: torch.Tensor,
-    rng: torch.Generator,
-    room: torch.Tensor | None = None,
-    flipped: torch.Tensor | None = None,
+    images: torch.Tensor, rng: torch.Generator, room: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Flip, padded crop and normalisation by ordinary batched tensor operations."""
     n, c, h, w = images.shape
@@ -268,16 +269,22 @@ def main() -> None:
             }
             against = {name: name for name in rows}
             by_shard, exact = rows
+            orders = {
+                "sequential": ("sequential", 1, by_shard),
+                "by shard": ("windowed", 1, by_shard),
+                "windows of 8 shards": ("windowed", 8, exact),
+                "exact shuffle": ("shuffled", 1, exact),
+            }
             for residence in ("mapped", "resident"):
-                for order in ("sequential", "windowed", "shuffled"):
+                for order, (kind, window, same) in orders.items():
                     name = f"kdlib {residence}, {order}"
-                    rows[name] = our(cache, n, order, residence, view)
-                    against[name] = exact if order == "shuffled" else by_shard
+                    rows[name] = our(cache, n, kind, residence, view, window)
+                    against[name] = same
             if view:
-                rows["kdlib resident, shuffled, channels last"] = our(
-                    cache, n, "shuffled", "resident", view, channels_last=True
-                )
-                against["kdlib resident, shuffled, channels last"] = exact
+                last = "kdlib resident, exact shuffle, channels last"
+                rows[last] = our(cache, n, "shuffled", "resident", view, channels_last=True)
+                rows["reference, fresh memory"] = reference(cache, n, "windowed", view, False)
+                against |= {last: exact, "reference, fresh memory": by_shard}
             if not chosen.only_ours:
                 others = {
                     "h5py": lambda view=view: h5py_file(images, labels, folder, view),

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,7 +73,7 @@ class Form:
         batch: Batch = self.task.loader.batch(self.step)
         if self.online is not None:
             with torch.no_grad():
-                batch = replace(batch, teacher_logits=self.online(batch.images))
+                batch = batch._replace(teacher_logits=self.online(batch.images))
         training_step(self.task, self.optimiser, batch, self.step)
         self.step += 1
 
