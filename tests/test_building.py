@@ -362,11 +362,12 @@ def test_processes_build_parts_at_the_same_time(tmp_path):
         subprocess.Popen([sys.executable, "-c", BUILDER, parts, i, TESTS, "1"], text=True, **pipes)
         for i in "12"
     ]
-    assert [builder.stdout.readline() for builder in builders] == ["ready\n"] * 2
+    ready = [builder.stdout.readline() for builder in builders]
     for builder in builders:
         builder.stdin.write("go\n")
         builder.stdin.flush()
-    assert [(builder.communicate()[1], builder.returncode) for builder in builders] == [("", 0)] * 2
+    told = [(builder.communicate()[1], builder.returncode) for builder in builders]
+    assert (ready, told) == (["ready\n"] * 2, [("", 0)] * 2)
     assert Cache(parts).whole
     make_cache(parts, never, n=60)
     assert content(parts) == content(one)
@@ -577,6 +578,8 @@ def test_a_builder_that_is_stopped_takes_its_workers_along_and_the_next_one_goes
     finally:
         for pid in group(builder.pid):
             os.kill(pid, signal.SIGKILL)
+        builder.wait()
+        builder.stderr.close()
     starts = []
     make_cache(folder, recording(starts))
     assert starts == [2 * SIZE, 3 * SIZE]
