@@ -500,7 +500,7 @@ def build_images(
     }
     if n_workers is None:
         worth = source.parallel and source.n_examples >= WORTH_WORKERS
-        n_workers = len(os.sched_getaffinity(0)) if worth else 0
+        n_workers = files.n_cpus() if worth else 0
     return build(
         folder,
         header,

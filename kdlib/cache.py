@@ -433,7 +433,7 @@ def damaged_files(folder: Path, sums: Mapping[str, str], n_threads: int | None =
         return (folder / name).is_file() and files.sha256_file(folder / name) == sums[name]
 
     bad = []
-    pool = ThreadPoolExecutor(n_threads or len(os.sched_getaffinity(0)))  # hashing frees the GIL
+    pool = ThreadPoolExecutor(n_threads or files.n_cpus())  # hashing frees the GIL
     with tqdm(
         total=sum(map(size, sums)),
         desc=f"verifying {folder.name}",

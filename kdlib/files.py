@@ -34,6 +34,12 @@ def data_root() -> Path:
     return Path(root).resolve() if root else workspace() / "data"
 
 
+def n_cpus() -> int:
+    """CPUs this process may use: those it was given, where the system says, else all."""
+    given = getattr(os, "sched_getaffinity", None)
+    return len(given(0)) if given else os.cpu_count() or 1
+
+
 def canonical_json(content: Any) -> str:
     """JSON text that is equal for equal content: sorted keys, no spaces, no NaN."""
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -7,6 +7,8 @@ others: which examples a step sees (`sampling`), what a view is (`augment`, `fus
 
 import ctypes
 import mmap
+import os
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,11 @@ from kdlib.teacher import decode_logits, logit_columns, stored_views
 
 READ_AHEAD = 16  # steps whose shards are asked for together
 ASK_AGAIN = 256  # steps after which a shard may have left the page cache
-_LIBC = ctypes.CDLL(None)
-_POPULATE_READ = 22  # of madvise(2), since Linux 5.14
 SHARE = 0.5  # of the free memory that `auto` lets pixels take
+_LIBC = ctypes.CDLL(None)
+_POPULATE_READ = (
+    22  # of madvise(2), since Linux 5.14; mapping pages one by one costs 3 times as much
+)
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,8 @@ class Rows:
     def populate(self, number: int) -> None:
         """Read a mapped shard into the page cache and this process's page table; where the system
         cannot, pages are read when they are first used."""
+        if sys.platform != "linux":
+            return
         rows = self._maps[number]
         begin = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
         size = rows.data_ptr() + rows.nbytes - begin
@@ -171,8 +177,10 @@ class Loader:
         ids = plan.example_ids
         self.residence = residence
         if residence == "auto":
-            n_bytes = len(ids) * images.row_bytes()["images"]
-            fits = n_bytes <= SHARE * free_memory(self.device)
+            n_bytes = images.row_bytes()["images"]
+            if teacher is not None:
+                n_bytes += sum(teacher.row_bytes()[column] for column in logit_columns(teacher))
+            fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
             self.residence = "resident" if fits else "mapped"
         resident = self.residence == "resident"
         self._pixels = Rows(images, "images", ids, device, resident)
@@ -270,7 +278,7 @@ class Loader:
         )
 
     def _small(self, values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
+        tensor = torch.from_numpy(values if self._reuse else values.copy())
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def _pass(self, number: int) -> tuple[np.ndarray, ...]:
@@ -364,5 +372,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device without pushing anything out."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if not Path("/proc/meminfo").exists():  # where only the memory in all is known
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     return int(known["MemAvailable"].split()[0]) * 1024
