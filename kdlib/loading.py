@@ -28,9 +28,9 @@ READ_AHEAD = 16  # steps whose shards are asked for together
 ASK_AGAIN = 256  # steps after which a shard may have left the page cache
 SHARE = 0.5  # of the free memory that `auto` lets pixels take
 _LIBC = ctypes.CDLL(None)
-_POPULATE_READ = (
-    22  # of madvise(2), since Linux 5.14; mapping pages one by one costs 3 times as much
-)
+# Of madvise(2), since Linux 5.14. Windows of 4 of 20 shards of 56 MB, cold: 0.3 s waited in all
+# instead of 0.8 to 1.6 s for pages mapped as they are met (2026-11, 3 runs each)
+_POPULATE_READ = 22
 
 
 @dataclass(frozen=True)

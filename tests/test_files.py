@@ -229,3 +229,10 @@ def test_a_lock_is_free_again_after_an_error_inside(tmp_path):
         raise KeyError("inside")
     with files.locked(tmp_path / "deep/.lock", wait=False):
         pass
+
+
+def test_the_cpus_are_those_this_process_was_given(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
+    assert files.n_cpus() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert files.n_cpus() == os.cpu_count()
