@@ -91,6 +91,8 @@ class Rows:
         dtype, self.shape = cache.layout(column)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         self.device, self.index = torch.device(device), None
+        self._on_cpu = self.device.type == "cpu"
+        self._here = resident or self._on_cpu
         if resident:
             rows = torch.from_numpy(cache.read(column, example_ids)).flatten(1)
             self.source = rows.view(torch.uint8).to(self.device)
@@ -125,9 +127,12 @@ class Rows:
             out = torch.empty((len(index), *self.shape), dtype=self.dtype, device=self.device)
         # index_select gathers bytes an order of magnitude faster than source[index] does
         rows = torch.from_numpy(index)
-        if self.source.device == self.device:
-            flat = out.view(len(index), -1).view(torch.uint8)
-            torch.index_select(self.source, 0, rows.to(self.device), out=flat)
+        if self._here:
+            flat = out.view(len(index), -1)
+            flat = flat if self.dtype is torch.uint8 else flat.view(torch.uint8)
+            torch.index_select(
+                self.source, 0, rows if self._on_cpu else rows.to(out.device), out=flat
+            )
             return out
         fetched = torch.index_select(self.source, 0, rows).pin_memory().view(self.dtype)
         return out.copy_(fetched.view(out.shape), non_blocking=True)
@@ -175,13 +180,13 @@ class Loader:
         self.plan, self.view, self.device = plan, view, torch.device(device)
         self._images = images
         ids = plan.example_ids
+        n_bytes = images.row_bytes()["images"]
+        if teacher is not None:
+            n_bytes += sum(teacher.row_bytes()[column] for column in logit_columns(teacher))
+        self._fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
         self.residence = residence
         if residence == "auto":
-            n_bytes = images.row_bytes()["images"]
-            if teacher is not None:
-                n_bytes += sum(teacher.row_bytes()[column] for column in logit_columns(teacher))
-            fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
-            self.residence = "resident" if fits else "mapped"
+            self.residence = "resident" if self._fits else "mapped"
         resident = self.residence == "resident"
         self._pixels = Rows(images, "images", ids, device, resident)
         self._labels = images.read("labels", ids)
@@ -199,10 +204,11 @@ class Loader:
         ahead = not resident or self.device.type != "cpu"
         self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
         # on a CPU a batch is made by the cores that would train meanwhile
-        self._works_ahead = self.device.type != "cpu"
+        self._on_cpu = self.device.type == "cpu"
+        self._works_ahead = not self._on_cpu
         self._next: tuple[int, Future] | None = None
         self._asked: dict[int, int] = {}  # shard -> step at which it was last asked for
-        self._look = 0  # step at which to look ahead again
+        self._look = 0  # from this step on it is time to look ahead again
 
     @property
     def has_teacher(self) -> bool:
@@ -218,7 +224,7 @@ class Loader:
         """The batch of one step, on the device."""
         if self._thread is None:
             return self._make(step)
-        if self.residence == "mapped" and (step >= self._look or step < self._look - ASK_AGAIN):
+        if self.residence == "mapped" and step >= self._look:
             self._look = step + READ_AHEAD
             self._thread.submit(self._read_ahead, step)
         if not self._works_ahead:
@@ -239,8 +245,8 @@ class Loader:
             if self._asked.get(number, -np.inf) < step - ASK_AGAIN:
                 self._asked[number] = step
                 self._pixels.populate(number)
-        if len(self._asked) == self.plan.n_shards:  # all are here, or will be
-            self._look = max(self._look, min(self._asked.values()) + ASK_AGAIN)
+        if len(self._asked) == self.plan.n_shards and self._fits:  # all are here, and stay
+            self._look = self.plan.n_steps
 
     def close(self) -> None:
         """End the thread; further batches are made when asked for."""
@@ -279,7 +285,7 @@ class Loader:
 
     def _small(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values if self._reuse else values.copy())
-        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
+        return tensor if self._on_cpu else tensor.to(self.device, non_blocking=True)
 
     def _pass(self, number: int) -> tuple[np.ndarray, ...]:
         """Passes, ids, ranks, labels and pixel rows of a whole pass, of which a batch is a
@@ -318,7 +324,7 @@ class Loader:
         numbers, names = torch.from_numpy(views), torch.from_numpy(ids)
         drawn = draw(view.settings, view.seed, numbers, names, shape)
         out = self._room(buffers, "inputs", len(index))
-        if self.device.type != "cpu" or not fused.available():
+        if not (self._on_cpu and fused.available()):
             raw = self._pixels.gather(index, self._room(buffers, "raw", len(index)))
             return pixels.prepare(apply(raw, drawn), out)
         if out is None:
