@@ -199,13 +199,15 @@ class Loader:
                 for column in logit_columns(teacher)
             }
         self._rank = (rank, n_ranks)
-        self._reuse, self._buffers, self._turn = reuse, [{}, {}], 0
         self._passes: dict[int, tuple[np.ndarray, ...]] = {}
         ahead = not resident or self.device.type != "cpu"
         self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
         # on a CPU a batch is made by the cores that would train meanwhile
         self._on_cpu = self.device.type == "cpu"
         self._works_ahead = not self._on_cpu
+        # one set of memory for the batch in use, and one for the next where it is made meanwhile
+        self._reuse, self._turn = reuse, 0
+        self._buffers: list[dict] = [{}, {}] if self._works_ahead else [{}]
         self._next: tuple[int, Future] | None = None
         self._asked: dict[int, int] = {}  # shard -> step at which it was last asked for
         self._look = 0  # from this step on it is time to look ahead again
@@ -265,7 +267,7 @@ class Loader:
             passes, ids, ranks, labels, index = map(np.concatenate, zip(*pieces, strict=True))
         buffers = None
         if self._reuse:
-            self._turn = 1 - self._turn
+            self._turn = (self._turn + 1) % len(self._buffers)
             buffers = self._buffers[self._turn]
         views = passes
         if self.view is not None and self.view.n_views is not None:

@@ -113,7 +113,7 @@ def test_a_step_is_the_same_in_whatever_order_steps_are_asked_for(images):
         loader.close()
 
 
-def test_a_reused_batch_is_valid_until_the_next_but_one_is_made(images):
+def test_a_reused_batch_is_valid_until_the_next_is_asked_for(images):
     for residence in ("resident", "mapped"):
         kept = Loader(plan_of(), images, view=VIEW, residence=residence)
         reused = Loader(plan_of(), images, view=VIEW, residence=residence, reuse=True)
@@ -122,7 +122,7 @@ def test_a_reused_batch_is_valid_until_the_next_but_one_is_made(images):
             batch = reused.batch(step)
             places.add(batch.images.data_ptr())
             assert same(batch, kept.batch(step))
-        assert len(places) == 2
+        assert len(places) == 1
         kept.close()
         reused.close()
 
@@ -148,6 +148,7 @@ def test_a_batch_may_be_made_ahead_as_for_a_gpu(images, monkeypatch):
     expected = [Loader(plan_of(), images, view=VIEW).batch(step) for step in range(12)]
     loader = Loader(plan_of(), images, view=VIEW, residence="mapped", reuse=True)
     monkeypatch.setattr(loader, "_works_ahead", True)
+    monkeypatch.setattr(loader, "_buffers", [{}, {}])
     for step in (0, 1, 2, 5, 5, 6, 11, 3, 4):
         assert same(loader.batch(step), expected[step])
         assert (loader._next is None) == (step == 11)
