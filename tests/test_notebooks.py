@@ -62,12 +62,17 @@ def test_parameters_are_the_study_and_its_axes_with_a_type_and_a_help_text(path)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A workspace with the tiny study's cache, teacher and datamap, made by papermill."""
+    """A workspace with the tiny study's cache, teacher and datamap, made by papermill; the study
+    sweeps over every strategy there is."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         (home / "params").mkdir()
-        shutil.copy(FOLDER.parent / "params" / "tiny.yaml", home / "params")
+        tiny = (FOLDER.parent / "params" / "tiny.yaml").read_text()
+        assert "strategy: [random, easy]" in tiny
+        every = f"strategy: [{', '.join(params.STRATEGIES)}]"
+        tiny = tiny.replace("strategy: [random, easy]", every)
+        (home / "params" / "tiny.yaml").write_text(tiny)
         for name in ("01_cache", "02_teacher", "03_datamap"):
             _papermill(home, name)
     return home
