@@ -68,7 +68,15 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     home, printed = done
     assert "# tiny: what was found" in printed
     assert f"Figures and tables: {home}/figures/tiny" in printed
-    for name in ("datamap", "regions", "accuracy", "differences", "curves", "probes"):
+    for name in (
+        "shard_visits",
+        "datamap",
+        "regions",
+        "accuracy",
+        "curves",
+        "probes",
+        "differences",
+    ):
         assert (home / f"figures/tiny/{name}.pdf").stat().st_size > 5000
     study = params.load_study(home / STUDY)
     executed = sorted(path.name for path in (home / "runs").rglob("*.ipynb"))
@@ -76,7 +84,7 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     for name in ("01_cache.ipynb", "02_teacher.ipynb", "03_datamap.ipynb", "06_compare.ipynb"):
         expected[name] = 1
     assert Counter(executed) == expected
-    pictures = {"01_cache": 1, "02_teacher": 1, "03_datamap": 2, "04_distill": 1, "05_probe": 1}
+    pictures = {"01_cache": 2, "02_teacher": 1, "03_datamap": 2, "04_distill": 1, "05_probe": 1}
     for path in (home / "runs").rglob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells
         outputs = [output for cell in cells for output in cell.get("outputs", ())]
