@@ -74,6 +74,17 @@ def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
     return 0
 
 
+def _cache_outputs(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Store a part of a loaded teacher's outputs."""
+    from kdlib import inspecting, params, steps
+
+    study = load_study(arguments.study)
+    images = steps.open_images(study)
+    for stored in steps.store_part(study, images, params.parse_part(arguments.part)):
+        print(inspecting.state(type(stored)(stored.folder)))
+    return 0
+
+
 def _cache_info(arguments: argparse.Namespace, further: list[str]) -> int:
     """Say what caches hold and what they miss."""
     from kdlib import inspecting
@@ -104,6 +115,10 @@ def _add_cache(commands: Any) -> None:
     build.add_argument("--part", metavar="I/K", help="only the i-th of k equal runs of shards")
     build.add_argument("--workers", type=int, help="processes that decode images")
     build.set_defaults(run=_cache_build)
+    outputs = cache.add_parser("outputs", help="store a part of a loaded teacher's outputs")
+    outputs.add_argument("study", help="study file, such as params/cifar10.yaml")
+    outputs.add_argument("--part", metavar="I/K", required=True, help="the i-th of k equal runs")
+    outputs.set_defaults(run=_cache_outputs)
     info = cache.add_parser("info", help="what caches hold, and what is missing")
     verify = cache.add_parser("verify", help="compare every byte with the checksums")
     for parser in (info, verify):

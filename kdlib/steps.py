@@ -196,8 +196,34 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any]:
         return run.finish(evidence, device)
 
 
+def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:
+    """Store part i of k of a loaded teacher's outputs for the training images, and for the replayed
+    views where the study asks for them: for several processes at once, before step 02.
+
+    Returns: What is stored now, restricted to the part.
+    Raises: ValueError for a teacher that this study trains: step 02 stores its outputs.
+    """
+    if study.teacher.weights is None:
+        raise ValueError(
+            "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
+            "its outputs; parts are for a loaded one (study: teacher.weights)"
+        )
+    device = use(study.compute)
+    network = images.network(study.teacher.model, derive(study.teacher.seed, "init"), device)
+    load_weights(network, _weights_file(study.teacher.weights))
+    pixels = teacher_pixels(study, images)
+    kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
+    return [_store(study, network, pixels, images.train, kind, device, part) for kind in kinds]
+
+
 def _store(
-    study: Study, network: Network, pixels: Pixels, images: Cache, which: str, device: str
+    study: Study,
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    which: str,
+    device: str,
+    part: tuple[int, int] | None = None,
 ) -> Cache:
     """Store and spot-check a teacher's outputs of one split, or of the replayed views."""
     views = replay(study) if which == REPLAYED else None
@@ -210,7 +236,7 @@ def _store(
         replay=views,
         top_k=study.teacher.outputs.top_k,
         features=views is None,  # for the probes; a student reads logits
-        part=_part(study, images.header["split"]),
+        part=part or _part(study, images.header["split"]),
     )
     verify_outputs(network, pixels, images, stored, views)
     return stored

@@ -259,7 +259,7 @@ def verify_outputs(
         sample; with top-k, of the others' probability when that is larger.
     Raises: CacheError when it exceeds 1 %: the rows are then not those of these examples.
     """
-    known = images.example_ids
+    known = stored.example_ids
     ids = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]
     n_views, drift = 1 if replay is None else replay.n, 0.0
     device = next(network.parameters()).device

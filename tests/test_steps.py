@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from kdlib import checks, files, loading, report, runs, sampling, steps
+from kdlib import __main__, checks, files, loading, report, runs, sampling, steps
 from kdlib.cache import CacheError
 from kdlib.params import load_study
 from kdlib.probe import Features, linear_probe
@@ -347,6 +347,34 @@ def test_a_teacher_read_from_a_file_leaves_the_datamap_to_a_recorded_network(hom
     assert loaded["measured"] == evidence["teacher"]["measured"]
     assert len(steps.make_datamap(study, images)) == 1100
     assert (study.runs / "dynamics" / "evidence.json").exists()
+
+
+def test_a_loaded_teacher_s_outputs_can_be_stored_in_parts_from_the_command_line(home, capsys):
+    before = _study(home)
+    evidence = runs.read_evidence(before.runs / "teacher")
+    weights = home / "data" / "teacher.safetensors"
+    weights.parent.mkdir()
+    shutil.copy(before.runs / "teacher" / evidence["checkpoints"]["last"]["file"], weights)
+    whole = home / "whole"
+    shutil.move(before.runs / "teacher", whole)
+    with pytest.raises(ValueError, match="trained by notebooks/02_teacher"):
+        steps.store_part(before, steps.open_images(before), (1, 2))
+    teacher = {"model": {"name": "tiny_cnn", "options": {"width": 8}},
+               "weights": "teacher.safetensors", "expected_accuracy": 0.5}  # fmt: skip
+    recorded = {"model": {"name": "tiny_cnn"}, "window": 3, "el2n_epoch": 2,
+                "training": {"epochs": 3, "batch_size": 64, "lr_peak": 0.1}}  # fmt: skip
+    study = _study(home, teacher=teacher, dynamics=recorded)
+    folder = steps.outputs_folder(study, "train")
+    for part in ("2/2", "1/2"):
+        with pytest.MonkeyPatch.context() as patch:
+            file = str(home / "params" / "tiny.yaml")
+            patch.setattr("sys.argv", ["kdlib", "cache", "outputs", file, "--part", part])
+            assert __main__.main() == 0
+    assert "3 of 5 shards, 697 of 1,297 examples; missing: " in capsys.readouterr().out
+    loaded = steps.make_teacher(study, steps.open_images(study))["teacher"]
+    assert loaded["outputs"]["train"] == evidence["teacher"]["outputs"]["train"]
+    for path in (whole / "outputs-train").glob("*.npy"):
+        assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
 def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(home):
