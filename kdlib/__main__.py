@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import files
-from kdlib.params import Study, load_study
+from kdlib.params import Study, load_study, parse_part
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
@@ -76,12 +76,13 @@ def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
 
 def _cache_outputs(arguments: argparse.Namespace, further: list[str]) -> int:
     """Store a part of a loaded teacher's outputs."""
-    from kdlib import inspecting, params, steps
+    from kdlib import inspecting, steps
+    from kdlib.cache import Cache
 
     study = load_study(arguments.study)
     images = steps.open_images(study)
-    for stored in steps.store_part(study, images, params.parse_part(arguments.part)):
-        print(inspecting.state(type(stored)(stored.folder)))
+    for stored in steps.store_part(study, images, parse_part(arguments.part)):
+        print(inspecting.state(Cache(stored.folder)))  # all that is there, not the part alone
     return 0
 
 

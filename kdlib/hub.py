@@ -4,6 +4,7 @@ Holds how a data set, a split and its columns are found and refused, and how enc
 at random or from a stream. Leaves decoding, and folders without that library, to `encoded`.
 """
 
+import errno
 import glob
 import hashlib
 import itertools
@@ -171,6 +172,8 @@ def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[_Place,
     except ValueError as error:  # a configuration that is not there, and the like
         raise ValueError(f"{name} cannot be opened: {_short(error)}") from error
     except Exception as error:  # of three libraries, with no common base
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
+            raise  # ours, not the hub's
         raise FileNotFoundError(
             f"data set {name} is not in {path}, and the Hugging Face hub did not give it "
             f"({_short(error)}): run `hf download --repo-type dataset {name} --local-dir {path}` "

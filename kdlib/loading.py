@@ -28,8 +28,8 @@ READ_AHEAD = 16  # steps whose shards are asked for together
 ASK_AGAIN = 256  # steps after which a shard may have left the page cache
 SHARE = 0.5  # of the free memory that `auto` lets pixels take
 _LIBC = ctypes.CDLL(None)
-# Of madvise(2), since Linux 5.14. Windows of 4 of 20 shards of 56 MB, cold: 0.3 s waited in all
-# instead of 0.8 to 1.6 s for pages mapped as they are met (2026-11, 3 runs each)
+# Of madvise(2), since Linux 5.14. A cold pass over 20 shards of 56 MB waits 0.6 to 0.7 s in all,
+# instead of 1.0 to 1.3 s for pages mapped as they are met (benchmarks/cache.py, 2026-11, 6 runs)
 _POPULATE_READ = 22
 
 
@@ -209,6 +209,7 @@ class Loader:
         self._reuse, self._turn = reuse, 0
         self._buffers: list[dict] = [{}, {}] if self._works_ahead else [{}]
         self._next: tuple[int, Future] | None = None
+        self._reading: Future | None = None
         self._asked: dict[int, int] = {}  # shard -> step at which it was last asked for
         self._look = 0  # from this step on it is time to look ahead again
 
@@ -228,7 +229,9 @@ class Loader:
             return self._make(step)
         if self.residence == "mapped" and step >= self._look:
             self._look = step + READ_AHEAD
-            self._thread.submit(self._read_ahead, step)
+            if self._reading is not None and self._reading.done():
+                self._reading.result()  # raises what went wrong there
+            self._reading = self._thread.submit(self._read_ahead, step)
         if not self._works_ahead:
             return self._make(step)
         waiting, self._next = self._next, None

@@ -248,15 +248,15 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
     visits[f"random, {drawn} a pass"] = Plan(
         ids, batch, n_steps, 0, shard_size=size, shards_per_pass=drawn
     ).shard_visits()
-    for number in range(2):
-        total = np.zeros(n_shards)
-        for epoch in range(n_passes):
-            rng = generator(0, "shards", epoch)
-            first = np.arange(drawn)
-            read = first if number == 0 else np.sort(rng.choice(n_shards, drawn, replace=False))
-            left = n_batches * batch / size  # shards that a capped pass gets through
-            total[read] += np.clip(left - np.arange(drawn), 0, 1)
-        visits[f"earlier scheme (sorted, cut short), {('fixed', 'random')[number]}"] = total
+    # how much of each of its sorted shards a pass that is cut short gets through
+    share = np.clip(n_batches * batch / size - np.arange(drawn), 0, 1)
+    first, random = np.zeros(n_shards), np.zeros(n_shards)
+    first[:drawn] = n_passes * share
+    for number in range(n_passes):
+        rng = generator(0, "shards", number)
+        random[np.sort(rng.choice(n_shards, drawn, replace=False))] += share
+    visits["earlier scheme (sorted, cut short), fixed"] = first
+    visits["earlier scheme (sorted, cut short), random"] = random
     with plots.style():
         fig = Figure(figsize=(plots.WIDE, 5.6))
         title = f"{n_steps:,} batches of {batch} from {n_shards} shards of {size:,} images"

@@ -38,7 +38,7 @@ def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np
     return np.sort(ids[order[n_validation:]]), np.sort(ids[order[:n_validation]])
 
 
-def count_shards(example_ids: np.ndarray, shard_size: int, fraction: float) -> int:
+def shards_in_fraction(example_ids: np.ndarray, shard_size: int, fraction: float) -> int:
     """How many of the shards that hold these examples a fraction of them is: at least one."""
     return max(1, round(fraction * len(np.unique(np.asarray(example_ids) // shard_size))))
 

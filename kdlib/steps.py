@@ -26,7 +26,7 @@ from kdlib.loading import Loader, View
 from kdlib.losses import needs_teacher
 from kdlib.models import Network, build_network
 from kdlib.params import SHARD_POLICIES, Cell, Objective, Study, parse_part
-from kdlib.sampling import Plan, count_shards, fixed_shards, split_ids
+from kdlib.sampling import Plan, fixed_shards, shards_in_fraction, split_ids
 from kdlib.seeds import PURPOSES, derive
 from kdlib.selection import Subset, budget, select
 from kdlib.tables import read_parquet, write_parquet
@@ -512,7 +512,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     if cell.strategy in SHARD_POLICIES:
         if cell.strategy == "fixed_shards":
             size = images.train.shard_size
-            ids = fixed_shards(ids, size, count_shards(ids, size, cell.fraction), seed)
+            ids = fixed_shards(ids, size, shards_in_fraction(ids, size, cell.fraction), seed)
         return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
     if cell.strategy in ("full", "random"):  # these look at ids alone
         table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
@@ -548,7 +548,9 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
         n_shards = None
         if cell.strategy == "random_shards":
-            n_shards = count_shards(subset.example_ids, images.train.shard_size, cell.fraction)
+            n_shards = shards_in_fraction(
+                subset.example_ids, images.train.shard_size, cell.fraction
+            )
         plan = _plan(images, study.training, subset.example_ids, seed, n_shards)
         evidence = _train(
             run, images, network, study.training, plan, objective, stored, replay(study),

@@ -144,6 +144,20 @@ def test_the_thread_asks_for_each_shard_before_it_is_read_and_ends(images, monke
     assert same(loader.batch(2), Loader(plan_of(order="sequential"), images, view=VIEW).batch(2))
 
 
+def test_what_goes_wrong_in_the_thread_is_raised_when_it_is_asked_again(images, monkeypatch):
+    def failing(rows, number):
+        raise OSError("disk on fire")
+
+    monkeypatch.setattr(loading, "READ_AHEAD", 2)
+    monkeypatch.setattr(loading.Rows, "populate", failing)
+    loader = Loader(plan_of(), images, residence="mapped")
+    loader.batch(0)
+    loader._reading.exception()  # waits for it
+    with pytest.raises(OSError, match="disk on fire"):
+        loader.batch(2)
+    loader.close()
+
+
 def test_a_batch_may_be_made_ahead_as_for_a_gpu(images, monkeypatch):
     expected = [Loader(plan_of(), images, view=VIEW).batch(step) for step in range(12)]
     loader = Loader(plan_of(), images, view=VIEW, residence="mapped", reuse=True)

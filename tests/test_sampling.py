@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.sampling import ORDERS, Plan, count_shards, fixed_shards, split_ids
+from kdlib.sampling import ORDERS, Plan, fixed_shards, shards_in_fraction, split_ids
 
 SIZES = {"n": st.integers(1, 40), "batch_size": st.integers(1, 50), "seed": st.integers(0, 99)}
 
@@ -268,7 +268,7 @@ def test_fixed_shards_are_whole_and_the_same_for_a_seed():
 
 def test_a_fraction_of_the_shards_is_at_least_one():
     ids = np.arange(100)
-    assert [count_shards(ids, 10, f) for f in (0.01, 0.33, 0.5, 1.0)] == [1, 3, 5, 10]
+    assert [shards_in_fraction(ids, 10, f) for f in (0.01, 0.33, 0.5, 1.0)] == [1, 3, 5, 10]
 
 
 @pytest.mark.parametrize(

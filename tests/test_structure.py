@@ -48,7 +48,7 @@ ALLOWED = {
     "steps": "augment building cache cartography checks data dynamics evaluation files loading "
     "losses models params probe runs sampling seeds selection tables teacher trainer weights",
     "report": "checks compare files params plots runs sampling seeds steps",
-    "__main__": "files inspecting params report runs steps",
+    "__main__": "cache files inspecting params report runs steps",
 }
 NOTEBOOK_SIDE = {"explorer", "IPython", "ipywidgets", "papermill", "jupyter", "nbformat"}
 SLOW = {
