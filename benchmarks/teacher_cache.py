@@ -73,7 +73,7 @@ class Form:
         batch: Batch = self.task.loader.batch(self.step)
         if self.online is not None:
             with torch.no_grad():
-                batch = batch._replace(teacher_logits=self.online(batch.images))
+                batch = batch._replace(teacher={"logits": self.online(batch.images)})
         training_step(self.task, self.optimiser, batch, self.step)
         self.step += 1
 
@@ -107,7 +107,12 @@ def main() -> None:
         start = time.perf_counter()
         stored = {
             kind: store_outputs(
-                teacher, PIXELS, images, folder / kind.replace(" ", "_"), features=False, **options
+                teacher,
+                PIXELS,
+                images,
+                folder / kind.replace(" ", "_"),
+                wanted=("logits",),
+                **options,
             )
             for kind, options in kinds.items()
         }

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import files
-from kdlib.params import Study, load_study, parse_part
+from kdlib.params import AXES, Study, load_study, parse_part
 
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
@@ -61,6 +61,7 @@ def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
     drawn = report.draw_shard_visits(study) | report.draw_datamap(study)
     drawn |= report.draw_comparison(study, tables)
     report.summary(study, tables)
+    report.objective_table(study, tables)
     print(f"{', '.join(drawn)} drawn in {study.figures}")
     return 0
 
@@ -107,6 +108,34 @@ def _cache_verify(arguments: argparse.Namespace, further: list[str]) -> int:
     return 0 if whole else 1
 
 
+def _step(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Make one teacher or student as one of several processes, or alone."""
+    from kdlib import steps
+    from kdlib.ranks import joined
+
+    study = load_study(arguments.study)
+    images = steps.open_images(study)
+    with joined(study.compute.device) as ranks:
+        if arguments.step == "teacher":
+            steps.make_teacher(study, images, ranks)
+            return 0
+        point = {axis: getattr(arguments, axis) for axis in AXES}
+        steps.train_student(study, images, study.cell(**point), arguments.seed, ranks)
+    return 0
+
+
+def _add_step(commands: Any) -> None:
+    step = commands.add_parser(
+        "step", help="make one teacher or student; under torchrun, by several processes"
+    )
+    step.add_argument("step", choices=("teacher", "distill"))
+    step.add_argument("study", help="study file, such as params/digits.yaml")
+    for axis in AXES:
+        step.add_argument(f"--{axis}", type=float if axis == "fraction" else str)
+    step.add_argument("--seed", type=int, default=0)
+    step.set_defaults(run=_step)
+
+
 def _add_cache(commands: Any) -> None:
     described = "build, inspect or verify caches of images and teacher outputs"
     cache = commands.add_parser("cache", help=described).add_subparsers(required=True)
@@ -142,6 +171,7 @@ def main() -> int:
     figures = commands.add_parser("figures", help="redraw all figures from the run records")
     figures.add_argument("study", help="study file, such as params/digits.yaml")
     figures.set_defaults(run=_figures)
+    _add_step(commands)
     _add_cache(commands)
     arguments, further = parser.parse_known_args()
     if further and arguments.run is not _study:

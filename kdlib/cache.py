@@ -26,7 +26,7 @@ from kdlib import files
 
 FORMAT = 1
 _INDEX_NAME = re.compile(r"index(-\d{5,}-\d{5,})?\.json")
-_FILE_NAME = re.compile(r"[a-z_]+-\d{5,}\.npy")  # an index may not point outside its folder
+_FILE_NAME = re.compile(r"[a-z_]+\d*-\d{5,}\.npy")  # an index may not point outside its folder
 _DTYPE = re.compile(r"[<|][biuf]\d")  # of rows; objects would have to be unpickled
 _MOST_MAPS = 16384  # open at a time: Linux lets a process have 65,530
 # What NumPy raises for a damaged header: it parses it as Python.

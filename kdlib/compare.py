@@ -358,12 +358,17 @@ class _Runs:
 
 
 def _budget(accepted: pd.DataFrame) -> str:
-    """The one kind of budget these runs share: equal_steps or equal_epochs.
+    """The one kind of budget these runs share: equal_steps, equal_epochs or early_stopping.
 
-    Runs of one student and fraction have the same steps under either. Across fractions steps are
-    equal, or passes over the subset are, up to the one batch by which steps are rounded.
+    Runs that a rule of the study stopped early share the rule, not the steps. Of the others, runs
+    of one student and fraction have the same steps; across fractions steps are equal, or passes
+    over the subset are, up to the one batch by which steps are rounded.
     """
     kinds = {}
+    if "budget" in accepted and (accepted["budget"] == "early_stopping").any():
+        if (accepted["budget"] != "early_stopping").any():
+            raise _mixed("runs", (f"{kind}" for kind in accepted["budget"].unique()))
+        return "early_stopping"
     for (student, fraction), group in accepted.groupby(["student", "fraction"]):
         different = group.drop_duplicates("steps")
         if len(different) > 1:

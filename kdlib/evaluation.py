@@ -3,7 +3,7 @@
 Leaves to others: what is done with the outputs (teacher cache, metrics, probes, datamap).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,39 +16,49 @@ from kdlib.models import Network
 
 @torch.no_grad()
 def outputs(
-    network: Network, pixels: Pixels, images: torch.Tensor, batch_size: int = 500
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Penultimate features and logits of clean images, batch by batch, in evaluation mode.
+    network: Network,
+    pixels: Pixels,
+    images: torch.Tensor,
+    wanted: Sequence[str] = ("features", "logits"),
+    batch_size: int = 500,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Outputs of clean images, batch by batch, in evaluation mode.
 
     The mode of each of its modules is put back as it was, and nothing else of it changes.
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
+        wanted: Names of `Network.outputs`.
 
-    Yields: ((B, D) features, (B, C) logits), float32.
+    Yields: One (B, ...) tensor for each name, float32.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     try:
         for chunk in torch.split(images, batch_size):
-            features = network.features(pixels.prepare(chunk))
-            yield features, network.head(features)
+            found = network.outputs(pixels.prepare(chunk), wanted)
+            yield tuple(found[name] for name in wanted)
     finally:
         for module, training in modes:
             module.training = training
 
 
 def all_outputs(
-    network: Network, pixels: Pixels, images: torch.Tensor, describe: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, D) and logits (N, C), float32, of all images; `describe` shows progress."""
+    network: Network,
+    pixels: Pixels,
+    images: torch.Tensor,
+    wanted: Sequence[str] = ("features", "logits"),
+    describe: str | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """Outputs of all images, one (N, ...) float32 tensor for each name; `describe` shows
+    progress."""
     progress = tqdm(total=len(images), desc=describe, unit="img", leave=False, disable=not describe)
     parts = []
-    for part in outputs(network, pixels, images):
+    for part in outputs(network, pixels, images, wanted):
         parts.append(part)
         progress.update(len(part[0]))
     progress.close()
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
 def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> float:
@@ -73,5 +83,5 @@ def evaluate(
     network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[float, float]:
     """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on clean images."""
-    _, logits = all_outputs(network, pixels, images)
+    (logits,) = all_outputs(network, pixels, images, ("logits",))
     return float(F.cross_entropy(logits.double(), labels)), accuracy(logits, labels)

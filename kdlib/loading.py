@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import sys
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from kdlib.augment import Pixels, apply, draw, pixel_scale
 from kdlib.cache import Cache, CacheError
 from kdlib.params import Augment
 from kdlib.sampling import Plan
-from kdlib.teacher import decode_logits, logit_columns, stored_views
+from kdlib.teacher import decoded, stored_columns, stored_views
 
 READ_AHEAD = 16  # steps whose shards are asked for together
 ASK_AGAIN = 256  # steps after which a shard may have left the page cache
@@ -60,7 +61,8 @@ class Batch(NamedTuple):  # made 10,000 times a second, three times as fast as a
         images: (B, C, H, W) uint8 as stored; float32, augmented and normalised, when the loader
             has a view.
         labels: (B,) int64; -1 is unlabelled.
-        teacher_logits: (B, C) float32, or None.
+        teacher: (B, ...) float32 by name, such as `logits`; None without a teacher.
+        second: (B, C, H, W) float32, another view of each image; None unless asked for.
     """
 
     example_ids: torch.Tensor
@@ -68,7 +70,8 @@ class Batch(NamedTuple):  # made 10,000 times a second, three times as fast as a
     passes: torch.Tensor
     images: torch.Tensor
     labels: torch.Tensor
-    teacher_logits: torch.Tensor | None
+    teacher: dict[str, torch.Tensor] | None
+    second: torch.Tensor | None = None
 
 
 class Rows:
@@ -152,6 +155,8 @@ class Loader:
         *,
         view: View | None = None,
         teacher: Cache | None = None,
+        reads: Collection[str] = ("logits",),
+        second: View | None = None,
         device: str = "cpu",
         residence: str = "auto",
         reuse: bool = False,
@@ -163,7 +168,9 @@ class Loader:
         Args:
             images: The image cache the plan's ids are from.
             view: How pixels become inputs; None hands them out as they are stored.
-            teacher: Stored outputs of the same images, whose logits go with each batch.
+            teacher: Stored outputs of the same images, which go with each batch.
+            reads: Which of them.
+            second: How a second view of each image is made, for objectives that compare two.
             device: Where batches are made.
             residence: `resident` keeps pixels on the device, `mapped` reads them from the disk's
                 page cache, `auto` takes the former when they need less than half of the free
@@ -178,11 +185,16 @@ class Loader:
         if residence not in ("auto", "resident", "mapped"):
             raise ValueError(f"residence is {residence!r}; expected auto, resident or mapped")
         self.plan, self.view, self.device = plan, view, torch.device(device)
+        if second is not None and (view is None or (second.settings, second.seed) == (
+            view.settings, view.seed
+        )):  # fmt: skip
+            raise ValueError("the second view of each image is the first one; give another seed")
+        self.second = second
         self._images = images
         ids = plan.example_ids
         n_bytes = images.row_bytes()["images"]
         if teacher is not None:
-            n_bytes += sum(teacher.row_bytes()[column] for column in logit_columns(teacher))
+            n_bytes += sum(teacher.row_bytes()[c] for c in stored_columns(teacher, reads))
         self._fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
         self.residence = residence
         if residence == "auto":
@@ -196,7 +208,7 @@ class Loader:
             self._n_classes = teacher.header["n_classes"]
             self._teacher = {
                 column: Rows(teacher, column, ids, device, resident)
-                for column in logit_columns(teacher)
+                for column in stored_columns(teacher, reads)
             }
         self._rank = (rank, n_ranks)
         self._passes: dict[int, tuple[np.ndarray, ...]] = {}
@@ -215,7 +227,7 @@ class Loader:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether teacher logits go with each batch."""
+        """Whether teacher outputs go with each batch."""
         return self._teacher is not None
 
     @property
@@ -278,14 +290,19 @@ class Loader:
         if self.view is None:
             images = self._pixels.gather(index, self._room(buffers, "raw", len(ids)))
         else:
-            images = self._inputs(index, ids, views, buffers)
+            images = self._inputs(index, ids, views, self._room(buffers, "inputs", len(ids)))
+        second = None
+        if self.second is not None:
+            out = self._room(buffers, "second", len(ids))
+            second = self._inputs(index, ids, passes, out, self.second)
         return Batch(
             example_ids=self._small(ids),
             ranks=self._small(ranks),
             passes=self._small(passes),
             images=images,
             labels=self._small(labels),
-            teacher_logits=self.teacher_logits(ranks, views) if self.has_teacher else None,
+            teacher=self.teacher_rows(ranks, views) if self.has_teacher else None,
+            second=second,
         )
 
     def _small(self, values: np.ndarray) -> torch.Tensor:
@@ -314,7 +331,7 @@ class Loader:
         if name not in buffers:
             _, shape = self._images.layout("images")
             kind, layout = torch.uint8, torch.contiguous_format
-            if name == "inputs":
+            if name != "raw":
                 kind, layout = torch.float32, self.view.pixels.memory_format
             buffers[name] = torch.empty(
                 (n, *shape), dtype=kind, device=self.device, memory_format=layout
@@ -322,15 +339,20 @@ class Loader:
         return buffers[name]
 
     def _inputs(
-        self, index: np.ndarray, ids: np.ndarray, views: np.ndarray, buffers: dict | None
+        self,
+        index: np.ndarray,
+        ids: np.ndarray,
+        views: np.ndarray,
+        out: torch.Tensor | None,
+        view: View | None = None,
     ) -> torch.Tensor:
         """Augmented, normalised float32 images in the memory format the network wants."""
-        view, pixels, shape = self.view, self.view.pixels, self._pixels.shape
+        view = view or self.view
+        pixels, shape = view.pixels, self._pixels.shape
         numbers, names = torch.from_numpy(views), torch.from_numpy(ids)
         drawn = draw(view.settings, view.seed, numbers, names, shape)
-        out = self._room(buffers, "inputs", len(index))
         if not (self._on_cpu and fused.available()):
-            raw = self._pixels.gather(index, self._room(buffers, "raw", len(index)))
+            raw = self._pixels.gather(index)
             return pixels.prepare(apply(raw, drawn), out)
         if out is None:
             out = torch.empty((len(index), *shape), memory_format=pixels.memory_format)
@@ -346,8 +368,9 @@ class Loader:
         """Stored images of some ranks, (B, C, H, W) uint8, on the device."""
         return self._pixels.gather(_index(self._pixels, np.asarray(ranks, np.int64)))
 
-    def teacher_logits(self, ranks: np.ndarray, views: np.ndarray) -> torch.Tensor:
-        """Stored teacher logits, (B, C) float32, of some ranks and the view each was seen in."""
+    def teacher_rows(self, ranks: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
+        """Stored teacher outputs of some ranks and the view each was seen in: (B, ...) float32 by
+        name."""
         parts = {column: rows.gather(_index(rows, ranks)) for column, rows in self._teacher.items()}
         if self._replayed:
             index = torch.from_numpy(views).to(self.device)
@@ -355,7 +378,7 @@ class Loader:
             parts = {column: part[every, index] for column, part in parts.items()}
         else:
             parts = {column: part[:, 0] for column, part in parts.items()}
-        return decode_logits(parts, self._n_classes)
+        return decoded(parts, self._n_classes)
 
 
 def _index(rows: Rows, ranks: np.ndarray) -> np.ndarray:

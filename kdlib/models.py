@@ -8,10 +8,14 @@ Sources:
     arXiv:1512.03385.
 [Banbury2021] Banbury et al.: MLPerf Tiny Benchmark, NeurIPS 2021 Datasets and Benchmarks,
     arXiv:2106.07597.
+[Zagoruyko2017] Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017,
+    arXiv:1612.03928.
 [Wightman2019] Wightman: PyTorch Image Models (timm), 2019, doi:10.5281/zenodo.4414861.
 """
 
 import inspect
+import re
+from collections.abc import Collection
 from difflib import get_close_matches
 
 import torch
@@ -29,15 +33,22 @@ class Network(nn.Module):
     """A classifier in two parts: `forward(x) = head(features(x))`.
 
     Input is (B, C, H, W) float32, already normalised; features are (B, D) float32, D =
-    `n_features`, the input of the last linear layer; logits are (B, C) float32, C = `n_classes`.
+    `n_features`, the input of the last linear layer; logits are (B, C) float32, C = `n_classes`, 0
+    of a network without classifier. Between them lie the feature grids of `n_stages` stages, 0 of a
+    network that does not show them.
     """
 
     n_features: int
     n_classes: int
+    n_stages: int
+
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features (B, D), and the grid (B, C_k, H_k, W_k) of each stage, in one pass."""
+        raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
         """Penultimate activations, (B, D)."""
-        raise NotImplementedError
+        return self.staged(x)[0]
 
     def head(self, features: Tensor) -> Tensor:
         """Logits of features, (B, D) -> (B, C)."""
@@ -46,6 +57,97 @@ class Network(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits, (B, C)."""
         return self.head(self.features(x))
+
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """What one pass gives, by name.
+
+        Args:
+            wanted: `logits` (B, C), `features` (B, D), `stage<k>` (B, C_k, H_k, W_k) and
+                `attention<k>` (B, H_k, W_k), k from 1: the mean over channels of the squared
+                grid, of norm 1 for each example [Zagoruyko2017].
+
+        Raises: ValueError for a name this network has nothing for.
+        """
+        grids: list[Tensor] = []
+        if any(name not in ("logits", "features") for name in wanted):
+            features, grids = self.staged(x)
+        else:
+            features = self.features(x)
+        return {name: self._output(name, features, grids) for name in wanted}
+
+    def _output(self, name: str, features: Tensor, grids: list[Tensor]) -> Tensor:
+        if name == "features":
+            return features
+        if name == "logits" and self.n_classes:
+            return self.head(features)
+        found = re.fullmatch(r"(stage|attention)(\d+)", name)
+        if not found or not 1 <= int(found[2]) <= len(grids):
+            there = [*(["logits"] if self.n_classes else []), "features"]
+            there += [f"{kind}1 to {kind}{self.n_stages}" for kind in ("stage", "attention")
+                      if self.n_stages]  # fmt: skip
+            raise ValueError(
+                f"{type(self).__name__} has no output {name!r}; it has {', '.join(there)}"
+            )
+        grid = grids[int(found[2]) - 1]
+        return grid if found[1] == "stage" else attention_map(grid)
+
+    @torch.no_grad()
+    def output_shapes(
+        self, image_shape: tuple[int, ...], wanted: Collection[str]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of outputs without their batch axis, found by a trial that leaves no trace."""
+        modes = [(module, module.training) for module in self.modules()]
+        place = next(self.parameters()).device
+        try:
+            found = self.eval().outputs(torch.zeros(1, *image_shape, device=place), wanted)
+        finally:
+            for module, training in modes:
+                module.training = training
+        return {name: tuple(value.shape[1:]) for name, value in found.items()}
+
+
+def attention_map(grid: Tensor) -> Tensor:
+    """Where a feature grid is active: mean of squares over channels, of norm 1 for each example.
+
+    Args:
+        grid: (B, C, H, W) float.
+
+    Returns: (B, H, W), values >= 0; zeros where the whole grid is zero.
+    Source: [Zagoruyko2017], sec. 3.1, with p = 2.
+    """
+    energy = grid.square().mean(1)
+    return F.normalize(energy.flatten(1), dim=1).view_as(energy)
+
+
+class Resized(Network):
+    """A network that sees its images brought to another size, bilinearly; everything else, names of
+    weights included, is the network's own."""
+
+    def __init__(self, network: Network, size: int) -> None:
+        super().__init__()
+        self.size = size
+        # its modules under their own names; the network itself is no submodule
+        self._modules, self._parameters, self._buffers = (
+            network._modules, network._parameters, network._buffers,
+        )  # fmt: skip
+        object.__setattr__(self, "_network", network)
+        self.n_features, self.n_classes = network.n_features, network.n_classes
+        self.n_stages = network.n_stages
+
+    def _seen(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] == (self.size, self.size):
+            return x
+        side = (self.size, self.size)
+        return F.interpolate(x, side, mode="bilinear", antialias=True, align_corners=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self._network.features(self._seen(x))
+
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return self._network.staged(self._seen(x))
+
+    def head(self, features: Tensor) -> Tensor:
+        return self._network.head(features)
 
 
 def _draw(network: nn.Module) -> None:
@@ -66,7 +168,7 @@ class TinyCNN(Network):
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"option width of tiny_cnn is {width!r}; expected an integer >= 1")
-        self.n_features, self.n_classes = 2 * width, n_classes
+        self.n_features, self.n_classes, self.n_stages = 2 * width, n_classes, 2
         self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
@@ -74,10 +176,10 @@ class TinyCNN(Network):
         self.linear = nn.Linear(2 * width, n_classes)
         _draw(self)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        return x.mean(dim=(2, 3))  # (B, D, H, W) -> (B, D)
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = F.relu(self.bn1(self.conv1(x)))
+        last = F.relu(self.bn2(self.conv2(first)))
+        return last.mean(dim=(2, 3)), [first, last]  # (B, D, H, W) -> (B, D)
 
 
 class _Block(nn.Module):
@@ -108,7 +210,7 @@ class CifarResNet(Network):
     def __init__(self, n_classes: int, channels: int, depth: int):
         super().__init__()
         n_blocks = (depth - 2) // 6
-        self.n_features, self.n_classes = 64, n_classes
+        self.n_features, self.n_classes, self.n_stages = 64, n_classes, 3
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         for stage, (n_in, n_out) in enumerate([(16, 16), (16, 32), (32, 64)], start=1):
@@ -118,10 +220,11 @@ class CifarResNet(Network):
         self.linear = nn.Linear(64, n_classes)
         _draw(self)
 
-    def features(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return x.mean(dim=(2, 3))  # (B, D, H, W) -> (B, D)
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        first = self.layer1(F.relu(self.bn1(self.conv1(x))))
+        middle = self.layer2(first)
+        last = self.layer3(middle)
+        return last.mean(dim=(2, 3)), [first, middle, last]  # (B, D, H, W) -> (B, D)
 
 
 class _KerasBlock(_Block):
@@ -155,14 +258,36 @@ class MlperfResNet8(CifarResNet):
 
 
 class TimmNetwork(Network):
-    """Any timm network behind the interface of this module. Source: [Wightman2019]."""
+    """Any timm network behind the interface of this module. Source: [Wightman2019].
 
-    def __init__(self, body: nn.Module):
+    Stages are the last of each resolution, four at most; of a plain vision transformer, four evenly
+    spaced blocks, the grids being their patch tokens.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
+        self.n_classes, self.n_features = body.num_classes, body.num_features
+        info = list(body.feature_info) if hasattr(body, "forward_intermediates") else []
+        by_resolution = {stage["reduction"]: number for number, stage in enumerate(info)}
+        self._taps = list(by_resolution.values())[-4:]
+        if len(by_resolution) == 1:  # a plain transformer
+            self._taps = sorted({round(len(info) * k / 4) - 1 for k in range(1, 5)} - {-1})
+        self.n_stages = len(self._taps)
+        self._norms = "norm" in inspect.signature(body.forward_intermediates).parameters if (
+            info) else False  # fmt: skip
 
     def features(self, x: Tensor) -> Tensor:
         return self.body.forward_head(self.body.forward_features(x), pre_logits=True)
+
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not self.n_stages:
+            return self.features(x), []
+        norm = {"norm": True} if self._norms else {}
+        found, grids = self.body.forward_intermediates(
+            x, indices=self._taps, output_fmt="NCHW", **norm
+        )
+        return self.body.forward_head(found, pre_logits=True), grids
 
     def head(self, features: Tensor) -> Tensor:
         return self.body.get_classifier()(features)

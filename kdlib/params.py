@@ -140,8 +140,8 @@ def parse_part(part: str) -> tuple[int, int]:
 
 
 class Model(Settings):
-    """A network: a name of `MODELS`, or `timm/<name>` for any timm model, which then gets a small-
-    image stem."""
+    """A network: a name of `MODELS`; `timm/<name>` for any timm model, which then gets a small-
+    image stem; or `hub/<owner>/<repository>:<commit or tag>/<entry>` of torch.hub, for teachers."""
 
     name: str
     options: dict[str, int | float | bool | str] = {}
@@ -149,7 +149,28 @@ class Model(Settings):
     @field_validator("name")
     @classmethod
     def _name(cls, name: str) -> str:
-        return name if name.startswith("timm/") else _known(name, (*MODELS, "timm/<name>"), "model")
+        if name.startswith("hub/"):
+            parse_hub(name)
+            return name
+        known = (*MODELS, "timm/<name>", "hub/<owner>/<repository>:<ref>/<entry>")
+        return name if name.startswith("timm/") else _known(name, known, "model")
+
+
+def parse_hub(name: str) -> tuple[str, str]:
+    """`hub/<owner>/<repository>:<ref>/<entry>` as (`owner/repository:ref`, entry).
+
+    Raises: ValueError for anything else; a commit or tag is needed, since branches move.
+
+    >>> parse_hub("hub/facebookresearch/dinov2:main/dinov2_vits14")
+    ('facebookresearch/dinov2:main', 'dinov2_vits14')
+    """
+    found = re.fullmatch(r"hub/([\w.-]+/[\w.-]+:[\w.-]+)/(\w+)", name, re.ASCII)
+    if not found:
+        raise ValueError(
+            f"{name!r} is no torch.hub network; expected hub/<owner>/<repository>:<commit or "
+            "tag>/<entry>"
+        )
+    return found[1], found[2]
 
 
 class ResizedCrop(Settings):
@@ -207,8 +228,22 @@ class Training(Settings):
     lr_peak: float = Field(gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
+    # after the warm-up; `step` multiplies by `decay` at each of `milestones`, `plateau` when the
+    # validation loss has not fallen for `patience` evaluations, `one_cycle` falls linearly to 0
+    schedule: Literal["cosine", "constant", "step", "one_cycle", "plateau"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)  # the learning rate rises linearly over them
+    milestones: tuple[float, ...] = ()  # of `step`, as fractions of the budget
+    decay: float = Field(0.1, gt=0, lt=1)  # of `step` and `plateau`
+    patience: int = Field(5, ge=1)  # of `plateau`, evaluations
+    clip_norm: float | None = Field(None, gt=0)  # largest norm of a step's whole gradient
+    # a step's batch in so many pieces, one after another, where memory is short; BatchNorm then
+    # sees a piece at a time
+    accumulate: int = Field(1, ge=1)
+    # students are measured and kept with the running mean of their weights, whose decay this is
+    ema: float | None = Field(None, gt=0, lt=1)
+    # stop when the validation loss has not fallen for so many evaluations; the budget is then a
+    # bound, and runs that used other parts of it are compared as `early_stopping`
+    early_stopping: int | None = Field(None, ge=1)
     augment: Augment = Augment()
     # of each pass: `shuffled` draws from the whole training set; `windowed` permutes the shards and
     # shuffles within so many of them, for caches larger than memory; `sequential` is by example id
@@ -227,7 +262,24 @@ class Training(Settings):
             raise ValueError(
                 f"checkpoint_fractions are {self.checkpoint_fractions}; expected values in [0, 1]"
             )
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("`milestones` belong to `schedule: step`, and it needs some")
+        if any(not 0 < m < 1 for m in self.milestones):
+            raise ValueError(f"milestones are {self.milestones}; expected fractions in (0, 1)")
+        if self.schedule == "one_cycle" and self.warmup_steps == 0:
+            raise ValueError("`schedule: one_cycle` rises before it falls; give `warmup_steps`")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"a batch of {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
         return self
+
+    @property
+    def selects(self) -> str | None:
+        """The setting by which validation images steer this training; None when they do not."""
+        if self.early_stopping is not None:
+            return "early_stopping"
+        return "schedule: plateau" if self.schedule == "plateau" else None
 
     def n_steps(self, n_examples: int) -> int:
         """Optimiser steps of the budget for a training set of `n_examples`."""
@@ -238,7 +290,10 @@ class Training(Settings):
 
     @property
     def comparison(self) -> str:
-        """`equal_steps` or `equal_epochs`: the only kind of comparison this budget allows."""
+        """`equal_steps`, `equal_epochs` or `early_stopping`: the only kind of comparison this
+        budget allows."""
+        if self.early_stopping is not None:
+            return "early_stopping"
         return "equal_steps" if self.steps is not None else "equal_epochs"
 
 
@@ -253,20 +308,27 @@ class Outputs(Settings):
 
 
 class Teacher(Settings):
-    """A network trained by this lab (`training`) or read from a weight file (`weights`), never
-    both."""
+    """A network with one origin: trained by this lab (`training`), read from a weight file
+    (`weights`), or published with its weights (`pretrained`, of timm or torch.hub)."""
 
     model: Model
     seed: int = Field(0, ge=0)
     training: Training | None = None
-    weights: str | None = (
-        None  # a .safetensors file; a relative path is looked up in the data folder
-    )
-    mean: tuple[float, ...] | None = (
-        None  # per channel, pixels in [0, 1]; None: measured on the training split
-    )
+    # a .safetensors file, or a PyTorch checkpoint of plain tensors; a relative path is looked up in
+    # the data folder
+    weights: str | None = None
+    pretrained: bool = False
+    trust_code: bool = False  # a torch.hub network is code of others, which runs here
+    # which images a loaded teacher has learnt from: `train`, the whole training split, held-out
+    # images included; `kept`, the study's training images alone; `elsewhere`, other data
+    trained_on: Literal["train", "kept", "elsewhere"] | None = None
+    # pixels; the teacher sees images of this size, its students those of the cache
+    image_size: int | None = Field(None, ge=4)
+    # per channel, pixels in [0, 1]; None: measured on the training split
+    mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    # the card: what the teacher claims on the test split
+    # the card: what the teacher claims on the test split; of a network without classifier, what the
+    # nearest neighbours of its features say
     expected_accuracy: float = Field(ge=0, le=1)
     # by how much the measured accuracy may lie below the claim
     tolerance: float = Field(0.005, ge=0)
@@ -274,17 +336,26 @@ class Teacher(Settings):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Teacher":
-        if (self.training is None) == (self.weights is None):
+        if (self.training is not None) + (self.weights is not None) + self.pretrained != 1:
             raise ValueError(
-                "a teacher is either trained (`training`) or loaded (`weights`): give one of them"
+                "a teacher is either trained (`training`), loaded (`weights`) or `pretrained`: "
+                "give one of them"
             )
+        if (self.training is None) != (self.trained_on is not None):
+            raise ValueError(
+                "`trained_on` says which images a loaded teacher has learnt from: train, kept or "
+                "elsewhere; give it with `weights` or `pretrained`, and only there"
+            )
+        hub = self.model.name.startswith("hub/")
+        if hub and not (self.pretrained and self.trust_code):
+            raise ValueError(
+                f"{self.model.name} is code of others, which would run here: read it, then write "
+                "`trust_code: true` and `pretrained: true`; it cannot be trained"
+            )
+        if self.pretrained and not self.model.name.startswith(("timm/", "hub/")):
+            raise ValueError(f"{self.model.name} has no published weights; give `weights`")
         if (self.mean is None) != (self.std is None):
             raise ValueError("`mean` and `std` go together")
-        if self.weights is not None and not self.weights.endswith(".safetensors"):
-            raise ValueError(
-                f"weights {self.weights!r} must be a .safetensors file: other formats can "
-                "execute code"
-            )
         return self
 
 
@@ -314,26 +385,62 @@ class Student(Settings):
     model: Model
 
 
-class Objective(Settings):
-    """What a student minimises; `alpha` weights the soft loss: (1 - alpha) * CE + alpha *
-    temperature**2 * KL."""
+# What each objective takes: numbers that must be given, and those that have a default.
+OBJECTIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cross_entropy": ((), ()),
+    "label_smoothing": (("smoothing",), ()),
+    "kd": (("alpha", "temperature"), ("standardise",)),
+    "mse": (("alpha",), ()),
+    "dkd": (("target_weight", "rest_weight", "temperature"), ("standardise",)),
+    "dist": (("inter_weight", "intra_weight", "temperature"), ("standardise",)),
+    "hint": (("weight",), ("stage",)),
+    "attention": (("weight",), ()),
+    "rkd": (("distance_weight", "angle_weight"), ()),
+    "similarity": (("weight",), ("stage",)),
+    "crd": (("weight", "temperature"), ("width",)),
+    "tokens": (("cls_weight", "patch_weight"), ("barlow_weight",)),
+}
 
-    kind: Literal["cross_entropy", "label_smoothing", "kd"]
+
+class Objective(Settings):
+    """What a student minimises; `kdlib.objectives` has formula and paper of each.
+
+    `alpha` weights the soft loss: (1 - alpha) * CE + alpha * temperature**2 * KL. All others add
+    their terms to CE, except `tokens`, whose labels train the last layer alone.
+    """
+
+    kind: Literal[
+        "cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist", "hint", "attention", "rkd",
+        "similarity", "crd", "tokens",
+    ]  # fmt: skip
     alpha: float | None = Field(None, ge=0, le=1)
     temperature: float | None = Field(None, gt=0)
     smoothing: float | None = Field(None, ge=0, lt=1)
+    standardise: bool | None = None  # logits to mean 0 and variance 1 before the temperature
+    weight: float | None = Field(None, gt=0)  # of the one term beside CE
+    target_weight: float | None = Field(None, ge=0)  # of DKD: gold class against the others
+    rest_weight: float | None = Field(None, ge=0)  # of DKD: among the others
+    inter_weight: float | None = Field(None, ge=0)  # of DIST: classes of an example
+    intra_weight: float | None = Field(None, ge=0)  # of DIST: examples of a class
+    distance_weight: float | None = Field(None, ge=0)  # of RKD
+    angle_weight: float | None = Field(None, ge=0)  # of RKD
+    # stage of the networks whose feature grid is read, counted from 1; None: the middle one for
+    # `hint`, the last one for `similarity`
+    stage: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1)  # of CRD's embedding; None: 128
+    cls_weight: float | None = Field(None, ge=0)
+    patch_weight: float | None = Field(None, ge=0)
+    barlow_weight: float | None = Field(None, gt=0)  # None: no second view
 
     @model_validator(mode="after")
     def _fitting(self) -> "Objective":
-        needs = {
-            "cross_entropy": set(),
-            "label_smoothing": {"smoothing"},
-            "kd": {"alpha", "temperature"},
-        }[self.kind]
-        given = {k for k in ("alpha", "temperature", "smoothing") if getattr(self, k) is not None}
-        if needs != given:
+        needs, takes = OBJECTIVES[self.kind]
+        given = {k for k, v in self if k != "kind" and v is not None}
+        if not set(needs) <= given <= {*needs, *takes}:
+            may = f", and may have {sorted(takes)}" if takes else ""
             raise ValueError(
-                f"{self.kind} takes {sorted(needs) or 'no numbers'}; got {sorted(given) or 'none'}"
+                f"{self.kind} takes {sorted(needs) or 'no numbers'}{may}; "
+                f"got {sorted(given) or 'none'}"
             )
         return self
 
@@ -388,10 +495,22 @@ class Compute(Settings):
 
     device: str = "cpu"
     threads: int = Field(1, ge=1)
-    channels_last: bool = False
+    channels_last: bool = True
+    # `bf16` computes the network's passes in bfloat16, weights and losses in float32
+    precision: Literal["float32", "bf16"] = "float32"
+    compile: bool = False  # torch.compile; on a CPU it needs a C++ compiler
+    processes: int = Field(1, ge=1)  # that share each batch, under torchrun
     # where pixels are kept: on the device, or mapped from the disk; `auto` looks at the memory.
     # Changes no result
     images: Literal["auto", "resident", "mapped"] = "auto"
+
+
+class Tracking(Settings):
+    """Where metrics go besides the run's own folder; changes no result."""
+
+    tensorboard: bool = False  # event files in the run's folder
+    wandb: bool = False  # Weights & Biases; WANDB_MODE=offline keeps it on this machine
+    project: str = "kdlib"  # there
 
 
 @dataclass(frozen=True, order=True)
@@ -432,6 +551,7 @@ class Study(Settings):
     probe: Probe
     compare: Compare = Compare()
     compute: Compute = Compute()
+    tracking: Tracking = Tracking()
 
     @field_validator("name", "students", "objectives")
     @classmethod
@@ -462,7 +582,35 @@ class Study(Settings):
             raise ValueError(
                 "a loaded teacher has no recorded training: give `dynamics` a model and a training"
             )
+        recorded = self.dynamics.training or self.teacher.training
+        if recorded.early_stopping is not None:
+            raise ValueError(
+                "`early_stopping` is for students: every epoch of the recorded training is planned"
+            )
+        if self.teacher.trained_on == "train" and (how := self.training.selects):
+            raise ValueError(
+                f"`{how}` reads the validation images, which the teacher has learnt from "
+                "(teacher.trained_on: train), so that its students have heard of them: take "
+                "another teacher, or a budget that looks at nothing"
+            )
+        for name, objective in self.objectives.items():
+            if objective.kind in ("hint", "attention", "similarity", "tokens"):
+                self._seen_alike(name)
+            if objective.barlow_weight is not None and self.training.augment == Augment():
+                raise ValueError(
+                    f"objective {name} compares two views of each image: give training.augment"
+                )
         return self
+
+    def _seen_alike(self, name: str) -> None:
+        """Grids of features must be of the view the student sees: they cannot be augmented
+        afterwards."""
+        if self.teacher.outputs.views is None and self.training.augment != Augment():
+            raise ValueError(
+                f"objective {name} compares grids of features, and the flipped grid is not that of "
+                "the flipped image: give teacher.outputs.views, which the students then see, or no "
+                "training.augment"
+            )
 
     @property
     def runs(self) -> Path:
@@ -550,8 +698,12 @@ class Study(Settings):
             step: cache, teacher, datamap, distill, probe or compare.
             cell: The cell, for distill.
         """
-        dump = self.model_dump(mode="json", exclude={"name": True, "compute": {"images"}})
+        dump = self.model_dump(
+            mode="json", exclude={"name": True, "tracking": True, "compute": {"images"}}
+        )
         scoring = {key: dump["dynamics"].pop(key) for key in ("el2n_epoch", "window")}
+        reads = {f"{o.kind} {o.stage or ''}".strip() for o in self.objectives.values()}
+        logits_alone = {"cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist"}
         if step == "distill":
             return {
                 "student": dump["students"][cell.student],
@@ -562,7 +714,10 @@ class Study(Settings):
             }
         return {
             "cache": {"data": dump["data"]},
-            "teacher": {key: dump[key] for key in ("teacher", "dynamics", "compute")},
+            "teacher": {
+                **{key: dump[key] for key in ("teacher", "dynamics", "compute")},
+                "features_for": sorted(reads - logits_alone),
+            },
             "datamap": {"scoring": scoring},
             "probe": {
                 **{key: dump["probe"][key] for key in ("k", "c_grid", "seed")},

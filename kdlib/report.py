@@ -14,6 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from kdlib import checks, compare, files, plots, runs, steps
+from kdlib.objectives import KINDS
 from kdlib.params import Study
 from kdlib.sampling import Plan, fixed_shards
 from kdlib.seeds import generator
@@ -31,8 +32,9 @@ def results(study: Study) -> pd.DataFrame:
     """One row per declared run of the study, accepted or refused.
 
     Returns: Columns `student strategy fraction objective seed test_accuracy test_accuracy_best
-        best_step steps samples unique_examples refused reason run weights_sha256`; accuracies in
-        [0, 1], NaN where there is no evidence.
+        best_step steps samples unique_examples budget refused reason run weights_sha256`;
+        accuracies in [0, 1], NaN where there is no evidence, and at the best epoch also where the
+        teacher has learnt from the images it was chosen on.
     """
     rows, evidences = [], {}
     reference: dict[str, Any] | None = None
@@ -66,11 +68,14 @@ def results(study: Study) -> pd.DataFrame:
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
     last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
+    heard = evidence["selection"]["teacher_overlap"] > 0
     return {
         "test_accuracy": last["test_accuracy"],
-        "test_accuracy_best": best["test_accuracy"],
+        # an epoch chosen on images of which the student has heard is not reported
+        "test_accuracy_best": float("nan") if heard else best["test_accuracy"],
         "best_step": best["step"],
         **evidence["budget"]["recorded"],
+        "budget": evidence["budget"]["comparison"],
         "weights_sha256": last["weights_sha256"],
         "code_sha256": evidence["made"]["code_sha256"],
     }
@@ -148,13 +153,17 @@ def summary(study: Study, tables: dict[str, pd.DataFrame]) -> str:
     refused = table[table["refused"]]
     versions = table["code_sha256"].nunique()
     inflation = (table["test_accuracy_best"] - table["test_accuracy"])[~table["refused"]].mean()
+    best = (
+        f"the best validation epoch would change them by {100 * inflation:+.2f} points on average"
+    )
+    if pd.isna(inflation):
+        best = "the best epoch is not reported: the teacher has learnt from the validation images"
     lines = [
         f"# {study.name}: what was found",
         "",
         f"{len(table) - len(refused)} of {len(table)} runs accepted, {len(study.seeds)} paired "
         f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the last "
-        f"step on the test split; the best validation epoch would change them by "
-        f"{100 * inflation:+.2f} points on average.",
+        f"step on the test split; {best}.",
         "",
     ]
     if versions > 1:
@@ -174,6 +183,40 @@ def summary(study: Study, tables: dict[str, pd.DataFrame]) -> str:
             lines += ["", compare.to_markdown(tables[name]), ""]
     text = "\n".join(lines).rstrip() + "\n"
     files.write_atomic(study.figures / "summary.md", lambda file: file.write(text.encode()))
+    return text
+
+
+def objective_table(study: Study, tables: dict[str, pd.DataFrame]) -> str:
+    """Every objective of the axis with its formula, paper, test and accuracies, as Markdown; also
+    written to the figures folder.
+
+    Accuracies are means and standard deviations over seeds (ddof=1), in %, of the accepted runs of
+    the study's first student.
+    """
+    accepted = tables["results"].query("not refused")
+    accepted = accepted[accepted["student"] == study.axes.student[0]]
+    subsets = accepted[["strategy", "fraction"]].drop_duplicates().to_records(index=False)
+    heads = [s if s == "full" else f"{s} {100 * f:g} %" for s, f in subsets]
+    lines = [
+        f"| objective | loss | paper | test | {' | '.join(heads)} |",
+        f"| --- | --- | --- | --- |{' ---: |' * len(heads)}",
+    ]
+    for name in study.axes.objective:
+        settings = study.objectives[name]
+        kind = KINDS[settings.kind]
+        numbers = settings.model_dump(exclude={"kind"}, exclude_none=True)
+        told = ", ".join(f"{key} {value}" for key, value in numbers.items())
+        cells = []
+        for strategy, fraction in subsets:
+            point = {"strategy": strategy, "fraction": fraction, "objective": name}
+            rows = accepted[np.all([accepted[axis] == v for axis, v in point.items()], axis=0)]
+            found = 100 * rows["test_accuracy"]
+            cells.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}" if len(found) else "-")
+        loss = kind.formula.replace("|", "\\|") + (f" ({told})" if told else "")
+        test = f"[{kind.test.split('::')[1]}]({kind.test.split('::')[0]})"
+        lines.append(f"| {name} | {loss} | {kind.paper} | {test} | {' | '.join(cells)} |")
+    text = "\n".join(lines) + "\n"
+    files.write_atomic(study.figures / "objectives.md", lambda file: file.write(text.encode()))
     return text
 
 

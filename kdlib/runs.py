@@ -19,6 +19,7 @@ import torch
 
 from kdlib import files
 from kdlib.params import Study
+from kdlib.states import delete_states
 
 FORMAT = 1
 
@@ -54,7 +55,7 @@ class Run:
         made = circumstances(device) | {"wall_s": round(time.monotonic() - self._started, 3)}
         whole = evidence | {"format": FORMAT, "settings_sha256": self.settings_sha256, "made": made}
         files.write_json(self.folder / "evidence.json", whole)
-        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        delete_states(self.folder)
         return whole
 
 

@@ -209,9 +209,11 @@ class Plan:
         """Mean visits of the examples of each shard: (n_shards,) float64."""
         return np.add.reduceat(self.visits(), self._bounds[:-1]) / np.diff(self._bounds)
 
-    def visits(self) -> np.ndarray:
-        """How often the whole budget visits each example: (N,) int64."""
-        counts, number = np.zeros(len(self.example_ids), np.int64), self.n_passes
+    def visits(self, n_steps: int | None = None) -> np.ndarray:
+        """How often the whole budget, or its first `n_steps` steps, visits each example: (N,)
+        int64."""
+        n_samples = (self.n_steps if n_steps is None else n_steps) * self.batch_size
+        counts, number = np.zeros(len(self.example_ids), np.int64), self._pass_at(n_samples)
         if self.shards_per_pass is None:
             counts += number
         else:
@@ -219,6 +221,6 @@ class Plan:
             for earlier in range(number):
                 drawn[self.members(earlier)] += 1
             counts += np.repeat(drawn, np.diff(self._bounds))
-        left = self.n_steps * self.batch_size - self._start(number)
+        left = n_samples - self._start(number)
         counts[self.order(number)[:left]] += 1
         return counts

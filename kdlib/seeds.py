@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 PURPOSES = (
-    "split", "init", "order", "shards", "augment", "subset", "dropout", "probe", "bootstrap",
+    "split", "init", "projector", "order", "shards", "augment", "second_view", "subset", "dropout",
+    "probe", "bootstrap",
 )  # fmt: skip
 
 

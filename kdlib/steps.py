@@ -5,6 +5,7 @@ judge the evidence, and writes it last. Leaves to others: all computing (the roo
 tables and figures (`report`).
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,20 @@ from kdlib.data import open_source
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import all_outputs, evaluate
 from kdlib.loading import Loader, View
-from kdlib.losses import needs_teacher
-from kdlib.models import Network, build_network
+from kdlib.models import Network, Resized, build_network
+from kdlib.objectives import build_distiller, needs_teacher, student_outputs, teacher_columns
 from kdlib.params import SHARD_POLICIES, Cell, Objective, Study, parse_part
+from kdlib.pretrained import load_pretrained
+from kdlib.ranks import Ranks, launch, wait
 from kdlib.sampling import Plan, fixed_shards, shards_in_fraction, split_ids
 from kdlib.seeds import PURPOSES, derive
 from kdlib.selection import Subset, budget, select
+from kdlib.states import saved_step
 from kdlib.tables import read_parquet, write_parquet
 from kdlib.teacher import Replay, open_outputs, store_outputs, stored_accuracy, verify_outputs
-from kdlib.trainer import Task, Trained, checkpoint_steps, train
-from kdlib.weights import load_weights
+from kdlib.tracking import open_tracker
+from kdlib.trainer import ALONE, Task, Trained, checkpoint_steps, train
+from kdlib.weights import load_weights, weights_fingerprint
 
 CROSS_ENTROPY = Objective(kind="cross_entropy")
 REPLAYED = "replayed"  # teacher outputs of the views that the students will see
@@ -75,12 +80,16 @@ class Images:
             )
         return len(names)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the cached images."""
+        return self.train.layout("images")[1]
+
     def network(self, model: params.Model, seed: int, device: str) -> Network:
         """A network for these images with weights drawn from `seed`."""
-        _, shape = self.train.header["columns"]["images"]
-        built = build_network(model, n_classes=self.n_classes, image_shape=tuple(shape), seed=seed)
-        layout = torch.channels_last if self.pixels.channels_last else torch.contiguous_format
-        return built.to(device, memory_format=layout)
+        shape = self.image_shape
+        built = build_network(model, n_classes=self.n_classes, image_shape=shape, seed=seed)
+        return built.to(device, memory_format=self.pixels.memory_format)
 
     def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (N, C, H, W) uint8, labels (N,) int64) of the held-out training images."""
@@ -89,8 +98,9 @@ class Images:
         return images.to(device), labels.to(device)
 
 
-def use(compute: params.Compute) -> str:
-    """Set the number of threads, and return the device the study asks for.
+def use(compute: params.Compute, ranks: Ranks = ALONE) -> str:
+    """Set the number of threads, and return the device the study asks for, or this process's own
+    one of several.
 
     Raises: RuntimeError when that device is not there; another one is never taken silently.
     """
@@ -100,7 +110,7 @@ def use(compute: params.Compute) -> str:
             f"the study asks for {compute.device}, but torch sees no GPU here; set compute.device: "
             "cpu in the study, or run it where a GPU is"
         )
-    return compute.device
+    return compute.device if ranks.alone else ranks.device
 
 
 def cache_images(study: Study) -> Images:
@@ -144,56 +154,140 @@ def open_images(study: Study) -> Images:
     return Images(train, test, train_ids, validation_ids, pixels)
 
 
-def make_teacher(study: Study, images: Images) -> dict[str, Any]:
+def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str, Any] | None:
     """Step 02: train or load the teacher, record training dynamics, store its outputs.
 
-    Returns: The teacher's evidence.
+    Returns: The teacher's evidence; None on all but the first of several processes.
     Raises: TripwireError when it does not reach the accuracy on its card, among others.
     """
-    device, teacher = use(study.compute), study.teacher
+    device, teacher = use(study.compute, ranks), study.teacher
     own = study.step_settings("teacher")
     settings = {"own": own, "inputs": images.fingerprints}
     if teacher.weights is not None:
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
+    if _launch(study, ranks, study.runs / "teacher", settings, "teacher"):
+        return runs.read_evidence(study.runs / "teacher")
     if study.dynamics.model is not None:
-        _record_dynamics(study, images, device)
-    with runs.open_run(study, study.runs / "teacher", settings) as run:
+        _record_dynamics(study, images, device, ranks)
+    with _open_run(study, study.runs / "teacher", settings, ranks) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
-        network = images.network(teacher.model, derive(teacher.seed, "init"), device)
+        network = teacher_network(study, images, device)
         evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints}
         tripwires = checks.TEACHER
         if teacher.training is not None:
             recorded = study.dynamics.model is None
             trained = _supervise(
-                run, study, images, network, teacher.training, teacher.seed, recorded, "teacher"
-            )
+                run, study, images, network, teacher.training, teacher.seed, recorded, "teacher",
+                ranks,
+            )  # fmt: skip
+            if trained is None:
+                return None
             evidence |= trained
             tripwires = (*checks.RUN, *checks.TEACHER)
-            weights = run.folder / trained["checkpoints"]["last"]["file"]
-        else:
-            weights = _weights_file(teacher.weights)
-        weights_sha256 = load_weights(network, weights)
+            load_weights(network, run.folder / trained["checkpoints"]["last"]["file"])
+        elif not ranks.first:
+            return None
         pixels = teacher_pixels(study, images)
-        measured, outputs = {}, {}
-        for split, cache in (("train", images.train), ("test", images.test)):
-            stored = _store(study, network, pixels, cache, split, device)
-            measured[split], outputs[split] = stored_accuracy(stored, cache), stored.fingerprint
+        stored = {
+            split: _store(study, network, pixels, cache, split, device)
+            for split, cache in (("train", images.train), ("test", images.test))
+        }
+        outputs = {split: cache.fingerprint for split, cache in stored.items()}
         if replay(study) is not None:
-            stored = _store(study, network, pixels, images.train, REPLAYED, device)
-            outputs[REPLAYED] = stored.fingerprint
-        evidence["teacher"] = {
+            replayed = _store(study, network, pixels, images.train, REPLAYED, device)
+            outputs[REPLAYED] = replayed.fingerprint
+        evidence["teacher"] = _measured(study, images, network.n_classes, stored) | {
             "claimed": teacher.expected_accuracy,
             "tolerance": teacher.tolerance,
-            "measured": measured["test"],
-            "measured_train": measured["train"],
             "split": "test",
-            "weights_sha256": weights_sha256,
+            "weights_sha256": weights_fingerprint(network),
+            "n_stages": network.n_stages,
             "outputs": outputs,
             "trained_here": teacher.training is not None,
+            "trained_on": teacher.trained_on or "kept",
         }
         evidence["checks"] = checks.demand(tripwires, evidence)
         return run.finish(evidence, device)
+
+
+def teacher_network(study: Study, images: Images, device: str) -> Network:
+    """The teacher with its published or loaded weights, or with those its training begins from.
+
+    It sees images of `teacher.image_size` where that is set, whatever their size in the cache.
+    """
+    teacher = study.teacher
+    shape, size = images.image_shape, teacher.image_size
+    seen = shape if size is None else (shape[0], size, size)
+    if teacher.pretrained:
+        network = load_pretrained(
+            teacher.model,
+            n_classes=images.n_classes,
+            image_shape=seen,
+            trust_code=teacher.trust_code,
+        )
+    else:
+        network = build_network(
+            teacher.model,
+            n_classes=images.n_classes,
+            image_shape=seen,
+            seed=derive(teacher.seed, "init"),
+        )
+        if teacher.weights is not None:
+            load_weights(network, _weights_file(teacher.weights))
+    network = network if size is None else Resized(network, size)
+    return network.to(device, memory_format=images.pixels.memory_format)
+
+
+def _measured(
+    study: Study, images: Images, n_classes: int, stored: dict[str, Cache]
+) -> dict[str, Any]:
+    """A teacher's accuracy as read back from its stored outputs: of its logits, or of the nearest
+    neighbours of its features among the study's training images where it has no classifier."""
+    if n_classes:
+        return {
+            "measured": stored_accuracy(stored["test"], images.test),
+            "measured_train": stored_accuracy(stored["train"], images.train),
+            "measured_by": "logits",
+        }
+    pair = []
+    for split, (cache, ids) in zip(("train", "test"), _probe_examples(images), strict=True):
+        values = stored[split].read("features", ids)[:, 0].astype(np.float32)
+        pair.append(_features(cache, ids, values, stored[split].header["teacher"]))
+    found = probe.knn_probe(*pair, study.probe.k)
+    return {"measured": found.accuracy, "measured_train": None, "measured_by": "knn"}
+
+
+@contextlib.contextmanager
+def _open_run(
+    study: Study, folder: Path, settings: dict[str, Any], ranks: Ranks
+) -> Iterator[runs.Run]:
+    """The run, opened and locked by the first of the processes that share it."""
+    if ranks.first:
+        with runs.open_run(study, folder, settings) as run:
+            wait(ranks)
+            yield run
+    else:
+        wait(ranks)
+        yield runs.Run(folder, settings)
+
+
+def _launch(
+    study: Study, ranks: Ranks, folder: Path, settings: dict[str, Any], step: str, **point: Any
+) -> bool:
+    """Make a run by several processes under torchrun, when the study asks for them and this is not
+    one of them; whether that happened.
+
+    Raises: RuntimeError when one of them fails; its own error stands above.
+    """
+    if study.compute.processes == 1 or not ranks.alone or runs.Run(folder, settings).finished:
+        return False
+    path = study.runs / "launched" / f"{study.name}.yaml"  # JSON, which is YAML
+    content = study.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+    files.write_json(path, content)
+    arguments = [str(x) for pair in point.items() for x in (f"--{pair[0]}", pair[1])]
+    launch(["kdlib", "step", step, str(path), *arguments], study.compute.processes)
+    return True
 
 
 def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:
@@ -203,14 +297,13 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
     Returns: What is stored now, restricted to the part.
     Raises: ValueError for a teacher that this study trains: step 02 stores its outputs.
     """
-    if study.teacher.weights is None:
+    if study.teacher.training is not None:
         raise ValueError(
             "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
-            "its outputs; parts are for a loaded one (study: teacher.weights)"
+            "its outputs; parts are for a loaded one (study: teacher.weights or teacher.pretrained)"
         )
     device = use(study.compute)
-    network = images.network(study.teacher.model, derive(study.teacher.seed, "init"), device)
-    load_weights(network, _weights_file(study.teacher.weights))
+    network = teacher_network(study, images, device)
     pixels = teacher_pixels(study, images)
     kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
     return [_store(study, network, pixels, images.train, kind, device, part) for kind in kinds]
@@ -227,6 +320,12 @@ def _store(
 ) -> Cache:
     """Store and spot-check a teacher's outputs of one split, or of the replayed views."""
     views = replay(study) if which == REPLAYED else None
+    wanted = ["logits"] if network.n_classes else []
+    if which != REPLAYED:  # for the probes
+        wanted.append("features")
+    if which == REPLAYED or (which == "train" and replay(study) is None):
+        for objective in study.objectives.values():
+            wanted += teacher_columns(objective, network.n_stages)
     stored = store_outputs(
         network,
         pixels,
@@ -235,7 +334,7 @@ def _store(
         device,
         replay=views,
         top_k=study.teacher.outputs.top_k,
-        features=views is None,  # for the probes; a student reads logits
+        wanted=tuple(dict.fromkeys(wanted)),
         part=part or _part(study, images.header["split"]),
     )
     verify_outputs(network, pixels, images, stored, views)
@@ -282,19 +381,22 @@ def teacher_pixels(study: Study, images: Images) -> Pixels:
     return Pixels(list(teacher.mean), list(teacher.std), study.compute.channels_last)
 
 
-def _record_dynamics(study: Study, images: Images, device: str) -> None:
+def _record_dynamics(study: Study, images: Images, device: str, ranks: Ranks) -> None:
     """Train the network whose dynamics make the datamap, when it is not the teacher."""
     dynamics = study.dynamics
-    own = {k: v for k, v in study.step_settings("teacher").items() if k != "teacher"}
+    own = {k: study.step_settings("teacher")[k] for k in ("dynamics", "compute")}
     settings = {"own": own, "inputs": images.fingerprints}
-    with runs.open_run(study, study.recorded_run, settings) as run:
+    with _open_run(study, study.recorded_run, settings, ranks) as run:
         if run.finished:
             return
         network = images.network(dynamics.model, derive(dynamics.seed, "init"), device)
         evidence = {"step": "dynamics", "study": study.name, "data": images.fingerprints}
-        evidence |= _supervise(
-            run, study, images, network, dynamics.training, dynamics.seed, True, "dynamics"
+        trained = _supervise(
+            run, study, images, network, dynamics.training, dynamics.seed, True, "dynamics", ranks
         )
+        if trained is None:
+            return
+        evidence |= trained
         evidence["checks"] = checks.demand(checks.RUN, evidence)
         run.finish(evidence, device)
 
@@ -308,11 +410,12 @@ def _supervise(
     seed: int,
     recorded: bool,
     describe: str,
-) -> dict[str, Any]:
+    ranks: Ranks,
+) -> dict[str, Any] | None:
     """Train on all training images with labels alone, recording dynamics when asked to."""
     plan = _plan(images, training, images.train_ids, seed)
     log = None
-    if recorded:
+    if recorded and ranks.first:
         log = DynamicsLog.create(
             run.folder / "dynamics",
             plan.example_ids,
@@ -324,7 +427,7 @@ def _supervise(
             provenance=images.fingerprints | {"settings": run.settings_sha256},
         )
     evidence = _train(
-        run, images, network, training, plan, CROSS_ENTROPY, None, None, seed, log, study, describe
+        run, study, images, network, training, plan, CROSS_ENTROPY, seed, describe, ranks, log=log
     )
     if log is not None:
         log.finish()
@@ -357,34 +460,64 @@ def _plan(
 
 def _train(
     run: runs.Run,
+    study: Study,
     images: Images,
     network: Network,
     training: params.Training,
     plan: Plan,
     objective: Objective,
-    teacher: Cache | None,
-    views: Replay | None,
     seed: int,
-    log: DynamicsLog | None,
-    study: Study,
     describe: str,
-) -> dict[str, Any]:
-    """Train, measure the last and the best checkpoint on the test split, collect the evidence."""
-    device = study.compute.device
+    ranks: Ranks,
+    *,
+    log: DynamicsLog | None = None,
+    teacher: Cache | None = None,
+    n_stages: int = 0,
+) -> dict[str, Any] | None:
+    """Train, measure the last and the best checkpoint on the test split, collect the evidence.
+
+    Args:
+        n_stages: Of the teacher.
+
+    Returns: The evidence; None on all but the first of several processes.
+    """
+    device = use(study.compute, ranks)
+    views = replay(study) if teacher is not None else None
     view = View(training.augment, derive(seed, "augment"), images.pixels)
     if views is not None:
         view = View(views.augment, views.seed, images.pixels, views.n)
+    second = None
+    if objective.barlow_weight is not None:
+        second = View(training.augment, derive(seed, "second_view"), images.pixels)
+    reads = teacher_columns(objective, n_stages)
     loader = Loader(
         plan,
         images.train,
         view=view,
         teacher=teacher,
+        reads=reads,
+        second=second,
         device=device,
         residence=study.compute.images,
-        reuse=True,
+        reuse=ranks.alone,
+        rank=ranks.rank,
+        n_ranks=ranks.n,
     )
+    heard = {} if teacher is None else teacher.header["columns"]
+    shapes = {  # without the axis of views; logits may be stored as the largest alone
+        name: (images.n_classes,) if name == "logits" else tuple(heard[name][1][1:])
+        for name in reads
+    }
+    distiller = build_distiller(
+        objective,
+        network.output_shapes(images.image_shape, student_outputs(objective, network.n_stages)),
+        shapes,
+        seed=seed,
+        n_examples=len(plan.example_ids),
+    ).to(device)
     task = Task(
         network=network,
+        distiller=distiller,
         pixels=images.pixels,
         loader=loader,
         objective=objective,
@@ -395,11 +528,19 @@ def _train(
         seed=seed,
         log=log,
         observed=study.dynamics.observed,
+        compute=study.compute,
+        ranks=ranks,
     )
-    trained = train(run, task, describe)
+    tracking = study.tracking if ranks.first else params.Tracking()
+    with open_tracker(
+        tracking, run.folder, describe, run.settings, saved_step(run.folder)
+    ) as tracker:
+        trained = train(run, task, describe, tracker)
+    if not ranks.first:
+        return None
     test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
     measured = {}
-    for which, step in (("best", trained.best_step), ("last", plan.n_steps)):
+    for which, step in (("best", trained.best_step), ("last", trained.last_step)):
         file, weights_sha256 = trained.checkpoints[step]
         load_weights(network, run.folder / file)
         loss, accuracy = evaluate(network, images.pixels, *test)
@@ -411,17 +552,26 @@ def _train(
             "test_accuracy": accuracy,
             "test_loss": loss,
         }
-    evidence = _training_evidence(images, training, plan, trained, seed)
-    if teacher is not None:  # read past the loader, for the tripwire to compare
+    evidence = _training_evidence(study, images, training, plan, trained, seed, teacher is not None)
+    if "logits" in reads:  # read past the loader, for the tripwire to compare
         read = stored_accuracy(teacher, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": read}
     return evidence | {"checkpoints": measured}
 
 
 def _training_evidence(
-    images: Images, training: params.Training, plan: Plan, trained: Trained, seed: int
+    study: Study,
+    images: Images,
+    training: params.Training,
+    plan: Plan,
+    trained: Trained,
+    seed: int,
+    taught: bool,
 ) -> dict[str, Any]:
-    planned = plan.visits()
+    n_steps = plan.n_steps
+    if trained.last_step < n_steps and trained.evidence["stopped_early"]:
+        n_steps = trained.last_step
+    planned = plan.visits(n_steps)
     coverage = checks.coverage_evidence(
         trained.visits, plan.example_ids, planned, plan.shards_per_pass
     )
@@ -431,9 +581,10 @@ def _training_evidence(
             "comparison": training.comparison,
             "declared": {
                 "unique_examples": int((planned > 0).sum()),
-                "samples": plan.n_steps * plan.batch_size,
-                "steps": plan.n_steps,
+                "samples": n_steps * plan.batch_size,
+                "steps": n_steps,
             },
+            "bound": plan.n_steps,
             "recorded": {
                 "unique_examples": coverage["unique"],
                 "samples": int(trained.visits.sum()),
@@ -452,10 +603,16 @@ def _training_evidence(
         "selection": {
             "best_epoch_by": "validation",
             "overlap": int((trained.visits[images.validation_ids] > 0).sum()),
+            "steers": training.selects,
+            # validation images of which the student has heard through its teacher
+            "teacher_overlap": len(images.validation_ids)
+            if taught and study.teacher.trained_on == "train"
+            else 0,
         },
         "series": {
             str(step): trained.checkpoints[step][0]
-            for step in sorted(checkpoint_steps(training, plan.n_steps))
+            for step in sorted(trained.checkpoints)
+            if step in checkpoint_steps(training, plan.n_steps) or step == trained.last_step
         },
     }
 
@@ -523,13 +680,16 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
 
 
-def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[str, Any]:
+def train_student(
+    study: Study, images: Images, cell: Cell, seed: int, ranks: Ranks = ALONE
+) -> dict[str, Any] | None:
     """Step 04: one student of one cell and seed.
 
-    Returns: Its evidence, of this training or, when the run is finished, of the earlier one.
+    Returns: Its evidence, of this training or, when the run is finished, of the earlier one; None
+        on all but the first of several processes.
     Raises: TripwireError when a tripwire fails; the run is then not finished.
     """
-    device = use(study.compute)
+    device = use(study.compute, ranks)
     subset = make_subset(study, images, cell, seed)
     objective = study.objectives[cell.objective]
     teacher = stored = None
@@ -541,10 +701,14 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         stored = open_outputs(folder, images.train, teacher["weights_sha256"], part)
         inputs["teacher_outputs"] = stored.fingerprint
     settings = {"own": student_settings(study, cell, seed), "inputs": inputs}
-    with runs.open_run(study, student_folder(study, cell, seed), settings) as run:
+    folder = student_folder(study, cell, seed)
+    if _launch(study, ranks, folder, settings, "distill", **dict(cell.items()), seed=seed):
+        return runs.read_evidence(folder)
+    with _open_run(study, folder, settings, ranks) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
-        subset.save(run.folder / "subset.parquet")
+        if ranks.first:
+            subset.save(run.folder / "subset.parquet")
         network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
         n_shards = None
         if cell.strategy == "random_shards":
@@ -552,10 +716,13 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
                 subset.example_ids, images.train.shard_size, cell.fraction
             )
         plan = _plan(images, study.training, subset.example_ids, seed, n_shards)
+        describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
         evidence = _train(
-            run, images, network, study.training, plan, objective, stored, replay(study),
-            seed, None, study, f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}",
+            run, study, images, network, study.training, plan, objective, seed, describe, ranks,
+            teacher=stored, n_stages=teacher["n_stages"] if teacher else 0,
         )  # fmt: skip
+        if evidence is None:
+            return None
         evidence |= {
             "step": "distill",
             "study": study.name,
@@ -657,7 +824,7 @@ def _probe_students(
             pair = []
             for cache, ids in _probe_examples(images):
                 pixels = torch.from_numpy(cache.read("images", ids)).to(device)
-                features, _ = all_outputs(network, images.pixels, pixels)
+                (features,) = all_outputs(network, images.pixels, pixels, ("features",))
                 pair.append(_features(cache, ids, features.cpu().numpy(), weights))
             row = dict(cell.items()) | {"seed": seed, "step": int(step)}
             yield from _probe_pair(row, *pair, study.probe)

@@ -9,7 +9,7 @@ Sources: [Hinton2015] Distilling the Knowledge in a Neural Network, arXiv:1503.0
 TinyViT: Fast Pretraining Distillation, arXiv:2207.10666 (sparse logits of replayed views).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from kdlib.augment import Pixels, augment
 from kdlib.building import build
 from kdlib.cache import Cache, CacheError
-from kdlib.evaluation import accuracy, outputs
+from kdlib.evaluation import accuracy, all_outputs
 from kdlib.models import Network
 from kdlib.params import Augment
 from kdlib.weights import weights_fingerprint
@@ -76,45 +76,45 @@ def store_outputs(
     *,
     replay: Replay | None = None,
     top_k: int | None = None,
-    features: bool = True,
+    wanted: Collection[str] = ("logits", "features"),
     part: tuple[int, int] = (1, 1),
 ) -> Cache:
-    """Store logits, and penultimate features when asked, of all images of a cache, resuming a
-    killed build.
+    """Store a teacher's outputs for all images of a cache, resuming a killed build.
 
-    Columns, for V views (1 without `replay`): `logits` float16 (V, C), or with `top_k` `values`
-    float16 (V, k), `indices` int16 or int32 (V, k) and `log_tail` float16 (V,), the log of the
-    probability of all other classes; `features` float16 (V, D).
+    Columns, all but `indices` in float16, for V views (1 without `replay`): `logits` (V, C), or
+    with `top_k` `values` (V, k), `indices` int16 or int32 (V, k) and `log_tail` (V,), the log of
+    the probability of all other classes; `features` (V, D); `stage<k>` (V, D_k, H_k, W_k), the
+    feature grid of a stage; `attention<k>` (V, H_k, W_k), its attention map.
 
     Args:
         replay: Views to store; None is the clean image alone.
         top_k: In [1, C); None stores all logits.
+        wanted: Names of `Network.outputs`.
         part: (i, k): only the i-th of k equal runs of shards.
 
     Returns: The open cache of outputs, aligned with the image cache by example id.
     Raises: CacheError when the folder holds outputs of another teacher, of other images or views;
         OverflowError when an output does not fit into float16; ValueError for a `top_k` outside its
-        range.
+        range, or an output the network does not have.
     """
     n_classes, n_views = network.n_classes, 1 if replay is None else replay.n
     if top_k is not None and not 1 <= top_k < n_classes:
         raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
-    if top_k is None:
-        columns = {"logits": ("<f2", (n_views, n_classes))}
-    else:
+    _, image_shape = images.layout("images")
+    shapes = network.output_shapes(image_shape, wanted)
+    columns = {name: ("<f2", (n_views, *shape)) for name, shape in shapes.items()}
+    if top_k is not None and columns.pop("logits", None):
         kind = "<i2" if n_classes <= 2**15 else "<i4"
-        columns = {
+        columns |= {
             "values": ("<f2", (n_views, top_k)),
             "indices": (kind, (n_views, top_k)),
             "log_tail": ("<f2", (n_views,)),
         }
-    if features:
-        columns["features"] = ("<f2", (n_views, network.n_features))
 
     def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
         ids = np.arange(*span)
         parts = [
-            encoded(*_outputs(network, pixels, images, ids, v, replay, device), top_k)
+            encoded(_outputs(network, pixels, images, ids, v, replay, device, wanted), top_k)
             for v in range(n_views)
         ]
         stacked = {name: np.stack([part[name] for part in parts], 1) for name in columns}
@@ -140,30 +140,30 @@ def _outputs(
     view: int,
     replay: Replay | None,
     device: str | torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features (B, D), logits (B, C)) of one view of some examples."""
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:
+    """Outputs by name of one view of some examples."""
     seen = torch.from_numpy(images.read("images", ids)).to(device)
     if replay is not None:
         epochs = torch.full((len(ids),), view)
         seen = augment(seen, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
-    features, logits = zip(*outputs(network, pixels, seen), strict=True)
-    return torch.cat(features), torch.cat(logits)
+    wanted = tuple(wanted)
+    return dict(zip(wanted, all_outputs(network, pixels, seen, wanted), strict=True))
 
 
-def encoded(
-    features: torch.Tensor, logits: torch.Tensor, top_k: int | None
-) -> dict[str, np.ndarray]:
+def encoded(outputs: Mapping[str, torch.Tensor], top_k: int | None) -> dict[str, np.ndarray]:
     """The stored form of some outputs.
 
     Args:
-        features: (B, D) float.
-        logits: (B, C) float.
+        outputs: By name, (B, ...) float.
 
     Returns: Per column the rows without their view axis.
     """
-    rows = {"features": _to_float16(features, "features")}
-    if top_k is None:
-        return rows | {"logits": _to_float16(logits, "logits")}
+    whole = {k: v for k, v in outputs.items() if top_k is None or k != "logits"}
+    rows = {name: _to_float16(values, name) for name, values in whole.items()}
+    if len(whole) == len(outputs):
+        return rows
+    logits = outputs["logits"]
     values, indices = logits.topk(top_k)
     others = logits.double().scatter(1, indices, -torch.inf)
     log_tail = others.logsumexp(1) - logits.double().logsumexp(1)
@@ -178,7 +178,7 @@ def decode_logits(columns: Mapping[str, torch.Tensor], n_classes: int) -> torch.
     """Logits from their stored form; what top-k left out shares its mass evenly.
 
     Args:
-        columns: Rows of the columns `logit_columns` names, without their view axis.
+        columns: Rows of the columns that hold logits, without their view axis.
 
     Returns: (B, C) float32. From top-k form, the softmax at temperature 1 gives the stored classes
         their probabilities and all others together theirs.
@@ -217,9 +217,28 @@ def open_outputs(
     return Cache(folder, expected, part)
 
 
-def logit_columns(stored: Cache) -> tuple[str, ...]:
-    """The columns that hold logits: all of them, or the largest and the others' mass."""
-    return ("logits",) if stored.header["top_k"] is None else ("values", "indices", "log_tail")
+def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
+    """The columns that hold some outputs: logits are whole, or the largest and the others' mass.
+
+    Raises: CacheError for an output that was not stored.
+    """
+    sparse = stored.header["top_k"] is not None
+    logits = ("values", "indices", "log_tail") if sparse else ("logits",)
+    columns = [c for name in wanted for c in (logits if name == "logits" else (name,))]
+    if missing := [c for c in columns if c not in stored.header["columns"]]:
+        raise CacheError(
+            f"{stored.folder} holds {', '.join(stored.header['columns'])} of the teacher, and no "
+            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives ask "
+            "for them"
+        )
+    return tuple(columns)
+
+
+def decoded(parts: Mapping[str, torch.Tensor], n_classes: int) -> dict[str, torch.Tensor]:
+    """Outputs by name, float32, from rows of stored columns without their view axis."""
+    logits = {k: v for k, v in parts.items() if k in ("logits", "values", "indices", "log_tail")}
+    rows = {k: v.float() for k, v in parts.items() if k not in logits}
+    return rows | {"logits": decode_logits(logits, n_classes)} if logits else rows
 
 
 def stored_views(stored: Cache) -> dict[str, Any] | None:
@@ -230,8 +249,8 @@ def stored_views(stored: Cache) -> dict[str, Any] | None:
 
 def stored_logits(stored: Cache, example_ids: np.ndarray, view: int = 0) -> torch.Tensor:
     """Logits of one view of some examples as they are stored: (B, C) float32."""
-    parts = {c: torch.from_numpy(stored.read(c, example_ids)) for c in logit_columns(stored)}
-    parts = {column: rows[:, view] for column, rows in parts.items()}
+    columns = stored_columns(stored, ("logits",))
+    parts = {c: torch.from_numpy(stored.read(c, example_ids)[:, view]) for c in columns}
     return decode_logits(parts, stored.header["n_classes"])
 
 
@@ -255,34 +274,41 @@ def verify_outputs(
 ) -> float:
     """Recompute `n` evenly spaced examples, of views in turn, and compare with what is stored.
 
-    Returns: Largest absolute difference of a stored logit, relative to the largest logit of the
-        sample; with top-k, of the others' probability when that is larger.
+    Returns: Largest absolute difference of a stored output, relative to the largest value of it in
+        the sample; with top-k, of the others' probability when that is larger.
     Raises: CacheError when it exceeds 1 %: the rows are then not those of these examples.
     """
     known = stored.example_ids
     ids = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]
     n_views, drift = 1 if replay is None else replay.n, 0.0
+    held = stored.header["columns"]
+    sparse = {"values", "indices", "log_tail"}
+    wanted = [*(["logits"] if sparse & set(held) else []), *(c for c in held if c not in sparse)]
     device = next(network.parameters()).device
     for view, some in enumerate(np.array_split(ids, min(n_views, len(ids)))):
-        _, fresh = _outputs(network, pixels, images, some, view, replay, device)
-        drift = float(np.maximum(drift, _drift(stored, some, view, fresh.cpu())))  # keeps NaN
+        fresh = _outputs(network, pixels, images, some, view, replay, device, wanted)
+        drift = float(np.maximum(drift, _drift(stored, some, view, fresh)))  # keeps NaN
     if not drift <= 0.01:  # NaN, too
         raise CacheError(
             f"stored teacher outputs in {stored.folder} differ from recomputed ones by {drift:.1%} "
-            "of the largest logit; delete the folder and run notebooks/02_teacher.ipynb"
+            "of the largest value; delete the folder and run notebooks/02_teacher.ipynb"
         )
     return drift
 
 
-def _drift(stored: Cache, ids: np.ndarray, view: int, fresh: torch.Tensor) -> float:
-    largest = fresh.abs().max().clamp(min=torch.finfo(fresh.dtype).tiny)
-    parts = {
-        c: torch.from_numpy(stored.read(c, ids))[:, view] for c in logit_columns(stored)
-    }  # fmt: skip
-    if "logits" in parts:
-        return float((fresh - parts["logits"].float()).abs().max() / largest)
-    indices = parts["indices"].long()
-    values = (fresh.gather(1, indices) - parts["values"].float()).abs().max() / largest
-    tail = 1 - fresh.double().softmax(1).gather(1, indices).sum(1)
-    lost = (tail - parts["log_tail"].double().exp()).abs().max()
-    return float(np.maximum(float(values), float(lost)))
+def _drift(stored: Cache, ids: np.ndarray, view: int, fresh: Mapping[str, torch.Tensor]) -> float:
+    drifts = [0.0]
+    for name, values in fresh.items():
+        columns = stored_columns(stored, (name,))
+        parts = {c: torch.from_numpy(stored.read(c, ids)[:, view]) for c in columns}
+        values = values.float().cpu()
+        largest = values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
+        if name in parts:
+            drifts.append(float((values - parts[name].float()).abs().max() / largest))
+            continue
+        indices = parts["indices"].long()
+        kept = (values.gather(1, indices) - parts["values"].float()).abs().max() / largest
+        tail = 1 - values.double().softmax(1).gather(1, indices).sum(1)
+        lost = (tail - parts["log_tail"].double().exp()).abs().max()
+        drifts += [float(kept), float(lost)]
+    return float(np.max(drifts))  # NaN stays

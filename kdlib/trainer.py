@@ -2,23 +2,23 @@
 
 What differs between runs is the objective and the settings, never the code path. No generator has
 a state here: order, augmentation and dropout are functions of (seed, step), so that a run killed at
-any moment and started again ends with the same bytes. Leaves to others: what is trained on what
-(`steps`), and whether the numbers may be believed (`checks`).
+any moment and started again ends with the same bytes. Several processes share each batch and train
+what one would. Leaves to others: what is trained on what (`steps`), how weights move
+(`optimising`), and whether the numbers may be believed (`checks`).
 """
 
 import contextlib
-import json
+import copy
 import math
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kdlib import files
@@ -26,15 +26,26 @@ from kdlib.augment import Pixels
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import accuracy, all_outputs, evaluate
 from kdlib.loading import Batch, Loader
-from kdlib.losses import objective_loss, soft_loss
 from kdlib.models import Network
-from kdlib.params import Objective, Training
+from kdlib.objectives import Distiller, needs_teacher, student_outputs
+from kdlib.optimising import Ema, Patience, learning_rate, make_optimiser
+from kdlib.params import Compute, Objective, Training
+from kdlib.ranks import (
+    Ranks,
+    distributed,
+    gathered,
+    summed_loss,
+    synchronised,
+)
 from kdlib.runs import Run
 from kdlib.seeds import torch_seeded
+from kdlib.states import read_state, write_state
+from kdlib.tracking import Tracker
 from kdlib.weights import save_weights, weights_fingerprint
 
 STATE_EVERY_S = 20.0  # at most this much work is lost by a kill
 CHUNK = 5000  # images of a clean pass that are in memory at once; a multiple of its batch
+ALONE = Ranks()
 
 
 class TrainingError(RuntimeError):
@@ -46,6 +57,7 @@ class Task:
     """What one run trains on what.
 
     Attributes:
+        distiller: The objective's loss, with what it trains beside the network.
         validation: (images (N, C, H, W) uint8, labels (N,) int64) for the curves and the best
             epoch.
         full_size: Images that may be trained on in all: one `epoch` of the curves.
@@ -54,19 +66,23 @@ class Task:
         log: Where training dynamics are recorded, or None.
         observed: `train` records each batch as it is trained on, `eval` a clean pass after each
             pass.
+        ranks: Of the processes that share each batch; the loader's are the same.
     """
 
     network: Network
+    distiller: Distiller
     pixels: Pixels
     loader: Loader
     objective: Objective
     training: Training
-    validation: tuple[torch.Tensor, torch.Tensor]
+    validation: tuple[Tensor, Tensor]
     full_size: int
     n_examples: int
     seed: int
     log: DynamicsLog | None = None
     observed: str = "train"
+    compute: Compute = field(default_factory=Compute)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,7 @@ class Trained:
         metrics: One row per evaluation.
         checkpoints: Step -> (file name, weights fingerprint); the last step is always there.
         best_step: Step of the highest validation accuracy, the first one when several tie.
+        last_step: Steps taken: those of the plan, or fewer with early stopping.
         visits: (n_examples of the split,) int64, how often each example id was trained on.
         evidence: Facts for the tripwires: initialisation, order, gradient, pairing.
     """
@@ -84,18 +101,9 @@ class Trained:
     metrics: pd.DataFrame
     checkpoints: dict[int, tuple[str, str]]
     best_step: int
+    last_step: int
     visits: np.ndarray
     evidence: dict[str, Any]
-
-
-def learning_rate(training: Training, step: int, n_steps: int) -> float:
-    """Learning rate of step `step` in [0, n_steps): linear warm-up, then constant or cosine."""
-    if step < training.warmup_steps:
-        return training.lr_peak * (step + 1) / training.warmup_steps
-    if training.schedule == "constant":
-        return training.lr_peak
-    done = (step - training.warmup_steps) / max(1, n_steps - training.warmup_steps)
-    return training.lr_peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def checkpoint_steps(training: Training, n_steps: int) -> set[int]:
@@ -103,166 +111,284 @@ def checkpoint_steps(training: Training, n_steps: int) -> set[int]:
     return {round(f * n_steps) for f in training.checkpoint_fractions} | {n_steps}
 
 
-def make_optimiser(network: Network, training: Training) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW; biases and normalisation weights are not decayed."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": training.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    if training.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=training.lr_peak, foreach=True)
-    momentum = training.momentum
-    return torch.optim.SGD(
-        groups, lr=training.lr_peak, momentum=momentum, nesterov=momentum > 0, foreach=True
-    )
+class Learner(nn.Module):
+    """A network and its objective's projectors as one module: images in, all that the loss needs
+    out, so that one call is compiled, wrapped and watched."""
+
+    def __init__(self, network: Network, distiller: Distiller, objective: Objective) -> None:
+        super().__init__()
+        self.network, self.distiller = network, distiller
+        wanted = student_outputs(objective, network.n_stages)
+        # a label-free objective reaches the network through its features alone; the labels train
+        # the last layer on them, and the features never hear of it
+        self.apart = objective.kind == "tokens"
+        self.wanted = tuple(name for name in wanted if not (self.apart and name == "logits"))
+
+    def _outputs(self, images: Tensor) -> dict[str, Tensor]:
+        if self.wanted == ("logits",):
+            return {"logits": self.network(images)}
+        found = self.network.outputs(images, self.wanted)
+        if self.apart:
+            found["logits"] = self.network.head(found["features"].detach())
+        return found
+
+    def forward(self, images: Tensor, second: Tensor | None = None) -> dict[str, Tensor]:
+        """Projected outputs by name, (B, ...); of a second view of the same examples, too."""
+        found = self._outputs(images)
+        other = None if second is None else self._outputs(second)
+        return self.distiller.project(found, other)
 
 
-def training_step(
-    task: Task, optimiser: torch.optim.Optimizer, batch: Batch, step: int
-) -> tuple[float, torch.Tensor]:
-    """One optimiser step on one batch.
+class Step:
+    """One optimiser step: forward, loss, backward, in the precision and on the processes asked for.
 
-    Returns: (loss in nats, detached logits (B, C) from before the step).
-    Raises: TrainingError when the loss is not finite; the weights are then still those before it.
+    Attributes:
+        learner: The plain module, whose parameters are trained.
+        optimiser: Over all its trained parameters.
     """
-    with _dropout_seed(task, step):
-        logits = task.network(batch.images)
-    loss = objective_loss(task.objective, logits, batch.labels, batch.teacher_logits)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise TrainingError(
-            f"the loss is {value} at step {step}; lower training.lr_peak, or look at the batch of "
-            f"example ids {batch.example_ids[:4].tolist()}, ..."
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        learner = synchronised(Learner(task.network, task.distiller, task.objective), task.ranks)
+        self.learner, self.optimiser = learner, make_optimiser(learner.parameters(), task.training)
+        self._call = distributed(learner, task.ranks)
+        if task.compute.compile:
+            self._call = torch.compile(self._call)
+        self._drops = any("Drop" in type(m).__name__ for m in learner.modules())
+        self._cast = task.compute.precision == "bf16"
+
+    def __call__(
+        self, batch: Batch, step: int, factor: float = 1.0
+    ) -> tuple[float, Tensor, Tensor]:
+        """Take step `step` on one batch.
+
+        Args:
+            factor: On the schedule's learning rate.
+
+        Returns: (loss in nats, detached logits (B, C) float32 from before the step, norm of the
+            gradient before clipping, 0 where nothing is clipped), of the batch of all processes.
+        Raises: TrainingError when the loss is not finite; the weights are then those before it.
+        """
+        task, training = self.task, self.task.training
+        self.optimiser.zero_grad(set_to_none=True)
+        n_pieces = training.accumulate
+        total, logits = 0.0, []
+        for number, piece in enumerate(_pieces(batch, n_pieces)):
+            last = number == n_pieces - 1
+            quiet = contextlib.nullcontext() if last or task.ranks.alone else self._call.no_sync()
+            with quiet:
+                loss, found = self._loss(piece, step, number)
+                value = loss.item() / n_pieces
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"the loss is {value} at step {step}; lower training.lr_peak, or look at "
+                        f"the batch of example ids {piece.example_ids[:4].tolist()}, ..."
+                    )
+                loss = summed_loss(loss, task.ranks)
+                (loss if n_pieces == 1 else loss / n_pieces).backward()
+            total += value
+            logits.append(found)
+        norm = torch.zeros(())
+        if training.clip_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.learner.parameters(), training.clip_norm)
+        rate = learning_rate(training, step, task.loader.plan.n_steps) * factor
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        return total, logits[0] if n_pieces == 1 else _in_order(logits, task.ranks), norm
+
+    def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
+        """(the loss of the whole batch, its detached logits)."""
+        task = self.task
+        seeded = contextlib.nullcontext()
+        if self._drops:
+            seeded = torch_seeded(task.seed, "dropout", step, piece, task.ranks.rank)
+        cast = contextlib.nullcontext()
+        if self._cast:
+            cast = torch.autocast(batch.images.device.type, torch.bfloat16)
+        with seeded, cast:
+            seen = (batch.images,) if batch.second is None else (batch.images, batch.second)
+            projected = self._call(*seen)
+        labels, teacher = batch.labels, batch.teacher
+        if not task.ranks.alone:
+            projected = {k: gathered(v, task.ranks) for k, v in projected.items()}
+            labels = gathered(labels, task.ranks)
+            if teacher is not None:
+                teacher = {k: gathered(v, task.ranks) for k, v in teacher.items()}
+        loss = task.distiller.loss(projected, labels, teacher or {})
+        return loss, projected["logits"].detach().float()
+
+
+def _pieces(batch: Batch, n: int) -> Iterator[Batch]:
+    """Equal pieces of a batch, in order."""
+    if n == 1:
+        yield batch
+        return
+    size = len(batch.labels) // n
+    for start in range(0, size * n, size):
+        cut = slice(start, start + size)
+        yield Batch(
+            *(x[cut] for x in batch[:5]),
+            None if batch.teacher is None else {k: v[cut] for k, v in batch.teacher.items()},
+            None if batch.second is None else batch.second[cut],
         )
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    for group in optimiser.param_groups:
-        group["lr"] = learning_rate(task.training, step, task.loader.plan.n_steps)
-    optimiser.step()
-    return value, logits.detach()
 
 
-def _dropout_seed(task: Task, step: int) -> contextlib.AbstractContextManager:
-    """The global generator under this step's own seed, when some layer draws from it."""
-    drops = any("Drop" in type(m).__name__ for m in task.network.modules())
-    return torch_seeded(task.seed, "dropout", step) if drops else contextlib.nullcontext()
+def _in_order(pieces: list[Tensor], ranks: Ranks) -> Tensor:
+    """Rows of pieces, each gathered over the processes, in the order of the gathered batch."""
+    by_rank = [piece.chunk(ranks.n) for piece in pieces]
+    return torch.cat([part[rank] for rank in range(ranks.n) for part in by_rank])
 
 
-def train(run: Run, task: Task, describe: str = "training") -> Trained:
+def train(
+    run: Run, task: Task, describe: str = "training", tracker: Tracker | None = None
+) -> Trained:
     """Train to the end of the budget, from the beginning or from where a killed run stopped.
 
     Weights at the checkpoint steps, at the best and at the last step are written into the run's
-    folder; the caller finishes the run.
+    folder; the caller finishes the run. Of several processes the first one writes.
 
-    Raises: TrainingError for a loss that is not finite or memory that runs out.
+    Raises: TrainingError for a loss that is not finite, memory that runs out, or a network that
+        cannot be compiled here; StateError for a state of other settings.
     """
-    plan, network, training = task.loader.plan, task.network, task.training
+    plan, training = task.loader.plan, task.training
     every = training.evaluate_every_steps or max(1, round(task.full_size / training.batch_size))
     kept = checkpoint_steps(training, plan.n_steps)
-    optimiser = make_optimiser(network, training)
-    loop = _Loop.start(run, task, optimiser)
-    progress = tqdm(total=plan.n_steps, initial=loop.step, desc=describe, unit="step", leave=False)
-    network.train()
+    loop = _Loop(run, task)
+    quiet = {} if task.ranks.first else {"disable": True}
+    progress = tqdm(
+        total=plan.n_steps, initial=loop.step, desc=describe, unit="step", leave=False, **quiet
+    )
+    task.network.train()
     saved = time.monotonic()
     try:
         while True:
-            if loop.step in kept:
-                loop.keep(run, network, loop.step)
-            if loop.step == plan.n_steps:
+            if loop.step in kept or loop.stopped:
+                loop.keep(loop.kept_weights(), loop.step)
+            if loop.step == plan.n_steps or loop.stopped:
                 break
-            loop.advance(task, optimiser)
+            loop.advance()
             if loop.step % every == 0 or loop.step == plan.n_steps:
-                row = loop.measure(task)
+                row = loop.measure()
+                if tracker is not None:
+                    tracker.log({k: v for k, v in row.items() if k != "step"}, loop.step)
                 progress.set_postfix_str(
                     f"loss {row['train_loss']:.3f}, validation {row['validation_accuracy']:.1%}"
                 )
             progress.update(1)
             if time.monotonic() - saved >= STATE_EVERY_S:
-                loop.save(run, task, optimiser)
+                loop.save()
                 saved = time.monotonic()
     except torch.OutOfMemoryError as error:
-        raise TrainingError(f"out of memory: lower training.batch_size ({error})") from None
+        raise TrainingError(
+            f"out of memory: lower training.batch_size, or raise training.accumulate ({error})"
+        ) from None
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise TrainingError(
+            "torch.compile failed; on a CPU it needs a C++ compiler (g++): install one, or set "
+            f"compute.compile: false ({str(error).splitlines()[0]})"
+        ) from None
     finally:
         progress.close()
         task.loader.close()
-    return loop.close(run, task)
+    return loop.close()
 
 
 class _Loop:
-    """Everything of a run that changes from step to step besides network, optimiser and log."""
+    """Everything of a run that changes from step to step, and how it is kept."""
 
     def __init__(self, run: Run, task: Task) -> None:
-        self.step = 0
+        """A fresh loop, or the one a killed run saved."""
+        self.run, self.task = run, task
+        self.advance_one = Step(task)
+        self.step, self.stopped = 0, False
         self.rows: list[dict[str, float]] = []
         self.losses: list[float] = []  # since the last row
         self.hits, self.best_step, self.best_accuracy = 0, -1, -1.0
-        self.best_weights: dict[str, torch.Tensor] = {}
+        self.best_weights: dict[str, Tensor] = {}
         self.checkpoints: dict[int, tuple[str, str]] = {}
         self.visits = torch.zeros(task.n_examples, dtype=torch.int64)
+        self.factor = 1.0  # on the learning rate: what `plateau` has left of it
+        self.plateau = Patience(task.training.patience)
+        self.patience = Patience(task.training.early_stopping or 0)
+        self.ema = Ema(task.network, task.training.ema) if task.training.ema else None
+        # a second network to measure the mean of weights with
+        self._measured = copy.deepcopy(task.network) if self.ema else task.network
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
             "order_sha256": files.sha256_array(task.loader.plan.order(0)),
-            "settings_sha256": run.settings_sha256,
         }
+        self._restore()
 
-    @classmethod
-    def start(cls, run: Run, task: Task, optimiser: torch.optim.Optimizer) -> "_Loop":
-        """A fresh loop, or the one a killed run saved, with weights and optimiser put back."""
-        loop, path = cls(run, task), run.folder / "state.safetensors"
-        if path.exists():
-            loop._restore(path, task, optimiser)
-        return loop
-
-    def advance(self, task: Task, optimiser: torch.optim.Optimizer) -> None:
+    def advance(self) -> None:
         """One step, its dynamics, its bookkeeping."""
+        task = self.task
         batch = task.loader.batch(self.step)
-        loss, logits = training_step(task, optimiser, batch, self.step)
+        loss, logits, _ = self.advance_one(batch, self.step, self.factor)
         if self.step == 0:
-            norms = [float(p.grad.norm()) if p.grad is not None else 0.0 for p in _trained(task)]
-            self.evidence["gradient"] = {
-                "norm": math.hypot(*norms),
-                "tensors": len(norms),
-                "tensors_without": sum(n == 0.0 for n in norms),
-            }
+            self.evidence["gradient"] = self._gradient()
+        if self.ema is not None:
+            self.ema.update(task.network)
+        ids, labels, passes, ranks = (
+            batch.example_ids, batch.labels, batch.passes, batch.ranks,
+        )  # fmt: skip
+        if not task.ranks.alone:
+            ids, labels, passes, ranks = (
+                gathered(v, task.ranks) for v in (ids, labels, passes, ranks)
+            )
         self.losses.append(loss)
-        self.hits += int((logits.argmax(1) == batch.labels).sum())
-        ids = batch.example_ids.cpu()
+        self.hits += int((logits.argmax(1) == labels).sum())
+        ids = ids.cpu()
         self.visits.index_add_(0, ids, torch.ones_like(ids))
-        self._record(task, batch, logits)
+        if task.log is not None:
+            self._record(passes, ranks, logits, labels)
         self.step += 1
 
-    def _record(self, task: Task, batch: Batch, logits: torch.Tensor) -> None:
+    def _gradient(self) -> dict[str, float]:
+        trained = [p for p in self.advance_one.learner.parameters() if p.requires_grad]
+        norms = [float(p.grad.norm()) if p.grad is not None else 0.0 for p in trained]
+        return {
+            "norm": math.hypot(*norms),
+            "tensors": len(norms),
+            "tensors_without": sum(n == 0.0 for n in norms),
+        }
+
+    def _record(self, passes: Tensor, ranks: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Write the dynamics of complete passes; the last, partial pass is no recorded epoch."""
-        if task.log is None:
+        task, batch_size = self.task, self.task.training.batch_size
+        if not task.ranks.first:
             return
-        n_passes = task.loader.plan.n_passes
         if task.observed == "train":
-            whole = batch.passes < n_passes
-            task.log.record(
-                batch.passes[whole], batch.ranks[whole], logits[whole], batch.labels[whole]
-            )
+            whole = passes < task.loader.plan.n_passes
+            task.log.record(passes[whole], ranks[whole], logits[whole], labels[whole])
             return
         n = len(task.loader.plan.example_ids)
-        before = self.step * task.training.batch_size // n
-        for number in range(before, (self.step + 1) * task.training.batch_size // n):
+        for number in range(self.step * batch_size // n, (self.step + 1) * batch_size // n):
             for start in range(0, n, CHUNK):
-                ranks = torch.arange(start, min(start + CHUNK, n))
-                images = task.loader.raw(ranks.numpy())
-                _, clean = all_outputs(task.network, task.pixels, images)
-                passes = torch.full((len(ranks),), number)
-                task.log.record(passes, ranks, clean, task.loader.labels[ranks])
+                some = torch.arange(start, min(start + CHUNK, n))
+                images = task.loader.raw(some.numpy())
+                (clean,) = all_outputs(task.network, task.pixels, images, ("logits",))
+                epochs = torch.full((len(some),), number)
+                task.log.record(epochs, some, clean, task.loader.labels[some])
 
-    def measure(self, task: Task) -> dict[str, float]:
-        """Add one row of metrics, and remember the weights when they are the best so far."""
-        loss, hits = evaluate(task.network, task.pixels, *task.validation)
-        n_samples = len(self.losses) * task.training.batch_size
+    def kept_weights(self) -> dict[str, Tensor]:
+        """The weights that are measured and kept: the network's, or their running mean."""
+        return self.task.network.state_dict() if self.ema is None else self.ema.weights
+
+    def measure(self) -> dict[str, float]:
+        """Add one row of metrics, remember the weights when they are the best so far, and look
+        whether the learning rate falls or the training ends."""
+        task, training = self.task, self.task.training
+        if self.ema is not None:
+            self._measured.load_state_dict(self.ema.weights)
+        loss, hits = evaluate(self._measured, task.pixels, *task.validation)
+        rate = learning_rate(training, self.step - 1, task.loader.plan.n_steps)
         row = {
             "step": self.step,
-            "epoch": self.step * task.training.batch_size / task.full_size,
-            "learning_rate": learning_rate(task.training, self.step - 1, task.loader.plan.n_steps),
+            "epoch": self.step * training.batch_size / task.full_size,
+            "learning_rate": rate * self.factor,
             "train_loss": math.fsum(self.losses) / len(self.losses),
-            "train_accuracy": self.hits / n_samples,
+            "train_accuracy": self.hits / (len(self.losses) * training.batch_size),
             "validation_loss": loss,
             "validation_accuracy": hits,
         }
@@ -270,101 +396,132 @@ class _Loop:
         self.losses, self.hits = [], 0
         if hits > self.best_accuracy:
             self.best_accuracy, self.best_step = hits, self.step
-            state = task.network.state_dict()
-            self.best_weights = {k: v.detach().cpu().clone() for k, v in state.items()}
+            kept = self.kept_weights()
+            self.best_weights = {k: v.detach().cpu().clone() for k, v in kept.items()}
+        if training.schedule == "plateau" and self.plateau.spent(loss):
+            self.factor *= training.decay
+        if training.early_stopping is not None and self.patience.spent(loss):
+            self.stopped = True
         return row
 
-    def keep(self, run: Run, weights: Network | dict[str, torch.Tensor], step: int) -> None:
+    def keep(self, weights: dict[str, Tensor], step: int) -> None:
         """Write a checkpoint's weights."""
         name = f"weights-{step:08d}.safetensors"
-        sha256 = save_weights(weights, run.folder / name, {"step": str(step)})
+        sha256 = weights_fingerprint(weights)
+        if self.task.ranks.first:
+            save_weights(weights, self.run.folder / name, {"step": str(step)})
         self.checkpoints[step] = (name, sha256)
 
-    def save(self, run: Run, task: Task, optimiser: torch.optim.Optimizer) -> None:
-        """Write the resumable state: one file of plain tensors, its numbers as JSON."""
-        tensors = {f"network.{k}": v for k, v in task.network.state_dict().items()}
-        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()} | {"visits": self.visits}
-        for number, slots in optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{number}.{k}": v for k, v in slots.items() if v is not None}
-        numbers = {
-            key: getattr(self, key)
-            for key in ("step", "rows", "losses", "hits", "best_step", "best_accuracy", "evidence")
-        } | {"checkpoints": list(self.checkpoints.items())}
-        if task.log is not None:
-            task.log.flush()
-        plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        data = save(plain, {"state": json.dumps(numbers)})
-        files.write_atomic(run.folder / "state.safetensors", lambda file: file.write(data))
+    _NUMBERS = (
+        "step", "stopped", "rows", "losses", "hits", "best_step", "best_accuracy", "evidence",
+        "factor",
+    )  # fmt: skip
 
-    def _restore(self, path: Path, task: Task, optimiser: torch.optim.Optimizer) -> None:
-        try:
-            with safe_open(path, "pt") as file:
-                numbers = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise TrainingError(
-                f"{path} is not a training state of ours ({error}); delete it to train from step 0"
-            ) from error
-        if numbers["evidence"]["settings_sha256"] != self.evidence["settings_sha256"]:
-            raise TrainingError(f"{path} belongs to other settings; delete it to train from step 0")
-        for key, value in numbers.items():
-            setattr(self, key, value)
+    def save(self) -> None:
+        """Write the resumable state."""
+        if not self.task.ranks.first:
+            return
+        step = self.advance_one
+        tensors = {f"learner.{k}": v for k, v in step.learner.state_dict().items()}
+        tensors |= {f"best.{k}": v for k, v in self.best_weights.items()} | {"visits": self.visits}
+        for number, slots in step.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{k}": v for k, v in slots.items() if v is not None}
+        numbers = {key: getattr(self, key) for key in self._NUMBERS} | {
+            "checkpoints": list(self.checkpoints.items()),
+            "plateau": self.plateau.numbers(),
+            "patience": self.patience.numbers(),
+        }
+        if self.ema is not None:
+            tensors |= {f"ema.{k}": v for k, v in self.ema.weights.items()}
+            numbers["ema_updates"] = self.ema.n_updates
+        if self.task.log is not None:
+            self.task.log.flush()
+        write_state(self.run.folder, self.run.settings, tensors, numbers)
+
+    def _restore(self) -> None:
+        found = read_state(self.run.folder, self.run.settings)
+        if found is None:
+            return
+        tensors, numbers = found
+        for key in self._NUMBERS:
+            setattr(self, key, numbers[key])
         self.checkpoints = {step: tuple(kept) for step, kept in numbers["checkpoints"]}
+        self.plateau.load(numbers["plateau"])
+        self.patience.load(numbers["patience"])
         self.visits = tensors.pop("visits")
-        parts: dict[str, dict] = {"network": {}, "best": {}, "optimiser": {}}
+        parts: dict[str, dict] = {"learner": {}, "best": {}, "optimiser": {}, "ema": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         self.best_weights = parts["best"]
-        task.network.load_state_dict(parts["network"])
+        step = self.advance_one
+        step.learner.load_state_dict(parts["learner"])
+        if self.ema is not None:
+            self.ema.load(parts["ema"], numbers["ema_updates"])
         slots: dict[int, dict] = {}
         for name, tensor in parts["optimiser"].items():
             number, _, key = name.partition(".")
             slots.setdefault(int(number), {})[key] = tensor
-        groups = optimiser.state_dict()["param_groups"]
-        optimiser.load_state_dict({"state": slots, "param_groups": groups})
+        groups = step.optimiser.state_dict()["param_groups"]
+        step.optimiser.load_state_dict({"state": slots, "param_groups": groups})
 
-    def close(self, run: Run, task: Task) -> Trained:
+    def close(self) -> Trained:
         """Write metrics and the best weights; gather what the tripwires need."""
         if self.best_step not in self.checkpoints:
-            self.keep(run, self.best_weights, self.best_step)
+            self.keep(self.best_weights, self.best_step)
         metrics = pd.DataFrame(self.rows)
-        files.write_atomic(run.folder / "metrics.parquet", lambda f: metrics.to_parquet(f))
-        self.evidence["pairing"] = pairing(task)
+        if self.task.ranks.first:
+            path = self.run.folder / "metrics.parquet"
+            files.write_atomic(path, lambda f: metrics.to_parquet(f))
+        self.evidence["pairing"] = pairing(self.task, self.advance_one.learner)
+        self.evidence["stopped_early"] = self.stopped
         return Trained(
-            metrics, self.checkpoints, self.best_step, self.visits.numpy(), self.evidence
+            metrics,
+            self.checkpoints,
+            self.best_step,
+            self.step,
+            self.visits.numpy(),
+            self.evidence,
         )
 
 
-def _trained(task: Task) -> list[torch.nn.Parameter]:
-    return [p for p in task.network.parameters() if p.requires_grad]
-
-
-def pairing(task: Task, n: int = 512) -> dict[str, float] | None:
-    """Soft loss of `n` evenly spaced training examples, teacher rows in place and swapped.
+@torch.no_grad()
+def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, float] | None:
+    """The objective's teacher term on `n` evenly spaced training examples, teacher rows in place
+    and swapped.
 
     Swapped means that each example gets the row of an example of another class.
 
-    Returns: {"paired", "permuted"}: mean soft losses in nats; "teacher_accuracy": of the rows of
-        all training examples as this loader hands them out, against its labels. None without a
-        teacher.
+    Returns: {"paired", "permuted"}: the terms; "teacher_accuracy": of the logits of all training
+        examples as this loader hands them out, against its labels, None when it reads no logits.
+        None without a teacher.
     """
     loader = task.loader
-    if not loader.has_teacher:
+    if not needs_teacher(task.objective):
         return None
-    ranks = np.arange(len(loader.plan.example_ids))
-    chosen = ranks[np.linspace(0, len(ranks) - 1, min(n, len(ranks))).astype(np.int64)]
-    _, logits = all_outputs(task.network, task.pixels, loader.raw(chosen))
-    teacher = loader.teacher_logits(chosen, np.zeros_like(chosen)).double()
+    every = np.arange(len(loader.plan.example_ids))
+    chosen = every[np.linspace(0, len(every) - 1, min(n, len(every))).astype(np.int64)]
+    teacher = loader.teacher_rows(chosen, np.zeros_like(chosen))
     by_class = loader.labels[chosen].argsort(stable=True)
-    swapped = teacher.clone()
-    swapped[by_class] = teacher[by_class.roll(int(loader.labels[chosen].bincount().max()))]
-    temperature = task.objective.temperature or 1.0
-    rows = [
-        loader.teacher_logits(r, np.zeros_like(r)) for r in np.split(ranks, ranks[CHUNK::CHUNK])
+    shift = int(loader.labels[chosen].bincount().max())
+    swapped = {k: v.clone() for k, v in teacher.items()}
+    for key, rows in teacher.items():
+        swapped[key][by_class] = rows[by_class.roll(shift)]
+    modes = [(module, module.training) for module in learner.modules()]
+    learner.eval()
+    images = task.pixels.prepare(loader.raw(chosen))
+    parts = [learner(some) for some in images.split(128)]
+    projected = {k: torch.cat([p[k] for p in parts]).double() for k in parts[0]}
+    for module, training in modes:
+        module.training = training
+    labels = loader.labels[chosen]
+    terms = [
+        float(task.distiller.soft_term(projected, {k: v.double() for k, v in rows.items()}, labels))
+        for rows in (teacher, swapped)
     ]
-    return {
-        "paired": float(soft_loss(logits.double(), teacher, temperature)),
-        "permuted": float(soft_loss(logits.double(), swapped, temperature)),
-        "teacher_accuracy": accuracy(torch.cat(rows), loader.labels),
-    }
+    found = {"paired": terms[0], "permuted": terms[1], "teacher_accuracy": None}
+    if "logits" in teacher:
+        chunks = np.split(every, every[CHUNK::CHUNK])
+        read = [loader.teacher_rows(r, np.zeros_like(r))["logits"] for r in chunks]
+        found["teacher_accuracy"] = accuracy(torch.cat(read), loader.labels)
+    return found

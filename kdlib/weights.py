@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from kdlib import files
 
+CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+
 
 def weights_fingerprint(network: nn.Module | Mapping[str, Tensor]) -> str:
     """sha256 (64 hex digits) over the sorted names, dtypes, shapes and bytes of all weights and
@@ -58,12 +60,16 @@ def save_weights(
 
 
 def load_weights(network: nn.Module, path: Path) -> str:
-    """Read a safetensors file into a network: all weights, and no others.
+    """Read a weight file into a network: all weights, and no others.
+
+    A file is safetensors, or a PyTorch checkpoint of plain tensors (.pt, .pth, .ckpt, .bin, .tar),
+    which is read without executing anything; a `state_dict`, `model_state_dict`, `model` or `net`
+    inside it is unwrapped, and the prefix `module.` of DistributedDataParallel dropped.
 
     A file without BatchNorm's `num_batches_tracked` counters is accepted; they become 0.
 
     Returns: The fingerprint of the loaded weights.
-    Raises: FileNotFoundError; ValueError for a file that is not a whole safetensors file, or whose
+    Raises: FileNotFoundError; ValueError for a file that is cut, holds more than tensors, or whose
         keys, shapes or dtypes are not the network's. The network is then untouched.
     """
     if not path.is_file():
@@ -71,13 +77,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
             f"there is no weight file {path}; give the path of a .safetensors file, absolute or "
             "inside the data folder (KDLIB_DATA)"
         )
-    try:
-        loaded = safetensors.torch.load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy it again if it was cut, or "
-            "convert it: pickled weights (.pt, .pth) can execute code and are never read"
-        ) from None
+    loaded = _checkpoint(path) if path.suffix in CHECKPOINTS else _safetensors(path)
     expected = network.state_dict()
     for key in expected.keys() - loaded.keys():
         if key.endswith("num_batches_tracked"):
@@ -95,3 +95,29 @@ def load_weights(network: nn.Module, path: Path) -> str:
         )
     network.load_state_dict(loaded)
     return weights_fingerprint(network)
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); copy it again if it was cut; a "
+            f"PyTorch checkpoint is told by its name ({', '.join(CHECKPOINTS)})"
+        ) from None
+
+
+def _checkpoint(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds, which torch does not name
+        raise ValueError(
+            f"{path} is cut, or holds more than tensors, which could execute code and is not read "
+            f"({str(error).splitlines()[0]}); save its state_dict alone, or as safetensors"
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
+        raise ValueError(f"{path} holds {type(found).__name__}; expected tensors by name")
+    return {key.removeprefix("module."): value for key, value in found.items()}

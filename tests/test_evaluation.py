@@ -76,7 +76,7 @@ def test_outputs_come_in_the_order_of_the_images_whatever_the_batch_size():
     _, logits = all_outputs(Echo(), RAW, pictures(values))
     assert logits.argmax(1).tolist() == values
     for batch_size in (1, 7, 60, 100):
-        parts = list(outputs(Echo(), RAW, pictures(values), batch_size))
+        parts = list(outputs(Echo(), RAW, pictures(values), batch_size=batch_size))
         assert max(len(f) for f, _ in parts) == min(batch_size, 60)
         assert torch.cat([part for _, part in parts]).argmax(1).tolist() == values
 

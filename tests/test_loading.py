@@ -60,7 +60,7 @@ def test_a_batch_carries_the_right_rows(images, residence, order, n_ids):
         assert batch.images.dtype == torch.uint8
         np.testing.assert_array_equal(batch.images.numpy(), images.read("images", ids[ranks]))
         np.testing.assert_array_equal(batch.labels.numpy(), images.read("labels", ids[ranks]))
-        assert batch.teacher_logits is None
+        assert batch.teacher is None
         np.add.at(visits, batch.example_ids.numpy(), 1)
     np.testing.assert_array_equal(visits[ids], plan.visits())
     loader.close()
@@ -260,7 +260,7 @@ def test_teacher_rows_are_those_of_their_examples(images, tmp_path, residence):
     for step in range(6):
         batch = loader.batch(step)
         expected = 8 * batch.example_ids[:, None] + torch.arange(4) / 8
-        assert torch.equal(batch.teacher_logits, expected)
+        assert torch.equal(batch.teacher["logits"], expected)
     loader.close()
 
 
@@ -273,7 +273,7 @@ def test_a_pass_sees_its_replayed_view_and_the_teacher_s_row_of_it(images, tmp_p
         batch = loader.batch(step)
         ids, views = batch.example_ids, batch.passes % 3
         assert torch.equal(
-            batch.teacher_logits, 8 * ids[:, None] + views[:, None] + torch.arange(4) / 8
+            batch.teacher["logits"], 8 * ids[:, None] + views[:, None] + torch.arange(4) / 8
         )
         raw = torch.from_numpy(images.read("images", ids.numpy()))
         expected = normalise(augment(raw, ids, views, view.settings, 7), MEAN, STD)

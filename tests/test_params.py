@@ -68,7 +68,7 @@ def changed(path: str, value: object, content: dict = STUDY) -> dict:
     *parents, last = path.split(".")
     section = content
     for key in parents:
-        section = section[key]
+        section = section.setdefault(key, {})
     section[last] = value
     return content
 
@@ -219,6 +219,19 @@ def test_a_typo_in_a_name_gives_the_nearest_name(write, path):
 IMPOSSIBLE = {
     "training.epochs": (2, "give the budget once"),
     "training.steps": (0, "training.steps: Input should be greater"),
+    "training.schedule": ("one_cycle", "rises before it falls; give `warmup_steps`"),
+    "training.milestones": ([0.5], "`milestones` belong to `schedule: step`"),
+    "training.accumulate": (7, "is not a multiple of accumulate 7"),
+    "training.ema": (1.0, r"ema: Input should be less than 1"),
+    "training.early_stopping": (0, "early_stopping: Input should be greater"),
+    "teacher.training.early_stopping": (3, "`early_stopping` is for students"),
+    "teacher.trained_on": ("train", "give it with `weights` or `pretrained`, and only there"),
+    "teacher.pretrained": (True, "give one of them"),
+    "teacher.model.name": ("hub/a/b:c/d", "code of others, which would run here"),
+    "students.tiny.model.name": ("hub/owner/repo/entry", "is no torch.hub network; expected hub/"),
+    "objectives.plain.kind": ("tokens", r"tokens takes \['cls_weight', 'patch_weight'\], and may"),
+    "compute.processes": (0, "processes: Input should be greater"),
+    "compute.precision": ("fp16", "precision: Input should be 'float32' or 'bf16'"),
     "training.lr_peak": (0, "lr_peak: Input should be greater than 0"),
     "training.momentum": (1, "momentum: Input should be less than 1"),
     "training.optimiser": ("adam", "optimiser: Input should be 'sgd' or 'adamw'"),
@@ -227,8 +240,8 @@ IMPOSSIBLE = {
     "data.source": ("folder", "give it with `source: folder`, and only there"),
     "data.n_validation": (0, "n_validation: Input should be greater"),
     "data.split_seed": (-1, "split_seed: Input should be greater"),
-    "teacher.weights": ("x.safetensors", "either trained .* or loaded"),
-    "teacher.training": (None, "either trained .* or loaded"),
+    "teacher.weights": ("x.safetensors", "either trained .*, loaded .* or `pretrained`"),
+    "teacher.training": (None, "either trained .*, loaded .* or `pretrained`"),
     "teacher.mean": ([0.5], "`mean` and `std` go together"),
     "teacher.expected_accuracy": (90, "expected_accuracy: Input should be less"),
     "dynamics.model": ({"name": "tiny_cnn"}, "`model` and `training` of dynamics go together"),
@@ -270,16 +283,67 @@ def test_seed_0_is_a_seed_not_an_absent_one(write):
     assert load_study(write(changed("seeds", [0, 3]))).seeds == (0, 3)
 
 
-def test_a_loaded_teacher_needs_safetensors_and_dynamics_of_their_own(write):
-    teacher = {"model": {"name": "tiny_cnn"}, "weights": "t.safetensors", "expected_accuracy": 0.9}
+LOADED = {
+    "model": {"name": "tiny_cnn"},
+    "weights": "t.safetensors",
+    "trained_on": "train",
+    "expected_accuracy": 0.9,
+}
+
+
+def loaded(**changes) -> dict:
+    """The study with a loaded teacher, and dynamics of their own."""
+    own = {"model": {"name": "tiny_cnn"}, "training": STUDY["training"]}
+    return changed("dynamics", own, changed("teacher", LOADED | changes))
+
+
+def test_a_loaded_teacher_needs_dynamics_of_their_own(write):
+    teacher = LOADED
     with pytest.raises(StudyError, match="a loaded teacher has no recorded training"):
         load_study(write(changed("teacher", teacher)))
-    own = {"model": {"name": "tiny_cnn"}, "training": STUDY["training"]}
-    content = changed("dynamics", own, changed("teacher", teacher))
-    assert load_study(write(content)).recorded_run.name == "dynamics"
-    content["teacher"]["weights"] = "t.pth"
-    with pytest.raises(StudyError, match=r"must be a \.safetensors file.*execute code"):
+    assert load_study(write(loaded())).recorded_run.name == "dynamics"
+
+
+def test_a_loaded_teacher_says_what_it_has_learnt_from(write):
+    with pytest.raises(StudyError, match="`trained_on` says which images"):
+        load_study(write(loaded(trained_on=None)))
+
+
+@pytest.mark.parametrize("change", [{"early_stopping": 2}, {"schedule": "plateau"}])
+def test_validation_images_the_teacher_has_learnt_from_steer_nothing(write, change):
+    content = loaded()
+    content["training"] = content["training"] | change
+    with pytest.raises(StudyError, match=r"reads the validation images, which the teacher has le"):
         load_study(write(content))
+    content["teacher"] = content["teacher"] | {"trained_on": "elsewhere"}
+    assert load_study(write(content)).training.selects
+
+
+def test_code_of_others_runs_where_the_study_says_so(write):
+    name = "hub/facebookresearch/dinov2:main/dinov2_vits14"
+    content = loaded(model={"name": name}, weights=None, pretrained=True, trust_code=True)
+    assert load_study(write(content)).teacher.pretrained
+    content["teacher"]["trust_code"] = False
+    with pytest.raises(StudyError, match="read it, then write `trust_code: true`"):
+        load_study(write(content))
+
+
+@pytest.mark.parametrize("kind", ["hint", "attention", "similarity", "tokens"])
+def test_grids_of_features_are_of_the_views_the_student_sees(write, kind):
+    numbers = {"cls_weight": 1.0, "patch_weight": 0.5} if kind == "tokens" else {"weight": 1.0}
+    content = changed("objectives.more", {"kind": kind, **numbers})
+    load_study(write(content))  # nothing is augmented
+    content["training"] = content["training"] | {"augment": {"flip": True}}
+    with pytest.raises(StudyError, match=r"the flipped grid is not that of the flipped image"):
+        load_study(write(content))
+    content["teacher"] = content["teacher"] | {"outputs": {"views": 3}}
+    load_study(write(content))
+
+
+def test_two_views_of_an_image_need_an_augmentation(write):
+    numbers = {"cls_weight": 1.0, "patch_weight": 0.5, "barlow_weight": 0.1}
+    with pytest.raises(StudyError, match="compares two views of each image: give training"):
+        load_study(write(changed("objectives.more", {"kind": "tokens", **numbers})))
 
 
 # --- YAML ------------------------------------------------------------------------------------
@@ -538,6 +602,8 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "seeds": set(),
     "compute.threads": {"teacher", "distill", "probe"},
     "compute.channels_last": {"teacher", "distill", "probe"},
+    "compute.precision": {"teacher", "distill", "probe"},
+    "tracking.wandb": None,  # changes no result, and so no settings
 }
 NEW = {
     "dynamics.observed": "eval",
@@ -548,7 +614,9 @@ NEW = {
     "probe.strategy": ["full"],
     "axes.fraction": [0.33, 0.1, 0.5],
     "seeds": [0, 1, 2],
-    "compute.channels_last": True,
+    "compute.channels_last": False,
+    "compute.precision": "bf16",
+    "tracking.wandb": True,
 }
 UNSEEN = {"dynamics.el2n_epoch", "dynamics.window"}  # reach `compare` through the datamap
 
@@ -570,9 +638,22 @@ def test_one_value_changes_the_settings_of_exactly_the_steps_that_read_it(path):
         value = 0.5 if "alpha" in path or "smooth" in path or "accuracy" in path else 17
         value = 0.5 if path == "training.weight_decay" else value
     before, after = settings_by_step(STUDY), settings_by_step(changed(path, value))
+    if READERS[path] is None:
+        assert before == after
+        return
     differing = {step for step in before if before[step] != after[step]}
     expected = {s for s in before if s in READERS[path] or s.split()[0] in READERS[path]}
     assert differing == expected | (set() if path in UNSEEN else {"compare"})
+
+
+def test_a_feature_objective_asks_the_teacher_for_more():
+    before = settings_by_step(STUDY)
+    more = settings_by_step(changed("objectives.more", {"kind": "hint", "weight": 1.0, "stage": 2}))
+    assert more["teacher"]["features_for"] == ["hint 2"]
+    assert {s for s in before if before[s] != more[s]} == {"teacher", "compare"}
+    for kind in ({"kind": "mse", "alpha": 0.5}, {"kind": "cross_entropy"}):
+        more = settings_by_step(changed("objectives.more", kind))
+        assert more["teacher"] == before["teacher"]
 
 
 def test_every_part_of_a_study_is_in_the_table_of_readers():
@@ -592,7 +673,7 @@ def test_the_name_of_a_study_is_no_setting():
 
 def test_an_objective_takes_the_numbers_of_its_kind_and_no_others():
     assert Objective(kind="kd", alpha=0, temperature=1).alpha == 0
-    with pytest.raises(ValueError, match=r"kd takes \['alpha', 'temperature'\]; got \['alpha'\]"):
+    with pytest.raises(ValueError, match=r"kd takes \['alpha', 'temperature'\].*; got \['alpha'\]"):
         Objective(kind="kd", alpha=0.5)
 
 

@@ -173,13 +173,13 @@ def test_teacher_rows_read_out_of_step_cannot_finish_a_run(home, monkeypatch):
     rng = np.random.default_rng(0)
 
     class Shuffled(loading.Loader):
-        def teacher_logits(self, ranks, views):
+        def teacher_rows(self, ranks, views):
             order = rng.permutation(len(self.plan.example_ids))
-            return super().teacher_logits(order[ranks], views)
+            return super().teacher_rows(order[ranks], views)
 
     monkeypatch.setattr(steps, "Loader", Shuffled)
     for seed in study.seeds:
-        with pytest.raises(checks.TripwireError, match="pairing: soft loss"):
+        with pytest.raises(checks.TripwireError, match="pairing: teacher term"):
             steps.train_student(study, images, study.cell(objective="kd"), seed)
 
 
@@ -317,6 +317,7 @@ def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(home, monkeypatch):
 def test_a_missing_weight_file_and_a_missing_step_say_what_to_do(home, tmp_path):
     study = _study(
         home, teacher={"model": {"name": "cifar_resnet8"}, "weights": "absent.safetensors",
+                       "trained_on": "elsewhere",
                        "expected_accuracy": 0.9},
         dynamics={"model": {"name": "tiny_cnn"}, "window": 3, "el2n_epoch": 2,
                   "training": {"epochs": 3, "batch_size": 64, "lr_peak": 0.1}},
@@ -337,7 +338,8 @@ def test_a_teacher_read_from_a_file_leaves_the_datamap_to_a_recorded_network(hom
     shutil.copy(weights, kept)
     study = _study(
         home, teacher={"model": {"name": "tiny_cnn", "options": {"width": 8}},
-                       "weights": "teacher.safetensors", "expected_accuracy": 0.5},
+                       "weights": "teacher.safetensors", "trained_on": "kept",
+                       "expected_accuracy": 0.5},
         dynamics={"model": {"name": "tiny_cnn"}, "window": 3, "el2n_epoch": 2, "observed": "eval",
                   "training": {"epochs": 3, "batch_size": 64, "lr_peak": 0.1}},
     )  # fmt: skip
@@ -360,7 +362,8 @@ def test_a_loaded_teacher_s_outputs_can_be_stored_in_parts_from_the_command_line
     with pytest.raises(ValueError, match="trained by notebooks/02_teacher"):
         steps.store_part(before, steps.open_images(before), (1, 2))
     teacher = {"model": {"name": "tiny_cnn", "options": {"width": 8}},
-               "weights": "teacher.safetensors", "expected_accuracy": 0.5}  # fmt: skip
+               "weights": "teacher.safetensors", "trained_on": "kept",
+                       "expected_accuracy": 0.5}  # fmt: skip
     recorded = {"model": {"name": "tiny_cnn"}, "window": 3, "el2n_epoch": 2,
                 "training": {"epochs": 3, "batch_size": 64, "lr_peak": 0.1}}  # fmt: skip
     study = _study(home, teacher=teacher, dynamics=recorded)

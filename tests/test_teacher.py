@@ -21,6 +21,7 @@ from kdlib.teacher import (
     open_outputs,
     store_outputs,
     stored_accuracy,
+    stored_columns,
     stored_logits,
     verify_outputs,
 )
@@ -133,7 +134,33 @@ def test_outputs_beyond_float16_are_refused(images, tmp_path, factor):
 
 def test_features_beyond_float16_are_refused(images, tmp_path):
     with pytest.raises(OverflowError, match="teacher features reach"):
-        store_outputs(network_of(), Pixels([0.0] * 3, [1e-7] * 3), images, tmp_path / "outputs")
+        store_outputs(
+            network_of(),
+            Pixels([0.0] * 3, [1e-7] * 3),
+            images,
+            tmp_path / "outputs",
+            wanted=("features", "logits"),
+        )
+
+
+def test_grids_and_attention_maps_are_stored_verified_and_read(images, tmp_path):
+    wanted = ("features", "stage1", "attention2")
+    stored = store_outputs(
+        network_of(), PIXELS, images, tmp_path / "outputs", wanted=wanted, replay=REPLAY
+    )
+    shapes = {name: shape for name, (_, shape) in stored.header["columns"].items()}
+    assert shapes == {"features": [3, 16], "stage1": [3, 8, 6, 6], "attention2": [3, 3, 3]}
+    assert verify_outputs(network_of(), PIXELS, images, stored, REPLAY) < 2 * HALF
+    worse = overwrite(stored, "stage1", lambda rows: rows[::-1])
+    with pytest.raises(CacheError, match="differ from recomputed"):
+        verify_outputs(network_of(), PIXELS, images, worse, REPLAY)
+    with pytest.raises(CacheError, match=r"holds features, stage1, attention2 .* and no logits"):
+        stored_columns(stored, ("features", "logits"))
+
+
+def test_a_network_without_such_a_stage_is_said(images, tmp_path):
+    with pytest.raises(ValueError, match=r"has no output 'stage3'; it has logits, features, stage"):
+        store_outputs(network_of(), PIXELS, images, tmp_path / "outputs", wanted=("stage3",))
 
 
 def test_verify_accepts_what_was_stored_within_rounding(images, stored):
@@ -170,7 +197,7 @@ def test_verify_of_a_teacher_whose_logits_are_all_0_is_no_division_by_0(images, 
     with torch.no_grad():
         silent.linear.weight.zero_()
     zeros = store_outputs(silent, PIXELS, images, tmp_path / "zeros")
-    assert verify_outputs(silent, PIXELS, images, zeros) == 0
+    assert verify_outputs(silent, PIXELS, images, zeros) < 2 * HALF
 
 
 @pytest.mark.parametrize("example", [0, N - 1])
@@ -227,7 +254,7 @@ def test_accuracy_read_from_the_store_is_that_of_a_direct_evaluation(images, sto
 def test_top_k_keeps_the_largest_and_shares_the_rest_evenly():
     # probabilities 0.5, 0.3, 0.1, 0.1: two kept, the others share 0.2 and get 0.1 each
     logits = torch.tensor([[0.5, 0.1, 0.3, 0.1]]).log() + 3
-    stored = encoded(torch.zeros(1, 2), logits, 2)
+    stored = encoded({"logits": logits}, 2)
     assert stored["indices"].tolist() == [[0, 2]]
     assert np.exp(stored["log_tail"][0]) == pytest.approx(0.2, rel=1e-3)
     parts = {k: torch.from_numpy(v) for k, v in stored.items() if k != "features"}
@@ -241,7 +268,7 @@ def test_decoded_top_k_has_the_stored_probabilities(n_classes, scale, data):
     k = data.draw(st.integers(1, n_classes - 1))
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     logits = torch.from_numpy(scale * rng.standard_normal((5, n_classes))).float()
-    stored = encoded(torch.zeros(5, 1), logits, k)
+    stored = encoded({"logits": logits}, k)
     parts = {key: torch.from_numpy(v) for key, v in stored.items() if key != "features"}
     dense = decode_logits(parts, n_classes)
     assert (dense.dtype, dense.shape) == (torch.float32, (5, n_classes))
@@ -258,7 +285,7 @@ def test_decoded_top_k_has_the_stored_probabilities(n_classes, scale, data):
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_top_k_outputs_are_stored_verified_and_read_as_logits(images, tmp_path, top_k):
     stored = store_outputs(
-        network_of(), PIXELS, images, tmp_path / "outputs", top_k=top_k, features=False
+        network_of(), PIXELS, images, tmp_path / "outputs", top_k=top_k, wanted=("logits",)
     )
     assert stored.header["columns"] == {
         "values": ["<f2", [1, top_k]],

@@ -1,10 +1,17 @@
 """The one loop: resuming, recording, budgets, failures."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from kdlib.objectives import build_distiller, student_outputs
+from safetensors.torch import load_file
 from torch import nn
 
 from kdlib import trainer
@@ -13,11 +20,12 @@ from kdlib.building import build
 from kdlib.dynamics import DynamicsLog
 from kdlib.loading import Loader, View
 from kdlib.models import Network, build_network
-from kdlib.params import Model, Objective, Training
+from kdlib.params import Compute, Model, Objective, Training
 from kdlib.runs import Run
 from kdlib.sampling import Plan
 from kdlib.seeds import derive
-from kdlib.trainer import Task, TrainingError, learning_rate, make_optimiser, train
+from kdlib.states import BEFORE, NAME, StateError
+from kdlib.trainer import Task, TrainingError, train
 
 N, CLASSES = 90, 3
 PIXELS = Pixels([0.5], [0.25])
@@ -31,7 +39,7 @@ class _Stopped(BaseException):
 class _DropoutNet(Network):
     def __init__(self):
         super().__init__()
-        self.n_features = 16
+        self.n_features, self.n_classes, self.n_stages = 16, CLASSES, 0
         self.linear, self.drop, self.out = (
             nn.Linear(16, 16),
             nn.Dropout(0.5),
@@ -63,7 +71,13 @@ def images(tmp_path):
     )
 
 
-def _task(images, *, seed=0, training=TRAINING, network=None, log=None, observed="train", n=60):
+KD = Objective(kind="kd", alpha=0.5, temperature=2.0)
+
+
+def _task(
+    images, *, seed=0, training=TRAINING, network=None, log=None, observed="train", n=60,
+    objective=KD, **more,
+):  # fmt: skip
     ids = np.arange(n)
     plan = Plan(ids, training.batch_size, training.n_steps(n), seed)
     one_hot = torch.nn.functional.one_hot(images.resident("labels"), CLASSES).half() * 4
@@ -79,8 +93,11 @@ def _task(images, *, seed=0, training=TRAINING, network=None, log=None, observed
     if network is None:
         model = Model(name="tiny_cnn", options={"width": 4})
         network = build_network(model, n_classes=CLASSES, image_shape=(1, 4, 4), seed=seed)
+    shapes = network.output_shapes((1, 4, 4), student_outputs(objective, network.n_stages))
+    distiller = build_distiller(objective, shapes, {"logits": (CLASSES,)}, seed=seed, n_examples=n)
     return Task(
         network=network,
+        distiller=distiller,
         pixels=PIXELS,
         loader=Loader(
             plan,
@@ -90,13 +107,14 @@ def _task(images, *, seed=0, training=TRAINING, network=None, log=None, observed
             reuse=True,
         ),
         n_examples=N,
-        objective=Objective(kind="kd", alpha=0.5, temperature=2.0),
+        objective=objective,
         training=training,
         validation=held_out,
         full_size=n,
         seed=seed,
         log=log,
         observed=observed,
+        **more,
     )
 
 
@@ -117,13 +135,13 @@ def _bytes(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "state.safetensors"
+        if path.is_file() and path.name not in (NAME, BEFORE)
     }
 
 
 def _stop_after(monkeypatch, n):
     """Let `n` more training steps happen, then stop as abruptly as an exception can."""
-    real, left = trainer.training_step, [n]
+    real, left = trainer.Step.__call__, [n]
 
     def step(*arguments):
         if left[0] == 0:
@@ -131,7 +149,7 @@ def _stop_after(monkeypatch, n):
         left[0] -= 1
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "training_step", step)
+    monkeypatch.setattr(trainer.Step, "__call__", step)
 
 
 @pytest.mark.parametrize("observed", ["train", "eval"])
@@ -227,8 +245,10 @@ def test_the_best_step_is_the_first_of_those_that_tie(tmp_path, images, monkeypa
 def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     tmp_path, images, monkeypatch
 ):
-    monkeypatch.setattr(trainer, "objective_loss", lambda *_: torch.tensor(float("nan")))
     task = _task(images)
+    monkeypatch.setattr(
+        type(task.distiller), "loss", lambda *_: torch.tensor(float("nan"), requires_grad=True)
+    )
     before = {k: v.clone() for k, v in task.network.named_parameters()}
     with pytest.raises(TrainingError, match=r"the loss is nan at step 0; lower training\.lr_peak"):
         train(_run(tmp_path / "run"), task)
@@ -240,9 +260,10 @@ def test_running_out_of_memory_says_what_to_lower(tmp_path, images, monkeypatch)
     def explode(*_):
         raise torch.OutOfMemoryError("asked for too much")
 
-    monkeypatch.setattr(trainer, "objective_loss", explode)
+    task = _task(images)
+    monkeypatch.setattr(type(task.distiller), "loss", explode)
     with pytest.raises(TrainingError, match=r"lower training\.batch_size"):
-        train(_run(tmp_path / "run"), _task(images))
+        train(_run(tmp_path / "run"), task)
 
 
 def test_a_full_disk_keeps_the_last_state_whole(tmp_path, images, monkeypatch):
@@ -269,44 +290,210 @@ def test_a_state_of_other_settings_or_of_another_kind_is_refused(tmp_path, image
     run = _run(tmp_path / "run")
     with pytest.raises(_Stopped):
         train(run, _task(images))
-    with pytest.raises(TrainingError, match="belongs to other settings"):
-        train(Run(run.folder, {"other": "settings"}), _task(images))
-    (run.folder / "state.safetensors").write_bytes(b"\x80\x04not tensors")
-    with pytest.raises(TrainingError, match="not a training state of ours"):
+    with pytest.raises(StateError, match=r"of other settings.*some: settings -> other"):
+        train(Run(run.folder, {"some": "other"}), _task(images))
+    for name in (NAME, BEFORE):
+        (run.folder / name).write_bytes(b"\x80\x04not tensors")
+    with pytest.raises(StateError, match="not a whole training state"):
         train(run, _task(images))
 
 
 def test_permuted_teacher_rows_show_in_the_pairing(tmp_path, images):
     task = _task(images)
     train(_run(tmp_path / "run"), task)
-    honest = trainer.pairing(task)
-    shuffled, rows = np.random.default_rng(0).permutation(60), task.loader.teacher_logits
-    task.loader.teacher_logits = lambda ranks, views: rows(shuffled[ranks], views)
-    broken = trainer.pairing(task)
+    learner = trainer.Learner(task.network, task.distiller, task.objective)
+    honest = trainer.pairing(task, learner)
+    shuffled, rows = np.random.default_rng(0).permutation(60), task.loader.teacher_rows
+    task.loader.teacher_rows = lambda ranks, views: rows(shuffled[ranks], views)
+    broken = trainer.pairing(task, learner)
     assert honest["paired"] < 0.5 * honest["permuted"]
     assert honest["teacher_accuracy"] == 1.0
     assert broken["teacher_accuracy"] < 0.6
 
 
-def test_learning_rate_warms_up_and_then_falls_along_a_cosine():
-    cosine = Training(steps=14, batch_size=1, lr_peak=0.8, warmup_steps=4)
-    # steps 0..3 climb by quarters; step 4 starts the cosine at its peak, step 9 is half-way
-    rates = [learning_rate(cosine, step, 14) for step in (0, 1, 3, 4, 9)]
-    assert rates == pytest.approx([0.2, 0.4, 0.8, 0.8, 0.4])
-    constant = cosine.model_copy(update={"schedule": "constant"})
-    assert learning_rate(constant, 13, 14) == 0.8
-
-
-def test_biases_and_normalisation_weights_are_not_decayed(images):
-    optimiser = make_optimiser(_task(images).network, TRAINING)
-    decayed, free = optimiser.param_groups
-    assert all(p.ndim > 1 for p in decayed["params"])
-    assert all(p.ndim == 1 for p in free["params"])
-    assert (decayed["weight_decay"], free["weight_decay"]) == (TRAINING.weight_decay, 0.0)
-
-
 def test_without_teacher_there_is_no_pairing(tmp_path, images):
-    task = _task(images)
+    task = _task(images, objective=Objective(kind="cross_entropy"))
     loader = Loader(task.loader.plan, images, view=View(TRAINING.augment, 0, PIXELS))
-    plain = dataclasses.replace(task, loader=loader, objective=Objective(kind="cross_entropy"))
+    plain = dataclasses.replace(task, loader=loader)
     assert train(_run(tmp_path / "run"), plain).evidence["pairing"] is None
+
+
+VARIANTS = {
+    "ema": {"ema": 0.9},
+    "clip": {"clip_norm": 0.05},
+    "accumulate": {"accumulate": 4},
+    "step": {"schedule": "step", "milestones": (0.3, 0.6)},
+    "plateau": {"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 2},
+    "one_cycle": {"schedule": "one_cycle"},
+    "early_stopping": {"early_stopping": 1, "evaluate_every_steps": 1, "lr_peak": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_way_to_train_resumes_to_the_bit(tmp_path, images, monkeypatch, name):
+    training = Training(**TRAINING.model_dump() | VARIANTS[name])
+
+    def one(folder):
+        return train(_run(folder), _task(images, training=training))
+
+    whole = one(tmp_path / "whole")
+    monkeypatch.setattr(trainer, "STATE_EVERY_S", 0.0)
+    for n_steps in (1, 2):
+        with monkeypatch.context() as patch:
+            _stop_after(patch, n_steps)
+            with pytest.raises(_Stopped):
+                one(tmp_path / "stopped")
+    resumed = one(tmp_path / "stopped")
+    assert _bytes(tmp_path / "stopped") == _bytes(tmp_path / "whole")
+    assert (resumed.last_step, resumed.evidence) == (whole.last_step, whole.evidence)
+    assert whole.evidence["stopped_early"] == (name == "early_stopping")
+
+
+def test_kept_weights_are_the_running_mean_of_those_of_every_step(tmp_path, images, monkeypatch):
+    training = TRAINING.model_copy(update={"ema": 0.5})
+    seen, real = [], trainer.Step.__call__
+
+    def step(self, *arguments):
+        told = real(self, *arguments)
+        seen.append(self.task.network.conv1.weight.detach().clone())
+        return told
+
+    task = _task(images, training=training)
+    mean = task.network.conv1.weight.detach().clone()
+    monkeypatch.setattr(trainer.Step, "__call__", step)
+    trained = train(_run(tmp_path / "run"), task)
+    for number, weight in enumerate(seen):
+        keep = min(0.5, (1 + number) / (10 + number))
+        mean = keep * mean + (1 - keep) * weight
+    kept = load_file(tmp_path / "run" / trained.checkpoints[15][0])["conv1.weight"]
+    assert torch.allclose(kept, mean, atol=1e-6)
+    assert not torch.allclose(kept, seen[-1], atol=1e-4)
+
+
+def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(images):
+    """Without BatchNorm, which sees a piece at a time, and with a loss that is a mean."""
+    gradients = []
+    for accumulate in (1, 4):
+        torch.manual_seed(5)  # of this test alone
+        network = _DropoutNet()
+        network.drop = nn.Identity()
+        training = TRAINING.model_copy(update={"accumulate": accumulate})
+        task = _task(images, network=network, training=training)
+        step = trainer.Step(task)
+        loss, logits, _ = step(task.loader.batch(0), 0)
+        gradients.append([loss, logits, *(p.grad for p in network.parameters())])
+    for whole, pieces in zip(*gradients, strict=True):
+        assert np.allclose(np.asarray(whole), np.asarray(pieces), atol=1e-6)
+
+
+def test_a_clipped_gradient_has_at_most_the_norm_asked_for(images):
+    training = TRAINING.model_copy(update={"clip_norm": 0.01})
+    task = _task(images, training=training)
+    step = trainer.Step(task)
+    _, _, norm = step(task.loader.batch(0), 0)
+    found = torch.cat([p.grad.flatten() for p in task.network.parameters()]).norm()
+    assert norm > 0.01
+    assert found == pytest.approx(0.01, rel=1e-3)
+
+
+def test_early_stopping_ends_the_run_and_keeps_its_last_weights(tmp_path, images, monkeypatch):
+    training = TRAINING.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
+    told = iter([0.5, 0.6, 0.7])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: (next(told), 0.5))
+    trained = train(_run(tmp_path / "run"), _task(images, training=training))
+    assert (trained.last_step, trained.evidence["stopped_early"]) == (6, True)
+    assert (tmp_path / "run" / trained.checkpoints[6][0]).exists()
+    assert trained.visits.sum() == 6 * 16
+
+
+def test_a_plateau_lowers_the_learning_rate(tmp_path, images, monkeypatch):
+    training = TRAINING.model_copy(
+        update={"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 3}
+    )
+    told = iter([0.5, 0.6, 0.7, 0.8, 0.9])
+    monkeypatch.setattr(trainer, "evaluate", lambda *_: (next(told), 0.5))
+    metrics = train(_run(tmp_path / "run"), _task(images, training=training)).metrics
+    # the third evaluation is one too many, and the fifth again
+    assert metrics["learning_rate"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
+
+
+def test_bfloat16_trains_in_it_and_keeps_float32_weights(tmp_path, images):
+    cast = train(_run(tmp_path / "a"), _task(images, compute=Compute(precision="bf16")))
+    plain = train(_run(tmp_path / "b"), _task(images))
+    weights = [load_file(tmp_path / r / "weights-00000015.safetensors") for r in "ab"]
+    assert cast.checkpoints[15][1] != plain.checkpoints[15][1]
+    for name, tensor in weights[0].items():
+        assert tensor.dtype == weights[1][name].dtype
+        assert torch.allclose(tensor.float(), weights[1][name].float(), atol=0.1)
+
+
+def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
+    """kill -9, really: a process that trains digits is killed at three moments."""
+    script = tmp_path / "train.py"
+    script.write_text(KILLED)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script)]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment)
+    for _ in range(3):
+        process = subprocess.Popen([*command, str(tmp_path / "killed"), "slow"], env=environment)
+        state, before = tmp_path / "killed" / NAME, None
+        if state.exists():
+            before = state.stat().st_mtime_ns
+        while process.poll() is None:  # until it has saved something new
+            if state.exists() and state.stat().st_mtime_ns != before:
+                time.sleep(0.05)
+                process.kill()
+                break
+            time.sleep(0.01)
+        assert process.wait() == -signal.SIGKILL
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, env=environment)
+    assert _bytes(tmp_path / "killed") == _bytes(tmp_path / "whole")
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+import numpy as np, torch
+from sklearn.datasets import load_digits
+from kdlib import trainer
+from kdlib.augment import Pixels
+from kdlib.building import build
+from kdlib.loading import Loader, View
+from kdlib.models import build_network
+from kdlib.objectives import build_distiller
+from kdlib.params import Augment, Model, Objective, Training
+from kdlib.runs import Run
+from kdlib.sampling import Plan
+from kdlib.trainer import Task, train
+
+folder = Path(sys.argv[1])
+folder.mkdir(exist_ok=True)
+torch.set_num_threads(1)
+trainer.STATE_EVERY_S = 0.0 if len(sys.argv) > 2 else 20.0
+if len(sys.argv) > 2:
+    real = trainer.Step.__call__
+    trainer.Step.__call__ = lambda *a: (time.sleep(0.02), real(*a))[1]
+digits = load_digits()
+pixels = (digits.images * 15).astype(np.uint8)[:, None]
+labels = digits.target.astype(np.int64)
+images = build(
+    folder.parent / "images", {"kind": "images"},
+    {"images": ("|u1", (1, 8, 8)), "labels": ("<i8", ())},
+    lambda span: {"images": pixels[slice(*span)], "labels": labels[slice(*span)]},
+    n_examples=400, shard_size=100,
+)
+training = Training(
+    steps=60, batch_size=32, lr_peak=0.1, ema=0.9, optimiser="adamw",
+    augment=Augment(crop_padding=1), checkpoint_fractions=(0, 0.5), evaluate_every_steps=7,
+)
+objective = Objective(kind="cross_entropy")
+normal = Pixels([0.3], [0.4])
+network = build_network(Model(name="tiny_cnn"), n_classes=10, image_shape=(1, 8, 8), seed=0)
+train(Run(folder, {"some": "settings"}), Task(
+    network=network, pixels=normal,
+    distiller=build_distiller(objective, {"logits": (10,)}, {}, seed=0, n_examples=300),
+    loader=Loader(Plan(np.arange(300), 32, 60, 0), images, view=View(training.augment, 1, normal)),
+    objective=objective, training=training, full_size=300, n_examples=400, seed=0,
+    validation=(images.resident("images")[300:], images.resident("labels")[300:]),
+))
+"""

@@ -1,0 +1,188 @@
+"""Distillation losses of features: pure functions of vectors (B, D) and grids (B, C, H, W).
+
+Every teacher tensor is detached, and every loss is a mean over the batch. What is trained on the
+student's side, such as a projector, comes before. Leaves to others: logits (`losses`), projectors
+and what an objective adds up (`objectives`).
+
+Sources:
+    [Romero2015] Romero et al.: FitNets: Hints for Thin Deep Nets. ICLR 2015, arXiv 1412.6550.
+    [Zagoruyko2017] Zagoruyko, Komodakis: Paying More Attention to Attention. ICLR 2017,
+        arXiv 1612.03928.
+    [Park2019] Park et al.: Relational Knowledge Distillation. CVPR 2019, arXiv 1904.05068.
+    [Tung2019] Tung, Mori: Similarity-Preserving Knowledge Distillation. ICCV 2019,
+        arXiv 1907.09682.
+    [Tian2020] Tian, Krishnan, Isola: Contrastive Representation Distillation. ICLR 2020,
+        arXiv 1910.10699.
+    [Zbontar2021] Zbontar et al.: Barlow Twins. ICML 2021, arXiv 2103.03230.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-12
+
+
+def resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """A grid (B, C, H, W) brought to another (height, width): areas are averaged, or points
+    interpolated where it grows. What was in a corner stays there.
+
+    >>> resized(torch.arange(4.0).view(1, 1, 2, 2), (1, 1)).item()
+    1.5
+    """
+    height, width = grid.shape[-2:]
+    if (height, width) == tuple(size):
+        return grid
+    if size[0] <= height and size[1] <= width:
+        return F.adaptive_avg_pool2d(grid, size)
+    return F.interpolate(grid, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def hint(projected: Tensor, teacher_grid: Tensor) -> Tensor:
+    """Mean squared difference of a projected student grid and the teacher's, both (B, C, H, W); the
+    teacher's is brought to the student's size.
+
+    Source: [Romero2015], eq. 3, with a mean over elements instead of half their sum, and together
+    with the other losses instead of before them.
+    """
+    target = resized(teacher_grid.detach(), projected.shape[-2:])
+    return F.mse_loss(projected, target)
+
+
+def attention(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
+    """Sum over stages of the distance of attention maps, each (B, H, W) and of norm 1.
+
+    Returns: Mean over the batch of the L2 norm of the difference, in [0, sqrt 2] for each stage.
+    Source: [Zagoruyko2017], eq. 2 with p = 2; their code takes mean squares instead.
+    """
+    total = torch.zeros((), dtype=student_maps[0].dtype, device=student_maps[0].device)
+    for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        target = resized(teacher.detach()[:, None], student.shape[-2:]).flatten(1)
+        gap = student.flatten(1) - F.normalize(target, dim=1)
+        total = total + torch.linalg.vector_norm(gap, dim=1).mean()
+    return total
+
+
+def rkd(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of the relations between examples: of pairs, and of triplets.
+
+    Args:
+        student, teacher: (B, D_s) and (B, D_t) float, row by row of the same examples.
+
+    Returns: (distance, angle), scalars >= 0: Huber losses of the pairwise distances, divided by
+        their mean, and of the cosines of the angles of all triplets.
+    Source: [Park2019], eq. 6 to 10.
+    """
+    teacher = teacher.detach()
+    distance = F.smooth_l1_loss(_distances(student), _distances(teacher))
+    return distance, F.smooth_l1_loss(_angles(student), _angles(teacher))
+
+
+def _distances(rows: Tensor) -> Tensor:
+    """Pairwise distances divided by the mean of those of distinct rows: (B, D) -> (B, B)."""
+    products = rows @ rows.T
+    squares = products.diagonal()
+    squared = (squares[:, None] + squares[None] - 2 * products).clamp(min=0)
+    apart = ~torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+    distances = torch.where(apart, (squared + EPSILON).sqrt(), torch.zeros_like(squared))
+    return distances / distances[apart].mean().clamp(min=EPSILON)
+
+
+def _angles(rows: Tensor) -> Tensor:
+    """Cosines between (i - j) and (k - j): (B, D) -> (B, B, B)."""
+    directions = F.normalize(rows[None] - rows[:, None], dim=2, eps=1e-6)  # (j, i, D)
+    return torch.bmm(directions, directions.transpose(1, 2))
+
+
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the similarities within a batch.
+
+    Args:
+        student, teacher: (B, ...) float; each example's values are taken as one vector.
+
+    Returns: Scalar >= 0: the sum over pairs, divided by B squared, of the squared difference of
+        Gram matrices whose rows have norm 1.
+    Source: [Tung2019], eq. 2 to 4.
+    """
+
+    def gram(rows: Tensor) -> Tensor:
+        flat = rows.flatten(1)
+        return F.normalize(flat @ flat.T, dim=1)
+
+    return (gram(student) - gram(teacher.detach())).square().mean()
+
+
+def crd(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, n_examples: int
+) -> Tensor:
+    """Tell which student and teacher rows are of one example.
+
+    With h = exp(g / T) / (exp(g / T) + N / M), g the cosine of two rows, the loss is
+    -log h(own) - sum over negatives of log(1 - h), once with the student's row as anchor and once
+    with the teacher's.
+
+    Args:
+        student, teacher: (B, D) float embeddings; they are brought to norm 1 here.
+        labels: (B,) int64; the negatives of an example are the rows of other classes in the batch.
+        temperature: T > 0.
+        n_examples: M, examples of the training set; N is the mean number of negatives.
+
+    Returns: Scalar >= 0, mean over the batch.
+    Source: [Tian2020], eq. 17 to 19. The paper draws its negatives from a memory of all examples;
+        here they come from the batch, so that the loss is a function of the batch alone.
+    """
+    similar = F.normalize(student, dim=1) @ F.normalize(teacher.detach(), dim=1).T / temperature
+    others = labels[:, None] != labels[None]
+    n_negatives = others.double().sum(1).mean().clamp(min=1).item()
+    log_ratio = torch.log(torch.tensor(n_negatives / n_examples, dtype=similar.dtype))
+    # log h and log(1 - h) of h = sigmoid(g / T - log(N / M))
+    score = similar - log_ratio.to(similar.device)
+    own = -F.logsigmoid(score.diagonal()).mean()
+    wrong = -F.logsigmoid(-score) * others
+    return 2 * own + wrong.sum(1).mean() + wrong.sum(0).mean()
+
+
+def tokens(
+    cls: Tensor, patches: Tensor, teacher_cls: Tensor, teacher_patches: Tensor
+) -> tuple[Tensor, Tensor]:
+    """1 - cosine of projected student features and the teacher's.
+
+    Args:
+        cls: (B, D) float.
+        patches: (B, D, H, W) float; the teacher's grid is brought to its size.
+        teacher_cls, teacher_patches: (B, D) and (B, D, H_t, W_t) float.
+
+    Returns: (of the vectors, of the grids), scalars in [0, 2], means over examples and places.
+    """
+    target = resized(teacher_patches.detach(), patches.shape[-2:])
+    apart = 1 - F.cosine_similarity(cls, teacher_cls.detach(), dim=1)
+    return apart.mean(), (1 - F.cosine_similarity(patches, target, dim=1)).mean()
+
+
+def barlow(first: Tensor, second: Tensor, off_diagonal: float = 0.005) -> Tensor:
+    """Redundancy of the embeddings of two views: their correlation matrix should be the identity.
+
+    Args:
+        first, second: (B, D) float embeddings of two views of the same examples.
+        off_diagonal: Weight of what lies off the diagonal.
+
+    Returns: Scalar >= 0, divided by D.
+    Raises: ValueError for identical views, whose correlation says nothing.
+    Source: [Zbontar2021], eq. 1 and 2; the division by D, so that widths compare, is ours.
+    """
+    if torch.equal(first, second):
+        raise ValueError(
+            "identical views: both embeddings are the same to the bit; expected two different "
+            "augmentations of each image (study: training.augment)"
+        )
+
+    def scaled(rows: Tensor) -> Tensor:
+        centred = rows - rows.mean(0)
+        return centred / (centred.square().mean(0).sqrt() + 1e-6)
+
+    correlation = scaled(first).T @ scaled(second) / len(first)  # (D, D)
+    diagonal = correlation.diagonal()
+    off = correlation.square().sum() - diagonal.square().sum()
+    return ((diagonal - 1).square().sum() + off_diagonal * off) / len(diagonal)

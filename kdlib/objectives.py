@@ -1,0 +1,326 @@
+"""What a student minimises: each objective's formula, what it reads, and what it trains beside the
+student.
+
+Projectors stand on the student's side alone; no parameter with a gradient lies before a teacher's
+tensor. Leaves to others: the terms themselves (`losses`, `features`).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlib import features, losses
+from kdlib.params import Objective
+from kdlib.seeds import torch_seeded
+
+CRD_WIDTH = 128
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is said of one kind of objective.
+
+    Attributes:
+        formula: The loss, in one line; T is the temperature.
+        paper: Authors, year, identifier.
+        test: The test that works its value by hand.
+    """
+
+    formula: str
+    paper: str
+    test: str
+
+
+_L, _F = "tests/test_losses.py::test_", "tests/test_features.py::test_"
+KINDS = {
+    "cross_entropy": Kind("CE", "-", _L + "a_cross_entropy_worked_by_hand"),
+    "label_smoothing": Kind(
+        "CE with labels (1 - smoothing) onehot + smoothing / C",
+        "Szegedy et al. 2016, arXiv 1512.00567",
+        _L + "label_smoothing_worked_by_hand",
+    ),
+    "kd": Kind(
+        "(1 - alpha) CE + alpha T² KL(teacher || student)",
+        "Hinton et al. 2015, arXiv 1503.02531; standardise: Sun et al. 2024, arXiv 2403.01427",
+        _L + "a_kd_loss_worked_by_hand",
+    ),
+    "mse": Kind(
+        "(1 - alpha) CE + alpha mean (student - teacher)²",
+        "Ba and Caruana 2014, arXiv 1312.6184",
+        _L + "a_squared_difference_of_logits_worked_by_hand",
+    ),
+    "dkd": Kind(
+        "CE + T² (target_weight TCKD + rest_weight NCKD)",
+        "Zhao et al. 2022, arXiv 2203.08679",
+        _L + "decoupled_parts_worked_by_hand",
+    ),
+    "dist": Kind(
+        "CE + T² (inter_weight (1 - r over classes) + intra_weight (1 - r over examples))",
+        "Huang et al. 2022, arXiv 2205.10536",
+        _L + "correlations_worked_by_hand",
+    ),
+    "hint": Kind(
+        "CE + weight mean (projected stage - teacher's stage)²",
+        "Romero et al. 2015, arXiv 1412.6550",
+        _F + "a_hint_worked_by_hand",
+    ),
+    "attention": Kind(
+        "CE + weight Σ over stages of |map - teacher's map|",
+        "Zagoruyko and Komodakis 2017, arXiv 1612.03928",
+        _F + "attention_maps_worked_by_hand",
+    ),
+    "rkd": Kind(
+        "CE + distance_weight Huber(distances) + angle_weight Huber(angles)",
+        "Park et al. 2019, arXiv 1904.05068",
+        _F + "relations_worked_by_hand",
+    ),
+    "similarity": Kind(
+        "CE + weight mean (Gram - teacher's Gram)²",
+        "Tung and Mori 2019, arXiv 1907.09682",
+        _F + "similarities_worked_by_hand",
+    ),
+    "crd": Kind(
+        "CE + weight (-log h(own) - Σ log(1 - h(other))), both ways, negatives of the batch",
+        "Tian et al. 2020, arXiv 1910.10699",
+        _F + "a_contrast_worked_by_hand",
+    ),
+    "tokens": Kind(
+        "cls_weight (1 - cos CLS) + patch_weight (1 - cos patches) + barlow_weight Barlow; "
+        "labels train the last layer alone",
+        "barlow: Zbontar et al. 2021, arXiv 2103.03230",
+        _F + "tokens_worked_by_hand",
+    ),
+}
+
+
+def teacher_columns(objective: Objective, n_stages: int) -> tuple[str, ...]:
+    """Which outputs of a teacher with `n_stages` stages an objective reads.
+
+    Raises: ValueError for a stage the teacher does not have.
+    """
+    kind = objective.kind
+    if kind in ("kd", "mse", "dkd", "dist"):
+        return ("logits",)
+    if kind in ("rkd", "crd"):
+        return ("features",)
+    if kind in ("hint", "similarity"):
+        return (f"stage{_stage(objective, n_stages, 'teacher')}",)
+    if kind == "attention":
+        _stage(objective, n_stages, "teacher")
+        return tuple(f"attention{k}" for k in range(1, n_stages + 1))
+    if kind == "tokens":
+        return ("features", f"stage{_stage(objective, n_stages, 'teacher')}")
+    return ()
+
+
+def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
+    """Which outputs of a student with `n_stages` stages an objective reads, `logits` first.
+
+    Raises: ValueError for a stage the student does not have.
+    """
+    if objective.kind in ("kd", "mse", "dkd", "dist"):
+        return ("logits",)
+    read = teacher_columns(objective, n_stages) if needs_teacher(objective) else ()
+    return ("logits", *read)
+
+
+def _stage(objective: Objective, n_stages: int, whose: str) -> int:
+    stage = objective.stage
+    if stage is None:
+        stage = (n_stages + 1) // 2 if objective.kind == "hint" else n_stages
+    if not 1 <= stage <= n_stages:
+        raise ValueError(
+            f"objective {objective.kind} reads stage {stage} of networks of which one has "
+            f"{n_stages} stages; expected a stage in [1, {n_stages}]"
+        )
+    return stage
+
+
+def needs_teacher(objective: Objective) -> bool:
+    """Whether the objective reads teacher outputs."""
+    return objective.kind not in ("cross_entropy", "label_smoothing")
+
+
+class Distiller(nn.Module):
+    """An objective's loss, and the projectors it trains beside the student."""
+
+    def __init__(self, objective: Objective, n_examples: int) -> None:
+        super().__init__()
+        self.objective, self.n_examples = objective, n_examples
+        self.projectors = nn.ModuleDict()
+
+    def project(
+        self, outputs: Mapping[str, Tensor], second: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Everything that has parameters, of each process's own examples.
+
+        Args:
+            outputs: The student's, by name, as `student_outputs` lists them. For `tokens` the
+                logits are those of detached features.
+            second: The same of a second view of the same examples.
+
+        Returns: (B, ...) by name.
+        """
+        found = dict(outputs)
+        for name, module in self.projectors.items():
+            if name != "barlow":
+                found[name] = module(outputs[name])
+        if second is not None:
+            for key, seen in (("view1", outputs), ("view2", second)):
+                found[key] = self.projectors["barlow"](seen["features"])
+        return found
+
+    def loss(
+        self, projected: Mapping[str, Tensor], labels: Tensor, teacher: Mapping[str, Tensor]
+    ) -> Tensor:
+        """The loss of a whole batch, from what `project` gave of it.
+
+        Args:
+            labels: (B,) int64 in [0, C).
+            teacher: (B, ...) float by name, as `teacher_columns` lists them.
+
+        Returns: Scalar, mean over the batch.
+        Raises: ValueError when the teacher's outputs are missing.
+        """
+        o, logits = self.objective, _full(projected["logits"])
+        if o.kind == "label_smoothing":
+            return F.cross_entropy(logits, labels, label_smoothing=o.smoothing)
+        hard = F.cross_entropy(logits, labels)
+        if o.kind == "cross_entropy":
+            return hard
+        soft = self.soft_term(projected, teacher, labels)
+        if o.kind == "kd":
+            return (1 - o.alpha) * hard + o.alpha * o.temperature**2 * soft
+        if o.kind == "mse":
+            return (1 - o.alpha) * hard + o.alpha * soft
+        if o.kind in ("dkd", "dist"):
+            return hard + o.temperature**2 * soft
+        if o.kind in ("hint", "attention", "similarity", "crd"):
+            return hard + o.weight * soft
+        if o.barlow_weight is not None:
+            soft = soft + o.barlow_weight * features.barlow(
+                _full(projected["view1"]), _full(projected["view2"])
+            )
+        return hard + soft
+
+    def soft_term(
+        self,
+        projected: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The part of the loss that hears the teacher, before the weight of its whole.
+
+        Args:
+            labels: (B,) int64, for `dkd` and `crd`, which tell classes apart.
+        """
+        o = self.objective
+        heard = {name: _full(value).detach() for name, value in teacher.items()}
+        student = {name: _full(value) for name, value in projected.items()}
+        missing = [n for n in self.reads if n not in heard]
+        if missing:
+            raise ValueError(
+                f"the {o.kind} objective needs teacher {', '.join(missing)}; run "
+                "notebooks/02_teacher.ipynb"
+            )
+        if o.kind in ("kd", "mse", "dkd", "dist"):
+            return self._of_logits(student["logits"], heard["logits"], labels)
+        if o.kind == "attention":
+            names = [n for n in student if n.startswith("attention")]
+            return features.attention([student[n] for n in names], [heard[n] for n in self.reads])
+        if o.kind == "tokens":
+            cls, patches = features.tokens(
+                student["features"], student[self._grid], heard["features"], heard[self.reads[1]]
+            )
+            return o.cls_weight * cls + o.patch_weight * patches
+        (name,) = self.reads
+        own = student[self._grid or name]
+        if o.kind == "hint":
+            return features.hint(own, heard[name])
+        if o.kind == "similarity":
+            return features.similarity(own, heard[name])
+        if o.kind == "crd":
+            embedded = heard[name] @ self.teacher_projection.to(heard[name].dtype)
+            return features.crd(own, embedded, labels, o.temperature, self.n_examples)
+        distance, angle = features.rkd(own, heard[name])
+        return o.distance_weight * distance + o.angle_weight * angle
+
+    def _of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
+        o = self.objective
+        if o.kind == "mse":
+            return losses.logit_mse(student, teacher)
+        if o.standardise:
+            student, teacher = losses.standardised(student), losses.standardised(teacher)
+        if o.kind == "kd":
+            return losses.soft_loss(student, teacher, o.temperature)
+        if o.kind == "dkd":
+            target, rest = losses.decoupled(student, teacher, labels, o.temperature)
+            return o.target_weight * target + o.rest_weight * rest
+        inter, intra = losses.dist_terms(student, teacher, o.temperature)
+        return o.inter_weight * inter + o.intra_weight * intra
+
+
+def build_distiller(
+    objective: Objective,
+    student_shapes: Mapping[str, tuple[int, ...]],
+    teacher_shapes: Mapping[str, tuple[int, ...]],
+    *,
+    seed: int,
+    n_examples: int,
+) -> Distiller:
+    """An objective with its projectors drawn from the run's seed.
+
+    Args:
+        student_shapes, teacher_shapes: Of the outputs it reads, by name, without batch axis.
+        n_examples: Of the training set.
+
+    Raises: ValueError for networks whose shapes do not fit the objective.
+    """
+    made = Distiller(objective, n_examples)
+    made.reads, made._grid = tuple(teacher_shapes), None
+    kind, projectors = objective.kind, made.projectors
+    grids = [name for name in student_shapes if name.startswith("stage")]
+    if grids:
+        made._grid = grids[0]
+    if kind == "attention":
+        n = sum(name.startswith("attention") for name in student_shapes)
+        if n != len(teacher_shapes):
+            raise ValueError(
+                f"objective attention pairs stages, and the student has {n}, the teacher "
+                f"{len(teacher_shapes)}; take networks with as many, or objective similarity"
+            )
+    with torch_seeded(seed, "projector"):
+        if kind in ("hint", "tokens"):
+            name = next(n for n in teacher_shapes if n.startswith("stage"))
+            n_in, n_out = student_shapes[made._grid][0], teacher_shapes[name][0]
+            projectors[made._grid] = nn.Conv2d(n_in, n_out, 1, bias=False)
+        if kind == "tokens":
+            (n_in,), (n_out,) = student_shapes["features"], teacher_shapes["features"]
+            projectors["features"] = nn.Linear(n_in, n_out)
+            if objective.barlow_weight is not None:
+                projectors["barlow"] = nn.Sequential(
+                    nn.Linear(n_in, n_in, bias=False),
+                    nn.BatchNorm1d(n_in),
+                    nn.ReLU(),
+                    nn.Linear(n_in, n_in, bias=False),
+                )
+        if kind == "crd":
+            width, (n_in,) = objective.width or CRD_WIDTH, student_shapes["features"]
+            (n_teacher,) = teacher_shapes["features"]
+            if width > n_teacher:
+                raise ValueError(
+                    f"objective crd embeds {n_teacher} teacher features in {width}; expected a "
+                    f"width of at most {n_teacher} (study: objectives.<name>.width)"
+                )
+            projectors["features"] = nn.Linear(n_in, width)
+            # fixed and orthogonal: distances between teacher rows survive, nothing can collapse
+            drawn, _ = torch.linalg.qr(torch.randn(n_teacher, width))
+            made.register_buffer("teacher_projection", drawn)
+    return made
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
