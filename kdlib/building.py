@@ -49,7 +49,7 @@ from kdlib.data import Source
 WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
 _CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _TEMPORARY = re.compile(
-    r"\.([a-z_]+-(?P<shard>\d+)\.npy|(index|journal)(-\d+-\d+)?\.jsonl?)\.\d+\.tmp"
+    r"\.([a-z_]+\d*-(?P<shard>\d+)\.npy|(index|journal)(-\d+-\d+)?\.jsonl?)\.\d+\.tmp"
 )
 
 Make = Callable[[Any], Mapping[str, np.ndarray]]

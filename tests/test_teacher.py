@@ -154,7 +154,7 @@ def test_grids_and_attention_maps_are_stored_verified_and_read(images, tmp_path)
     worse = overwrite(stored, "stage1", lambda rows: rows[::-1])
     with pytest.raises(CacheError, match="differ from recomputed"):
         verify_outputs(network_of(), PIXELS, images, worse, REPLAY)
-    with pytest.raises(CacheError, match=r"holds features, stage1, attention2 .* and no logits"):
+    with pytest.raises(CacheError, match=r"holds attention2, features, stage1 .* and no logits"):
         stored_columns(stored, ("features", "logits"))
 
 
