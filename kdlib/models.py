@@ -316,6 +316,11 @@ def build_network(
             f"asked for {n_classes} classes and images of shape {image_shape}; expected >= 1 class "
             "and (channels, height, width)"
         )
+    if model.name.startswith("hub/"):
+        raise ValueError(
+            f"{model.name} comes with its weights and can be a teacher (teacher.pretrained: true); "
+            "it cannot be drawn at random"
+        )
     if model.name.startswith("timm/"):
         return _build_timm(model, n_classes, image_shape, seed)
     _check_options(model, {"width"} if model.name == "tiny_cnn" else set())

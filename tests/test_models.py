@@ -185,3 +185,69 @@ def test_impossible_sizes_are_refused(shape, n_classes):
 
 
 # -- weights
+
+
+# -- outputs of one pass
+
+STAGED = [
+    ("tiny_cnn", (1, 8, 8), {}, [(8, 8, 8), (16, 4, 4)]),
+    ("cifar_resnet20", (3, 32, 32), {}, [(16, 32, 32), (32, 16, 16), (64, 8, 8)]),
+    ("mlperf_resnet8", (3, 32, 32), {}, [(16, 32, 32), (32, 16, 16), (64, 8, 8)]),
+    ("timm/resnet10t", (3, 32, 32), {}, [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]),
+    (
+        "timm/vit_tiny_patch16_224", (3, 32, 32), {"depth": 6, "embed_dim": 24, "num_heads": 2},
+        [(24, 8, 8)] * 4,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "grids"), STAGED)
+def test_one_pass_gives_logits_features_and_the_grid_of_every_stage(name, shape, options, grids):
+    network = build(name, shape, **options).eval()
+    assert network.n_stages == len(grids)
+    wanted = ["logits", "features", *(f"stage{k}" for k in range(1, len(grids) + 1))]
+    assert list(network.output_shapes(shape, wanted).values())[2:] == grids
+    x = images(shape)
+    with torch.no_grad():
+        found = network.outputs(x, wanted)
+        assert torch.equal(found["logits"], network(x))
+        assert torch.equal(found["features"], network.features(x))
+
+
+def test_the_last_grid_of_a_vision_transformer_is_its_patch_tokens():
+    network = build("timm/vit_tiny_patch16_224", (3, 32, 32), depth=3, embed_dim=24, num_heads=2)
+    x = images((3, 32, 32))
+    with torch.no_grad():
+        tokens = network.eval().body.forward_features(x)
+        grid = network.outputs(x, ("stage3",))["stage3"]
+    assert network.n_stages == 3
+    assert torch.equal(grid.flatten(2).transpose(1, 2), tokens[:, 1:])
+
+
+def test_an_attention_map_has_norm_1_and_is_of_its_stage():
+    network, x = build("tiny_cnn", (1, 8, 8)).eval(), images((1, 8, 8))
+    with torch.no_grad():
+        found = network.outputs(x, ("attention2", "stage2"))
+    energy = found["stage2"].square().mean(1).flatten(1)
+    norms = energy.norm(dim=1)
+    assert torch.allclose(found["attention2"].flatten(1), energy / norms[:, None], atol=1e-6)
+
+
+def test_an_output_that_is_not_there_is_refused_with_those_that_are():
+    network = build("tiny_cnn", (1, 8, 8))
+    for name in ("stage3", "stage0", "logit", "attention9"):
+        with pytest.raises(ValueError, match=rf"no output '{name}'; it has logits, features, sta"):
+            network.outputs(images((1, 8, 8)), (name,))
+
+
+def test_finding_shapes_leaves_no_trace():
+    network = build("tiny_cnn", (1, 8, 8))
+    before = weights_fingerprint(network)
+    network.output_shapes((1, 8, 8), ("logits",))
+    assert weights_fingerprint(network) == before
+    assert all(module.training for module in network.modules())
+
+
+def test_a_network_of_torch_hub_cannot_be_drawn_at_random():
+    with pytest.raises(ValueError, match="comes with its weights and can be a teacher"):
+        build("hub/owner/repo:v1/entry")

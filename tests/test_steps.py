@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
+from test_pretrained import HUBCONF
 
-from kdlib import __main__, checks, files, loading, report, runs, sampling, steps
+from kdlib import __main__, cache, checks, files, loading, report, runs, sampling, steps
 from kdlib.cache import CacheError
-from kdlib.params import load_study
+from kdlib.models import build_network
+from kdlib.params import Model, load_study
 from kdlib.probe import Features, linear_probe
 from kdlib.selection import Subset
+from kdlib.weights import save_weights
 
 TINY = files.workspace() / "params" / "tiny.yaml"
 
@@ -492,3 +496,177 @@ def test_images_without_labels_are_cached_and_then_refused_by_name(home):
     assert images.train.read("labels", images.train_ids).tolist() == [-1] * 7
     with pytest.raises(ValueError, match=r"no labels \(study: data\.labelled\)"):
         steps.make_teacher(study, images)
+
+
+# --- every objective, end to end -----------------------------------------------------------------
+
+TAUGHT = {
+    "mse": {"kind": "mse", "alpha": 0.1},
+    "dkd": {"kind": "dkd", "target_weight": 1.0, "rest_weight": 2.0, "temperature": 2.0},
+    "dist": {"kind": "dist", "inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
+    "standard": {"kind": "kd", "alpha": 0.5, "temperature": 2.0, "standardise": True},
+    "hint": {"kind": "hint", "weight": 1.0},
+    "attention": {"kind": "attention", "weight": 1.0},
+    "rkd": {"kind": "rkd", "distance_weight": 5.0, "angle_weight": 10.0},
+    "similarity": {"kind": "similarity", "weight": 100.0},
+    "crd": {"kind": "crd", "weight": 0.5, "temperature": 0.1, "width": 16},
+    "tokens": {"kind": "tokens", "cls_weight": 1.0, "patch_weight": 0.5},
+    "barlow": {"kind": "tokens", "cls_weight": 1.0, "patch_weight": 0.5, "barlow_weight": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def taught(made, tmp_path_factory):
+    """A workspace whose teacher has stored all that any objective reads, in two replayed views."""
+    home = tmp_path_factory.mktemp("taught")
+    shutil.copytree(made / "cache", home / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        study = _taught(home)
+        steps.make_teacher(study, steps.cache_images(study))
+    return home
+
+
+def _taught(home, **changes):
+    names = ["plain", *TAUGHT]
+    return _study(
+        home, objectives={"plain": {"kind": "cross_entropy"}} | TAUGHT, axes__objective=names,
+        probe__objective=["plain"], teacher__outputs={"views": 2},
+        training={"steps": 40, "batch_size": 64, "lr_peak": 0.05, "augment": {"crop_padding": 1}},
+        **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", TAUGHT)
+def test_every_objective_trains_a_student_that_passes_every_tripwire(
+    taught, monkeypatch, objective
+):
+    monkeypatch.setenv("KDLIB_HOME", str(taught))
+    study = _taught(taught)
+    cell = study.cell(strategy="full", objective=objective)
+    evidence = steps.train_student(study, steps.open_images(study), cell, 0)
+    assert all(check["passed"] for check in evidence["checks"])
+    assert evidence["pairing"]["permuted"] > evidence["pairing"]["paired"]
+    assert (evidence["pairing"]["teacher_accuracy"] is None) == (
+        objective not in ("mse", "dkd", "dist", "standard")
+    )
+    assert evidence["checkpoints"]["last"]["test_accuracy"] > 0.15  # chance is 0.1
+
+
+def test_an_objective_the_teacher_was_not_asked_for_says_which_notebook_to_run(home):
+    more = {"kd": {"kind": "kd", "alpha": 0.5, "temperature": 2.0},
+            "plain": {"kind": "cross_entropy"},
+        "hint": {"kind": "hint", "weight": 1.0}}  # fmt: skip
+    study = _study(home, objectives=more)
+    with pytest.raises(ValueError, match=r"made before the study was changed.*features_for"):
+        steps.train_student(study, steps.open_images(study), study.cell(objective="hint"), 0)
+
+
+def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(home):
+    training = {"steps": 60, "batch_size": 64, "lr_peak": 2.0, "evaluate_every_steps": 2,
+                "early_stopping": 1, "checkpoint_fractions": [0, 0.5, 1]}  # fmt: skip
+    study = _study(home, training=training)
+    images = steps.open_images(study)
+    for cell in study.cells():
+        for seed in study.seeds:
+            evidence = steps.train_student(study, images, cell, seed)
+    assert evidence["budget"]["comparison"] == "early_stopping"
+    table = report.results(study)
+    assert not table["refused"].any()
+    assert (table["steps"] < 60).any()
+    tables = report.compile_tables(study)
+    assert set(tables["strategies"]["budget"]) == {"early_stopping"}
+    assert "early stopping" in report.summary(study, tables)
+    assert report.objective_table(study, tables).count("\n| ") == 3  # kd and plain below the line
+
+
+def test_a_best_epoch_chosen_on_images_the_teacher_has_learnt_from_is_not_reported(home):
+    study = _study(home)
+    for cell in study.cells():
+        for seed in study.seeds:
+            folder = steps.student_folder(study, cell, seed)
+            if cell.objective == "kd":
+                _forge(folder, lambda e: e["selection"].update(teacher_overlap=197))
+    table = report.results(study)
+    assert not table["refused"].any()
+    assert table.groupby("objective")["test_accuracy_best"].count().to_dict() == {
+        "kd": 0, "plain": 6,
+    }  # fmt: skip
+
+
+def test_two_processes_make_the_study_one_makes(home, monkeypatch):
+    alone = _study(home)
+    cell = alone.cell(strategy="full", objective="kd")
+    one = runs.read_evidence(steps.student_folder(alone, cell, 0))
+    study = _study(home, compute={"processes": 2})
+    images = steps.open_images(study)
+    teacher = steps.make_teacher(study, images)
+    two = steps.train_student(study, images, cell, 0)
+    for found, wanted in ((teacher, runs.read_evidence(next(
+        (study.runs / "archive").glob("*/teacher/evidence.json")).parent)), (two, one)):  # fmt: skip
+        assert all(check["passed"] for check in found["checks"])
+        assert found["budget"] == wanted["budget"]
+        assert found["coverage"] == wanted["coverage"]
+        assert found["initialisation"] == wanted["initialisation"]
+        last = [e["checkpoints"]["last"]["test_accuracy"] for e in (found, wanted)]
+        assert last[0] == pytest.approx(last[1], abs=0.05)
+    table = steps.make_datamap(study, images)  # dynamics arrive complete, by example id
+    assert len(table) == 1100
+
+
+PHOTOGRAPHS = {
+    "source": "folder", "folder": "photographs", "n_validation": 6, "shard_size": 16,
+}  # fmt: skip
+VIT = {
+    "name": "timm/vit_tiny_patch16_224",
+    "options": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+}
+
+
+@pytest.mark.parametrize("teacher", ["weights", "hub"])
+def test_a_vit_student_at_96_pixels_learns_from_a_vit_14_teacher_at_224(
+    tmp_path, monkeypatch, teacher
+):
+    """Tiny random transformers: the path, not what is learnt."""
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 18), ("test", 6)):
+        for label in "ab":
+            folder = tmp_path / "photographs" / split / label
+            folder.mkdir(parents=True)
+            for number in range(n):
+                pixels = rng.integers(0, 100, (96, 96, 3), np.uint8) + 100 * (label == "b")
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    large = {"name": VIT["name"], "options": VIT["options"] | {"patch_size": 14, "embed_dim": 24}}
+    origin = {"model": large, "weights": str(tmp_path / "vit.safetensors")}
+    if teacher == "weights":
+        drawn = build_network(Model(**large), n_classes=2, image_shape=(3, 224, 224), seed=0)
+        save_weights(drawn, tmp_path / "vit.safetensors", {})
+    else:
+        folder = tmp_path / "hub" / "owner_networks_v1"
+        folder.mkdir(parents=True)
+        (folder / "hubconf.py").write_text(HUBCONF)
+        monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+        origin = {"model": {"name": "hub/owner/networks:v1/dinov2_vits14"}, "pretrained": True,
+                  "trust_code": True}  # fmt: skip
+    study = _study(
+        tmp_path,
+        data=PHOTOGRAPHS | {"folder": str(tmp_path / "photographs"), "image_size": 96},
+        teacher=origin | {"trained_on": "elsewhere", "image_size": 224, "expected_accuracy": 0.0,
+                          "outputs": {"views": 2}},
+        dynamics={"model": {"name": "tiny_cnn"}, "el2n_epoch": 1, "window": 2,
+                  "training": {"epochs": 2, "batch_size": 10, "lr_peak": 0.01}},
+        students={"vit": {"model": VIT}}, axes__student=["vit"],
+        objectives={"tokens": TAUGHT["barlow"], "plain": {"kind": "cross_entropy"}},
+        axes__objective=["tokens", "plain"], probe__objective=["tokens"],
+        training={"steps": 4, "batch_size": 10, "lr_peak": 1e-3, "optimiser": "adamw",
+                  "warmup_steps": 2, "augment": {"flip": True}},
+    )  # fmt: skip
+    images = steps.cache_images(study)
+    card = steps.make_teacher(study, images)["teacher"]
+    assert card["measured_by"] == ("logits" if teacher == "weights" else "knn")
+    stored = cache.Cache(steps.outputs_folder(study, "replayed"))
+    shapes = [shape for _, shape in stored.header["columns"].values()]
+    assert [2, 24, 16, 16] in shapes or [2, 6, 16, 16] in shapes  # 224 / 14 patches a side
+    evidence = steps.train_student(study, images, study.cell(objective="tokens"), 0)
+    assert all(check["passed"] for check in evidence["checks"])

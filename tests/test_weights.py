@@ -111,9 +111,37 @@ def test_a_file_that_is_not_whole_safetensors_is_refused_and_runs_nothing(kind, 
             }[kind]
         )
     with pytest.raises(
-        ValueError, match=r"w\.safetensors is not a whole safetensors file .*pickle"
+        ValueError, match=r"w\.safetensors is not a whole safetensors file .*checkpoint"
     ):
         load_weights(network, path)
+    assert not (tmp_path / "exploded").exists()
+    assert weights_fingerprint(network) == fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".tar"])
+@pytest.mark.parametrize("wrapped", [None, "state_dict", "model", "model_state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_pytorch_checkpoint_of_tensors_is_read(saved, tmp_path, suffix, wrapped, prefix):
+    network, path, _ = saved
+    state = {prefix + k: v for k, v in safetensors.torch.load_file(path).items()}
+    kept = tmp_path / f"w{suffix}"
+    torch.save({wrapped: state, "epoch": 3} if wrapped else state, kept)
+    other = build("tiny_cnn", (1, 8, 8), seed=9)
+    assert load_weights(other, kept) == load_weights(network, path)
+
+
+@pytest.mark.parametrize("kind", ["bomb", "cut", "pickle", "number"])
+def test_a_checkpoint_of_more_than_tensors_is_refused_and_runs_nothing(kind, saved, tmp_path):
+    network, _, fingerprint = saved
+    kept = tmp_path / "w.pth"
+    bomb = Bomb(tmp_path / "exploded")
+    torch.save({"w": bomb} if kind == "bomb" else {"w": 1}, kept)
+    if kind == "cut":
+        kept.write_bytes(kept.read_bytes()[:-40])
+    if kind == "pickle":
+        kept.write_bytes(pickle.dumps(bomb))
+    with pytest.raises(ValueError, match=r"w\.pth (is cut, or holds more than tensors|holds dict)"):
+        load_weights(network, kept)
     assert not (tmp_path / "exploded").exists()
     assert weights_fingerprint(network) == fingerprint
 
