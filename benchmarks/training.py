@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kdlib.objectives import build_distiller
 
 from kdlib.augment import Pixels
 from kdlib.building import build
@@ -26,6 +25,7 @@ from kdlib.cache import Cache
 from kdlib.dynamics import DynamicsLog
 from kdlib.loading import Loader, View
 from kdlib.models import Network, build_network
+from kdlib.objectives import build_distiller
 from kdlib.params import Augment, Compute, Model, Objective, Training
 from kdlib.runs import Run
 from kdlib.sampling import Plan

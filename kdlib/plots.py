@@ -475,6 +475,53 @@ def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.Data
     return fig
 
 
+def accuracy_by_objective(fig: Figure, results: pd.DataFrame, objectives: Sequence[str]) -> Figure:
+    """Test accuracy of every objective, a panel for each subset: for studies of many objectives.
+
+    A small dot is one seed, a large marker the mean; the vertical line is the mean of the first
+    objective.
+
+    Args:
+        fig: An empty figure; `WIDE` by about 0.25 in for each objective.
+        results: Accepted runs of one student: the axes of the study, `seed`, `test_accuracy`.
+        objectives: From top to bottom.
+
+    Returns: `fig`, one axis per strategy and fraction.
+    Raises: ValueError for missing columns, an empty table, or several students.
+    """
+    _demand(results, (*AXES, "seed", "test_accuracy"), "results")
+    if results["student"].nunique() > 1:
+        raise ValueError("the results are of several students; draw one of them")
+    subsets = list(dict.fromkeys(zip(results["strategy"], results["fraction"], strict=True)))
+    for ax, (strategy, fraction) in zip(
+        fig.subplots(1, len(subsets), sharey=True, squeeze=False)[0], subsets, strict=True
+    ):
+        chosen = results[(results["strategy"] == strategy) & (results["fraction"] == fraction)]
+        for y, objective in enumerate(objectives):
+            values = 100 * chosen[chosen["objective"] == objective]["test_accuracy"]
+            ax.plot(values, [y + 0.25] * len(values), "o", ms=2.6, color=BLUE, alpha=0.6, mew=0)
+            if len(values):
+                ax.plot(values.mean(), y, "o", ms=5.5, color=BLUE, mec="white", mew=0.7, zorder=4)
+                if y == 0:
+                    ax.axvline(values.mean(), color=GREY, lw=1, ls=DASHES[1], zorder=1)
+        ax.set_yticks(range(len(objectives)), [in_words(name) for name in objectives])
+        ax.set_ylim(len(objectives) - 0.4, -0.6)
+        ax.tick_params(axis="y", length=0)
+        ax.grid(axis="x", color="#DDDDDD", lw=0.5)
+        ax.set_axisbelow(True)
+        named = in_words(strategy)
+        ax.set_title(named if strategy == "full" else f"{named}, {_percent(fraction)} of the data")
+        ax.set_xlabel("test accuracy at the last step (%)")
+    n_seeds = results["seed"].nunique()
+    marks = [
+        _handle(f"mean of {n_seeds} seeds", color=BLUE, marker="o", ms=5.5, mew=0),
+        _handle("one seed", color=BLUE, marker="o", ms=2.6, mew=0),
+        _handle(f"{in_words(objectives[0])}: mean", color=GREY, ls=DASHES[1], lw=1),
+    ]
+    _legend_in_rows(fig, marks)
+    return fig
+
+
 def _objective_handles(objectives: Sequence[str], full: pd.DataFrame) -> list[Line2D]:
     handles = []
     for (colour, marker), dash, name in zip(OBJECTIVES, DASHES, objectives, strict=False):
@@ -610,7 +657,9 @@ def _subtraction(comparison: pd.DataFrame) -> tuple[str, str]:
     if (comparison["against_strategy"] != comparison["strategy"]).any():
         words = f"strategy minus {_one_of(comparison['against_strategy'])}"
         return words, _held(comparison, "strategy")
-    words = f"{_one_of(comparison['objective'])} minus {_one_of(comparison['against_objective'])}"
+    several = comparison["objective"].nunique() > 2
+    what = "objective" if several else _one_of(comparison["objective"])
+    words = f"{what} minus {_one_of(comparison['against_objective'])}"
     return words, _held(comparison, "objective")
 
 

@@ -180,8 +180,7 @@ def distributed(module: nn.Module, ranks: Ranks) -> nn.Module:
     """The module under DistributedDataParallel; itself when alone."""
     if ranks.alone:
         return module
-    # every process computes the same buffers: nothing to broadcast
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(module)
 
 
 def summed_loss(loss: Tensor, ranks: Ranks) -> Tensor:

@@ -213,7 +213,7 @@ def objective_table(study: Study, tables: dict[str, pd.DataFrame]) -> str:
             found = 100 * rows["test_accuracy"]
             cells.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}" if len(found) else "-")
         loss = kind.formula.replace("|", "\\|") + (f" ({told})" if told else "")
-        test = f"[{kind.test.split('::')[1]}]({kind.test.split('::')[0]})"
+        test = f"`{kind.test.removeprefix('tests/')}`"
         lines.append(f"| {name} | {loss} | {kind.paper} | {test} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     files.write_atomic(study.figures / "objectives.md", lambda file: file.write(text.encode()))
@@ -316,10 +316,16 @@ def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, 
     figures = {}
     with plots.style():
         figures["accuracy"] = Figure(figsize=(plots.WIDE, 4.4))
-        plots.accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"])
+        names, differences = study.axes.objective, tables["strategies"]
+        if len(names) <= len(plots.OBJECTIVES):
+            plots.accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"])
+        else:
+            of_first = accepted[accepted["student"] == study.axes.student[0]]
+            plots.accuracy_by_objective(figures["accuracy"], of_first, names)
+            differences = tables.get("objectives", differences)
         figures["differences"] = Figure(figsize=(plots.WIDE, 5.0))
         axis = figures["differences"].subplots()
-        plots.paired_differences(axis, tables["strategies"], margin=study.compare.margin)
+        plots.paired_differences(axis, differences, margin=study.compare.margin)
         figures["curves"] = Figure(figsize=(plots.WIDE, 3.4))
         rows = tables["curves"]
         shown = [s for s in study.probe.strategy if s != "full"]

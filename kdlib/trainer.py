@@ -279,19 +279,28 @@ def train(
             if time.monotonic() - saved >= STATE_EVERY_S:
                 loop.save()
                 saved = time.monotonic()
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory: lower training.batch_size, or raise training.accumulate ({error})"
-        ) from None
-    except torch._dynamo.exc.BackendCompilerFailed as error:
-        raise TrainingError(
-            "torch.compile failed; on a CPU it needs a C++ compiler (g++): install one, or set "
-            f"compute.compile: false ({str(error).splitlines()[0]})"
-        ) from None
+    except (MemoryError, RuntimeError) as error:
+        if (sentence := _explained(error)) is None:
+            raise
+        raise TrainingError(sentence) from None
     finally:
         progress.close()
         task.loader.close()
     return loop.close()
+
+
+def _explained(error: Exception) -> str | None:
+    """What to do about an error of the machine; None for any other."""
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "can't allocate memory" in first:
+        return f"out of memory: lower training.batch_size, or raise training.accumulate ({first})"
+    if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
+        return (
+            "torch.compile failed; on a CPU it needs a C++ compiler (g++): install one, or set "
+            f"compute.compile: false ({first})"
+        )
+    return None
 
 
 class _Loop:

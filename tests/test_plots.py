@@ -519,3 +519,28 @@ def test_rows_that_do_not_fit_are_refused():
     images, titles = grid_input(names=[f"class_{i}" for i in range(10)])
     with pytest.raises(ValueError, match="10 rows do not fit into a height of 1 in"):
         plots.region_grid(Figure(figsize=(plots.WIDE, 1)), images, titles)
+
+
+def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
+    names = [f"objective{i}" for i in range(7)]
+    results = pd.DataFrame(
+        {
+            "student": "tiny", "strategy": strategy, "fraction": fraction, "objective": name,
+            "seed": seed, "test_accuracy": 0.5 + 0.01 * number + 0.001 * seed,
+        }
+        for strategy, fraction in (("full", 1.0), ("random", 0.1))
+        for number, name in enumerate(names)
+        for seed in (0, 1, 2)
+    )  # fmt: skip
+    fig = plots.accuracy_by_objective(Figure(), results, names)
+    full, random = fig.axes
+    assert [label.get_text() for label in full.get_yticklabels()] == [
+        plots.in_words(name) for name in names
+    ]
+    assert random.get_title() == f"{plots.in_words('random')}, 10 % of the data"
+    means = [line.get_xdata()[0] for line in full.lines if len(line.get_xdata()) == 1]
+    assert means == pytest.approx([50.1 + i for i in range(7)])
+    with pytest.raises(ValueError, match="several students"):
+        plots.accuracy_by_objective(
+            Figure(), pd.concat([results, results.assign(student="other")]), names
+        )

@@ -1,6 +1,7 @@
 """The package as a whole: which module imports which, and what no module may do."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -278,3 +279,10 @@ def test_the_core_imports_where_notebooks_and_matplotlib_are_not_installed():
     code = BLOCKED.format(names=NOTEBOOK_SIDE | {"matplotlib", "timm", "torchvision"}, modules=core)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == f"imported {len(core)}\n", done.stderr
+
+
+def test_the_readme_shows_the_table_of_objectives_as_it_was_generated():
+    root = Path(kdlib.__file__).parent.parent
+    generated = (root / "figures" / "objectives" / "objectives.md").read_text()
+    _, shown, _ = re.split("<!-- /?objectives -->", (root / "README.md").read_text())
+    assert shown.strip() == generated.strip()

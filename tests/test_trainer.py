@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from kdlib.objectives import build_distiller, student_outputs
 from safetensors.torch import load_file
 from torch import nn
 
@@ -20,6 +20,7 @@ from kdlib.building import build
 from kdlib.dynamics import DynamicsLog
 from kdlib.loading import Loader, View
 from kdlib.models import Network, build_network
+from kdlib.objectives import build_distiller, student_outputs
 from kdlib.params import Compute, Model, Objective, Training
 from kdlib.runs import Run
 from kdlib.sampling import Plan
@@ -256,13 +257,60 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(
     assert not (tmp_path / "run" / "evidence.json").exists()
 
 
-def test_running_out_of_memory_says_what_to_lower(tmp_path, images, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] can't allocate memory: you tried"),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_running_out_of_memory_says_what_to_lower(tmp_path, images, monkeypatch, error):
     def explode(*_):
-        raise torch.OutOfMemoryError("asked for too much")
+        raise error
 
     task = _task(images)
     monkeypatch.setattr(type(task.distiller), "loss", explode)
     with pytest.raises(TrainingError, match=r"lower training\.batch_size"):
+        train(_run(tmp_path / "run"), task)
+
+
+def test_an_error_of_another_kind_keeps_its_own_words(tmp_path, images, monkeypatch):
+    def explode(*_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    task = _task(images)
+    monkeypatch.setattr(type(task.distiller), "loss", explode)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        train(_run(tmp_path / "run"), task)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_a_compiled_network_trains_like_the_plain_one(tmp_path, images):
+    training = TRAINING.model_copy(update={"epochs": 1.0, "lr_peak": 0.01})
+    weights = []
+    for compiled in (False, True):
+        run = _run(tmp_path / str(compiled))
+        task = _task(images, training=training, compute=Compute(compile=compiled))
+        trained = train(run, task)
+        weights.append(load_file(run.folder / trained.checkpoints[trained.last_step][0]))
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor.float(), weights[1][name].float(), atol=1e-3), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_missing_compiler_is_named(tmp_path, images, monkeypatch):
+    class InductorError(RuntimeError):
+        pass
+
+    def explode(*_):
+        raise InductorError("no working C++ compiler")
+
+    task = _task(images, compute=Compute(compile=True))
+    monkeypatch.setattr(trainer.Step, "__call__", explode)
+    with pytest.raises(TrainingError, match=r"needs a C\+\+ compiler .*compute\.compile: false"):
         train(_run(tmp_path / "run"), task)
 
 
