@@ -98,7 +98,7 @@ rule teacher:
         text=f"{RUNS}/teacher/02_teacher.log",
     params:
         settings=settings("teacher"),
-    threads: study.compute.threads
+    threads: study.compute.threads * study.compute.processes
     shell:
         PAPERMILL + LOG
 
@@ -136,7 +136,7 @@ rule distill:
         text=f"{RUNS}/distill/{SUBSET}/04_distill.log",
     params:
         settings=settings("distill"),
-    threads: study.compute.threads
+    threads: study.compute.threads * study.compute.processes
     shell:
         PAPERMILL + AXES + LOG
 
