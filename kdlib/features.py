@@ -46,7 +46,9 @@ def hint(projected: Tensor, teacher_grid: Tensor) -> Tensor:
 
     Source: [Romero2015], eq. 3, with a mean over elements instead of half their sum, and together
     with the other losses instead of before them.
+    Raises: ValueError when batches or channels differ.
     """
+    _check(projected, teacher_grid, 2)
     target = resized(teacher_grid.detach(), projected.shape[-2:])
     return F.mse_loss(projected, target)
 
@@ -55,10 +57,12 @@ def attention(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) ->
     """Sum over stages of the distance of attention maps, each (B, H, W) and of norm 1.
 
     Returns: Mean over the batch of the L2 norm of the difference, in [0, sqrt 2] for each stage.
+    Raises: ValueError when the batches differ.
     Source: [Zagoruyko2017], eq. 2 with p = 2; their code takes mean squares instead.
     """
     total = torch.zeros((), dtype=student_maps[0].dtype, device=student_maps[0].device)
     for student, teacher in zip(student_maps, teacher_maps, strict=True):
+        _check(student, teacher, 1)
         target = resized(teacher.detach()[:, None], student.shape[-2:]).flatten(1)
         gap = student.flatten(1) - F.normalize(target, dim=1)
         total = total + torch.linalg.vector_norm(gap, dim=1).mean()
@@ -69,12 +73,19 @@ def rkd(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Differences of the relations between examples: of pairs, and of triplets.
 
     Args:
-        student, teacher: (B, D_s) and (B, D_t) float, row by row of the same examples.
+        student, teacher: (B, D_s) and (B, D_t) float, row by row of the same examples; B >= 2.
 
     Returns: (distance, angle), scalars >= 0: Huber losses of the pairwise distances, divided by
         their mean, and of the cosines of the angles of all triplets.
+    Raises: ValueError when the batches differ, or hold one example, which relates to nothing.
     Source: [Park2019], eq. 6 to 10.
     """
+    _check(student, teacher, 1)
+    if len(student) < 2:
+        raise ValueError(
+            "relations need two examples, and the batch holds 1; raise training.batch_size or "
+            "lower training.accumulate"
+        )
     teacher = teacher.detach()
     distance = F.smooth_l1_loss(_distances(student), _distances(teacher))
     return distance, F.smooth_l1_loss(_angles(student), _angles(teacher))
@@ -91,8 +102,14 @@ def _distances(rows: Tensor) -> Tensor:
 
 
 def _angles(rows: Tensor) -> Tensor:
-    """Cosines between (i - j) and (k - j): (B, D) -> (B, B, B)."""
-    directions = F.normalize(rows[None] - rows[:, None], dim=2, eps=1e-6)  # (j, i, D)
+    """Cosines between (i - j) and (k - j): (B, D) -> (B, B, B).
+
+    Rows in one place have no direction between them: cosine 0, without a gradient, which would
+    grow as 1 / distance.
+    """
+    gaps = rows[None] - rows[:, None]  # (j, i, D)
+    together = torch.linalg.vector_norm(gaps.detach(), dim=2, keepdim=True) <= 1e-6
+    directions = F.normalize(gaps.masked_fill(together, 0), dim=2)
     return torch.bmm(directions, directions.transpose(1, 2))
 
 
@@ -104,8 +121,10 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
 
     Returns: Scalar >= 0: the sum over pairs, divided by B squared, of the squared difference of
         Gram matrices whose rows have norm 1.
+    Raises: ValueError when the batches differ.
     Source: [Tung2019], eq. 2 to 4.
     """
+    _check(student, teacher, 1)
 
     def gram(rows: Tensor) -> Tensor:
         flat = rows.flatten(1)
@@ -130,9 +149,13 @@ def crd(
         n_examples: M, examples of the training set; N is the mean number of negatives.
 
     Returns: Scalar >= 0, mean over the batch.
+    Raises: ValueError when the shapes differ or the temperature is not positive.
     Source: [Tian2020], eq. 17 to 19. The paper draws its negatives from a memory of all examples;
         here they come from the batch, so that the loss is a function of the batch alone.
     """
+    _check(student, teacher, 2)
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; expected a number > 0")
     similar = F.normalize(student, dim=1) @ F.normalize(teacher.detach(), dim=1).T / temperature
     others = labels[:, None] != labels[None]
     n_negatives = others.double().sum(1).mean().clamp(min=1).item()
@@ -155,10 +178,25 @@ def tokens(
         teacher_cls, teacher_patches: (B, D) and (B, D, H_t, W_t) float.
 
     Returns: (of the vectors, of the grids), scalars in [0, 2], means over examples and places.
+    Raises: ValueError when batches or widths differ.
     """
+    _check(cls, teacher_cls, 2)
+    _check(patches, teacher_patches, 2)
     target = resized(teacher_patches.detach(), patches.shape[-2:])
     apart = 1 - F.cosine_similarity(cls, teacher_cls.detach(), dim=1)
     return apart.mean(), (1 - F.cosine_similarity(patches, target, dim=1)).mean()
+
+
+def two_views(first: Tensor, second: Tensor) -> None:
+    """Refuse two views that are one: of images, or of what a network made of them.
+
+    Raises: ValueError when both tensors are the same to the bit.
+    """
+    if torch.equal(first, second):
+        raise ValueError(
+            "identical views: both are the same to the bit; expected two different augmentations "
+            "of each image (study: training.augment)"
+        )
 
 
 def barlow(first: Tensor, second: Tensor, off_diagonal: float = 0.005) -> Tensor:
@@ -172,17 +210,24 @@ def barlow(first: Tensor, second: Tensor, off_diagonal: float = 0.005) -> Tensor
     Raises: ValueError for identical views, whose correlation says nothing.
     Source: [Zbontar2021], eq. 1 and 2; the division by D, so that widths compare, is ours.
     """
-    if torch.equal(first, second):
-        raise ValueError(
-            "identical views: both embeddings are the same to the bit; expected two different "
-            "augmentations of each image (study: training.augment)"
-        )
+    two_views(first, second)
 
     def scaled(rows: Tensor) -> Tensor:
         centred = rows - rows.mean(0)
-        return centred / (centred.square().mean(0).sqrt() + 1e-6)
+        # inside the root, so that a constant column has the gradient 0 rather than 0 / 0
+        return centred / (centred.square().mean(0) + EPSILON).sqrt()
 
     correlation = scaled(first).T @ scaled(second) / len(first)  # (D, D)
     diagonal = correlation.diagonal()
     off = correlation.square().sum() - diagonal.square().sum()
     return ((diagonal - 1).square().sum() + off_diagonal * off) / len(diagonal)
+
+
+def _check(student: Tensor, teacher: Tensor, n_axes: int) -> None:
+    """The first axes agree: otherwise one row would silently be compared with all."""
+    if student.shape[:n_axes] != teacher.shape[:n_axes]:
+        same = ("batch", "batch and channels")[n_axes - 1]
+        raise ValueError(
+            f"teacher features are {tuple(teacher.shape)}, student features "
+            f"{tuple(student.shape)}; expected the same {same}"
+        )

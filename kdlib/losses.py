@@ -8,6 +8,8 @@ Sources:
     [Hinton2015] Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network.
         arXiv 1503.02531.
     [Ba2014] Ba, Caruana: Do Deep Nets Really Need to be Deep? NeurIPS 2014, arXiv 1312.6184.
+    [Kim2021] Kim et al.: Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in
+        Knowledge Distillation. IJCAI 2021, arXiv 2105.08919.
     [Zhao2022] Zhao et al.: Decoupled Knowledge Distillation. CVPR 2022, arXiv 2203.08679.
     [Huang2022] Huang et al.: Knowledge Distillation from A Stronger Teacher. NeurIPS 2022,
         arXiv 2205.10536.
@@ -57,9 +59,14 @@ def standardised(logits: Tensor) -> Tensor:
 
 
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Mean squared difference of logits over batch and classes. Source: [Ba2014], sec. 2.2.
+    """Mean squared difference of logits over batch and classes.
 
+    Args:
+        student_logits, teacher_logits: (B, C) float, row by row of the same examples.
+
+    Returns: Scalar >= 0, squared logits.
     Raises: ValueError when the shapes differ.
+    Source: [Ba2014], sec. 2.2, and [Kim2021]; a mean over classes where they take a sum.
     """
     _check(student_logits, teacher_logits)
     return F.mse_loss(student_logits, teacher_logits.detach())

@@ -229,11 +229,10 @@ class Distiller(nn.Module):
         if o.kind in ("kd", "mse", "dkd", "dist"):
             return self._of_logits(student["logits"], heard["logits"], labels)
         if o.kind == "attention":
-            names = [n for n in student if n.startswith("attention")]
-            return features.attention([student[n] for n in names], [heard[n] for n in self.reads])
+            return features.attention(*([of[n] for n in self.reads] for of in (student, heard)))
         if o.kind == "tokens":
             cls, patches = features.tokens(
-                student["features"], student[self._grid], heard["features"], heard[self.reads[1]]
+                student["features"], student[self._grid], heard["features"], heard[self._target]
             )
             return o.cls_weight * cls + o.patch_weight * patches
         (name,) = self.reads
@@ -277,14 +276,21 @@ def build_distiller(
         student_shapes, teacher_shapes: Of the outputs it reads, by name, without batch axis.
         n_examples: Of the training set.
 
-    Raises: ValueError for networks whose shapes do not fit the objective.
+    Raises: ValueError for networks whose shapes do not fit the objective, or no teacher where it
+        needs one.
     """
     made = Distiller(objective, n_examples)
-    made.reads, made._grid = tuple(teacher_shapes), None
     kind, projectors = objective.kind, made.projectors
-    grids = [name for name in student_shapes if name.startswith("stage")]
-    if grids:
-        made._grid = grids[0]
+    if needs_teacher(objective) and not teacher_shapes:
+        raise ValueError(
+            f"objective {kind} reads a teacher's outputs, and there are none; run "
+            "notebooks/02_teacher.ipynb"
+        )
+    made.reads = tuple(teacher_shapes)
+    made._grid, made._target = (
+        next((name for name in shapes if name.startswith("stage")), None)
+        for shapes in (student_shapes, teacher_shapes)
+    )
     if kind == "attention":
         n = sum(name.startswith("attention") for name in student_shapes)
         if n != len(teacher_shapes):
@@ -294,8 +300,7 @@ def build_distiller(
             )
     with torch_seeded(seed, "projector"):
         if kind in ("hint", "tokens"):
-            name = next(n for n in teacher_shapes if n.startswith("stage"))
-            n_in, n_out = student_shapes[made._grid][0], teacher_shapes[name][0]
+            n_in, n_out = student_shapes[made._grid][0], teacher_shapes[made._target][0]
             projectors[made._grid] = nn.Conv2d(n_in, n_out, 1, bias=False)
         if kind == "tokens":
             (n_in,), (n_out,) = student_shapes["features"], teacher_shapes["features"]
@@ -316,7 +321,8 @@ def build_distiller(
                     f"width of at most {n_teacher} (study: objectives.<name>.width)"
                 )
             projectors["features"] = nn.Linear(n_in, width)
-            # fixed and orthogonal: distances between teacher rows survive, nothing can collapse
+            # the paper trains the teacher's embedding too; fixed and orthogonal, it keeps what
+            # the teacher says and cannot collapse
             drawn, _ = torch.linalg.qr(torch.randn(n_teacher, width))
             made.register_buffer("teacher_projection", drawn)
     return made

@@ -329,14 +329,15 @@ def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, 
         figures["curves"] = Figure(figsize=(plots.WIDE, 3.4))
         rows = tables["curves"]
         shown = [s for s in study.probe.strategy if s != "full"]
-        chosen = rows[
-            (rows["objective"] == study.probe.objective[0])
-            & (
-                (rows["strategy"] == "full")
-                | (rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction))
+        full = rows["strategy"] == "full"
+        if shown:
+            of_subsets = rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction)
+            of_objective = rows["objective"] == study.probe.objective[0]
+            plots.learning_curves(
+                figures["curves"].subplots(), rows[of_objective & (full | of_subsets)]
             )
-        ]
-        plots.learning_curves(figures["curves"].subplots(), chosen)
+        else:  # nothing but the full set is probed: with the teacher against without
+            plots.learning_curves(figures["curves"].subplots(), rows[full], by="objective")
         figures["probes"] = Figure(figsize=(plots.WIDE, 3.4))
         for axis, kind in zip(figures["probes"].subplots(1, 2), ("linear", "knn"), strict=True):
             plots.probe_curves(axis, tables["probes"], probe=kind)

@@ -96,6 +96,8 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
 
 
 def delete_states(folder: Path) -> None:
-    """Remove the states of a training that has ended."""
+    """Remove the states of a training that has ended, and what a killed writer left."""
     for name in (NAME, BEFORE, f"{NAME}.new"):
         (folder / name).unlink(missing_ok=True)
+    for path in folder.glob(f".{NAME}*.tmp"):
+        path.unlink(missing_ok=True)

@@ -88,5 +88,6 @@ def test_a_full_disk_keeps_both_states(tmp_path, monkeypatch):
 def test_the_states_of_an_ended_training_are_removed(tmp_path):
     put(tmp_path, 1)
     put(tmp_path, 2)
+    (tmp_path / f".{states.NAME}.new.123.tmp").write_bytes(b"of a killed process")
     delete_states(tmp_path)
     assert list(tmp_path.iterdir()) == []
