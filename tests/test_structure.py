@@ -281,8 +281,12 @@ def test_the_core_imports_where_notebooks_and_matplotlib_are_not_installed():
     assert done.stdout == f"imported {len(core)}\n", done.stderr
 
 
-def test_the_readme_shows_the_table_of_objectives_as_it_was_generated():
+@pytest.mark.parametrize(
+    ("marker", "path"),
+    [("objectives", "objectives/objectives.md"), ("cifar10", "cifar10/summary.md")],
+)
+def test_the_readme_shows_tables_as_they_were_generated(marker, path):
     root = Path(kdlib.__file__).parent.parent
-    generated = (root / "figures" / "objectives" / "objectives.md").read_text()
-    _, shown, _ = re.split("<!-- /?objectives -->", (root / "README.md").read_text())
-    assert shown.strip() == generated.strip()
+    _, shown, _ = re.split(f"<!-- /?{marker} -->", (root / "README.md").read_text())
+    assert len(shown) > 100
+    assert shown.strip() in (root / "figures" / path).read_text()
