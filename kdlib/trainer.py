@@ -66,6 +66,7 @@ class Task:
         log: Where training dynamics are recorded, or None.
         observed: `train` records each batch as it is trained on, `eval` a clean pass after each
             pass.
+        compute: Precision, compilation.
         ranks: Of the processes that share each batch; the loader's are the same.
     """
 
