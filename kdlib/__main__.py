@@ -1,9 +1,10 @@
-"""Command line: `python -m kdlib study | figures | cache`.
+"""Command line: `python -m kdlib study | figures | step | cache`.
 
 Commands import what they need when they run, so that help and errors come at once.
 """
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,11 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     options = ["--cores", str(arguments.cores), "--config", f"study={arguments.study}"]
     # Snakemake's own lock outlives a kill; the kernel frees ours. Jobs that outlive a killed
     # pipeline hold the locks of their runs, and the next pipeline's jobs wait for those.
+    beside = str(Path(sys.executable).parent)  # papermill's, whether or not it is activated
+    environment = os.environ | {"PATH": os.pathsep.join([beside, os.environ["PATH"]])}
     with files.locked(study.runs / ".lock", wait=False):
-        code = _wait(subprocess.Popen([*snakemake, "--nolock", *options, *further]))
+        command = [*snakemake, "--nolock", *options, *further]
+        code = _wait(subprocess.Popen(command, env=environment))
     if code:
         _tell_failures(study)
         return code

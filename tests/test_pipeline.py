@@ -20,8 +20,8 @@ STUDY = "params/tiny.yaml"
 
 
 def _environment(home):
-    scripts = str(Path(sys.executable).parent)
-    path = os.pathsep.join([scripts, os.environ["PATH"]])
+    # as of a shell in which nothing is activated
+    path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if ".venv" not in p)
     return os.environ | {"KDLIB_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1"}
 
 
