@@ -1,4 +1,5 @@
-# make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another)
+# make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another;
+# STEP=scores or STEP=noise make those figures without training a student)
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
@@ -8,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DELETE_ON_ERROR:
 
 study: .venv/installed
-	@$(BIN)/python -m kdlib study $(STUDY) --cores $(CORES)
+	@$(BIN)/python -m kdlib study $(STUDY) $(STEP) --cores $(CORES)
 
 # Two files at a time; the long ones first.
 test: .venv/installed

@@ -32,6 +32,13 @@ AXES = (
 LOG = " > {log.text} 2>&1"
 
 
+RECORDED = [f"model={m}/{part}" for m, part in (study.recordings.runs() if study.recordings else [])]
+RECORDINGS = [f"{RUNS}/recorded/{run}/evidence.json" for run in RECORDED]
+QUESTIONS = [f"{RUNS}/scores/evidence.json"] if study.recordings else []
+if study.recordings and study.data.relabel:
+    QUESTIONS.append(f"{RUNS}/noise/evidence.json")
+
+
 def settings(step):
     """Fingerprint of what a step reads; Snakemake runs the step again when it changes."""
 
@@ -56,6 +63,8 @@ def students(cells):
 
 
 wildcard_constraints:
+    model="[^/]+",
+    part="[^/]+",
     student="[^/]+",
     strategy="[^/]+",
     fraction=r"[0-9.e+-]+",
@@ -64,6 +73,8 @@ wildcard_constraints:
 
 localrules:
     all,
+    scores,
+    noise,
 
 
 rule all:
@@ -71,6 +82,18 @@ rule all:
         f"{RUNS}/compare/evidence.json",
         students(study.cells()),
         [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
+        QUESTIONS,
+
+
+# By name, without the students: `snakemake scores`, `snakemake noise`.
+rule scores:
+    input:
+        f"{RUNS}/scores/evidence.json",
+
+
+rule noise:
+    input:
+        f"{RUNS}/noise/evidence.json",
 
 
 rule cache:
@@ -114,6 +137,50 @@ rule datamap:
         text=f"{RUNS}/datamap/03_datamap.log",
     params:
         settings=settings("datamap"),
+    shell:
+        PAPERMILL + LOG
+
+
+rule record:
+    input:
+        f"{RUNS}/cache/evidence.json",
+    output:
+        update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
+    log:
+        text=f"{RUNS}/recorded/model={{model}}/{{part}}/record.log",
+    params:
+        settings=settings("record"),
+    threads: study.compute.threads
+    shell:
+        "python -m kdlib record {STUDY:q} --model {wildcards.model:q} --part {wildcards.part:q}" + LOG
+
+
+rule ask_scores:
+    input:
+        RECORDINGS,
+        notebook=notebook("07_scores.ipynb"),
+    output:
+        f"{RUNS}/scores/evidence.json",
+    log:
+        notebook=f"{RUNS}/scores/07_scores.ipynb",
+        text=f"{RUNS}/scores/07_scores.log",
+    params:
+        settings=settings("scores"),
+    shell:
+        PAPERMILL + LOG
+
+
+rule ask_noise:
+    input:
+        RECORDINGS,
+        notebook=notebook("08_noise.ipynb"),
+    output:
+        f"{RUNS}/noise/evidence.json",
+    log:
+        notebook=f"{RUNS}/noise/08_noise.ipynb",
+        text=f"{RUNS}/noise/08_noise.log",
+    params:
+        settings=settings("noise"),
     shell:
         PAPERMILL + LOG
 

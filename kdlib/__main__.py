@@ -1,4 +1,4 @@
-"""Command line: `python -m kdlib study | figures | step | cache`.
+"""Command line: `python -m kdlib study | figures | record | step | cache`.
 
 Commands import what they need when they run, so that help and errors come at once.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from kdlib import files
 from kdlib.params import AXES, Study, load_study, parse_part
 
+STEPS = ("scores", "noise")  # of the pipeline, that can be asked for by name
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
 
@@ -26,13 +27,15 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     beside = str(Path(sys.executable).parent)  # papermill's, whether or not it is activated
     environment = os.environ | {"PATH": os.pathsep.join([beside, os.environ["PATH"]])}
     with files.locked(study.runs / ".lock", wait=False):
-        command = [*snakemake, "--nolock", *options, *further]
+        step = [arguments.step] if arguments.step else []
+        command = [*snakemake, *step, "--nolock", *options, *further]
         code = _wait(subprocess.Popen(command, env=environment))
     if code:
         _tell_failures(study)
         return code
-    told = (study.figures / "summary.md").read_text().splitlines()
-    print(*[line for line in told if not line.startswith("|")], sep="\n")
+    if arguments.step is None:
+        told = (study.figures / "summary.md").read_text().splitlines()
+        print(*[line for line in told if not line.startswith("|")], sep="\n")
     print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
     return 0
 
@@ -57,15 +60,17 @@ def _tell_failures(study: Study) -> None:
 
 
 def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
-    """Redraw every figure of a study from its run records."""
-    from kdlib import report  # matplotlib, pandas: only where figures are drawn
+    """Redraw every figure of a study whose records are there."""
+    from kdlib import report, scorecard, steps  # matplotlib, pandas: only where figures are drawn
 
     study = load_study(arguments.study)
-    tables = report.compile_tables(study)
-    drawn = report.draw_shard_visits(study) | report.draw_datamap(study)
-    drawn |= report.draw_comparison(study, tables)
-    report.summary(study, tables)
-    report.objective_table(study, tables)
+    drawn = scorecard.redraw(study, steps.open_images(study))
+    if not drawn or (study.runs / "compare" / "evidence.json").is_file():
+        tables = report.compile_tables(study)
+        drawn |= report.draw_shard_visits(study) | report.draw_datamap(study)
+        drawn |= report.draw_comparison(study, tables)
+        report.summary(study, tables)
+        report.objective_table(study, tables)
     print(f"{', '.join(drawn)} drawn in {study.figures}")
     return 0
 
@@ -128,6 +133,15 @@ def _step(arguments: argparse.Namespace, further: list[str]) -> int:
     return 0
 
 
+def _record(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Make one further recording of a study's images."""
+    from kdlib import recordings, steps
+
+    study = load_study(arguments.study)
+    recordings.record(study, steps.open_images(study), arguments.model, arguments.part)
+    return 0
+
+
 def _add_step(commands: Any) -> None:
     step = commands.add_parser(
         "step", help="make one teacher or student; under torchrun, by several processes"
@@ -168,13 +182,20 @@ def main() -> int:
     """Parse the command line and run one command."""
     parser = argparse.ArgumentParser(prog="python -m kdlib", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    study = commands.add_parser("study", help="run a whole study; further options go to snakemake")
+    described = "run a study, or a step of it such as `scores`; further options go to snakemake"
+    study = commands.add_parser("study", help=described)
     study.add_argument("study", help="study file, such as params/digits.yaml")
+    study.add_argument("step", nargs="?", choices=STEPS, help="only this, without the students")
     study.add_argument("--cores", type=int, default=2)
     study.set_defaults(run=_study)
     figures = commands.add_parser("figures", help="redraw all figures from the run records")
     figures.add_argument("study", help="study file, such as params/digits.yaml")
     figures.set_defaults(run=_figures)
+    record = commands.add_parser("record", help="make one further recording (study: recordings)")
+    record.add_argument("study", help="study file, such as params/digits.yaml")
+    record.add_argument("--model", required=True, help="one of recordings.models")
+    record.add_argument("--part", required=True, help="seed=S, fold=K or threshold=K")
+    record.set_defaults(run=_record)
     _add_step(commands)
     _add_cache(commands)
     arguments, further = parser.parse_known_args()

@@ -480,7 +480,7 @@ def build_images(
     n_workers: int | None = None,
 ) -> Cache:
     """Cache the images (`images`, uint8 (C, H, W)) and labels (`labels`, int64; -1: none) of a
-    source.
+    source; of one with other labels also its own (`original_labels`).
 
     Args:
         part: As in `build`.
@@ -504,7 +504,7 @@ def build_images(
     return build(
         folder,
         header,
-        {"images": ("|u1", source.image_shape), "labels": ("<i8", ())},
+        {c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns},
         _Decode(source),
         n_examples=source.n_examples,
         shard_size=shard_size,
@@ -520,4 +520,4 @@ class _Decode:
     source: Source
 
     def __call__(self, payload: Any) -> dict[str, np.ndarray]:
-        return dict(zip(("images", "labels"), self.source.decode(payload), strict=True))
+        return dict(zip(self.source.columns, self.source.decode(payload), strict=True))

@@ -18,7 +18,7 @@ stays bounded whatever N is. Leaves to others: which examples to keep (selection
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,11 @@ from kdlib.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the datamap
 REGIONS = ("easy", "ambiguous", "hard")
-CHUNK_VALUES = 2**22  # values of one block of examples; 32 MiB as float64, a few such temporaries
+# Values of one block of examples: 1 MiB as float64, which stays in a core's cache
+CHUNK_VALUES = 2**17
 
 
-def _per_example(array: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def per_example(array: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Apply `score` to float64 blocks (E, n, ...) of `array` (E, N, ...); returns (N,).
 
     Blocks are of nearly equal size, so no example is computed by another route than its neighbours.
@@ -40,10 +41,8 @@ def _per_example(array: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -
     if array.ndim < 2 or array.shape[0] < 1:
         raise ValueError(f"got an array of shape {array.shape}; expected (E, N, ...) with E >= 1")
     n_examples = array.shape[1]
-    n_blocks = min(max(1, math.ceil(array.size / CHUNK_VALUES)), max(1, n_examples))
-    edges = [n_examples * i // n_blocks for i in range(n_blocks + 1)]
     parts = []
-    for start, stop in itertools.pairwise(edges):
+    for start, stop in blocks(array.size, n_examples):
         block = np.asarray(array[:, start:stop], dtype=np.float64)
         if not np.isfinite(block).all():
             raise ValueError(
@@ -54,10 +53,16 @@ def _per_example(array: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -
     return np.concatenate(parts)
 
 
+def blocks(n_values: int, n_examples: int) -> Iterable[tuple[int, int]]:
+    """Ranges of examples of about `CHUNK_VALUES` values each."""
+    n_blocks = min(max(1, math.ceil(n_values / CHUNK_VALUES)), max(1, n_examples))
+    return itertools.pairwise(n_examples * i // n_blocks for i in range(n_blocks + 1))
+
+
 def _per_example_correct(
     correct: np.ndarray, score: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """`_per_example` for 0/1 records; `score` takes a bool block."""
+    """`per_example` for 0/1 records; `score` takes a bool block."""
 
     def checked(block: np.ndarray) -> np.ndarray:
         if not ((block == 0) | (block == 1)).all():
@@ -67,7 +72,7 @@ def _per_example_correct(
             )
         return score(block == 1)
 
-    return _per_example(correct, checked)
+    return per_example(correct, checked)
 
 
 def _check_window(n_epochs: int, window: int, least: int) -> None:
@@ -89,7 +94,7 @@ def confidence(gold_prob: np.ndarray) -> np.ndarray:
     >>> confidence(np.array([[0.25, 1.0], [0.75, 1.0]])).tolist()
     [0.5, 1.0]
     """
-    return _per_example(gold_prob, lambda block: block.mean(axis=0))
+    return per_example(gold_prob, lambda block: block.mean(axis=0))
 
 
 def variability(gold_prob: np.ndarray) -> np.ndarray:
@@ -103,7 +108,7 @@ def variability(gold_prob: np.ndarray) -> np.ndarray:
     >>> variability(np.array([[0.25, 1.0], [0.75, 1.0]])).tolist()
     [0.25, 0.0]
     """
-    return _per_example(gold_prob, lambda block: block.std(axis=0))
+    return per_example(gold_prob, lambda block: block.std(axis=0))
 
 
 def correctness(correct: np.ndarray) -> np.ndarray:
@@ -164,7 +169,7 @@ def aum(margin: np.ndarray) -> np.ndarray:
     >>> aum(np.array([[2.0, -1.0], [4.0, 0.0]])).tolist()
     [3.0, -0.5]
     """
-    return _per_example(margin, lambda block: block.mean(axis=0))
+    return per_example(margin, lambda block: block.mean(axis=0))
 
 
 def el2n(recorded: np.ndarray, *, epoch: int) -> np.ndarray:
@@ -188,7 +193,7 @@ def el2n(recorded: np.ndarray, *, epoch: int) -> np.ndarray:
             "1: change dynamics.el2n_epoch in the study, or record more epochs"
         )
     runs = recorded if recorded.ndim == 3 else recorded[None]  # (S, E, N)
-    return _per_example(runs[:, epoch - 1], lambda block: block.mean(axis=0))
+    return per_example(runs[:, epoch - 1], lambda block: block.mean(axis=0))
 
 
 def entropy(recorded: np.ndarray) -> np.ndarray:
@@ -202,7 +207,7 @@ def entropy(recorded: np.ndarray) -> np.ndarray:
     >>> entropy(np.array([[0.5, 0.0], [1.0, 0.0]])).tolist()
     [0.75, 0.0]
     """
-    return _per_example(recorded, lambda block: block.mean(axis=0))
+    return per_example(recorded, lambda block: block.mean(axis=0))
 
 
 def loss(recorded: np.ndarray) -> np.ndarray:
@@ -216,7 +221,7 @@ def loss(recorded: np.ndarray) -> np.ndarray:
     >>> loss(np.array([[3.0, 0.5], [1.0, 0.0]])).tolist()
     [2.0, 0.25]
     """
-    return _per_example(recorded, lambda block: block.mean(axis=0))
+    return per_example(recorded, lambda block: block.mean(axis=0))
 
 
 def trend(gold_prob: np.ndarray) -> np.ndarray:
@@ -236,7 +241,7 @@ def trend(gold_prob: np.ndarray) -> np.ndarray:
         raise ValueError(f"trend needs at least 2 recorded epochs; got {n_epochs}")
     time = np.arange(n_epochs) - (n_epochs - 1) / 2  # (E,), sums to 0
     weights = (time / (time**2).sum())[:, None]
-    return _per_example(gold_prob, lambda block: (weights * block).sum(axis=0))
+    return per_example(gold_prob, lambda block: (weights * block).sum(axis=0))
 
 
 def dyn_unc(gold_prob: np.ndarray, *, window: int) -> np.ndarray:
@@ -255,14 +260,27 @@ def dyn_unc(gold_prob: np.ndarray, *, window: int) -> np.ndarray:
     >>> dyn_unc(np.array([[0.0, 1.0], [0.5, 1.0], [0.5, 1.0]]), window=2).round(4).tolist()
     [0.1768, 0.0]
     """
-    n_epochs = gold_prob.shape[0]
-    _check_window(n_epochs, window, least=2)
+    _check_window(gold_prob.shape[0], window, least=2)
+    return per_example(gold_prob, lambda block: _windows(block, window)[1].mean(axis=0))
 
-    def score(block: np.ndarray) -> np.ndarray:
-        starts = range(n_epochs - window + 1)
-        return sum(block[k : k + window].std(axis=0, ddof=1) for k in starts) / len(starts)
 
-    return _per_example(gold_prob, score)
+def _windows(block: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (ddof=1) of each window of epochs: (E, n) -> (E - window + 1, n).
+
+    By running sums of the deviations from each example's own mean: every epoch is added once,
+    whatever the window. A series that never changes has deviations of exactly 0.
+    """
+    middle = block.mean(axis=0)
+    # (E + 1, 2, n): running sums from 0 of deviations and of their squares
+    sums = np.zeros((len(block) + 1, 2, block.shape[1]))
+    np.subtract(block, middle, out=sums[1:, 0])
+    sums[1:, 0][:, (block == block[0]).all(axis=0)] = 0  # whatever rounding made of their mean
+    np.square(sums[1:, 0], out=sums[1:, 1])
+    np.cumsum(sums, axis=0, out=sums)
+    inside = sums[window:] - sums[:-window]
+    means = inside[:, 0] / window
+    squares = np.maximum(inside[:, 1] - window * means**2, 0)
+    return means + middle, np.sqrt(squares / (window - 1))
 
 
 def dual(gold_prob: np.ndarray, *, window: int) -> np.ndarray:
@@ -281,14 +299,13 @@ def dual(gold_prob: np.ndarray, *, window: int) -> np.ndarray:
     >>> dual(np.array([[0.0, 1.0], [0.5, 1.0], [0.5, 1.0]]), window=2).round(4).tolist()
     [0.1326, 0.0]
     """
-    n_epochs = gold_prob.shape[0]
-    _check_window(n_epochs, window, least=2)
+    _check_window(gold_prob.shape[0], window, least=2)
 
     def score(block: np.ndarray) -> np.ndarray:
-        windows = [block[k : k + window] for k in range(n_epochs - window + 1)]
-        return sum((1 - w.mean(axis=0)) * w.std(axis=0, ddof=1) for w in windows) / len(windows)
+        means, deviations = _windows(block, window)
+        return ((1 - means) * deviations).mean(axis=0)
 
-    return _per_example(gold_prob, score)
+    return per_example(gold_prob, score)
 
 
 def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
@@ -331,7 +348,7 @@ def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
             total += decay * (1 - decay) ** (n_windows - 1 - k) * norm
         return total
 
-    return _per_example(logits, score)
+    return per_example(logits, score)
 
 
 def regions(confidence: np.ndarray, variability: np.ndarray, *, rule: str) -> np.ndarray:
@@ -373,8 +390,37 @@ def regions(confidence: np.ndarray, variability: np.ndarray, *, rule: str) -> np
     return np.where(ambiguous, "ambiguous", np.where(confidence >= 0.5, "easy", "hard"))
 
 
+def _score_block(
+    log: DynamicsLog, start: int, stop: int, el2n_epoch: int, window: int
+) -> dict[str, np.ndarray]:
+    """Every score of the examples [start, stop); each quantity of the log is read once."""
+
+    def read(quantity: str) -> np.ndarray:
+        return np.asarray(log[quantity][:, start:stop], dtype=np.float64)
+
+    gold_prob, correct = read("gold_prob"), log["correct"][:, start:stop]
+    columns = {
+        "confidence": confidence(gold_prob),
+        "variability": variability(gold_prob),
+        "correctness": correctness(correct),
+        "forgetting_events": forgetting_events(correct),
+        "never_learned": never_learned(correct),
+        "aum": aum(read("margin")),
+        "el2n": el2n(log["el2n"][:, start:stop], epoch=el2n_epoch),
+        "entropy": entropy(read("entropy")),
+        "loss": loss(read("loss")),
+        "trend": trend(gold_prob),
+        "dyn_unc": dyn_unc(gold_prob, window=window),
+    }
+    if log.has_logits:
+        columns["tdds"] = tdds(read("logits"), window=window)
+    columns["dual"] = dual(gold_prob, window=window)
+    return columns
+
+
 def datamap(log: DynamicsLog, *, el2n_epoch: int, window: int) -> pd.DataFrame:
-    """Every score and both regions of every example of a finished log.
+    """Every score and both regions of every example of a finished log, in one pass over it by
+    blocks of examples: memory stays bounded whatever N is.
 
     Args:
         log: A log open for reading.
@@ -387,24 +433,13 @@ def datamap(log: DynamicsLog, *, el2n_epoch: int, window: int) -> pd.DataFrame:
     Raises: ValueError when `el2n_epoch` or `window` exceeds the recorded epochs, naming the study
         key to change.
     """
-    gold_prob, correct = log["gold_prob"], log["correct"]
-    columns = {
-        "label": np.array(log.labels),
-        "confidence": confidence(gold_prob),
-        "variability": variability(gold_prob),
-        "correctness": correctness(correct),
-        "forgetting_events": forgetting_events(correct),
-        "never_learned": never_learned(correct),
-        "aum": aum(log["margin"]),
-        "el2n": el2n(log["el2n"], epoch=el2n_epoch),
-        "entropy": entropy(log["entropy"]),
-        "loss": loss(log["loss"]),
-        "trend": trend(gold_prob),
-        "dyn_unc": dyn_unc(gold_prob, window=window),
-    }
-    if log.has_logits:
-        columns["tdds"] = tdds(log["logits"], window=window)
-    columns["dual"] = dual(gold_prob, window=window)
+    n_values = log.n_epochs * log.n_examples * (log.n_classes if log.has_logits else 1)
+    parts = [
+        _score_block(log, start, stop, el2n_epoch, window)
+        for start, stop in blocks(n_values, log.n_examples)
+    ]
+    columns = {"label": np.array(log.labels)}
+    columns |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     for rule in ("variability", "corner"):
         names = regions(columns["confidence"], columns["variability"], rule=rule)
         columns[f"region_{rule}"] = pd.Categorical(names, categories=REGIONS)

@@ -6,7 +6,7 @@ and images that are arrays in memory. Leaves to others: images that must be deco
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ from kdlib.encoded import (
     open_folder,
 )
 from kdlib.hub import open_hub
-from kdlib.params import Data
+from kdlib.params import Data, Relabel, data_path
+from kdlib.seeds import hashed
 
 N_DIGITS_TRAIN = 1297  # of 1,797; the last 500 are the test split
 
@@ -42,6 +43,7 @@ class Source:
             (n,), in [0, n_classes), or -1 where there are none. Raises ValueError that names the
             example, for an image that cannot be read.
         parallel: Whether decoding is worth worker processes.
+        columns: What `decode` returns, in this order.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Source:
     fetch_range: Callable[[int, int], Any] = field(repr=False, compare=False)
     decode: Callable[[Any], tuple[np.ndarray, np.ndarray]] = field(repr=False, compare=False)
     parallel: bool = False
+    columns: tuple[str, ...] = ("images", "labels")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"fetch_range": _fetch_elsewhere}
@@ -77,6 +80,78 @@ class Source:
         return self.decode(self.fetch(start, stop))
 
 
+def relabelled(source: Source, relabel: Relabel) -> Source:
+    """A source whose labels are replaced, the old ones beside them as `original_labels`.
+
+    Whether and how a drawn label changes depends on the seed and the example id alone.
+
+    Raises: FileNotFoundError for an absent file; ValueError for labels that are not one per example
+        or out of range, or for a source without labels.
+    """
+    if not source.class_names:
+        raise ValueError(f"{source.name} has no labels to replace (study: data.relabel)")
+    n_classes, labels = len(source.class_names), None
+    identity = {"noise": relabel.noise, "kind": relabel.kind, "seed": relabel.seed}
+    if relabel.file is not None:
+        labels = _labels_of(relabel, source.n_examples, n_classes)
+        identity = {"key": relabel.key, "sha256": files.sha256_array(labels)}
+    return replace(
+        source,
+        identity=source.identity | {"relabel": identity},
+        fetch_range=lambda start, stop: (start, source.fetch_range(start, stop)),
+        decode=_DecodeRelabelled(source.decode, relabel, n_classes, labels),
+        columns=(*source.columns, "original_labels"),
+    )
+
+
+def _labels_of(relabel: Relabel, n_examples: int, n_classes: int) -> np.ndarray:
+    path = data_path(relabel.file)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"labels {path} are not there; put the file into the data folder "
+            f"({files.data_root()}), set KDLIB_DATA, or write an absolute path (data.relabel.file)"
+        )
+    with np.load(path, allow_pickle=False) as stored:
+        if relabel.key not in stored.files:
+            raise ValueError(
+                f"{path}: no array {relabel.key!r}; {files.nearest(relabel.key, stored.files)}"
+            )
+        labels = stored[relabel.key]
+    if labels.ndim != 1 or len(labels) < n_examples or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"{relabel.key} of {path} is {labels.dtype} {labels.shape}; expected one integer for "
+            f"each of {n_examples} training images"
+        )
+    labels = labels[:n_examples].astype(np.int64)
+    if not 0 <= labels.min() <= labels.max() < n_classes:
+        raise ValueError(
+            f"{relabel.key} of {path} spans [{labels.min()}, {labels.max()}]; expected "
+            f"[0, {n_classes - 1}]"
+        )
+    return labels
+
+
+@dataclass(frozen=True)
+class _DecodeRelabelled:
+    decode: Callable[[Any], tuple[np.ndarray, np.ndarray]]
+    relabel: Relabel
+    n_classes: int
+    labels: np.ndarray | None
+
+    def __call__(self, payload: tuple[int, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        start, inner = payload
+        images, originals = self.decode(inner)
+        ids = np.arange(start, start + len(originals))
+        if self.labels is not None:
+            return images, self.labels[ids], originals
+        drawn = hashed(ids, self.relabel.seed, "labels")
+        changed = drawn.astype(np.float64) * 2.0**-64 < self.relabel.noise
+        shift = np.ones(len(ids), np.int64)
+        if self.relabel.kind == "symmetric":
+            shift += (hashed(~ids, self.relabel.seed, "labels") % (self.n_classes - 1)).astype(int)
+        return images, np.where(changed, (originals + shift) % self.n_classes, originals), originals
+
+
 def _fetch_elsewhere(start: int, stop: int) -> Any:
     raise RuntimeError(
         "a source that came from another process decodes only; call `fetch` where it was opened"
@@ -84,7 +159,8 @@ def _fetch_elsewhere(start: int, stop: int) -> Any:
 
 
 def open_source(data: Data, split: str) -> Source:
-    """The images of one split, as the `data` section of a study names them.
+    """The images of one split, as the `data` section of a study names them; the training split with
+    other labels where the section says so.
 
     Args:
         split: `train` or `test`.
@@ -95,6 +171,13 @@ def open_source(data: Data, split: str) -> Source:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; {files.nearest(split, SPLITS)}")
+    source = _open(data, split)
+    if data.relabel is None or split != "train":
+        return source
+    return relabelled(source, data.relabel)
+
+
+def _open(data: Data, split: str) -> Source:
     if data.source in ("folder", "huggingface"):
         found = (open_folder if data.source == "folder" else open_hub)(data, split)
         return Source(data.source, split, **vars(found), parallel=True)

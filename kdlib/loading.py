@@ -157,6 +157,7 @@ class Loader:
         teacher: Cache | None = None,
         reads: Collection[str] = ("logits",),
         second: View | None = None,
+        labels: np.ndarray | None = None,
         device: str = "cpu",
         residence: str = "auto",
         reuse: bool = False,
@@ -171,6 +172,7 @@ class Loader:
             teacher: Stored outputs of the same images, which go with each batch.
             reads: Which of them.
             second: How a second view of each image is made, for objectives that compare two.
+            labels: (N,) int64, one for each of the plan's sorted ids, instead of the stored ones.
             device: Where batches are made.
             residence: `resident` keeps pixels on the device, `mapped` reads them from the disk's
                 page cache, `auto` takes the former when they need less than half of the free
@@ -201,7 +203,9 @@ class Loader:
             self.residence = "resident" if self._fits else "mapped"
         resident = self.residence == "resident"
         self._pixels = Rows(images, "images", ids, device, resident)
-        self._labels = images.read("labels", ids)
+        self._labels = images.read("labels", ids) if labels is None else np.array(labels, np.int64)
+        if self._labels.shape != ids.shape:
+            raise ValueError(f"{len(self._labels)} labels for a plan of {len(ids)} examples")
         self._teacher = None
         if teacher is not None:
             self._replayed = _agreeing_views(teacher, view)

@@ -20,19 +20,38 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from kdlib.files import data_root, fingerprint, nearest, workspace
 
-SCORES = (
-    "confidence", "variability", "correctness", "forgetting_events", "aum", "el2n", "entropy",
-    "loss", "trend", "dyn_unc", "tdds", "dual",
-)  # fmt: skip
+# Every score, and which end of it is difficult: 1 the high one, -1 the low one, 0 neither.
+DIFFICULTY = {
+    "confidence": -1, "variability": 0, "correctness": -1, "forgetting_events": 1, "aum": -1,
+    "el2n": 1, "entropy": 1, "loss": 1, "trend": 0, "dyn_unc": 0, "tdds": 0, "dual": 0, "grand": 1,
+    "grand_last": 1, "class_distance": 1, "prototypicality": 1,
+}  # fmt: skip
+SCORES = tuple(DIFFICULTY)
 REGION_STRATEGIES = ("easy", "ambiguous", "ambiguous_corner", "hard")
 SHARD_POLICIES = ("fixed_shards", "random_shards")  # whole shards: always the same, or new per pass
-SELECTIONS = (  # subsets of an exact number of examples
-    "full",
+RANKINGS = (  # the first n of one order
     "random",
     *REGION_STRATEGIES,
     *(f"{s}_{end}" for s in SCORES for end in ("top", "bottom")),
 )
+# Rules of their own: the numbers they take (with defaults in `Selection`)
+CORESETS: dict[str, tuple[str, ...]] = {
+    "mixture": ("shares",),
+    "ccs": ("score", "cutoff", "n_strata"),
+    "d2": ("score", "neighbours", "gamma_forward", "gamma_reverse"),
+    "moderate": (),
+    "k_center": (),
+    "herding": (),
+    "dual_beta": ("concentration", "exponent"),
+}
+SELECTIONS = (  # subsets of an exact number of examples that need no `selections` in the study
+    "full",
+    *RANKINGS,
+    "random_balanced",
+    *(name for name in CORESETS if name != "mixture"),
+)
 STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
+PICKED = "picked_"  # and a name: a selection that was made by hand and saved
 MODELS = (
     "tiny_cnn", "cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
     "cifar_resnet56", "mlperf_resnet8",
@@ -64,6 +83,12 @@ class Settings(BaseModel):
         return {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
 
 
+def _strategy(name: str, selections: Iterable[str]) -> None:
+    """Refuse a strategy that is neither built in, nor named by the study, nor picked by hand."""
+    if not (name.startswith(PICKED) and _NAME.fullmatch(name)):
+        _known(name, (*STRATEGIES, *selections, f"{PICKED}<name>"), "strategy")
+
+
 def _known(value: str, known: Sequence[str], what: str) -> str:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; {nearest(value, known)}")
@@ -84,6 +109,25 @@ class HuggingFace(Settings):
     streaming: bool = False  # read once, in order, without keeping the files
 
 
+class Relabel(Settings):
+    """Other labels for the training split, to measure what finds wrong ones: noise that is drawn
+    (`noise`), or labels of a file (`file`, `key`). The source's own labels are kept beside them and
+    taken as the truth; no training reads them."""
+
+    noise: float | None = Field(None, gt=0, le=1)  # probability that a label is replaced
+    # by any other class with equal probability, or always by the next one
+    kind: Literal["symmetric", "next_class"] = "symmetric"
+    seed: int = Field(0, ge=0)
+    file: str | None = None  # .npz; a relative path is looked up in the data folder
+    key: str | None = None  # its array: one label in [0, n_classes) for each training image
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Relabel":
+        if (self.noise is None) == (self.file is None) or (self.file is None) != (self.key is None):
+            raise ValueError("other labels are drawn (`noise`) or read (`file` and `key`)")
+        return self
+
+
 class Data(Settings):
     """Which images. `n_validation` training images are held out, the same for teacher and students
     of the study."""
@@ -94,6 +138,7 @@ class Data(Settings):
     test_folder: str = "test"  # of a folder whose test images are in `val`, say
     huggingface: HuggingFace | None = None  # source `huggingface` only
     labelled: bool = True  # False: labels are not read, and stored as -1
+    relabel: Relabel | None = None  # other labels for the training split
     n_train: int | None = Field(None, ge=2)  # only the first so many training images
     image_size: int | None = Field(None, ge=4)  # pixels; None keeps the native size
     n_validation: int = Field(ge=1)
@@ -122,6 +167,8 @@ class Data(Settings):
             )
         if not self.labelled and self.source not in ("folder", "huggingface"):
             raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
+        if self.relabel is not None and not self.labelled:
+            raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")
         return self
 
 
@@ -371,12 +418,45 @@ class Dynamics(Settings):
     seed: int = Field(0, ge=0)
     el2n_epoch: int = Field(10, ge=1)  # recorded epoch (counted from 1) at which el2n is read
     window: int = Field(10, ge=2)  # epochs per window of dyn_unc, tdds and dual
+    # epoch (counted from 1) after which the gradient of every example is measured; None: no
+    # `grand` and `grand_last` in the datamap
+    gradient_epoch: int | None = Field(None, ge=1)
+    clusters: int | None = Field(None, ge=1)  # of `prototypicality`; None: as many as classes
 
     @model_validator(mode="after")
     def _whole(self) -> "Dynamics":
         if (self.model is None) != (self.training is None):
             raise ValueError("`model` and `training` of dynamics go together")
         return self
+
+
+class Recordings(Settings):
+    """Further recorded trainings of the same images, from labels alone: how far two runs agree on a
+    score, and which scores find wrong labels. Notebooks 07 and 08 read them."""
+
+    models: dict[str, Model] = Field(min_length=1)
+    training: Training | None = None  # None: that of the recorded training of the study
+    seeds: tuple[int, ...] = Field(min_length=2)  # each of them for each model
+    # cross-validation with the first model: each image judged by a network that has not learnt it
+    folds: int | None = Field(None, ge=2)
+    # two trainings of the first model in which some images pretend to be of one more class
+    threshold_samples: bool = False
+
+    @model_validator(mode="after")
+    def _valid(self) -> "Recordings":
+        for name in self.models:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} names a folder; expected letters, digits, _, - or .")
+        if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds are {self.seeds}; expected distinct integers >= 0")
+        return self
+
+    def runs(self) -> list[tuple[str, str]]:
+        """Every recording as (model, part): `seed=0`, `fold=1`, `threshold=1`, ..."""
+        first = next(iter(self.models))
+        found = [(model, f"seed={seed}") for model in self.models for seed in self.seeds]
+        found += [(first, f"fold={k}") for k in range(1, (self.folds or 0) + 1)]
+        return found + [(first, f"threshold={k}") for k in (1, 2) if self.threshold_samples]
 
 
 class Student(Settings):
@@ -445,6 +525,46 @@ class Objective(Settings):
         return self
 
 
+class Selection(Settings):
+    """A way to choose a subset, where a built-in name does not say enough.
+
+    `kind` is a ranking of the datamap (such as `random`, `easy`, `aum_bottom`) or a rule of its
+    own; `kdlib.coresets` has formula and paper of each.
+    """
+
+    kind: str
+    balanced: bool = False  # as many examples of each class as there are, or as the others have
+    # of `mixture`: rankings and their shares of the budget, which sum to 1
+    shares: dict[str, float] | None = None
+    score: str | None = None  # of `ccs` (None: aum) and `d2` (None: forgetting_events)
+    cutoff: float | None = Field(None, ge=0, lt=1)  # of `ccs`: share of the hardest left out
+    n_strata: int | None = Field(None, ge=1)  # of `ccs`
+    neighbours: int | None = Field(None, ge=1)  # of `d2`
+    gamma_forward: float | None = Field(None, ge=0)  # of `d2`
+    gamma_reverse: float | None = Field(None, ge=0)  # of `d2`
+    concentration: float | None = Field(None, gt=0)  # of `dual_beta`
+    exponent: float | None = Field(None, gt=0)  # of `dual_beta`
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Selection":
+        _known(self.kind, (*RANKINGS, *CORESETS), "selection")
+        takes = CORESETS.get(self.kind, ())
+        given = [k for k, v in self if k not in ("kind", "balanced") and v is not None]
+        if stray := sorted(set(given) - set(takes)):
+            raise ValueError(f"{self.kind} takes {list(takes) or 'no numbers'}; got {stray}")
+        if self.score is not None:
+            _known(self.score, [s for s, sign in DIFFICULTY.items() if sign], "score of difficulty")
+        if (self.kind == "mixture") != bool(self.shares):
+            raise ValueError("a mixture needs `shares`: rankings and their parts of the budget")
+        for ranking in self.shares or ():
+            _known(ranking, RANKINGS, "ranking")
+        if self.shares and (
+            min(self.shares.values()) < 0 or not math.isclose(sum(self.shares.values()), 1)
+        ):
+            raise ValueError(f"shares are {self.shares}; expected numbers >= 0 that sum to 1")
+        return self
+
+
 class Axes(Settings):
     """The axes of the sweep; the full set is one more strategy, run once per objective."""
 
@@ -455,8 +575,6 @@ class Axes(Settings):
 
     @model_validator(mode="after")
     def _valid(self) -> "Axes":
-        for strategy in self.strategy:
-            _known(strategy, STRATEGIES, "strategy")
         if any(not 0 < f <= 1 for f in self.fraction):
             raise ValueError(f"fractions are {self.fraction}; expected values in (0, 1]")
         for axis in AXES:
@@ -542,6 +660,8 @@ class Study(Settings):
     data: Data
     teacher: Teacher
     dynamics: Dynamics = Dynamics()
+    recordings: Recordings | None = None
+    selections: dict[str, Selection] = {}  # further strategies, by name
     students: dict[str, Student] = Field(min_length=1)
     training: Training  # of the students
     objectives: dict[str, Objective] = Field(min_length=1)
@@ -553,7 +673,7 @@ class Study(Settings):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
 
-    @field_validator("name", "students", "objectives")
+    @field_validator("name", "students", "objectives", "selections")
     @classmethod
     def _fit_for_folders(cls, names: Any) -> Any:
         for name in [names] if isinstance(names, str) else names:
@@ -567,6 +687,11 @@ class Study(Settings):
     def _consistent(self) -> "Study":
         for name in self.axes.student:
             _known(name, tuple(self.students), "student on the axis")
+        for name in self.selections:
+            if name in STRATEGIES or name.startswith(PICKED):
+                raise ValueError(f"selection {name!r} has the name of a built-in strategy")
+        for name in self.axes.strategy:
+            _strategy(name, self.selections)
         for name in (*self.axes.objective, *self.probe.objective):
             _known(name, tuple(self.objectives), "objective")
         for name in self.probe.strategy:
@@ -626,6 +751,8 @@ class Study(Settings):
     def cache(self) -> Path:
         """Folder of the image cache; studies that ask for the same images share it."""
         content = self.data.model_dump(exclude={"n_validation", "split_seed", "part"})
+        if content["relabel"] is None:  # as before there was such a key
+            del content["relabel"]
         return workspace() / "cache" / f"{self.data.source}-{fingerprint(content)[:8]}"
 
     @property
@@ -633,12 +760,46 @@ class Study(Settings):
         """Folder of the run whose training dynamics make the datamap."""
         return self.runs / ("teacher" if self.dynamics.model is None else "dynamics")
 
+    def selection(self, strategy: str) -> Selection:
+        """The rule behind a strategy that chooses an exact number of examples.
+
+        Raises: KeyError for `full`, shard policies and picked selections, which follow no rule.
+        """
+        if strategy in self.selections:
+            return self.selections[strategy]
+        if strategy == "random_balanced":
+            return Selection(kind="random", balanced=True)
+        if strategy not in (*RANKINGS, *CORESETS):
+            raise KeyError(strategy)
+        return Selection(kind=strategy)
+
+    def picked(self, strategy: str) -> Path:
+        """Where the selection behind a strategy `picked_<name>` was saved."""
+        return self.runs / "selections" / f"{strategy.removeprefix(PICKED)}.parquet"
+
+    def _own_fraction(self, strategy: str) -> float | None:
+        """The fraction that a strategy has by itself; None when the study says it."""
+        if strategy == "full":
+            return 1.0
+        if not strategy.startswith(PICKED):
+            return None
+        from kdlib.tables import read_parquet  # pandas, only here
+
+        made_by = "the map in notebooks/03_datamap.ipynb and save a selection of that name"
+        _, metadata = read_parquet(self.picked(strategy), made_by)
+        return float(metadata["fraction"])
+
     def cells(self) -> list[Cell]:
-        """All cells, the full set first."""
-        axes = self.axes
-        subsets = [("full", 1.0)] + [
-            p for p in itertools.product(axes.strategy, axes.fraction) if p[0] != "full"
-        ]
+        """All cells, the full set first; beside a picked selection its baseline of equal size."""
+        axes, subsets = self.axes, [("full", 1.0)]
+        for strategy in axes.strategy:
+            own = self._own_fraction(strategy)
+            if own is None:
+                subsets += itertools.product([strategy], axes.fraction)
+            else:
+                subsets += [(strategy, own)]
+                subsets += [(self.compare.baseline, own)] if strategy != "full" else []
+        subsets = list(dict.fromkeys(subsets))
         return [
             Cell(st, s, f, o) for st in axes.student for s, f in subsets for o in axes.objective
         ]
@@ -673,16 +834,15 @@ class Study(Settings):
             axis: axes.get(axis) if axes.get(axis) is not None else getattr(self.axes, axis)[0]
             for axis in AXES
         }
-        known = {
-            "student": tuple(self.students),
-            "strategy": STRATEGIES,
-            "objective": tuple(self.objectives),
-        }
-        for axis, names in known.items():
-            if values[axis] not in names:
-                raise StudyError(f"unknown {axis} {values[axis]!r}; {nearest(values[axis], names)}")
-        if values["strategy"] == "full":
-            values["fraction"] = 1.0
+        try:
+            _strategy(str(values["strategy"]), self.selections)
+            _known(values["student"], tuple(self.students), "student")
+            _known(values["objective"], tuple(self.objectives), "objective")
+        except ValueError as error:
+            raise StudyError(str(error)) from None
+        own = self._own_fraction(values["strategy"])
+        if own is not None:
+            values["fraction"] = own
         try:
             fraction = float(values["fraction"])
         except (TypeError, ValueError):
@@ -695,20 +855,23 @@ class Study(Settings):
         """The settings one step reads itself; what it inherits reaches it as fingerprints.
 
         Args:
-            step: cache, teacher, datamap, distill, probe or compare.
+            step: cache, teacher, datamap, record, scores, noise, distill, probe or compare.
             cell: The cell, for distill.
         """
         dump = self.model_dump(
             mode="json", exclude={"name": True, "tracking": True, "compute": {"images"}}
         )
-        scoring = {key: dump["dynamics"].pop(key) for key in ("el2n_epoch", "window")}
+        keys = ("el2n_epoch", "window", "clusters")
+        scoring = {key: dump["dynamics"].pop(key) for key in keys}
         reads = {f"{o.kind} {o.stage or ''}".strip() for o in self.objectives.values()}
         logits_alone = {"cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist"}
         if step == "distill":
+            named = cell.strategy in self.selections
             return {
                 "student": dump["students"][cell.student],
                 "objective": dump["objectives"][cell.objective],
-                "subset": {"strategy": cell.strategy, "fraction": cell.fraction},
+                "subset": {"strategy": cell.strategy, "fraction": cell.fraction}
+                | ({"rule": dump["selections"][cell.strategy]} if named else {}),
                 "training": dump["training"],
                 "compute": dump["compute"],
             }
@@ -719,11 +882,19 @@ class Study(Settings):
                 "features_for": sorted(reads - logits_alone),
             },
             "datamap": {"scoring": scoring},
+            "record": {
+                "recordings": dump["recordings"],
+                "training": dump["dynamics"]["training"] or dump["teacher"]["training"],
+                "dynamics": {key: dump["dynamics"][key] for key in ("observed", "logits")},
+                "compute": dump["compute"],
+            },
+            "scores": {"scoring": scoring, "recordings": dump["recordings"]},
+            "noise": {"scoring": scoring, "recordings": dump["recordings"]},
             "probe": {
                 **{key: dump["probe"][key] for key in ("k", "c_grid", "seed")},
                 "compute": dump["compute"],
             },
-            "compare": dump,
+            "compare": {key: value for key, value in dump.items() if key != "recordings"},
         }[step]
 
 
@@ -738,6 +909,48 @@ class _SafeLoader(yaml.SafeLoader):
                     None, None, f"key {key!r} is given twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of a study file, laid over that of its `base` where it names one.
+
+    A key of the file replaces that of its base, mappings key by key; `null` takes a key away.
+    """
+    try:
+        content = yaml.load(path.read_text(), Loader=_SafeLoader)
+    # the last four are what PyYAML lets through, for 2025-02-30 or `!!bool maybe` or [[[[...
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise StudyError(f"{path} is not a readable YAML file: {error}") from None
+    if not isinstance(content, dict):
+        raise StudyError(
+            f"{path} holds {type(content).__name__}; expected a mapping with data, "
+            "teacher, students, ..."
+        )
+    if "name" in content:
+        raise StudyError(
+            f"{path}: `name` is taken from the file name ({path.stem}); remove the key"
+        )
+    if "base" not in content:
+        return content
+    base = path.parent / str(content.pop("base"))
+    if not base.is_file() or base in (path, *above):
+        raise StudyError(
+            f"{path}: its base {base} is {'itself built on this file' if base.is_file() else 'no'}"
+            f"{'' if base.is_file() else ' file'}; expected another study file beside it"
+        )
+    return _laid_over(_read_yaml(base, (path, *above)), content)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = _laid_over(below[key], value)
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged
 
 
 def load_study(path: str | Path) -> Study:
@@ -756,20 +969,7 @@ def load_study(path: str | Path) -> Study:
         raise FileNotFoundError(
             f"no study file {str(path)!r}; params/ has {', '.join(there) or 'none'}"
         )
-    try:
-        content = yaml.load(found.read_text(), Loader=_SafeLoader)
-    # the last four are what PyYAML lets through, for 2025-02-30 or `!!bool maybe` or [[[[...
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise StudyError(f"{found} is not a readable YAML file: {error}") from None
-    if not isinstance(content, dict):
-        raise StudyError(
-            f"{found} holds {type(content).__name__}; expected a mapping with data, "
-            "teacher, students, ..."
-        )
-    if "name" in content:
-        raise StudyError(
-            f"{found}: `name` is taken from the file name ({found.stem}); remove the key"
-        )
+    content = _read_yaml(found, ())
     try:
         return Study.model_validate({"name": found.stem, **content})
     except ValidationError as error:
@@ -814,7 +1014,7 @@ def open_point(history: Sequence[str], study: str, **axes: str | float) -> tuple
     )
 
 
-def weights_path(weights: str) -> Path:
-    """Where a weight file named in a study lies: as written if absolute, else in the data root."""
-    path = Path(weights)
+def data_path(name: str) -> Path:
+    """Where a file named in a study lies: as written if absolute, else in the data root."""
+    path = Path(name)
     return path if path.is_absolute() else data_root() / path

@@ -68,7 +68,12 @@ CORRECTNESS = LinearSegmentedColormap.from_list("correctness", _VIRIDIS, N=10)
 
 WORDS = {
     "full": "full set", "kd": "KD", "knn": "k-NN", "aum": "AUM", "el2n": "EL2N", "tdds": "TDDS",
-    "dual": "DUAL", "dyn_unc": "Dyn-Unc",
+    "dual": "DUAL", "dyn_unc": "Dyn-Unc", "grand": "GraNd", "grand_last": "GraNd (last layer)",
+    "ccs": "CCS", "d2": "D2", "dual_beta": "DUAL (beta)", "k_center": "k-center",
+    "random_balanced": "random (balanced)", "correctness_half": "correctness (p > 1/2)",
+    "forgetting_unlearned_last": "forgetting (unlearned = E)", "aum_softmax": "AUM (softmax)",
+    "margin_last": "AUM (last epoch)", "el2n_first_ten": "EL2N (sum of ten)",
+    "dyn_unc_but_last": "Dyn-Unc (but last)", "tdds_absolute": "TDDS (absolute)",
 }  # fmt: skip
 AXES = ("student", "strategy", "fraction", "objective")
 
@@ -172,7 +177,7 @@ def datamap(
     Raises: ValueError for missing columns, an empty table, or a score that is out of its range.
     """
     highest = {"confidence": 1, "variability": 0.5, "correctness": 1}
-    _demand(table, (*highest, regions), "datamap")
+    demand(table, (*highest, regions), "datamap")
     for score, top in highest.items():
         if not table[score].between(0, top + 1e-6).all():  # as far as rounding to float32 goes
             raise ValueError(
@@ -269,7 +274,7 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
     Raises: ValueError for missing columns, an empty table, an unknown `by`, or a cell whose seeds
         were not all evaluated at the same steps.
     """
-    _demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
+    demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
     ends = _draw_cells(ax, curves, "validation_accuracy", by)
     ax.set(xlabel="optimiser steps", ylabel="validation accuracy (%)")
     ax.set_title(f"{_held(curves, by)}; {_seeds(curves)}", fontsize=TEXT_PT)
@@ -290,7 +295,7 @@ def probe_curves(ax: Axes, probes: pd.DataFrame, probe: str = "linear") -> Axes:
     Raises: ValueError for missing columns, a probe that is not there, or a cell whose seeds were
         not all probed at the same steps.
     """
-    _demand(probes, (*AXES, "seed", "step", "probe", "accuracy"), "probes")
+    demand(probes, (*AXES, "seed", "step", "probe", "accuracy"), "probes")
     rows = probes[probes["probe"] == probe]
     if rows.empty:
         raise ValueError(f"no rows of probe {probe!r}; {nearest(probe, set(probes['probe']))}")
@@ -324,7 +329,7 @@ def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]
     """One line with a band for each cell; returns where the lines end."""
     if by not in AXES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(AXES)}")
-    looks = _looks(table[by].unique())
+    looks = line_looks(table[by].unique())
     ends = []
     others = _varying(table, by)
     cells = table.groupby([by, *others], sort=False)
@@ -355,21 +360,29 @@ def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]
 
 
 def _finish_lines(ax: Axes, ends: Sequence[End]) -> None:
-    """Freeze the limits and write each label at the right of the axis, level with its line unless
-    another label is there."""
-    last = max((step for *_, step in ends if step is not None), default=1.0)
-    ax.set_xlim(0, last)
+    """Freeze the limits, of x at 0 and the last step and of y inside [0, 100], and label the lines."""
+    ax.set_xlim(0, max((step for *_, step in ends if step is not None), default=1.0))
     ax.margins(y=0.04)
     low, high = ax.get_ylim()
-    low, high = max(low, 0), min(high, 100)
-    ax.set_ylim(low, high)
+    ax.set_ylim(max(low, 0), min(high, 100))
+    label_ends(ax, ends)
+
+
+def label_ends(ax: Axes, ends: Sequence[End]) -> None:
+    """Write each label at the right of the axis, level with its line unless another label is there.
+
+    Args:
+        ax: The axis, its limits final.
+        ends: For each line its last height, label, colour and last x (None: the end of the axis).
+    """
+    (first, last), (low, high) = ax.get_xlim(), ax.get_ylim()
     height_pt = 72 * ax.get_window_extent().height / ax.figure.dpi
     ends = sorted(ends, key=lambda end: end[0])
     levels = [(end[0] - low) / (high - low) for end in ends]
     for (_, label, colour, step), level, place in zip(
         ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
     ):
-        start = 1.0 if step is None else step / last
+        start = 1.0 if step is None else (step - first) / (last - first)
         ax.plot(
             [start, 1.02, 1.05], [level, place, place], color=colour, lw=0.7, clip_on=False,
             transform=ax.transAxes, scalex=False, scaley=False,
@@ -415,8 +428,8 @@ def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.Data
     Raises: ValueError for missing columns, an empty table, refused rows, or more objectives than
         there are markers.
     """
-    _demand(results, (*AXES, "seed", "test_accuracy"), "results")
-    _demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
+    demand(results, (*AXES, "seed", "test_accuracy"), "results")
+    demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
     if "refused" in results and results["refused"].any():
         raise ValueError(
             f"{int(results['refused'].sum())} of {len(results)} rows are refused; draw accepted "
@@ -489,7 +502,7 @@ def accuracy_by_objective(fig: Figure, results: pd.DataFrame, objectives: Sequen
     Returns: `fig`, one axis per strategy and fraction.
     Raises: ValueError for missing columns, an empty table, or several students.
     """
-    _demand(results, (*AXES, "seed", "test_accuracy"), "results")
+    demand(results, (*AXES, "seed", "test_accuracy"), "results")
     if results["student"].nunique() > 1:
         raise ValueError("the results are of several students; draw one of them")
     subsets = list(dict.fromkeys(zip(results["strategy"], results["fraction"], strict=True)))
@@ -586,7 +599,7 @@ def paired_differences(ax: Axes, comparison: pd.DataFrame, margin: float) -> Axe
     """
     needed = ("difference", "low", "high", "low90", "high90", "verdict", "margin", "level")
     against = ("against_strategy", "against_fraction", "against_objective")
-    _demand(comparison, (*AXES, *against, *needed), "comparison")
+    demand(comparison, (*AXES, *against, *needed), "comparison")
     if not np.allclose(comparison["margin"], margin):
         raise ValueError(
             f"margin is {margin:g} but the verdicts were reached with "
@@ -781,7 +794,7 @@ def _width_pt(text: str, size: float = TEXT_PT) -> float:
     )
 
 
-def _looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
+def line_looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
     """Colour and dash of each name, in the order of `_rank`; numbers go from dark to light."""
     names = sorted(names, key=_rank)
     if not any(isinstance(name, str) for name in names):
@@ -847,7 +860,8 @@ def _of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataF
     return table[(table[list(AXES)] == list(cell)).all(axis=1)]
 
 
-def _demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
+def demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
+    """Refuse a table without rows, or without one of the columns; the error names what lacks."""
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib import checks, compare, files, plots, runs, steps
+from kdlib import cartography, checks, compare, files, maps, plots, runs, steps
+from kdlib.dynamics import DynamicsLog
 from kdlib.objectives import KINDS
 from kdlib.params import Study
 from kdlib.sampling import Plan, fixed_shards
@@ -239,20 +240,39 @@ def finish(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
 
 
 def draw_datamap(study: Study) -> dict[str, Path]:
-    """Draw `datamap` and `regions` (the images deepest inside each region).
+    """Draw `datamap`, `forming` (the map after fewer epochs) and `regions` (the images deepest
+    inside each region).
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
     images = steps.open_images(study)
     table = steps.open_datamap(study, images)
-    evidence = runs.read_evidence(study.runs / "datamap", study.step_settings("datamap"))
+    log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints)
     with plots.style():
         fig_map = Figure(figsize=(plots.WIDE, 4.6))
-        title = f"{study.name}, N = {len(table):,}, E = {evidence['n_epochs']}"
-        plots.datamap(fig_map, table, title)
+        title = f"{study.name}, N = {len(table):,}, E = {log.n_epochs}"
+        maps.datamap(fig_map, table, title, class_names=images.train.header["class_names"])
+        snapshots = _snapshots(log)
+        fig_forming = Figure(figsize=(plots.WIDE, 2.5 if len(snapshots) <= 3 else 4.5))
+        maps.forming(fig_forming, snapshots, f"{study.name}, N = {len(table):,}")
         fig_grid = Figure(figsize=(plots.WIDE, 3.2))
         plots.region_grid(fig_grid, *_typical_images(images, table))
-    return _save(study, {"datamap": fig_map, "regions": fig_grid})
+    return _save(study, {"datamap": fig_map, "forming": fig_forming, "regions": fig_grid})
+
+
+def _snapshots(log: DynamicsLog) -> dict[int, pd.DataFrame]:
+    """The map's coordinates after each of up to six numbers of epochs."""
+    found = {}
+    for epoch in np.unique(np.geomspace(min(2, log.n_epochs), log.n_epochs, 6).round()).astype(int):
+        gold_prob, correct = log["gold_prob"][:epoch], log["correct"][:epoch]
+        found[int(epoch)] = pd.DataFrame(
+            {
+                "confidence": cartography.confidence(gold_prob),
+                "variability": cartography.variability(gold_prob),
+                "correctness": cartography.correctness(correct),
+            }
+        )
+    return found
 
 
 def _typical_images(images: steps.Images, table: pd.DataFrame, n: int = 12) -> tuple[dict, dict]:

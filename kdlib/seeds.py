@@ -14,7 +14,7 @@ import torch
 
 PURPOSES = (
     "split", "init", "projector", "order", "shards", "augment", "second_view", "subset", "dropout",
-    "probe", "bootstrap",
+    "probe", "bootstrap", "labels", "folds", "threshold", "clusters",
 )  # fmt: skip
 
 
@@ -42,6 +42,32 @@ def derive(seed: int, purpose: str, *parts: int) -> int:
 def generator(seed: int, purpose: str, *parts: int) -> np.random.Generator:
     """A private NumPy generator for one purpose; arguments as in `derive`."""
     return np.random.default_rng(derive(seed, purpose, *parts))
+
+
+def hashed(example_ids: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """A pseudo-random number per example that depends on its id, the seed and the purpose only.
+
+    Args:
+        example_ids: (N,) int64.
+
+    Returns: (N,) uint64; distinct ids get distinct numbers, and the orders of two seeds are
+        unrelated. Source: the mixing function of SplitMix64 (Steele et al., Fast Splittable
+        Pseudorandom Number Generators, 2014), applied before and after the key.
+
+    >>> two = hashed(np.array([3, 5]), seed=0, purpose="subset")
+    >>> bool(two[1] == hashed(np.array([5]), seed=0, purpose="subset")[0])
+    True
+    """
+    key = np.uint64(derive(seed, purpose))
+    return _mix(_mix(np.asarray(example_ids, dtype=np.int64).astype(np.uint64)) ^ key)
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    # Array arithmetic on uint64 wraps, as the function wants; every step is a bijection.
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @contextlib.contextmanager

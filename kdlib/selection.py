@@ -2,7 +2,8 @@
 
 Ties, and the whole of `random`, are decided by a hash of (seed, example id), never by an example's
 position, so that permuting the data set permutes nothing but rows. Leaves to others: the scores
-(cartography), the order in which a subset is seen (sampling).
+(cartography), the rules that are more than a ranking (coresets), the order in which a subset is
+seen (sampling).
 """
 
 import math
@@ -10,13 +11,14 @@ import operator
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kdlib import files
-from kdlib.params import SELECTIONS
-from kdlib.seeds import derive
+from kdlib import coresets, files
+from kdlib.params import DIFFICULTY, SELECTIONS, Selection
+from kdlib.seeds import hashed
 from kdlib.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the subset file
@@ -50,42 +52,38 @@ def tie_break(example_ids: np.ndarray, seed: int) -> np.ndarray:
         example_ids: (N,) int64.
         seed: >= 0.
 
-    Returns: (N,) uint64; distinct ids get distinct numbers, and the orders of two seeds are
-        unrelated. Source: the mixing function of SplitMix64 (Steele et al., Fast Splittable
-        Pseudorandom Number Generators, 2014), applied before and after the key.
-
-    >>> bool(tie_break(np.array([3, 5]), seed=0)[1] == tie_break(np.array([5]), seed=0)[0])
-    True
+    Returns: (N,) uint64, as `seeds.hashed`: distinct for distinct ids.
     """
-    key = np.uint64(derive(seed, "subset"))
-    return _mix(_mix(np.asarray(example_ids, dtype=np.int64).astype(np.uint64)) ^ key)
+    return hashed(example_ids, seed, "subset")
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    # Array arithmetic on uint64 wraps, as the function wants; every step is a bijection.
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def select(table: pd.DataFrame, n: int, strategy: str, seed: int) -> np.ndarray:
+def select(
+    table: pd.DataFrame,
+    n: int,
+    strategy: str | Selection,
+    seed: int,
+    features: np.ndarray | None = None,
+) -> np.ndarray:
     """The ids of exactly `n` examples, chosen by one strategy.
 
     `full`: all (n must be N). `random`: uniformly; with one seed, a smaller random subset lies
     within a larger one. `easy`, `hard`, `ambiguous_corner`: nearest to (variability, confidence) =
     (0, 1), (0, 0), (1, 0.5). `ambiguous`: highest variability. `<score>_top`, `<score>_bottom`:
-    highest, lowest score.
+    highest, lowest score. The rules of `params.CORESETS` are those of `coresets`. A rule that is
+    `balanced` chooses within each class, from all classes alike as far as they reach.
 
     Args:
-        table: A datamap: index of N distinct int64 example ids in any order, score columns.
+        table: A datamap: index of N distinct int64 example ids in any order, score columns, `label`
+            where classes count.
         n: Budget, in [0, N].
-        strategy: One of `params.SELECTIONS`.
-        seed: >= 0; decides `random` and every tie.
+        strategy: One of `params.SELECTIONS`, or a rule with its numbers.
+        seed: >= 0; decides `random`, every draw and every tie.
+        features: (N, D) float, one row per row of `table`; `k_center`, `herding` and `d2` read it.
 
     Returns: (n,) int64, sorted and distinct.
     Raises: ValueError for an unknown strategy (with the nearest name), a budget out of range, a
-        score that is absent or not finite, and ids that are not distinct integers.
+        score that is absent or not finite, features that are absent, and ids that are not distinct
+        integers.
     """
     ids = table.index.to_numpy()
     if ids.dtype.kind not in "iu" or not table.index.is_unique:
@@ -93,39 +91,144 @@ def select(table: pd.DataFrame, n: int, strategy: str, seed: int) -> np.ndarray:
             f"the datamap's index is {ids.dtype}, distinct: {table.index.is_unique}; expected "
             "distinct int64 example ids"
         )
-    if strategy not in SELECTIONS:
+    if isinstance(strategy, str) and strategy not in SELECTIONS:
         raise ValueError(f"unknown strategy {strategy!r}; {files.nearest(strategy, SELECTIONS)}")
     n, n_examples = operator.index(n), len(ids)
     if not 0 <= n <= n_examples:
         raise ValueError(f"the budget is {n} examples; expected [0, {n_examples}]")
-    if strategy == "full" and n != n_examples:
-        raise ValueError(
-            f"strategy 'full' is all {n_examples} examples; got a budget of {n}: set fraction 1"
+    if strategy == "full":
+        if n != n_examples:
+            raise ValueError(
+                f"strategy 'full' is all {n_examples} examples; got a budget of {n}: set fraction 1"
+            )
+        return np.sort(ids.astype(np.int64))
+    rule = _rule(strategy) if isinstance(strategy, str) else strategy
+    if features is not None and len(features) != n_examples:
+        raise ValueError(f"{len(features)} rows of features for {n_examples} examples")
+    # By id, so that the order of the table's rows reaches no rule.
+    order = np.argsort(ids, kind="stable")
+    table, ids = table.iloc[order], ids[order].astype(np.int64)
+    features = None if features is None else np.asarray(features)[order]
+    choose = _Chooser(table, rule, tie_break(ids, seed), features)
+    if rule.balanced:
+        labels = _labels(table, rule)
+        return ids[coresets.per_class(labels, n, choose.ties, choose)]
+    return ids[choose(np.arange(n_examples), n)]
+
+
+def _rule(strategy: str) -> Selection:
+    if strategy == "random_balanced":
+        return Selection(kind="random", balanced=True)
+    return Selection(kind=strategy)
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """One rule on one datamap: which m of some positions."""
+
+    table: pd.DataFrame
+    rule: Selection
+    ties: np.ndarray
+    features: np.ndarray | None
+
+    def __call__(self, positions: np.ndarray, m: int) -> np.ndarray:
+        """(m,) sorted positions out of `positions`."""
+        table, rule, ties = self.table.iloc[positions], self.rule, self.ties[positions]
+        kind = rule.kind
+        if kind == "mixture":
+            costs = {name: _cost(table, name) for name in rule.shares}
+            chosen = coresets.mixture(costs, rule.shares, m, ties)
+        elif kind == "ccs":
+            difficulty = _difficulty(table, _given(rule.score, "aum"), kind)
+            cutoff = min(_given(rule.cutoff, 0.1), 1 - m / max(len(table), 1))
+            n_strata = _given(rule.n_strata, 50)
+            chosen = coresets.coverage(difficulty, m, ties, cutoff=cutoff, n_strata=n_strata)
+        elif kind == "moderate":
+            chosen = coresets.central(_score(table, "class_distance", kind), m, ties)
+        elif kind == "dual_beta":
+            dual, confidence = (_score(table, name, kind) for name in ("dual", "confidence"))
+            numbers = {
+                "concentration": _given(rule.concentration, 15.0),
+                "exponent": _given(rule.exponent, 4.0),
+            }
+            chosen = coresets.beta_sampling(dual, confidence, m, ties, **numbers)
+        elif kind in ("d2", "k_center", "herding"):
+            chosen = self._by_features(table, self._features(positions), m, ties)
+        else:
+            chosen = coresets.lowest(_cost(table, kind), m, ties)
+        return positions[chosen]
+
+    def _by_features(
+        self, table: pd.DataFrame, features: np.ndarray, m: int, ties: np.ndarray
+    ) -> np.ndarray:
+        rule = self.rule
+        if rule.kind == "k_center":
+            return coresets.k_center(features, m, ties)
+        if rule.kind == "herding":
+            return coresets.herding(features, m, ties)
+        difficulty = _difficulty(table, _given(rule.score, "forgetting_events"), "d2")
+        difficulty -= min(difficulty.min(initial=0.0), 0.0)  # of aum, say: d2 takes numbers >= 0
+        return coresets.d2(
+            difficulty,
+            features,
+            m,
+            ties,
+            neighbours=_given(rule.neighbours, 10),
+            gamma_forward=_given(rule.gamma_forward, 1.0),
+            gamma_reverse=_given(rule.gamma_reverse, 1.0),
         )
-    order = np.lexsort((tie_break(ids, seed), _cost(table, strategy)))  # last key sorts first
-    return np.sort(ids[order[:n]].astype(np.int64))
+
+    def _features(self, positions: np.ndarray) -> np.ndarray:
+        if self.features is None:
+            raise ValueError(
+                f"strategy {self.rule.kind!r} looks at the teacher's features; give them (features)"
+            )
+        return self.features[positions]
 
 
-def _cost(table: pd.DataFrame, strategy: str) -> np.ndarray:
-    """What the strategy wants least of, per example: (N,) float64."""
-    if strategy in ("full", "random"):
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _labels(table: pd.DataFrame, rule: Selection) -> np.ndarray:
+    if "label" not in table.columns:
+        raise ValueError(f"{rule.kind!r} balanced needs the column 'label' of the datamap")
+    return table["label"].to_numpy()
+
+
+def _cost(table: pd.DataFrame, ranking: str) -> np.ndarray:
+    """What a ranking wants least of, per example: (N,) float64."""
+    if ranking == "random":
         return np.zeros(len(table))
-    if strategy == "ambiguous":
-        return -_score(table, "variability", strategy)
+    if ranking == "ambiguous":
+        return -_score(table, "variability", ranking)
     poles = {"easy": (0.0, 1.0), "hard": (0.0, 0.0), "ambiguous_corner": (1.0, 0.5)}
-    if strategy in poles:
-        variability, confidence = poles[strategy]
-        return (_score(table, "variability", strategy) - variability) ** 2 + (
-            _score(table, "confidence", strategy) - confidence
+    if ranking in poles:
+        variability, confidence = poles[ranking]
+        return (_score(table, "variability", ranking) - variability) ** 2 + (
+            _score(table, "confidence", ranking) - confidence
         ) ** 2
-    column, end = strategy.rsplit("_", 1)
-    score = _score(table, column, strategy)
+    column, end = ranking.rsplit("_", 1)
+    score = _score(table, column, ranking)
     return -score if end == "top" else score
+
+
+def _difficulty(table: pd.DataFrame, column: str, strategy: str) -> np.ndarray:
+    """A score, turned so that high is hard."""
+    return DIFFICULTY[column] * _score(table, column, strategy)
+
+
+# What a score that is not in every datamap needs.
+_NEEDS = {
+    "tdds": "dynamics.logits: true",
+    "grand": "dynamics.gradient_epoch",
+    "grand_last": "dynamics.gradient_epoch",
+}
 
 
 def _score(table: pd.DataFrame, column: str, strategy: str) -> np.ndarray:
     if column not in table.columns:
-        hint = " (it needs dynamics.logits: true in the study)" if column == "tdds" else ""
+        hint = f" (it needs {_NEEDS[column]} in the study)" if column in _NEEDS else ""
         raise ValueError(
             f"strategy {strategy!r} needs the score {column!r}, which the datamap lacks{hint}; it "
             f"has {', '.join(map(str, table.columns))}"

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdlib import checks, files, params, probe, runs
+from kdlib import checks, coresets, files, params, probe, runs
 from kdlib.augment import Pixels
 from kdlib.building import build_images
 from kdlib.cache import Cache, pixel_statistics
@@ -23,10 +23,11 @@ from kdlib.cartography import datamap, read_datamap, write_datamap
 from kdlib.data import open_source
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import all_outputs, evaluate
+from kdlib.gradients import gradient_norms
 from kdlib.loading import Loader, View
 from kdlib.models import Network, Resized, build_network
 from kdlib.objectives import build_distiller, needs_teacher, student_outputs, teacher_columns
-from kdlib.params import SHARD_POLICIES, Cell, Objective, Study, parse_part
+from kdlib.params import PICKED, SHARD_POLICIES, Cell, Objective, Study, parse_part
 from kdlib.pretrained import load_pretrained
 from kdlib.ranks import Ranks, launch, wait
 from kdlib.sampling import Plan, fixed_shards, shards_in_fraction, split_ids
@@ -85,10 +86,10 @@ class Images:
         """(channels, height, width) of the cached images."""
         return self.train.layout("images")[1]
 
-    def network(self, model: params.Model, seed: int, device: str) -> Network:
-        """A network for these images with weights drawn from `seed`."""
-        shape = self.image_shape
-        built = build_network(model, n_classes=self.n_classes, image_shape=shape, seed=seed)
+    def network(self, model: params.Model, seed: int, device: str, n_more: int = 0) -> Network:
+        """A network for these images, and `n_more` classes, with weights drawn from `seed`."""
+        n_classes = self.n_classes + n_more
+        built = build_network(model, n_classes=n_classes, image_shape=self.image_shape, seed=seed)
         return built.to(device, memory_format=self.pixels.memory_format)
 
     def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,7 +170,7 @@ def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str
         return runs.read_evidence(study.runs / "teacher")
     if study.dynamics.model is not None:
         _record_dynamics(study, images, device, ranks)
-    with _open_run(study, study.runs / "teacher", settings, ranks) as run:
+    with open_shared_run(study, study.runs / "teacher", settings, ranks) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
         network = teacher_network(study, images, device)
@@ -259,7 +260,7 @@ def _measured(
 
 
 @contextlib.contextmanager
-def _open_run(
+def open_shared_run(
     study: Study, folder: Path, settings: dict[str, Any], ranks: Ranks
 ) -> Iterator[runs.Run]:
     """The run, opened and locked by the first of the processes that share it."""
@@ -359,7 +360,7 @@ def open_teacher(study: Study) -> dict[str, Any]:
 
 
 def _weights_file(weights: str) -> Path:
-    path = params.weights_path(weights)
+    path = params.data_path(weights)
     if not path.is_file():
         raise FileNotFoundError(
             f"teacher weights {path} are not there; put the file into the data folder "
@@ -386,7 +387,7 @@ def _record_dynamics(study: Study, images: Images, device: str, ranks: Ranks) ->
     dynamics = study.dynamics
     own = {k: study.step_settings("teacher")[k] for k in ("dynamics", "compute")}
     settings = {"own": own, "inputs": images.fingerprints}
-    with _open_run(study, study.recorded_run, settings, ranks) as run:
+    with open_shared_run(study, study.recorded_run, settings, ranks) as run:
         if run.finished:
             return
         network = images.network(dynamics.model, derive(dynamics.seed, "init"), device)
@@ -413,7 +414,9 @@ def _supervise(
     ranks: Ranks,
 ) -> dict[str, Any] | None:
     """Train on all training images with labels alone, recording dynamics when asked to."""
-    plan = _plan(images, training, images.train_ids, seed)
+    plan = plan_run(images, training, images.train_ids, seed)
+    if recorded:
+        training = keep_epoch(training, plan, study.dynamics.gradient_epoch)
     log = None
     if recorded and ranks.first:
         log = DynamicsLog.create(
@@ -426,7 +429,7 @@ def _supervise(
             logits=study.dynamics.logits,
             provenance=images.fingerprints | {"settings": run.settings_sha256},
         )
-    evidence = _train(
+    evidence = train_run(
         run, study, images, network, training, plan, CROSS_ENTROPY, seed, describe, ranks, log=log
     )
     if log is not None:
@@ -434,7 +437,24 @@ def _supervise(
     return evidence
 
 
-def _plan(
+def keep_epoch(training: params.Training, plan: Plan, epoch: int | None) -> params.Training:
+    """A training that also keeps its weights at the end of one epoch, counted from 1.
+
+    Raises: ValueError for an epoch beyond its end.
+    """
+    if epoch is None:
+        return training
+    at = epoch * len(plan.example_ids) / plan.batch_size / plan.n_steps
+    if at > 1:
+        raise ValueError(
+            f"dynamics.gradient_epoch is {epoch}; the recorded training ends after "
+            f"{epoch / at:g} epochs"
+        )
+    kept = (*training.checkpoint_fractions, at)
+    return training.model_copy(update={"checkpoint_fractions": kept})
+
+
+def plan_run(
     images: Images,
     training: params.Training,
     example_ids: np.ndarray,
@@ -458,7 +478,7 @@ def _plan(
     )
 
 
-def _train(
+def train_run(
     run: runs.Run,
     study: Study,
     images: Images,
@@ -473,11 +493,13 @@ def _train(
     log: DynamicsLog | None = None,
     teacher: Cache | None = None,
     n_stages: int = 0,
+    labels: np.ndarray | None = None,
 ) -> dict[str, Any] | None:
     """Train, measure the last and the best checkpoint on the test split, collect the evidence.
 
     Args:
         n_stages: Of the teacher.
+        labels: Instead of the stored ones, one for each example of the plan.
 
     Returns: The evidence; None on all but the first of several processes.
     """
@@ -497,6 +519,7 @@ def _train(
         teacher=teacher,
         reads=reads,
         second=second,
+        labels=labels,
         device=device,
         residence=study.compute.images,
         reuse=ranks.alone,
@@ -593,6 +616,7 @@ def _training_evidence(
         },
         "coverage": coverage,
         "subset": {"n_examples": len(plan.example_ids)},
+        "epochs_in_steps": len(plan.example_ids) / plan.batch_size,
         "initialisation": {
             "source": "random",
             "weights_sha256": trained.evidence["initial_weights_sha256"],
@@ -618,19 +642,22 @@ def _training_evidence(
 
 
 def make_datamap(study: Study, images: Images) -> pd.DataFrame:
-    """Step 03: every score of every training example, from the recorded dynamics."""
-    open_teacher(study)
+    """Step 03: every score of every training example, from the recorded dynamics, the recorded
+    network's gradients where the study asks for them, and the teacher's features."""
+    teacher = open_teacher(study)
     recorded = runs.read_evidence(study.recorded_run)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     settings = {
         "own": study.step_settings("datamap"),
-        "inputs": images.fingerprints | {"recorded": recorded["settings_sha256"]},
+        "inputs": images.fingerprints
+        | {"recorded": recorded["settings_sha256"], "teacher_outputs": teacher["outputs"]["train"]},
     }
     path = study.runs / "datamap" / "datamap.parquet"
     with runs.open_run(study, path.parent, settings) as run:
         if not run.finished:
             scoring = study.dynamics
             table = datamap(log, el2n_epoch=scoring.el2n_epoch, window=scoring.window)
+            table = table.assign(**_further_scores(study, images, table, recorded))
             provenance = settings["inputs"] | {"settings": run.settings_sha256}
             write_datamap(table, path, provenance)
             run.finish(
@@ -644,6 +671,43 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
                 }
             )
         return open_datamap(study, images)
+
+
+def _further_scores(
+    study: Study, images: Images, table: pd.DataFrame, recorded: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Scores that a log of outputs does not hold."""
+    device, ids = use(study.compute), table.index.to_numpy()
+    scores = {}
+    epoch = study.dynamics.gradient_epoch
+    if epoch is not None:
+        network = images.network(study.dynamics.model or study.teacher.model, 0, device)
+        file = recorded["series"][str(round(epoch * recorded["epochs_in_steps"]))]
+        load_weights(network, study.recorded_run / file)
+        scores["grand"], scores["grand_last"] = gradients(images, network, ids, device)
+    features = teacher_features(study, images, ids)
+    n_clusters = study.dynamics.clusters or images.n_classes
+    seed = derive(study.dynamics.seed, "clusters") % 2**32  # scikit-learn takes 32 bits
+    scores["prototypicality"] = coresets.prototypicality(features, n_clusters, seed)
+    return scores | {"class_distance": coresets.class_distance(features, table["label"].to_numpy())}
+
+
+def gradients(
+    images: Images, network: Network, ids: np.ndarray, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`grand` and `grand_last` of some training examples under a network's weights."""
+    pixels = torch.from_numpy(images.train.read("images", ids)).to(device)
+    labels = torch.from_numpy(images.train.read("labels", ids)).to(device)
+    return gradient_norms(network, images.pixels, pixels, labels, describe="gradients")
+
+
+def teacher_features(study: Study, images: Images, ids: np.ndarray) -> np.ndarray:
+    """The teacher's stored features of some training examples, (n, D) float32."""
+    teacher, part = open_teacher(study), _part(study, "train")
+    stored = open_outputs(
+        outputs_folder(study, "train"), images.train, teacher["weights_sha256"], part
+    )
+    return stored.read("features", ids)[:, 0].astype(np.float32)
 
 
 def open_datamap(study: Study, images: Images) -> pd.DataFrame:
@@ -671,13 +735,32 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
             size = images.train.shard_size
             ids = fixed_shards(ids, size, shards_in_fraction(ids, size, cell.fraction), seed)
         return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
-    if cell.strategy in ("full", "random"):  # these look at ids alone
+    if cell.strategy.startswith(PICKED):
+        return _picked(study, cell, seed, ids, data)
+    rule = cell.strategy if cell.strategy == "full" else study.selection(cell.strategy)
+    features = None
+    if rule == "full" or (rule.kind == "random" and not rule.balanced):  # these look at ids alone
         table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
     else:
         table = open_datamap(study, images)
         parent = runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
-    ids = select(table, budget(len(ids), cell.fraction), cell.strategy, seed)
+        if rule.kind in ("k_center", "herding", "d2"):
+            features = teacher_features(study, images, table.index.to_numpy())
+    ids = select(table, budget(len(ids), cell.fraction), rule, seed, features)
     return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
+
+
+def _picked(study: Study, cell: Cell, seed: int, ids: np.ndarray, data: str) -> Subset:
+    """A selection made by hand: the same examples for every seed."""
+    saved = Subset.load(study.picked(cell.strategy), data)
+    strange = np.setdiff1d(saved.example_ids, ids)
+    if len(strange) or budget(len(ids), cell.fraction) != len(saved):
+        raise ValueError(
+            f"{study.picked(cell.strategy)} has {len(saved)} examples, {len(strange)} of them no "
+            f"training images of this study; expected {budget(len(ids), cell.fraction)} of "
+            f"{len(ids)} (fraction {cell.fraction:g}): leave the fraction out, or pick again"
+        )
+    return Subset(saved.example_ids, cell.strategy, cell.fraction, seed, saved.parent, data)
 
 
 def train_student(
@@ -704,7 +787,7 @@ def train_student(
     folder = student_folder(study, cell, seed)
     if _launch(study, ranks, folder, settings, "distill", **dict(cell.items()), seed=seed):
         return runs.read_evidence(folder)
-    with _open_run(study, folder, settings, ranks) as run:
+    with open_shared_run(study, folder, settings, ranks) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
         if ranks.first:
@@ -715,9 +798,9 @@ def train_student(
             n_shards = shards_in_fraction(
                 subset.example_ids, images.train.shard_size, cell.fraction
             )
-        plan = _plan(images, study.training, subset.example_ids, seed, n_shards)
+        plan = plan_run(images, study.training, subset.example_ids, seed, n_shards)
         describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
-        evidence = _train(
+        evidence = train_run(
             run, study, images, network, study.training, plan, objective, seed, describe, ranks,
             teacher=stored, n_stages=teacher["n_stages"] if teacher else 0,
         )  # fmt: skip

@@ -4,6 +4,7 @@ import copy
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -19,10 +20,11 @@ from kdlib.params import (
     Study,
     StudyError,
     Training,
+    data_path,
     load_study,
     open_point,
-    weights_path,
 )
+from kdlib.selection import Subset
 
 STUDY = {
     "data": {"source": "digits", "n_validation": 97, "split_seed": 0, "shard_size": 512},
@@ -39,6 +41,8 @@ STUDY = {
         "tolerance": 0.01,
     },
     "dynamics": {"observed": "train", "logits": True, "el2n_epoch": 2, "window": 2},
+    "recordings": {"models": {"tiny": {"name": "tiny_cnn"}}, "seeds": [0, 1]},
+    "selections": {"mixed": {"kind": "mixture", "shares": {"easy": 0.5, "hard": 0.5}}},
     "students": {
         "tiny": {"model": {"name": "tiny_cnn"}},
         "wide": {"model": {"name": "tiny_cnn", "options": {"width": 16}}},
@@ -152,6 +156,9 @@ SECTIONS = {  # where a key may stand: a section's path, a known key of it, and 
     "teacher.training": ("batch_size", "batchsize"),
     "teacher.training.augment": ("crop_padding", "crop_pading"),
     "dynamics": ("window", "windw"),
+    "recordings": ("folds", "foldes"),
+    "recordings.models.tiny": ("options", "optoins"),
+    "selections.mixed": ("balanced", "balancd"),
     "students.tiny": ("model", "modle"),
     "training": ("warmup_steps", "warmup_step"),
     "objectives.kd": ("temperature", "temprature"),
@@ -174,6 +181,7 @@ def test_a_typo_in_a_key_gives_its_section_and_the_nearest_key(write, section):
 def test_every_section_of_a_study_is_in_the_table_of_typos():
     def sections(content: dict, path: str = "") -> set[str]:
         named = {"students", "objectives", "teacher.model.options", "students.wide.model.options"}
+        named |= {"selections", "selections.mixed.shares", "recordings.models"}
         found = set() if path in named else {path}
         for key, value in content.items():
             if isinstance(value, dict):
@@ -200,7 +208,7 @@ def test_a_key_that_is_no_word_is_refused(write, section, key):
 NAMES = {  # a value that is a name: where, a typo, and the message
     "data.source": ("cifar11", r"data: unknown data source 'cifar11'; did you mean 'cifar10'"),
     "teacher.model.name": ("tiny_cn", r"model\.name: unknown model 'tiny_cn'; did you mean 'tiny_"),
-    "axes.strategy": (["esy"], r"axes: unknown strategy 'esy'; did you mean 'easy'"),
+    "axes.strategy": (["esy"], r"study: unknown strategy 'esy'; did you mean 'easy'"),
     "axes.student": (["tny"], r"study: unknown student on the axis 'tny'; did you mean 'tiny'"),
     "axes.objective": (["kdd"], r"study: unknown objective 'kdd'; did you mean 'kd'"),
     "probe.objective": (["plan"], r"study: unknown objective 'plan'; did you mean 'plain'"),
@@ -547,7 +555,8 @@ def test_a_cell_that_cannot_be_is_refused(axes, message):
 
 
 def test_the_names_of_strategies_and_models_are_distinct():
-    assert len(set(STRATEGIES)) == len(STRATEGIES) == 8 + 2 * len(SCORES)
+    # 8 of old, random_balanced, six rules of their own that need no numbers, two ends of each score
+    assert len(set(STRATEGIES)) == len(STRATEGIES) == 8 + 1 + 6 + 2 * len(SCORES)
     assert len(set(MODELS)) == len(MODELS)
 
 
@@ -568,8 +577,8 @@ def test_runs_and_figures_of_a_study_carry_its_name(home):
 
 
 def test_a_weight_file_is_looked_up_in_the_data_folder(home, monkeypatch):
-    assert weights_path("a/b.safetensors") == home / "data/a/b.safetensors"
-    assert weights_path("/x/b.safetensors") == Path("/x/b.safetensors")
+    assert data_path("a/b.safetensors") == home / "data/a/b.safetensors"
+    assert data_path("/x/b.safetensors") == Path("/x/b.safetensors")
 
 
 READERS = {  # a value, and the steps that read it themselves (distill of which cells, see below)
@@ -579,14 +588,18 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "data.image_size": {"cache"},
     "teacher.model.options.width": {"teacher"},
     "teacher.seed": {"teacher"},
-    "teacher.training.epochs": {"teacher"},
-    "teacher.training.augment.flip": {"teacher"},
+    "teacher.training.epochs": {"teacher", "record"},
+    "teacher.training.augment.flip": {"teacher", "record"},
     "teacher.expected_accuracy": {"teacher"},
-    "dynamics.observed": {"teacher"},
-    "dynamics.logits": {"teacher"},
+    "dynamics.observed": {"teacher", "record"},
+    "dynamics.logits": {"teacher", "record"},
     "dynamics.seed": {"teacher"},
-    "dynamics.el2n_epoch": {"datamap"},
-    "dynamics.window": {"datamap"},
+    "dynamics.el2n_epoch": {"datamap", "scores", "noise"},
+    "dynamics.window": {"datamap", "scores", "noise"},
+    "dynamics.gradient_epoch": {"teacher"},
+    "dynamics.clusters": {"datamap", "scores", "noise"},
+    "recordings.seeds": {"record", "scores", "noise"},
+    "selections.mixed.shares": set(),
     "students.tiny.model.name": {"distill tiny kd", "distill tiny plain"},
     "students.wide.model.options.width": {"distill wide kd", "distill wide plain"},
     "objectives.kd.alpha": {"distill tiny kd", "distill wide kd"},
@@ -600,9 +613,9 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "compare.margin": set(),
     "axes.fraction": set(),
     "seeds": set(),
-    "compute.threads": {"teacher", "distill", "probe"},
-    "compute.channels_last": {"teacher", "distill", "probe"},
-    "compute.precision": {"teacher", "distill", "probe"},
+    "compute.threads": {"teacher", "record", "distill", "probe"},
+    "compute.channels_last": {"teacher", "record", "distill", "probe"},
+    "compute.precision": {"teacher", "record", "distill", "probe"},
     "tracking.wandb": None,  # changes no result, and so no settings
 }
 NEW = {
@@ -614,16 +627,21 @@ NEW = {
     "probe.strategy": ["full"],
     "axes.fraction": [0.33, 0.1, 0.5],
     "seeds": [0, 1, 2],
+    "recordings.seeds": [0, 1, 2],
+    "dynamics.gradient_epoch": 2,
+    "selections.mixed.shares": {"easy": 0.25, "hard": 0.75},
     "compute.channels_last": False,
     "compute.precision": "bf16",
     "tracking.wandb": True,
 }
-UNSEEN = {"dynamics.el2n_epoch", "dynamics.window"}  # reach `compare` through the datamap
+# reach `compare` through the datamap, or not at all
+UNSEEN = {"dynamics.el2n_epoch", "dynamics.window", "dynamics.clusters", "recordings.seeds"}
+READ_BY_ALL = ("cache", "teacher", "datamap", "record", "scores", "noise", "probe", "compare")
 
 
 def settings_by_step(content: dict) -> dict[str, dict]:
     study = validated(content)
-    steps = {s: study.step_settings(s) for s in ("cache", "teacher", "datamap", "probe", "compare")}
+    steps = {s: study.step_settings(s) for s in READ_BY_ALL}
     for student in ("tiny", "wide"):
         for objective in ("kd", "plain"):
             cell = Cell(student, "easy", 0.1, objective)
@@ -675,6 +693,109 @@ def test_an_objective_takes_the_numbers_of_its_kind_and_no_others():
     assert Objective(kind="kd", alpha=0, temperature=1).alpha == 0
     with pytest.raises(ValueError, match=r"kd takes \['alpha', 'temperature'\].*; got \['alpha'\]"):
         Objective(kind="kd", alpha=0.5)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"kind": "esy"}, "unknown selection 'esy'; did you mean 'easy'"),
+        ({"kind": "easy", "cutoff": 0.1}, r"easy takes no numbers; got \['cutoff'\]"),
+        ({"kind": "ccs", "shares": {"easy": 1.0}}, r"ccs takes .*; got \['shares'\]"),
+        ({"kind": "ccs", "score": "trend"}, "unknown score of difficulty 'trend'"),
+        ({"kind": "mixture"}, "a mixture needs `shares`"),
+        ({"kind": "mixture", "shares": {"easy": 0.5, "hard": 0.4}}, "sum to 1"),
+        ({"kind": "mixture", "shares": {"easy": 1.5, "hard": -0.5}}, "sum to 1"),
+        ({"kind": "mixture", "shares": {"ccs": 1.0}}, "unknown ranking 'ccs'"),
+    ],
+)
+def test_a_selection_that_cannot_be_meant_is_refused(value, message):
+    with pytest.raises(ValueError, match=message):
+        validated(changed("selections.mixed", value))
+
+
+def test_a_selection_may_not_take_the_name_of_a_strategy():
+    for name in ("easy", "picked_mine"):
+        with pytest.raises(ValueError, match="has the name of a built-in strategy"):
+            validated(changed(f"selections.{name}", {"kind": "random"}))
+
+
+def test_a_selection_s_numbers_are_part_of_what_its_students_read():
+    study = validated(changed("axes.strategy", ["random", "easy", "mixed"]))
+    rule = study.step_settings("distill", study.cell(strategy="mixed"))["subset"]["rule"]
+    assert rule["shares"] == {"easy": 0.5, "hard": 0.5}
+    assert "rule" not in study.step_settings("distill", study.cell(strategy="random"))["subset"]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"noise": 0.1, "file": "a.npz", "key": "b"}, "drawn .* or read"),
+        ({}, "drawn .* or read"),
+        ({"file": "a.npz"}, "drawn .* or read"),
+        ({"noise": 0.0}, "greater than 0"),
+    ],
+)
+def test_other_labels_have_one_origin(value, message):
+    with pytest.raises(ValueError, match=message):
+        validated(changed("data.relabel", value))
+
+
+def test_other_labels_have_a_cache_of_their_own(home):
+    caches = [changed("data.relabel", {"noise": n}) for n in (0.1, 0.2)]
+    assert len({validated(c).cache for c in (STUDY, *caches)}) == 3
+
+
+def test_recordings_are_every_model_and_seed_and_what_else_is_asked_of_the_first():
+    more = {"models": {"a": {"name": "tiny_cnn"}, "b": {"name": "tiny_cnn"}}, "seeds": [3, 0]}
+    more |= {"folds": 2, "threshold_samples": True}
+    found = validated(changed("recordings", more)).recordings.runs()
+    assert found == [
+        ("a", "seed=3"), ("a", "seed=0"), ("b", "seed=3"), ("b", "seed=0"), ("a", "fold=1"),
+        ("a", "fold=2"), ("a", "threshold=1"), ("a", "threshold=2"),
+    ]  # fmt: skip
+    for bad in ({"seeds": [0, 0]}, {"seeds": [-1, 0]}, {"models": {"a/b": {"name": "tiny_cnn"}}}):
+        with pytest.raises(ValueError, match=r"seeds are|names a folder"):
+            validated(changed("recordings", more | bad))
+
+
+def test_a_file_is_laid_over_its_base(home, write):
+    write(STUDY)
+    more = {"base": "case.yaml", "training": {"steps": None, "epochs": 2.0}, "seeds": [5, 6, 7]}
+    (home / "params/more.yaml").write_text(yaml.safe_dump(more))
+    found = load_study("params/more.yaml")
+    assert (found.name, found.seeds, found.training.epochs) == ("more", (5, 6, 7), 2.0)
+    assert found.training.steps is None
+    assert found.teacher == load_study("params/case.yaml").teacher
+
+
+@pytest.mark.parametrize(("base", "message"), [("more.yaml", "itself"), ("none.yaml", "no file")])
+def test_a_base_that_is_no_other_study_is_refused(home, base, message):
+    (home / "params").mkdir()
+    (home / "params/more.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(StudyError, match=message):
+        load_study("params/more.yaml")
+
+
+def saved_selection(study: Study, name: str, n: int, fraction: float) -> None:
+    ids = np.arange(n)
+    subset = Subset(ids, f"picked_{name}", fraction, 0, None, "images")
+    subset.save(study.runs / "selections" / f"{name}.parquet")
+
+
+def test_a_picked_selection_has_the_fraction_it_was_saved_with(home):
+    study = validated(
+        changed("axes.strategy", ["random", "picked_mine"], changed("probe.strategy", ["full"]))
+    )
+    with pytest.raises(FileNotFoundError, match="save a selection of that name"):
+        study.cell(strategy="picked_mine")
+    saved_selection(study, "mine", 30, 0.03)
+    assert study.cell(strategy="picked_mine", fraction=0.5).fraction == 0.03
+    # beside it a random subset of the same size, to compare it with
+    here = {(c.strategy, c.fraction) for c in study.cells()}
+    assert here == {("full", 1.0), ("random", 0.33), ("random", 0.1), ("picked_mine", 0.03),
+                    ("random", 0.03)}  # fmt: skip
+    with pytest.raises(StudyError, match=r"unknown strategy 'picked_\.\./x'"):
+        study.cell(strategy="picked_../x")
 
 
 # --- what a notebook asks for ----------------------------------------------------------------

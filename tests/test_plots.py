@@ -323,9 +323,9 @@ def test_each_strategy_keeps_its_look_and_no_two_share_one():
         *plots.STRATEGIES,
         *(f"{s}_{end}" for s in ("aum", "el2n", "loss", "dual") for end in ("top", "bottom")),
     ]
-    looks = plots._looks(every)
+    looks = plots.line_looks(every)
     assert len({looks[name] for name in every}) == len(every)
-    assert plots._looks(["hard", "easy"])["easy"] == looks["easy"]
+    assert plots.line_looks(["hard", "easy"])["easy"] == looks["easy"]
 
 
 def test_probe_curves_label_every_line_and_both_references():

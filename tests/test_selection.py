@@ -23,7 +23,13 @@ def table_of(n, seed=0, ties=True):
     columns = {name: rng.random(n) for name in params.SCORES}
     if ties:
         columns = {name: np.round(values, 1) for name, values in columns.items()}
+    columns["label"] = rng.integers(0, 3, n)
     return pd.DataFrame(columns, index=pd.Index(ids, name="example_id", dtype=np.int64))
+
+
+def features_of(table):
+    """Features that belong to the ids, in the order of the table's rows."""
+    return np.stack([np.sin(table.index), np.cos(3 * table.index)], axis=1)
 
 
 # Four examples, in (variability, confidence):
@@ -85,7 +91,7 @@ def test_every_strategy_returns_exactly_its_budget_of_distinct_ids(
     }[share]
     table = table_of(n_examples, seed)
     n = n_examples if strategy == "full" else s.budget(n_examples, fraction)
-    chosen = s.select(table, n, strategy, seed)
+    chosen = s.select(table, n, strategy, seed, features_of(table))
     assert chosen.dtype == np.int64
     assert len(chosen) == n
     assert (np.diff(chosen) > 0).all()
@@ -101,15 +107,78 @@ def test_every_strategy_returns_exactly_its_budget_of_distinct_ids(
 def test_permuting_the_data_set_permutes_the_selection(strategy, n, seed):
     table = table_of(30, seed)
     order = np.random.default_rng(seed + 1).permutation(30)
-    chosen = s.select(table, n, strategy, seed)
+    chosen = s.select(table, n, strategy, seed, features_of(table))
     # The rows in another order: the same ids are chosen.
-    np.testing.assert_array_equal(s.select(table.iloc[order], n, strategy, seed), chosen)
+    again = s.select(table.iloc[order], n, strategy, seed, features_of(table.iloc[order]))
+    np.testing.assert_array_equal(again, chosen)
     # Other examples appended: a tie between two examples is decided as before.
     both = table.index[:2]
     alone = s.select(table.assign(aum=0.0).loc[both], 1, "aum_top", seed)
     others = table.index.difference(both)
     crowd = table.assign(aum=np.where(table.index.isin(others), -1.0, 0.0))
     np.testing.assert_array_equal(s.select(crowd, 1, "aum_top", seed), alone)
+
+
+RULES = [
+    params.Selection(kind="mixture", shares={"easy": 0.5, "hard": 0.3, "aum_top": 0.2}),
+    params.Selection(kind="mixture", shares={"easy": 1.0}, balanced=True),
+    params.Selection(kind="ccs", score="loss", cutoff=0.3, n_strata=5),
+    params.Selection(kind="ccs", balanced=True),
+    params.Selection(kind="d2", score="aum", neighbours=3, gamma_forward=0.5, gamma_reverse=0.0),
+    params.Selection(kind="herding", balanced=True),
+    params.Selection(kind="dual_beta", concentration=5.0, exponent=2.0, balanced=True),
+    params.Selection(kind="hard", balanced=True),
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(RULES), st.integers(0, 30), st.integers(0, 1000))
+def test_a_rule_returns_exactly_its_budget_whatever_the_order_of_rows(rule, n, seed):
+    table = table_of(30, seed)
+    chosen = s.select(table, n, rule, seed, features_of(table))
+    assert len(np.unique(chosen)) == len(chosen) == n
+    assert set(chosen) <= set(table.index)
+    other = table.iloc[::-1]
+    np.testing.assert_array_equal(s.select(other, n, rule, seed, features_of(other)), chosen)
+    if rule.balanced:
+        sizes = table["label"].value_counts()
+        taken = table.loc[chosen, "label"].value_counts().reindex(sizes.index, fill_value=0)
+        spare = taken[taken < sizes]  # classes that could have given more
+        assert spare.empty or taken.max() - spare.min() <= 1
+
+
+def test_a_mixture_takes_its_shares_though_its_regions_overlap():
+    # easy: 1 4 2 3; ambiguous: 2 4 3 1. Of two each, in turns: easy 1, ambiguous 2, easy 4, then
+    # ambiguous the next that is free, 3.
+    rule = params.Selection(kind="mixture", shares={"easy": 0.5, "ambiguous": 0.5})
+    assert s.select(SMALL, 2, rule, seed=0).tolist() == [1, 2]
+    assert s.select(SMALL, 3, rule, seed=0).tolist() == [1, 2, 4]
+
+
+def test_moderate_takes_the_middle_of_the_distances_to_the_class():
+    table = SMALL.assign(class_distance=[0.9, 0.2, 0.5, 0.1])  # in order: 4 2 3 1
+    assert s.select(table, 2, "moderate", seed=0).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "columns", "message"),
+    [
+        ("herding", [], "looks at the teacher's features"),
+        ("k_center", [], "looks at the teacher's features"),
+        ("random_balanced", ["label"], "needs the column 'label'"),
+        ("moderate", ["class_distance"], "needs the score 'class_distance'"),
+        ("grand_top", ["grand"], r"it needs dynamics\.gradient_epoch in the study"),
+        ("tdds_top", ["tdds"], r"it needs dynamics\.logits: true in the study"),
+    ],
+)
+def test_a_rule_without_what_it_looks_at_says_so(strategy, columns, message):
+    with pytest.raises(ValueError, match=message):
+        s.select(table_of(9).drop(columns=columns), 3, strategy, 0)
+
+
+def test_features_must_be_one_row_for_each_example():
+    with pytest.raises(ValueError, match="8 rows of features for 9 examples"):
+        s.select(table_of(9), 3, "herding", 0, np.zeros((8, 2)))
 
 
 def test_ties_depend_on_the_seed_and_not_on_the_position():

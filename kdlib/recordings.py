@@ -1,0 +1,189 @@
+"""Further recorded trainings of a study's images: several seeds and models, cross-validation, and
+the threshold samples of AUM. Notebooks 07 and 08 read what they leave.
+
+Each is a run of its own with evidence, trained from labels alone. Leaves to others: what the logs
+say about each other (agreement) and about wrong labels (noise).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib import checks, files, runs
+from kdlib.dynamics import DynamicsLog
+from kdlib.evaluation import all_outputs
+from kdlib.params import Study, StudyError
+from kdlib.ranks import Ranks
+from kdlib.seeds import derive, hashed
+from kdlib.steps import (
+    CROSS_ENTROPY,
+    Images,
+    gradients,
+    keep_epoch,
+    open_shared_run,
+    plan_run,
+    train_run,
+    use,
+)
+from kdlib.tables import read_parquet, write_parquet
+from kdlib.weights import load_weights
+
+
+def recording_folder(study: Study, model: str, part: str) -> Path:
+    """Where one recording is."""
+    return study.runs / "recorded" / f"model={model}" / part
+
+
+def fold_of(example_ids: np.ndarray, n_folds: int) -> np.ndarray:
+    """The fold in [1, n_folds] of each example, of sizes that differ by one at most: (N,) int64."""
+    order = np.argsort(hashed(example_ids, 0, "folds"))
+    folds = np.empty(len(order), np.int64)
+    folds[order] = np.arange(len(order)) % n_folds + 1
+    return folds
+
+
+def threshold_samples(example_ids: np.ndarray, n_classes: int, which: int) -> np.ndarray:
+    """Sorted ids of the N / (n_classes + 1) examples that pretend to be of one more class.
+
+    Args:
+        which: 1 or 2; the two draws have no example in common.
+
+    Source: Pleiss et al. 2020, arXiv 2001.10528, sec. 3.2.
+    """
+    n = len(example_ids) // (n_classes + 1)
+    order = np.argsort(hashed(example_ids, 0, "threshold"))
+    return np.sort(example_ids[order[(which - 1) * n : which * n]])
+
+
+def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:
+    """Train and record one of `study.recordings.runs()`, unless it is there already.
+
+    `seed=S` learns all training images; `fold=K` those of the other folds, and leaves
+    `held_out.parquet`, its probabilities of each class for each image of fold K; `threshold=K`
+    all of them, of which some pretend to be of one more class. Seeds of the first model leave
+    `gradients.parquet` where the study asks for gradients.
+
+    Returns: Its evidence.
+    Raises: StudyError for a recording the study does not ask for; checks.TripwireError.
+    """
+    asked = study.recordings.runs() if study.recordings else []
+    if (model, part) not in asked:
+        told = ", ".join("/".join(run) for run in asked) or "none (study: recordings)"
+        raise StudyError(f"no recording {model}/{part} in this study; it has {told}")
+    device, ranks = use(study.compute), Ranks()
+    recording, kind, number = study.recordings, *part.split("=")
+    training = recording.training or study.dynamics.training or study.teacher.training
+    seed = int(number) if kind == "seed" else recording.seeds[0]
+    ids, n_more = images.train_ids, 0
+    if kind == "fold":
+        ids = ids[fold_of(ids, recording.folds) != int(number)]
+    labels = images.train.read("labels", ids)
+    if kind == "threshold":
+        pretending = threshold_samples(ids, images.n_classes, int(number))
+        labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
+    of_first = kind == "seed" and model == asked[0][0]
+    epoch = study.dynamics.gradient_epoch if of_first else None
+    own = {
+        "model": recording.models[model].model_dump(mode="json"),
+        "part": part,
+        "folds": recording.folds if kind == "fold" else None,
+        "seed": seed,
+        "gradient_epoch": epoch,
+        **{k: v for k, v in study.step_settings("record").items() if k == "compute"},
+        "training": training.model_dump(mode="json"),
+    }
+    settings = {"own": own, "inputs": images.fingerprints}
+    with open_shared_run(study, recording_folder(study, model, part), settings, ranks) as run:
+        if run.finished:
+            return runs.read_evidence(run.folder)
+        network = images.network(recording.models[model], derive(seed, "init"), device, n_more)
+        plan = plan_run(images, training, ids, seed)
+        training = keep_epoch(training, plan, epoch)
+        log = None
+        if kind != "fold":
+            log = DynamicsLog.create(
+                run.folder / "dynamics",
+                ids,
+                labels,
+                n_epochs=plan.n_passes,
+                n_classes=images.n_classes + n_more,
+                observed=study.dynamics.observed,
+                logits=study.dynamics.logits and kind == "seed",
+                provenance=images.fingerprints | {"settings": run.settings_sha256},
+            )
+        evidence = train_run(
+            run, study, images, network, training, plan, CROSS_ENTROPY, seed, f"{model} {part}",
+            ranks, log=log, labels=labels,
+        )  # fmt: skip
+        if log is not None:
+            log.finish()
+        if epoch is not None:
+            step = round(epoch * evidence["epochs_in_steps"])
+            load_weights(network, run.folder / evidence["series"][str(step)])
+            norms = gradients(images, network, ids, device)
+            table = dict(zip(("grand", "grand_last"), norms, strict=True))
+            table = pd.DataFrame(table, pd.Index(ids, name="example_id"))
+            path = write_parquet(run.folder / "gradients.parquet", table, {"epoch": epoch})
+            evidence["gradients_sha256"] = files.sha256_file(path)
+        if kind == "fold":
+            load_weights(network, run.folder / evidence["checkpoints"]["last"]["file"])
+            held_out = np.setdiff1d(images.train_ids, ids)
+            pixels = torch.from_numpy(images.train.read("images", held_out)).to(device)
+            (logits,) = all_outputs(network, images.pixels, pixels, ("logits",))
+            probs = torch.softmax(logits.double(), 1).cpu().numpy()
+            table = pd.DataFrame(probs, pd.Index(held_out, name="example_id"))
+            table.columns = [f"p{c}" for c in range(images.n_classes)]
+            path = write_parquet(run.folder / "held_out.parquet", table, {"fold": int(number)})
+            evidence["held_out_sha256"] = files.sha256_file(path)
+        evidence |= {"step": "record", "study": study.name, "data": images.fingerprints}
+        evidence["checks"] = checks.demand(checks.RUN, evidence)
+        return run.finish(evidence, device)
+
+
+def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, Any]]:
+    """Every recording the study asks for; finished ones are not trained again.
+
+    Raises: StudyError when it asks for none.
+    """
+    if study.recordings is None:
+        raise StudyError(
+            f"{study.name} asks for no further recordings: give it a section `recordings` "
+            "(models, seeds), as params/digits.yaml has"
+        )
+    return {run: record(study, images, *run) for run in study.recordings.runs()}
+
+
+def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog:
+    """The dynamics of one finished recording.
+
+    Raises: FileNotFoundError when it is not finished.
+    """
+    folder = recording_folder(study, model, part)
+    runs.read_evidence(folder)
+    return DynamicsLog.open(folder / "dynamics", images.fingerprints)
+
+
+def open_held_out(study: Study, images: Images) -> pd.DataFrame:
+    """Probabilities of every class for every training image, by the network of cross-validation
+    that has not learnt it.
+
+    Returns: Index `example_id` (sorted, all training ids), columns `p0`, `p1`, ...
+    Raises: FileNotFoundError for a fold that is not finished; ValueError for folds that are not
+        those of this study's images, or were changed.
+    """
+    model = next(iter(study.recordings.models))
+    parts = []
+    for fold in range(1, study.recordings.folds + 1):
+        folder = recording_folder(study, model, f"fold={fold}")
+        evidence = runs.read_evidence(folder)
+        table, _ = read_parquet(folder / "held_out.parquet", f"recording {model}/fold={fold}")
+        if files.sha256_file(folder / "held_out.parquet") != evidence["held_out_sha256"]:
+            raise ValueError(f"{folder / 'held_out.parquet'} differs from its evidence")
+        parts.append(table)
+    whole = pd.concat(parts).sort_index()
+    if not np.array_equal(whole.index, images.train_ids):
+        raise ValueError("the folds do not make up this study's training images; record them again")
+    return whole

@@ -1,0 +1,531 @@
+"""Maps show every example, as a point or in a bin, and figures of scores say what they show; both
+are the same files for the same tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from kdlib import maps, plots
+from kdlib.cartography import regions
+
+SCORES = ("confidence", "variability", "aum", "el2n", "grand_last")
+DETECTORS = ("aum", "loss", "cleanlab_self_confidence")
+DENSE = 200_000
+
+
+def trajectories(n=300, n_epochs=10, seed=0):
+    """Maps after 1, n_epochs // 2 and n_epochs epochs of p(gold label) drawn from Beta laws."""
+    skill = np.random.default_rng(9).beta(3, 1, n)  # the same examples whatever the seed
+    rng = np.random.default_rng(seed)
+    rise = np.clip(skill * (1 - np.exp(-np.arange(1, n_epochs + 1)[:, None] / 3)), 0.02, 0.98)
+    p = rng.beta(8 * rise, 8 * (1 - rise))  # (E, N)
+    found = {}
+    for epochs in (1, n_epochs // 2, n_epochs):
+        seen = p[:epochs]
+        table = pd.DataFrame(
+            {
+                "label": np.arange(n) % 3,
+                "confidence": seen.mean(0),
+                "variability": seen.std(0),
+                "correctness": (seen > 0.5).mean(0),
+            },
+            index=pd.Index(np.arange(n), name="example_id"),
+        )
+        for rule in ("variability", "corner"):
+            names = regions(
+                table["confidence"].to_numpy(), table["variability"].to_numpy(), rule=rule
+            )
+            table[f"region_{rule}"] = pd.Categorical(names, ["easy", "ambiguous", "hard"])
+        found[epochs] = table
+    return found
+
+
+def map_table(n=300, seed=0):
+    return trajectories(n, seed=seed)[10]
+
+
+@pytest.fixture(scope="module")
+def large():
+    return map_table(DENSE)
+
+
+def correlations(n=5):
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame(rng.normal(size=(50, 2)) @ rng.normal(size=(2, n)))
+    table.columns = SCORES if n == len(SCORES) else [f"score_{i}" for i in range(n)]
+    return table.corr(method="spearman")
+
+
+def stability_table():
+    rows = [
+        (score, n, 1 - level / n, 1 - 1.2 * level / n, 1 - 0.8 * level / n)
+        for score, level in zip(SCORES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True)
+        for n in (1, 2, 3)
+    ]
+    return pd.DataFrame(rows, columns=["score", "n_runs", "correlation", "low", "high"])
+
+
+def detector_tables(names=DETECTORS):
+    rate = np.linspace(0, 1, 21)
+    curves = pd.concat(
+        pd.DataFrame(
+            {
+                "detector": name,
+                "false_positive_rate": rate,
+                "true_positive_rate": rate ** (0.2 + 0.1 * i),
+                "recall": rate ** (0.2 + 0.1 * i),
+                "precision": 1 - (0.7 + 0.01 * i) * rate,
+            }
+        )
+        for i, name in enumerate(names)
+    )
+    summary = pd.DataFrame(
+        {"detector": names, "auroc": 0.9, "average_precision": np.linspace(0.8, 0.6, len(names))}
+    )
+    epochs = pd.DataFrame(
+        [(n, e, 0.5 + 0.04 * e) for n in names[:2] for e in range(1, 11)],
+        columns=["detector", "epoch", "auroc"],
+    )
+    return curves, summary, epochs
+
+
+def draw(name, large=None):
+    """Each figure at its print size."""
+    heights = {"datamap": 4.6, "forming": 2.6, "against": 2.6, "classes": 4.6, "dense": 4.6}
+    with plots.style():
+        fig = Figure(figsize=(plots.WIDE, heights.get(name, 3.4)))
+        if name == "datamap":
+            maps.datamap(fig, map_table(), "digits, N = 300, E = 10")
+        elif name == "classes":
+            maps.datamap(fig, map_table(), "digits", class_names=["cat", "dog", "automobile"])
+        elif name == "dense":
+            maps.datamap(fig, large, "digits, N = 200,000, E = 10")
+        elif name == "forming":
+            maps.forming(fig, trajectories(), "digits")
+        elif name == "against":
+            maps.against(fig, map_table(), map_table(seed=1), ("tiny", "wide"), "digits")
+        elif name == "rank_correlations":
+            groups = {"all epochs": SCORES[:3], "early": SCORES[3:]}
+            maps.rank_correlations(fig.subplots(), correlations(), groups)
+        elif name == "stability":
+            maps.stability(fig.subplots(), stability_table())
+        else:
+            maps.detectors(fig, *detector_tables(), noise_rate=0.2)
+    return fig
+
+
+FIGURES = (
+    "datamap", "classes", "dense", "forming", "against", "rank_correlations", "stability",
+    "detectors",
+)  # fmt: skip
+
+
+def words(where):
+    return [text.get_text() for text in where.findobj(Text) if text.get_text()]
+
+
+def title_of(ax):
+    """The title, whichever style was on when it was set."""
+    return ax.get_title(loc="left") or ax.get_title()
+
+
+def shown_bins(ax):
+    """Which bins of a density are drawn, a row for each bin of y."""
+    (image,) = ax.images
+    return np.asarray(image.get_array())[..., 3] > 0
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_all_text_is_legible_and_inside_the_figure(name, large):
+    with plots.style():
+        fig = draw(name, large)
+        fig.draw_without_rendering()
+        extent = fig.get_tightbbox()  # inches, everything that is drawn
+    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text().strip()]
+    assert len(sizes) > 5
+    assert min(sizes) >= 7
+    assert min(extent.x0, extent.y0) >= 0
+    assert extent.x1 <= fig.get_figwidth()
+    assert extent.y1 <= fig.get_figheight()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_same_tables_give_the_same_bytes(name, tmp_path, large):
+    again = draw(name, large)
+    again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
+    first = plots.save_figure(draw(name, large), tmp_path / "first", name)
+    second = plots.save_figure(again, tmp_path / "second", name)
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+# --- the map -------------------------------------------------------------------------------------
+
+
+def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
+    table = map_table(500)
+    fig = maps.datamap(Figure(), table, "N = 500, E = 10")
+    ax, above, right, _, far_right = fig.axes
+    (points,) = ax.collections
+    assert points.get_rasterized()
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 0.5), (0, 1))
+    places = pd.DataFrame(np.asarray(points.get_offsets()), columns=["variability", "confidence"])
+    places["tenth"] = np.round(np.asarray(points.get_array()) * 10 - 0.5)
+    # Correctness k / 10 lies in tenth k, and 1.0 in the last one.
+    expected = table.assign(tenth=(10 * table["correctness"]).round().clip(upper=9))
+    order = ["variability", "confidence"]
+    np.testing.assert_allclose(
+        places.sort_values(order), expected[[*order, "tenth"]].sort_values(order)
+    )
+    for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
+        assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == 500
+    bars = [bar.get_width() for bar in far_right.patches]
+    assert bars == [int((expected["tenth"] == k).sum()) for k in range(10)]
+
+
+def test_datamap_of_many_examples_is_a_raster_that_counts_each_of_them(large):
+    fig = maps.datamap(Figure(), large, "many")
+    ax, above, right, _, far_right = fig.axes
+    assert not [drawn for drawn in ax.get_children() if isinstance(drawn, PathCollection)]
+    x, y, correctness = (large[c].to_numpy() for c in ("variability", "confidence", "correctness"))
+    counts, means = maps.binned(x, y, correctness, (0.5, 1), 500)
+    assert counts.sum() == DENSE
+    assert (counts * means).sum() == pytest.approx(correctness.sum())
+    np.testing.assert_array_equal(shown_bins(ax), counts > 0)
+    (image,) = ax.images
+    assert image.get_rasterized()
+    assert image.get_extent() == [0, 0.5, 0, 1]
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 0.5), (0, 1))
+    colours = np.asarray(image.get_array())
+    opacity = colours[..., 3]
+    assert opacity[counts == 1].max() == pytest.approx(0.25) == opacity[counts > 0].min()
+    assert opacity[counts == counts.max()].min() == pytest.approx(1)
+    row, column = np.argwhere((counts > 0) & (means > 0.81) & (means < 0.89))[0]
+    np.testing.assert_allclose(colours[row, column, :3], plots.CORRECTNESS(8)[:3], atol=1e-6)
+    for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
+        assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == DENSE
+    assert any(text.startswith("density, N = 200,000") for text in words(fig))
+    assert not any("density" in text for text in words(draw("datamap")))
+
+
+def test_bins_agree_with_a_slow_loop_and_keep_both_ends():
+    rng = np.random.default_rng(2)
+    x, y, values = rng.uniform(0, 0.5, 200), rng.uniform(0, 1, 200), rng.uniform(0, 1, 200)
+    x[:2], y[:2] = (0, 0.5), (0, 1)
+    counts, sums = np.zeros((5, 5), int), np.zeros((5, 5))
+    for a, b, value in zip(x, y, values, strict=True):
+        place = min(int(b * 5), 4), min(int(a / 0.5 * 5), 4)
+        counts[place] += 1
+        sums[place] += value
+    found, means = maps.binned(x, y, values, (0.5, 1), 5)
+    np.testing.assert_array_equal(found, counts)
+    np.testing.assert_allclose(means, sums / np.maximum(counts, 1))
+
+
+def test_datamap_names_title_axes_and_the_size_of_each_region():
+    table = map_table(500)
+    for column in ("region_variability", "region_corner"):
+        shown = words(maps.datamap(Figure(), table, "digits, N = 500, E = 10", column))
+        for text in (
+            "digits, N = 500, E = 10", "variability", "confidence",
+            "correctness (fraction of epochs)",
+        ):  # fmt: skip
+            assert text in shown
+        for region, count in table[column].value_counts().items():
+            assert (f"{plots.REGIONS[region]} ({count})" in shown) == (count > 0)
+
+
+def test_datamap_region_names_stand_where_no_example_can_be(large):
+    for table in (map_table(), large):
+        with plots.style():
+            fig = maps.datamap(Figure(figsize=(plots.WIDE, 4.6)), table, "t")
+            fig.draw_without_rendering()
+            ax = fig.axes[0]
+            names = [
+                t for t in ax.texts if t.get_text().startswith(("easy", "ambi", "hard", "large"))
+            ]
+            corners = [
+                ax.transData.inverted().transform(Text.get_window_extent(t).corners())
+                for t in names
+            ]
+        assert len(corners) == 4
+        for x, y in np.concatenate(corners):
+            assert x**2 > y * (1 - y)
+
+
+def test_datamap_without_examples_of_a_region_does_not_name_it():
+    table = map_table()
+    shown = words(maps.datamap(Figure(), table[table["region_variability"] != "hard"], "t"))
+    assert not any(text.startswith("hard-to-learn") for text in shown)
+
+
+def test_classes_are_drawn_below_as_shares_of_their_regions():
+    table = map_table(31)  # 11, 10, 10 of each class
+    fig = maps.datamap(
+        Figure(figsize=(plots.WIDE, 4.6)), table, "t", class_names=["cat", "dog", "fox"]
+    )
+    ax = fig.axes[5]
+    expected = pd.crosstab(table["label"], table["region_variability"], normalize="index")
+    widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
+    np.testing.assert_allclose(widths, 100 * expected[["easy", "ambiguous", "hard"]].to_numpy().T)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "cat (11)", "dog (10)", "fox (10)"
+    ]  # fmt: skip
+    assert (ax.get_xlim(), ax.get_xlabel()) == ((0, 100), "% of the class")
+    assert {"easy-to-learn", "ambiguous", "hard-to-learn"} <= set(words(ax.get_legend()))
+    assert fig.get_figheight() > 4.6
+
+
+def test_classes_are_left_out_without_labels_without_names_and_when_there_are_many():
+    table = map_table()
+    for given, names in (
+        (table.drop(columns="label"), ["cat", "dog", "fox"]),
+        (table, None),
+        (table, [str(i) for i in range(21)]),
+    ):
+        fig = maps.datamap(Figure(figsize=(6, 4)), given, "t", class_names=names)
+        assert (len(fig.axes), fig.get_figheight()) == (5, 4)
+    with pytest.raises(ValueError, match="labels run from 0 to 2 but there are 2 class names"):
+        maps.datamap(Figure(), table, "t", class_names=["cat", "dog"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"variability": 0.7}, r"variability runs from 0.7 to 0.7.*\[0, 0.5\].*03_datamap"),
+        ({"correctness": 7.0}, r"correctness runs from 7"),
+        ({"confidence": np.nan}, r"300 are NaN"),
+        ({"region_variability": "simple"}, "unknown region 'simple' in 'region_variability'"),
+        ({"region_variability": None}, "unknown region None"),
+    ],
+)
+def test_datamap_refuses_scores_out_of_range_and_unknown_regions(change, message):
+    with pytest.raises(ValueError, match=message):
+        maps.datamap(Figure(), map_table().assign(**change), "t")
+
+
+def test_missing_columns_and_empty_tables_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"`datamap` lacks the columns \['region_other'\]"):
+        maps.datamap(Figure(), map_table(), "t", regions="region_other")
+    with pytest.raises(ValueError, match="the table `datamap` has no rows"):
+        maps.datamap(Figure(), map_table().iloc[:0], "t")
+    with pytest.raises(ValueError, match=r"`after 3 epochs` lacks the columns \['correctness'\]"):
+        maps.forming(Figure(), {3: map_table().drop(columns="correctness")}, "t")
+
+
+# --- how it forms, map against map ---------------------------------------------------------------
+
+
+def test_a_forming_map_has_a_panel_for_each_number_of_epochs_in_order():
+    snapshots = trajectories()
+    fig = maps.forming(Figure(), dict(reversed(snapshots.items())), "digits, tiny")
+    *axs, bar = fig.axes
+    assert [title_of(ax) for ax in axs] == ["after 1 epoch", "after 5 epochs", "after 10 epochs"]
+    for ax, table in zip(axs, snapshots.values(), strict=True):
+        (points,) = ax.collections
+        places = np.asarray(points.get_offsets())
+        np.testing.assert_allclose(np.sort(places[:, 1]), np.sort(table["confidence"]))
+        assert ax.get_xlim() == (-0.01, 0.5)  # so that the first epoch is not below the axis
+        assert ax.get_ylim() == (0, 1)
+    assert bar.get_ylabel() == "correctness (fraction of epochs)"
+    assert {"digits, tiny", "variability", "confidence"} <= set(words(fig))
+
+
+def test_a_forming_map_of_many_examples_is_a_raster(large):
+    fig = maps.forming(Figure(), {1: large, 2: large, 3: large, 4: large}, "many")
+    assert len(fig.axes) == 5
+    for ax in fig.axes[:4]:
+        assert not ax.collections
+        counts, _ = maps.binned(
+            large["variability"].to_numpy(), large["confidence"].to_numpy(), np.zeros(DENSE),
+            (0.5, 1), 150,
+        )  # fmt: skip
+        np.testing.assert_array_equal(shown_bins(ax), counts > 0)
+    assert "many; density, N = 200,000" in words(fig)
+
+
+@pytest.mark.parametrize("n", [0, 7])
+def test_too_few_or_many_snapshots_are_refused(n):
+    with pytest.raises(ValueError, match=f"{n} snapshots; expected one to six"):
+        maps.forming(Figure(), dict.fromkeys(range(n), map_table()), "t")
+
+
+def test_maps_against_each_other_show_correlations_and_where_regions_went():
+    first, second = map_table(), map_table(seed=1)
+    shuffled = second.sample(frac=1, random_state=0)
+    fig = maps.against(Figure(), first, shuffled, ("tiny", "wide"), "digits")
+    for ax, score in zip(fig.axes, ("confidence", "variability"), strict=False):
+        rho = first[score].corr(second[score], method="spearman")
+        assert title_of(ax) == f"{score}, ρ = {rho:.2f}"
+        assert (ax.get_ylabel(), ax.get_xlabel()) == (f"{score}, tiny", f"{score}, wide")
+        (points,) = ax.collections
+        drawn = pd.DataFrame(np.asarray(points.get_offsets())).sort_values([0, 1])
+        expected = pd.DataFrame({0: second[score], 1: first[score]}).sort_values([0, 1])
+        np.testing.assert_allclose(drawn, expected)
+    ax = fig.axes[2]
+    share = pd.crosstab(first["region_variability"], second["region_variability"], normalize=True)
+    share = share.reindex(index=list(plots.REGIONS), columns=list(plots.REGIONS), fill_value=0)
+    np.testing.assert_allclose(ax.images[0].get_array(), share)
+    assert [t.get_text() for t in ax.texts] == [f"{s:.3f}" for s in share.to_numpy().flat]
+    assert title_of(ax) == f"regions, {100 * np.trace(share):.1f} % the same"
+    assert (ax.get_ylabel(), ax.get_xlabel()) == ("region, tiny", "region, wide")
+
+
+def test_a_map_against_itself_agrees_even_where_nothing_varies(large):
+    fig = maps.against(Figure(), large, large.assign(variability=0.0), ("a", "b"), "t")
+    assert [title_of(ax) for ax in fig.axes] == [
+        "confidence, ρ = 1.00", "variability, ρ undefined", "regions, 100.0 % the same"
+    ]  # fmt: skip
+    assert not fig.axes[0].collections
+    rows, columns = np.nonzero(shown_bins(fig.axes[0]))
+    np.testing.assert_array_equal(rows, columns)
+    assert "t; density, N = 200,000" in words(fig)
+
+
+def test_maps_of_other_examples_are_refused():
+    table = map_table()
+    moved = table.set_axis(table.index + 2)
+    with pytest.raises(ValueError, match=r"4 example ids differ \(300 in 'a', 300 in 'b'\)"):
+        maps.against(Figure(), table, moved, ("a", "b"), "t")
+    with pytest.raises(ValueError, match="1 example ids of 'b' are there twice"):
+        maps.against(Figure(), table, pd.concat([table, table.iloc[:1]]), ("a", "b"), "t")
+
+
+# --- scores ----------------------------------------------------------------------------------
+
+
+def test_rank_correlations_are_written_below_the_diagonal():
+    matrix = correlations()
+    matrix.iloc[3, 1] = np.nan
+    ax = maps.rank_correlations(Figure().subplots(), matrix)
+    values = matrix.to_numpy()
+    written = [t.get_text() for t in ax.texts]
+    expected = [f"{values[i, j]:.2f}" for i in range(5) for j in range(i)]
+    expected[1 + 2 + 1] = "none"
+    assert written == expected
+    drawn = np.ma.filled(ax.images[0].get_array().astype(float), np.nan)
+    np.testing.assert_allclose(drawn, np.where(np.tri(5, k=-1) > 0, values, np.nan))
+    assert ax.images[0].get_clim() == (-1, 1)
+    names = [plots.in_words(score) for score in SCORES]
+    assert [label.get_text() for label in ax.get_xticklabels()] == names[:-1]
+    assert [label.get_text() for label in ax.get_yticklabels()] == names[1:]
+    assert "Spearman correlation ρ" in words(ax)
+
+
+def test_groups_order_the_scores_and_are_named():
+    matrix = correlations()
+    groups = {"early": ["el2n", "grand_last"], "whole": ["aum", "confidence", "variability"]}
+    ax = maps.rank_correlations(Figure().subplots(), matrix, groups)
+    assert {"early", "whole"} <= set(words(ax))
+    drawn = ax.images[0].get_array()
+    assert drawn[1, 0] == matrix.loc["grand_last", "el2n"]
+    assert drawn[4, 2] == matrix.loc["variability", "aum"]
+    assert len(ax.lines) == 2
+    with pytest.raises(ValueError, match=r"groups and scores differ: \['aum'"):
+        maps.rank_correlations(Figure().subplots(), matrix, {"early": ["el2n", "grand_last"]})
+
+
+def test_many_scores_have_no_numbers_but_the_sign_of_negative_ones():
+    matrix = correlations(21)
+    ax = maps.rank_correlations(Figure().subplots(), matrix)
+    below = matrix.to_numpy()[np.tril_indices(21, -1)]
+    assert [t.get_text() for t in ax.texts] == ["–"] * int((below < -0.05).sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.iloc[:3], "expected the same scores in the same order"),
+        (lambda m: m.iloc[:1, :1], "two or more"),
+        (lambda m: 2 * m, r"confidence runs from .* to 2.*\[-1, 1\]"),
+    ],
+)
+def test_what_is_no_matrix_of_correlations_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        maps.rank_correlations(Figure().subplots(), change(correlations()))
+
+
+def test_stability_has_a_named_line_and_a_range_for_each_score():
+    table = stability_table()
+    ax = maps.stability(Figure().subplots(), table.sample(frac=1, random_state=0))
+    lines = {line.get_label(): line for line in ax.lines if line.get_label() in SCORES}
+    assert set(lines) == set(SCORES)
+    for score, rows in table.groupby("score"):
+        x, y = lines[score].get_data()
+        np.testing.assert_allclose(x, [1, 2, 3], atol=0.2)
+        np.testing.assert_allclose(y, rows["correlation"])
+    ranges = np.concatenate([np.array(c.get_segments())[:, :, 1] for c in ax.collections])
+    np.testing.assert_allclose(
+        sorted(map(tuple, ranges)), sorted(map(tuple, table[["low", "high"]].to_numpy()))
+    )
+    assert {plots.in_words(score) for score in SCORES} <= set(words(ax))
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines.values()}) > 3
+    assert ax.get_ylim() == (0.4, 1)
+    low, high = ax.get_xlim()
+    assert low < 1 < 3 < high
+    assert (ax.get_xlabel(), title_of(ax)) == ("runs averaged", "mean and range over draws")
+
+
+def test_stability_refuses_other_rows():
+    table = stability_table()
+    with pytest.raises(ValueError, match="several rows of one score"):
+        maps.stability(Figure().subplots(), pd.concat([table, table]))
+    with pytest.raises(ValueError, match="low <= correlation <= high"):
+        maps.stability(Figure().subplots(), table.assign(low=0.99))
+    with pytest.raises(ValueError, match=r"high runs from 3 to 3.*\[-1, 1\]"):
+        maps.stability(Figure().subplots(), table.assign(high=3.0))
+
+
+def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_dashed():
+    curves, summary, epochs = detector_tables()
+    fig = maps.detectors(Figure(), curves, summary, epochs, noise_rate=0.2)
+    roc, precision, time = fig.axes
+    for i, name in enumerate(DETECTORS):
+        same = [(ax.lines[i].get_color(), str(ax.lines[i].get_linestyle())) for ax in fig.axes]
+        assert len(set(same)) == 1
+        rows = curves[curves["detector"] == name]
+        np.testing.assert_allclose(
+            roc.lines[i].get_xydata(), rows[["false_positive_rate", "true_positive_rate"]]
+        )
+        np.testing.assert_allclose(
+            precision.lines[i].get_xydata(), rows.loc[rows["recall"] > 0, ["recall", "precision"]]
+        )
+    assert len({line.get_color() for line in roc.lines[:3]}) == 3
+    assert len({str(line.get_marker()) for line in time.lines[:2]}) == 2
+    assert roc.lines[2].get_color() == plots.BLACK
+    assert roc.lines[2].is_dashed()
+    assert list(time.lines[2].get_ydata()) == [0.9, 0.9]  # without epochs: a level
+    assert list(precision.lines[3].get_ydata()) == [0.2, 0.2]
+    assert "base rate 20 %" in words(precision)
+    (legend,) = fig.legends
+    assert "AUM (0.900, 0.800)" in words(legend)
+    assert "cleanlab self confidence (0.900, 0.600)" in words(legend)
+    labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in fig.axes]
+    assert labels == [
+        ("false positive rate", "true positive rate"), ("recall", "precision"),
+        ("epochs recorded", "AUROC"),
+    ]  # fmt: skip
+
+
+def test_eight_detectors_have_eight_looks_and_nine_are_refused():
+    names = [f"score_{i}" for i in range(9)]
+    fig = maps.detectors(Figure(), *detector_tables(names[:8]), noise_rate=0.05)
+    lines = fig.axes[0].lines[:8]
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines}) == 8
+    with pytest.raises(ValueError, match=r"9 rows .*at most 8 detectors"):
+        maps.detectors(Figure(), *detector_tables(names), noise_rate=0.05)
+
+
+def test_detectors_refuse_unknown_names_and_rates_out_of_range():
+    curves, summary, epochs = detector_tables()
+    with pytest.raises(ValueError, match="expected the same detectors"):
+        maps.detectors(Figure(), curves, summary.iloc[:2], epochs, noise_rate=0.2)
+    with pytest.raises(ValueError, match="precision runs from 2 to 2"):
+        maps.detectors(Figure(), curves.assign(precision=2.0), summary, epochs, noise_rate=0.2)
+    with pytest.raises(ValueError, match="noise_rate is 1; expected a fraction"):
+        maps.detectors(Figure(), curves, summary, epochs, noise_rate=1)
+    with pytest.raises(ValueError, match=r"`over_epochs` lacks the columns \['auroc'\]"):
+        maps.detectors(Figure(), curves, summary, epochs.drop(columns="auroc"), noise_rate=0.2)
