@@ -51,6 +51,8 @@ def gradient_norms(
             f"labels span [{int(labels.min())}, {int(labels.max())}]; expected "
             f"[0, {network.n_classes - 1}]"
         )
+    if len(images) == 0:
+        return np.empty(0), np.empty(0)
     modes = [(module, module.training) for module in network.modules()]
     weights = {name: p.detach() for name, p in network.named_parameters()}
     buffers = dict(network.named_buffers())
@@ -78,8 +80,6 @@ def gradient_norms(
         progress.close()
         for module, training in modes:
             module.training = training
-    if not whole:
-        return np.empty(0), np.empty(0)
     return torch.cat(whole).cpu().numpy(), torch.cat(last).cpu().numpy()
 
 

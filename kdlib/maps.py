@@ -137,19 +137,19 @@ def forming(fig: Figure, snapshots: Mapping[int, pd.DataFrame], title: str) -> F
     rows = 1 + (len(epochs) > 3)
     columns = -(-len(epochs) // rows)
     grid = fig.add_gridspec(rows, columns + 1, width_ratios=(*[1] * columns, 0.06))
-    sizes = set()
+    sizes = []
     for i, epoch in enumerate(epochs):
         ax = fig.add_subplot(grid[i // columns, i % columns])
         x, y, colour = _scores(snapshots[epoch], tuple(HIGHEST), f"after {epoch} epochs")
         if _map(ax, x, y, colour, size=3, n_bins=150):
-            sizes.add(f"{len(x):,}")
+            sizes.append(len(x))
         ax.set_title(f"after {epoch} epoch{'s' if epoch != 1 else ''}")
         _three_ticks(ax, 0.5, 1)
         ax.set_xlim(-0.01, 0.5)  # after one epoch all variability is 0
         ax.tick_params(labelbottom=i + columns >= len(epochs), labelleft=i % columns == 0)
     fig.supxlabel("variability", fontsize=plots.RC["axes.labelsize"])
     fig.supylabel("confidence", fontsize=plots.RC["axes.labelsize"])
-    fig.suptitle(title + (f"; density, N = {' or '.join(sorted(sizes))}" if sizes else ""))
+    fig.suptitle(_density_said(title, max(sizes)) if sizes else title)
     _colour_bar(fig, fig.add_subplot(grid[:, columns]))
     return fig
 
@@ -211,7 +211,7 @@ def against(
     ax.set_xticks(range(n), labels)
     ax.set_yticks(range(n), labels)
     ax.set(ylabel=f"region, {names[0]}", xlabel=f"region, {names[1]}", box_aspect=1)
-    fig.suptitle(f"{title}; density, N = {len(first):,}" if dense else title)
+    fig.suptitle(_density_said(title, len(first)) if dense else title)
     return fig
 
 
@@ -490,6 +490,11 @@ def _cloud(
         ax.scatter(x[order], y[order], s=area, linewidths=0, rasterized=True, clip_on=False, **look)
     ax.set(xlim=(0, tops[0]), ylim=(0, tops[1]))
     return dense
+
+
+def _density_said(title: str, n: int) -> str:
+    size = f"N = {n:,}"
+    return f"{title}; density" if size in title else f"{title}; density, {size}"
 
 
 def _tenths(correctness: np.ndarray) -> np.ndarray:

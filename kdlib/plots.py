@@ -1,13 +1,12 @@
-"""Every figure of the lab, in one style: a function takes tables and an axis (or a figure where
-several panels belong together), draws, and returns it.
+"""The style of every figure of the lab, and the figures of runs: a function takes tables and an
+axis (or a figure where several panels belong together), draws, and returns it.
 
 Accuracies are drawn in %, their differences in percentage points. Colours are those of Okabe and
 Ito, safe for colour-blind readers, and each has a second cue: a marker, a dash or a label. Leaves
-to others: every number drawn.
+to others: every number drawn, and the figures of datamaps and scores (maps).
 
 Sources:
     [OkabeIto2008] Okabe, Ito. Color Universal Design. 2008. https://jfly.uni-koeln.de/color/.
-    [Swayamdipta2020] Swayamdipta et al. Dataset Cartography. EMNLP 2020. arXiv 2009.10795.
 """
 
 import contextlib
@@ -158,107 +157,6 @@ def in_words(name: str) -> str:
     return WORDS.get(name, name.replace("_", " "))
 
 
-def datamap(
-    fig: Figure, table: pd.DataFrame, title: str, regions: str = "region_variability"
-) -> Figure:
-    """The map of a data set by training dynamics [Swayamdipta2020, fig. 1], every example a point.
-
-    Points end at the dotted line, which no example can cross: a variable in [0, 1] with mean c has
-    a standard deviation of at most sqrt(c (1 - c)). The regions are named outside it.
-
-    Args:
-        fig: An empty figure; `WIDE` by about 4.5 in.
-        table: The datamap: `confidence`, `variability`, `correctness` and the column `regions`.
-        title: The line above: what it shows, and the number of examples N and of epochs E.
-        regions: Column of region names, `region_variability` or `region_corner`.
-
-    Returns: `fig`; its axes are the map, the histograms of variability, confidence and
-        correctness, and the colour bar.
-    Raises: ValueError for missing columns, an empty table, or a score that is out of its range.
-    """
-    highest = {"confidence": 1, "variability": 0.5, "correctness": 1}
-    demand(table, (*highest, regions), "datamap")
-    for score, top in highest.items():
-        if not table[score].between(0, top + 1e-6).all():  # as far as rounding to float32 goes
-            raise ValueError(
-                f"{score} runs from {table[score].min():g} to {table[score].max():g}, "
-                f"{int(table[score].isna().sum())} are NaN; expected numbers in [0, {top:g}] "
-                "(run notebooks/03_datamap.ipynb again)"
-            )
-    grid = fig.add_gridspec(2, 4, width_ratios=(6, 1.1, 0.22, 1.1), height_ratios=(1, 5.5))
-    ax = fig.add_subplot(grid[1, 0])
-    above = fig.add_subplot(grid[0, 0], sharex=ax)
-    right = fig.add_subplot(grid[1, 1], sharey=ax)
-    bar = fig.add_subplot(grid[1, 2])
-    far_right = fig.add_subplot(grid[1, 3])
-
-    n, n_steps = len(table), CORRECTNESS.N
-    # Tenths of the epochs; 7 of 10 may be stored as 0.69999999.
-    tenth = np.floor(table["correctness"] * n_steps + 1e-6).clip(upper=n_steps - 1).astype(int)
-    # Examples of one class may lie side by side in the source; shuffled, none covers the others.
-    order = np.random.default_rng(0).permutation(n)
-    x, y = table["variability"].clip(upper=0.5), table["confidence"].clip(upper=1)
-    points = ax.scatter(
-        x.iloc[order], y.iloc[order], c=(tenth.iloc[order] + 0.5) / n_steps, cmap=CORRECTNESS,
-        vmin=0, vmax=1, s=np.clip(9000 / n, 1.2, 9), linewidths=0, alpha=0.85, rasterized=True,
-        clip_on=False,
-    )  # fmt: skip
-    limit = np.linspace(0, np.pi, 200)
-    ax.plot(np.sin(limit) / 2, (1 + np.cos(limit)) / 2, ":", color=GREY, lw=0.8, zorder=0)
-    ax.text(
-        0.5, 0.13, "largest variability\nat this confidence", ha="right", va="center",
-        fontsize=TEXT_PT, color=GREY,
-    )  # fmt: skip
-    ax.set(xlim=(0, 0.5), ylim=(0, 1), xlabel="variability", ylabel="confidence")
-    _name_regions(ax, table, regions)
-
-    style_of_bars = {"color": "#9A9A9A", "edgecolor": "white", "linewidth": 0.3}
-    above.hist(x, bins=np.linspace(0, 0.5, 41), **style_of_bars)
-    right.hist(y, bins=np.linspace(0, 1, 41), orientation="horizontal", **style_of_bars)
-    far_right.barh(
-        np.arange(n_steps) / n_steps, np.bincount(tenth, minlength=n_steps), height=1 / n_steps,
-        align="edge", edgecolor="white", linewidth=0.3, color=CORRECTNESS(np.arange(n_steps)),
-    )  # fmt: skip
-    far_right.set(ylim=(0, 1), xlabel="examples")
-    right.set_xlabel("examples")
-    above.set_ylabel("examples")
-    for axis in (above, right, far_right):
-        axis.locator_params(axis="y" if axis is above else "x", nbins=2)
-    above.tick_params(labelbottom=False)
-    right.tick_params(labelleft=False)
-    far_right.tick_params(left=False, labelleft=False)
-    colours = fig.colorbar(points, cax=bar, ticks=np.linspace(0, 1, 6))
-    colours.solids.set_alpha(1)
-    colours.outline.set_visible(False)
-    bar.yaxis.set_ticks_position("left")
-    bar.yaxis.set_label_position("left")
-    bar.set_ylabel("correctness (fraction of epochs)")
-    above.set_title(title)
-    return fig
-
-
-def _name_regions(ax: Axes, table: pd.DataFrame, regions: str) -> None:
-    """Region names and counts where no point can be, each with a line to the region's middle."""
-    places = {"easy": (0.27, 0.97), "ambiguous": (0.5, 0.885), "hard": (0.27, 0.03)}
-    for region, place in places.items():
-        inside = table[table[regions] == region]
-        if inside.empty:
-            continue
-        ax.annotate(
-            f"{REGIONS[region]} ({len(inside):,})",
-            xy=(inside["variability"].median(), inside["confidence"].median()),
-            xytext=place,
-            ha="right" if region == "ambiguous" else "left",
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": BLACK, "shrinkA": 1, "shrinkB": 3},
-        )
-        # An open ring: the points inside it stay in sight.
-        ax.plot(
-            inside["variability"].median(), inside["confidence"].median(), "o", ms=6, mfc="none",
-            mec=BLACK, mew=0.9,
-        )  # fmt: skip
-
-
 def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axes:
     """Validation accuracy over optimiser steps: mean and standard deviation over seeds.
 
@@ -360,7 +258,7 @@ def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]
 
 
 def _finish_lines(ax: Axes, ends: Sequence[End]) -> None:
-    """Freeze the limits, of x at 0 and the last step and of y inside [0, 100], and label the lines."""
+    """Freeze the limits (x from 0 to the last step, y inside [0, 100]) and name the lines."""
     ax.set_xlim(0, max((step for *_, step in ends if step is not None), default=1.0))
     ax.margins(y=0.04)
     low, high = ax.get_ylim()

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdlib.data import SPLITS, Source, array_source, open_source
-from kdlib.params import Data
+from kdlib.data import SPLITS, Source, array_source, open_source, relabelled
+from kdlib.params import Data, Relabel
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
@@ -349,3 +349,69 @@ def test_cut_mnist_files_are_refused(tmp_path, monkeypatch):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(FileNotFoundError, match="mnist is missing or damaged"):
         open_source(Data(source="mnist", n_validation=1), "train")
+
+
+# --- other labels ----------------------------------------------------------------------------
+
+
+def labelled(n=5000, n_classes=10):
+    rng = np.random.default_rng(1)
+    images = np.zeros((n, 1, 2, 2), np.uint8)
+    names = [str(c) for c in range(n_classes)]
+    return array_source("blank", "train", images, rng.integers(0, n_classes, n), names)
+
+
+def test_drawn_noise_replaces_about_its_share_evenly_and_keeps_the_old_labels():
+    source = relabelled(labelled(), Relabel(noise=0.4, seed=3))
+    images, labels, own = source.read(0, 5000)
+    np.testing.assert_array_equal(own, labelled().read(0, 5000)[1])
+    assert source.columns == ("images", "labels", "original_labels")
+    assert abs((labels != own).mean() - 0.4) < 0.03  # s.d. 0.007
+    shifts = np.bincount((labels - own)[labels != own] % 10, minlength=10)
+    assert shifts[0] == 0
+    assert abs(shifts[1:] - shifts.sum() / 9).max() < 5 * np.sqrt(shifts.sum() / 9)
+
+
+def test_a_drawn_label_depends_on_seed_and_id_alone():
+    source = relabelled(labelled(), Relabel(noise=0.4, seed=3))
+    whole = source.read(0, 5000)[1]
+    np.testing.assert_array_equal(source.read(700, 900)[1], whole[700:900])
+    other = relabelled(labelled(), Relabel(noise=0.4, seed=4)).read(0, 5000)[1]
+    assert (other != whole).mean() > 0.4
+    more = relabelled(labelled(), Relabel(noise=0.6, seed=3)).read(0, 5000)[1]
+    own = labelled().read(0, 5000)[1]
+    np.testing.assert_array_equal(more[whole != own], whole[whole != own])  # more noise, not other
+
+
+def test_noise_to_the_next_class_goes_nowhere_else():
+    _, labels, own = relabelled(labelled(), Relabel(noise=1.0, kind="next_class")).read(0, 5000)
+    np.testing.assert_array_equal(labels, (own + 1) % 10)
+
+
+def test_labels_of_a_file_replace_those_of_the_source(home):
+    (home / "data").mkdir()
+    given = np.arange(5000) % 10
+    np.savez(
+        home / "data" / "mine.npz", people=given, floats=given / 2, few=given[:9], big=given + 9
+    )
+    source = relabelled(labelled(), Relabel(file="mine.npz", key="people"))
+    np.testing.assert_array_equal(source.read(3, 70)[1], given[3:70])
+    for key, message in [
+        ("peopl", "no array 'peopl'; did you mean 'people'"),
+        ("floats", r"floats .* is float64"),
+        ("few", r"few .* \(9,\); expected one integer for each of 5000"),
+        ("big", r"big .* spans \[9, 18\]; expected \[0, 9\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            relabelled(labelled(), Relabel(file="mine.npz", key=key))
+    with pytest.raises(FileNotFoundError, match=r"none\.npz are not there; put the file into"):
+        relabelled(labelled(), Relabel(file="none.npz", key="people"))
+
+
+def test_other_labels_are_another_identity():
+    source, noise = labelled(), Relabel(noise=0.4)
+    identities = [source.identity] + [
+        relabelled(source, r).identity
+        for r in (noise, Relabel(noise=0.5), Relabel(noise=0.4, seed=1))
+    ]
+    assert len({str(i) for i in identities}) == 4

@@ -390,3 +390,6 @@ def test_the_test_that_works_an_objective_by_hand_is_there(kind):
     path, name = KINDS[kind].test.split("::")
     tree = ast.parse((Path(objectives.__file__).parent.parent / path).read_text())
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+# --- what cannot be compared -----------------------------------------------------------------

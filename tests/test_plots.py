@@ -19,22 +19,6 @@ MARGIN = 0.01
 ACCURACY = {"full": 0.94, "random": 0.90, "easy": 0.87, "ambiguous_corner": 0.899, "hard": 0.78}
 
 
-def map_table(n=300, seed=0):
-    rng = np.random.default_rng(seed)
-    confidence = rng.uniform(0, 1, n)
-    variability = rng.uniform(0, 1, n) * np.sqrt(confidence * (1 - confidence))
-    regions = np.where(variability > 0.3, "ambiguous", np.where(confidence > 0.5, "easy", "hard"))
-    return pd.DataFrame(
-        {
-            "confidence": confidence,
-            "variability": variability,
-            "correctness": rng.integers(0, 11, n) / 10,
-            "region_variability": pd.Categorical(regions, ["easy", "ambiguous", "hard"]),
-        },
-        index=pd.Index(np.arange(n), name="example_id"),
-    )
-
-
 def cells(students=("tiny",), objectives=("kd", "plain"), fractions=(0.33, 0.1), n_seeds=5):
     """One row per run, without what was measured."""
     subsets = [(s, f) for s in ACCURACY if s != "full" for f in fractions]
@@ -100,11 +84,9 @@ def grid_input(n=4, channels=3, names=("easy", "ambiguous", "hard")):
 def draw(name):
     """Each figure as the lab draws it, at its print size."""
     with plots.style():
-        heights = {"datamap": 4.6, "accuracy": 4.4, "differences": 5.0, "regions": 3.2}
+        heights = {"accuracy": 4.4, "differences": 5.0, "regions": 3.2}
         fig = Figure(figsize=(plots.WIDE, heights.get(name, 3.4)))
-        if name == "datamap":
-            plots.datamap(fig, map_table(), "digits, N = 300, E = 10")
-        elif name == "accuracy":
+        if name == "accuracy":
             plots.accuracy_by_strategy(fig, result_table(), compared(result_table()))
         elif name == "differences":
             plots.paired_differences(fig.subplots(), compared(result_table()), margin=MARGIN)
@@ -118,7 +100,7 @@ def draw(name):
     return fig
 
 
-FIGURES = ("datamap", "accuracy", "differences", "curves", "probes", "regions")
+FIGURES = ("accuracy", "differences", "curves", "probes", "regions")
 
 
 def words(where):
@@ -148,7 +130,7 @@ def test_all_text_is_legible_and_inside_the_figure(name):
     assert extent.y1 <= fig.get_figheight()
 
 
-@pytest.mark.parametrize("name", ["datamap", "accuracy", "curves", "regions"])
+@pytest.mark.parametrize("name", ["accuracy", "curves", "regions"])
 def test_the_same_tables_give_the_same_bytes(name, tmp_path):
     again = draw(name)
     again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
@@ -194,77 +176,7 @@ def test_style_ends_with_its_block_and_ignores_the_users_settings():
         assert mpl.rcParams["axes.grid"]
 
 
-def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
-    table = map_table(500)
-    fig = plots.datamap(Figure(), table, "N = 500, E = 10")
-    ax, above, right, _, far_right = fig.axes
-    (points,) = ax.collections
-    assert points.get_rasterized()
-    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 0.5), (0, 1))
-    places = pd.DataFrame(np.asarray(points.get_offsets()), columns=["variability", "confidence"])
-    places["tenth"] = np.round(np.asarray(points.get_array()) * 10 - 0.5)
-    # Correctness k / 10 lies in tenth k, and 1.0 in the last one.
-    expected = table.assign(tenth=(10 * table["correctness"]).round().clip(upper=9))
-    order = ["variability", "confidence"]
-    np.testing.assert_allclose(
-        places.sort_values(order), expected[[*order, "tenth"]].sort_values(order)
-    )
-    for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
-        assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == 500
-    bars = [bar.get_width() for bar in far_right.patches]
-    assert bars == [int((expected["tenth"] == k).sum()) for k in range(10)]
-
-
-def test_datamap_names_title_axes_and_the_size_of_each_region():
-    table = map_table(500)
-    shown = words(plots.datamap(Figure(), table, "digits, N = 500, E = 10"))
-    counts = table["region_variability"].value_counts()
-    for text in (
-        "digits, N = 500, E = 10", "variability", "confidence", "correctness (fraction of epochs)",
-        f"easy-to-learn ({counts['easy']})", f"ambiguous ({counts['ambiguous']})",
-        f"hard-to-learn ({counts['hard']})",
-    ):  # fmt: skip
-        assert text in shown
-
-
-def test_datamap_region_names_stand_where_no_example_can_be():
-    with plots.style():
-        fig = plots.datamap(Figure(figsize=(plots.WIDE, 4.6)), map_table(), "t")
-        fig.draw_without_rendering()
-        ax = fig.axes[0]
-        names = [t for t in ax.texts if t.get_text().startswith(("easy", "ambi", "hard", "large"))]
-        corners = [
-            ax.transData.inverted().transform(Text.get_window_extent(t).corners()) for t in names
-        ]
-    assert len(corners) == 4
-    for x, y in np.concatenate(corners):
-        assert x**2 > y * (1 - y)
-
-
-def test_datamap_without_examples_of_a_region_does_not_name_it():
-    table = map_table()
-    shown = words(
-        plots.datamap(Figure(), table[table["region_variability"] != "hard"], "no hard examples")
-    )
-    assert not any(text.startswith("hard-to-learn") for text in shown)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"variability": 0.7}, r"variability runs from 0.7 to 0.7.*\[0, 0.5\]"),
-        ({"correctness": 7.0}, r"correctness runs from 7"),
-        ({"confidence": np.nan}, r"300 are NaN"),
-    ],
-)
-def test_datamap_refuses_scores_out_of_range(change, message):
-    with pytest.raises(ValueError, match=message):
-        plots.datamap(Figure(), map_table().assign(**change), "t")
-
-
 def test_missing_columns_and_empty_tables_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"`datamap` lacks the columns \['region_corner'\]"):
-        plots.datamap(Figure(), map_table(), "t", regions="region_corner")
     with pytest.raises(ValueError, match="the table `curves` has no rows"):
         plots.learning_curves(axis(), curve_table().iloc[:0])
     with pytest.raises(ValueError, match=r"lacks the columns \['test_accuracy'\]"):

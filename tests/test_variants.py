@@ -1,0 +1,84 @@
+"""What else goes by the names of the scores, worked by hand and against slow loops."""
+
+import itertools
+import math
+
+import numpy as np
+from test_dynamics import finished, random_dynamics, softmax
+
+from kdlib import cartography, params
+from kdlib import variants as v
+from kdlib.dynamics import DynamicsLog
+
+
+def recorded(folder, seed=0, n_epochs=12):
+    logits, labels, _ = random_dynamics(seed, n_epochs)
+    log = DynamicsLog.create(
+        folder, np.arange(len(labels)), labels, n_epochs=n_epochs, n_classes=5, observed="eval",
+        logits=True, provenance={},
+    )  # fmt: skip
+    for epoch in range(n_epochs):
+        log.record(np.full(40, epoch), np.arange(40), logits[epoch], labels)
+    return log.finish(), logits.astype(np.float64), labels
+
+
+def test_variants_of_three_examples_are_as_worked_by_hand(tmp_path):
+    # id 10: p = 1/4 3/4 1/4 3/4; id 20: 3/4 always; id 30: 1/4 always, never right
+    table = v.variants(finished(tmp_path), window=3)
+    expected = {
+        "correctness_half": [0.5, 1, 0],
+        "forgetting_unlearned_last": [1, 0, 4],
+        "margin_last": [math.log(3), math.log(3), -math.log(3)],
+        "el2n_first_ten": [4 * math.sqrt(2) / 2, math.sqrt(2), 3 * math.sqrt(2)],
+        "dyn_unc_but_last": [math.sqrt(1 / 12), 0, 0],  # one window of the first three epochs
+        "aum_softmax": [0, 0.5, -0.5],
+        # each step of id 10: |3/4 ln 3| + |1/4 ln(1/3)| = ln 3, the same in both directions
+        "tdds_absolute": [0, 0, 0],
+    }
+    assert set(table.columns) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(table[name], values, atol=2e-3, err_msg=name)
+
+
+def test_variants_of_logits_equal_slow_loops(tmp_path, monkeypatch):
+    monkeypatch.setattr(cartography, "CHUNK_VALUES", 12 * 5 * 7)  # several blocks
+    log, logits, labels = recorded(tmp_path)
+    table = v.variants(log, window=4)
+    for i in range(40):
+        probs = [softmax(logits[e, i]) for e in range(12)]
+        margins = [p[labels[i]] - max(q for k, q in enumerate(p) if k != labels[i]) for p in probs]
+        np.testing.assert_allclose(table["aum_softmax"][i], np.mean(margins), atol=1e-9)
+        steps = [
+            sum(
+                abs((b + 1e-8) * math.log((b + 1e-8) / (a + 1e-8)))
+                for a, b in zip(*pair, strict=True)
+            )
+            for pair in itertools.pairwise(probs)
+        ]
+        total, n_windows = 0.0, 12 - 4 + 1
+        for k in range(n_windows):
+            inside = steps[k : k + 3]
+            norm = math.sqrt(sum((s - sum(inside) / 3) ** 2 for s in inside))
+            total += 0.9 * 0.1 ** (n_windows - 1 - k) * norm
+        np.testing.assert_allclose(table["tdds_absolute"][i], total, atol=1e-9)
+
+
+def test_el2n_is_summed_over_ten_epochs_at_most(tmp_path):
+    log, _, _ = recorded(tmp_path)
+    expected = log["el2n"][:10].astype(float).sum(axis=0)
+    np.testing.assert_allclose(v.variants(log, window=4)["el2n_first_ten"], expected)
+
+
+def test_without_logits_and_epochs_to_spare_fewer_variants_are_there(tmp_path):
+    table = v.variants(finished(tmp_path, logits=False), window=4)  # as many epochs as the window
+    assert set(table.columns) == {
+        "correctness_half", "forgetting_unlearned_last", "margin_last", "el2n_first_ten",
+    }  # fmt: skip
+
+
+def test_every_name_of_the_table_is_a_score_or_a_variant(tmp_path):
+    log, _, _ = recorded(tmp_path)
+    columns = set(v.variants(log, window=4).columns)
+    assert set(v.SAME_NAME) <= set(params.SCORES)
+    others = {name for names in v.SAME_NAME.values() for name in names}
+    assert others - set(params.SCORES) == columns
