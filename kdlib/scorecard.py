@@ -104,9 +104,10 @@ def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
     shown = [name for group in groups.values() for name in group]
     figures = {}
     with plots.style():
-        figures["same_name"] = Figure(figsize=(plots.WIDE, 5.2))
-        axis = figures["same_name"].subplots()
-        maps.rank_correlations(axis, matrix.loc[shown, shown], groups)
+        if shown:  # at least one name with a variant that is not constant
+            figures["same_name"] = Figure(figsize=(plots.WIDE, 5.2))
+            axis = figures["same_name"].subplots()
+            maps.rank_correlations(axis, matrix.loc[shown, shown], groups)
         figures["stability"] = Figure(figsize=(plots.WIDE, 3.4))
         rows = tables["stability"]
         rows = rows[(rows["model"] == models[0]) & rows["score"].isin(DRAWN)]

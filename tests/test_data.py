@@ -363,7 +363,7 @@ def labelled(n=5000, n_classes=10):
 
 def test_drawn_noise_replaces_about_its_share_evenly_and_keeps_the_old_labels():
     source = relabelled(labelled(), Relabel(noise=0.4, seed=3))
-    images, labels, own = source.read(0, 5000)
+    _, labels, own = source.read(0, 5000)
     np.testing.assert_array_equal(own, labelled().read(0, 5000)[1])
     assert source.columns == ("images", "labels", "original_labels")
     assert abs((labels != own).mean() - 0.4) < 0.03  # s.d. 0.007

@@ -393,3 +393,31 @@ def test_the_test_that_works_an_objective_by_hand_is_there(kind):
 
 
 # --- what cannot be compared -----------------------------------------------------------------
+
+
+def test_relations_of_one_example_are_refused():
+    with pytest.raises(ValueError, match="relations need two examples"):
+        features.rkd(torch.ones(1, 3), torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("loss", [features.rkd, features.similarity, features.hint])
+def test_batches_of_different_size_are_refused(loss):
+    rows = (torch.ones(4, 3, 2, 2), torch.ones(5, 3, 2, 2))
+    if loss is features.rkd:
+        rows = tuple(r.flatten(1) for r in rows)
+    with pytest.raises(ValueError, match="expected the same batch"):
+        loss(*rows)
+
+
+def test_a_constant_column_of_an_embedding_has_a_finite_gradient():
+    first = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
+    first[:, 1] = 2.0
+    first.requires_grad_(True)
+    features.barlow(first, first.detach() + 0.1 * torch.arange(18).view(6, 3)).backward()
+    assert first.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
+def test_an_objective_without_its_teacher_says_which_notebook_to_run(objective):
+    with pytest.raises(ValueError, match="run notebooks/02_teacher"):
+        build_distiller(objective, {"features": (4,)}, {}, seed=0, n_examples=9)
