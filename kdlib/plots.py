@@ -71,8 +71,10 @@ WORDS = {
     "ccs": "CCS", "d2": "D2", "dual_beta": "DUAL (beta)", "k_center": "k-center",
     "random_balanced": "random (balanced)", "correctness_half": "correctness (p > 1/2)",
     "forgetting_unlearned_last": "forgetting (unlearned = E)", "aum_softmax": "AUM (softmax)",
-    "margin_last": "AUM (last epoch)", "el2n_first_ten": "EL2N (sum of ten)",
+    "aum_softmax_last": "AUM (softmax, last)", "entropy_last": "entropy (last)",
+    "el2n_first_ten": "EL2N (sum of ten)",
     "dyn_unc_but_last": "Dyn-Unc (but last)", "tdds_absolute": "TDDS (absolute)",
+    "tdds_still_window": "TDDS (still window)",
 }  # fmt: skip
 AXES = ("student", "strategy", "fraction", "objective")
 

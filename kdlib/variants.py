@@ -21,11 +21,12 @@ from kdlib.dynamics import DynamicsLog
 SAME_NAME = {
     "correctness": ("correctness_half",),
     "forgetting_events": ("forgetting_unlearned_last", "trend"),
-    "aum": ("aum_softmax", "margin_last"),
+    "aum": ("aum_softmax", "aum_softmax_last"),
     "el2n": ("el2n_first_ten",),
+    "entropy": ("entropy_last",),
     "grand": ("grand_last",),
     "dyn_unc": ("dyn_unc_but_last",),
-    "tdds": ("tdds_absolute",),
+    "tdds": ("tdds_absolute", "tdds_still_window"),
 }
 
 
@@ -66,7 +67,8 @@ def aum_softmax(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         logits: (E, N, C) float.
         labels: (N,) int64 in [0, C).
 
-    Returns: (N,) float64 in [-1, 1]. Source: [Zheng2023].
+    Returns: (N,) float64 in [-1, 1]. Source: [Zheng2023]; of the last epoch alone, as
+        `aum_softmax_last`: [Cho2025].
 
     >>> aum_softmax(np.log([[[3.0, 1.0], [1.0, 1.0]]]), np.array([0, 1])).round(4).tolist()
     [0.5, 0.0]
@@ -77,18 +79,18 @@ def aum_softmax(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return (gold - np.where(is_gold, 0, probs).max(axis=2)).mean(axis=0)
 
 
-def margin_last(margin: np.ndarray) -> np.ndarray:
-    """Logit margin of the last recorded epoch.
+def entropy_last(recorded: np.ndarray) -> np.ndarray:
+    """Entropy of the prediction in the last recorded epoch.
 
     Args:
-        margin: (E, N) float, in logits.
+        recorded: (E, N) float, nats.
 
-    Returns: (N,) float64. Source: [Cho2025].
+    Returns: (N,) float64 >= 0, nats. Source: [Cho2025].
 
-    >>> margin_last(np.array([[2.0], [4.0]])).tolist()
-    [4.0]
+    >>> entropy_last(np.array([[0.5], [0.25]])).tolist()
+    [0.25]
     """
-    return cartography.per_example(margin[-1:], lambda block: block[0])
+    return cartography.per_example(recorded[-1:], lambda block: block[0])
 
 
 def el2n_first_ten(recorded: np.ndarray) -> np.ndarray:
@@ -139,6 +141,25 @@ def tdds_absolute(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.
     return total
 
 
+def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
+    """TDDS of the first window alone, weighted as if there were all, with logits in the place of
+    probabilities: the logarithm of a negative one counts 0.
+
+    Args:
+        logits: (E, N, C) float.
+        window: Epochs per window, in [3, E].
+        decay: In (0, 1].
+
+    Returns: (N,) float64 >= 0. Source: the port of TDDS in the code of [Cho2025].
+    """
+    with np.errstate(invalid="ignore"):
+        logs = np.log(logits[:window].astype(np.float64) + 1e-8)
+    steps = np.abs(logits[1:window] * np.nan_to_num(np.diff(logs, axis=0))).sum(axis=2)
+    norm = np.sqrt(((steps - steps.mean(axis=0)) ** 2).sum(axis=0))
+    n_windows = len(logits) - window + 1
+    return norm * decay * ((1 - decay) ** np.arange(n_windows)).sum()
+
+
 def _softmax(logits: np.ndarray) -> np.ndarray:
     raised = np.exp(logits - logits.max(axis=-1, keepdims=True).astype(np.float64))
     return raised / raised.sum(axis=-1, keepdims=True)
@@ -158,20 +179,23 @@ def variants(log: DynamicsLog, *, window: int) -> pd.DataFrame:
     columns = {
         "correctness_half": correctness_half(log["gold_prob"]),
         "forgetting_unlearned_last": forgetting_unlearned_last(log["correct"]),
-        "margin_last": margin_last(log["margin"]),
+        "entropy_last": entropy_last(log["entropy"]),
         "el2n_first_ten": el2n_first_ten(log["el2n"]),
     }
     if log.n_epochs > window:
         columns["dyn_unc_but_last"] = dyn_unc_but_last(log["gold_prob"], window=window)
     if log.has_logits:
-        parts = [
-            (aum_softmax(block, labels), tdds_absolute(block, window=window))
-            for block, labels in (
-                (np.asarray(log["logits"][:, start:stop], np.float64), log.labels[start:stop])
-                for start, stop in cartography.blocks(log["logits"].size, log.n_examples)
+        parts = []
+        for start, stop in cartography.blocks(log["logits"].size, log.n_examples):
+            block = np.asarray(log["logits"][:, start:stop], np.float64)
+            labels = log.labels[start:stop]
+            parts.append(
+                {
+                    "aum_softmax": aum_softmax(block, labels),
+                    "aum_softmax_last": aum_softmax(block[-1:], labels),
+                    "tdds_absolute": tdds_absolute(block, window=window),
+                    "tdds_still_window": tdds_still_window(block, window=window),
+                }
             )
-        ]
-        columns["aum_softmax"], columns["tdds_absolute"] = (
-            np.concatenate(column) for column in zip(*parts, strict=True)
-        )
+        columns |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return pd.DataFrame(columns, index=pd.Index(np.array(log.example_ids), name="example_id"))

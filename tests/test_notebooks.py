@@ -26,6 +26,7 @@ def _code(notebook):
 
 def test_no_notebook_is_left_out():
     names = ["01_cache", "02_teacher", "03_datamap", "04_distill", "05_probe", "06_compare"]
+    names += ["07_scores", "08_noise"]
     assert [path.stem for path in NOTEBOOKS] == names
     snakefile = (FOLDER.parent / "Snakefile").read_text()
     assert all(f"{name}.ipynb" in snakefile for name in names)
@@ -121,6 +122,27 @@ def test_command_line_and_jupyterlab_give_the_same_bytes(home, tmp_path, monkeyp
     assert len(made) >= 2 * 5
     for name in made:
         assert (home / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_the_walkable_map_is_the_still_one_where_nobody_looks(home):
+    _papermill(home, "03_datamap")
+    text = (home / "elsewhere" / "out.ipynb").read_text()
+    assert "No widgets can be shown here" in text
+    assert "widget-view" not in text
+
+
+def test_wrong_labels_are_looked_for_in_a_study_that_has_some(home, monkeypatch):
+    (home / "params" / "wrong.yaml").write_text(
+        "base: tiny.yaml\ndata: {relabel: {noise: 0.3}}\n"
+        "axes: {strategy: [random, easy]}\n"
+        "recordings: {models: {wide: null}, folds: 2, threshold_samples: true}\n"
+    )
+    _as_in_jupyterlab(home, "01_cache", monkeypatch, study="params/wrong.yaml")
+    notebook = _as_in_jupyterlab(home, "08_noise", monkeypatch, study="params/wrong.yaml")
+    told = str([cell.outputs for cell in _code(notebook)])
+    assert "AUM below threshold samples" in told
+    assert (home / "runs" / "wrong" / "noise" / "evidence.json").is_file()
+    assert (home / "figures" / "wrong" / "detectors.pdf").is_file()
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest_known_name(home):

@@ -83,16 +83,20 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     expected = {"04_distill.ipynb": 3, "05_probe.ipynb": len(study.probed_cells())}
     for name in ("01_cache.ipynb", "02_teacher.ipynb", "03_datamap.ipynb", "06_compare.ipynb"):
         expected[name] = 1
+    expected["07_scores.ipynb"] = 1
     assert Counter(executed) == expected
-    pictures = {"01_cache": 2, "02_teacher": 1, "03_datamap": 2, "04_distill": 1, "05_probe": 1}
+    pictures = {"01_cache": 2, "02_teacher": 1, "03_datamap": 4, "04_distill": 1, "05_probe": 1}
+    pictures |= {"06_compare": 4, "07_scores": 3}
     for path in (home / "runs").rglob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells
         outputs = [output for cell in cells for output in cell.get("outputs", ())]
         shown = sum("image/png" in output.get("data", ()) for output in outputs)
-        assert shown == (pictures | {"06_compare": 4})[path.stem], path
+        assert shown == pictures[path.stem], path
     logs = list((home / "runs").rglob("*.log"))
-    assert len(logs) == len(executed)
-    assert all("Executing Cell" in log.read_text() for log in logs)
+    recorded = [log for log in logs if log.name == "record.log"]
+    assert len(recorded) == len(study.recordings.runs())
+    assert len(logs) == len(executed) + len(recorded)
+    assert all("Executing Cell" in log.read_text() for log in set(logs) - set(recorded))
 
 
 def test_a_second_run_makes_nothing_anew(home):
@@ -106,17 +110,18 @@ def test_a_second_run_makes_nothing_anew(home):
 
 
 ALL = {"cache": 1, "teacher": 1, "datamap": 1, "distill": 3, "probe": 2, "compare": 1}
+SCORES = {"record": 4, "ask_scores": 1}
 
 
 @pytest.mark.parametrize(
     ("key", "value", "made"),
     [
-        (("data", "split_seed"), 1, ALL),
+        (("data", "split_seed"), 1, ALL | SCORES),
         (("teacher", "seed"), 1, {k: n for k, n in ALL.items() if k != "cache"}),
         (
             ("dynamics", "window"),
             4,
-            {k: ALL[k] for k in ("datamap", "distill", "probe", "compare")},
+            {k: ALL[k] for k in ("datamap", "distill", "probe", "compare")} | {"ask_scores": 1},
         ),
         (("training", "lr_peak"), 0.2, {k: ALL[k] for k in ("distill", "probe", "compare")}),
         (
@@ -125,6 +130,7 @@ ALL = {"cache": 1, "teacher": 1, "datamap": 1, "distill": 3, "probe": 2, "compar
             {"distill": 3, "probe": 2, "compare": 1},
         ),
         (("seeds",), [0, 1, 2], {k: ALL[k] for k in ("distill", "probe", "compare")}),
+        (("recordings", "seeds"), [0, 1, 2], {"record": 6, "ask_scores": 1}),
         (("probe", "k"), 7, {"probe": 2, "compare": 1}),
         (("compare", "margin"), 0.03, {"compare": 1}),
         (("axes", "strategy"), ["random", "easy", "hard"], {"distill": 1, "compare": 1}),

@@ -4,7 +4,7 @@ import itertools
 import math
 
 import numpy as np
-from test_dynamics import finished, random_dynamics, softmax
+from test_dynamics import LOGITS, finished, random_dynamics, softmax
 
 from kdlib import cartography, params
 from kdlib import variants as v
@@ -28,12 +28,16 @@ def test_variants_of_three_examples_are_as_worked_by_hand(tmp_path):
     expected = {
         "correctness_half": [0.5, 1, 0],
         "forgetting_unlearned_last": [1, 0, 4],
-        "margin_last": [math.log(3), math.log(3), -math.log(3)],
+        # H(1/4, 3/4) in every epoch
+        "entropy_last": [math.log(4) - 0.75 * math.log(3)] * 3,
+        "aum_softmax_last": [0.5, 0.5, -0.5],
         "el2n_first_ten": [4 * math.sqrt(2) / 2, math.sqrt(2), 3 * math.sqrt(2)],
         "dyn_unc_but_last": [math.sqrt(1 / 12), 0, 0],  # one window of the first three epochs
         "aum_softmax": [0, 0.5, -0.5],
         # each step of id 10: |3/4 ln 3| + |1/4 ln(1/3)| = ln 3, the same in both directions
         "tdds_absolute": [0, 0, 0],
+        # logits are (0, 0) to (ln 3) and 0: one log is of 1e-8, another of a negative number
+        "tdds_still_window": v.tdds_still_window(LOGITS, window=3),
     }
     assert set(table.columns) == set(expected)
     for name, values in expected.items():
@@ -61,6 +65,21 @@ def test_variants_of_logits_equal_slow_loops(tmp_path, monkeypatch):
             norm = math.sqrt(sum((s - sum(inside) / 3) ** 2 for s in inside))
             total += 0.9 * 0.1 ** (n_windows - 1 - k) * norm
         np.testing.assert_allclose(table["tdds_absolute"][i], total, atol=1e-9)
+        first = [_raw_step(logits[e, i], logits[e + 1, i]) for e in range(3)]
+        norm = math.sqrt(sum((s - sum(first) / 3) ** 2 for s in first))
+        weight = sum(0.9 * 0.1**k for k in range(n_windows))
+        np.testing.assert_allclose(table["tdds_still_window"][i], norm * weight, atol=1e-9)
+        last = margins[-1]
+        np.testing.assert_allclose(table["aum_softmax_last"][i], last, atol=1e-9)
+
+
+def _raw_step(before, after):
+    """What that port takes for a divergence: logits, 0 where a logarithm is of a negative one."""
+    total = 0.0
+    for a, b in zip(before, after, strict=True):
+        known = a + 1e-8 > 0 and b + 1e-8 > 0
+        total += abs(b * (math.log(b + 1e-8) - math.log(a + 1e-8))) if known else 0.0
+    return total
 
 
 def test_el2n_is_summed_over_ten_epochs_at_most(tmp_path):
@@ -72,7 +91,7 @@ def test_el2n_is_summed_over_ten_epochs_at_most(tmp_path):
 def test_without_logits_and_epochs_to_spare_fewer_variants_are_there(tmp_path):
     table = v.variants(finished(tmp_path, logits=False), window=4)  # as many epochs as the window
     assert set(table.columns) == {
-        "correctness_half", "forgetting_unlearned_last", "margin_last", "el2n_first_ten",
+        "correctness_half", "forgetting_unlearned_last", "entropy_last", "el2n_first_ten",
     }  # fmt: skip
 
 
