@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib import cartography, checks, compare, files, maps, plots, runs, steps
+from kdlib import cartography, checks, compare, files, maps, plots, probing, runs, steps
 from kdlib.dynamics import DynamicsLog
 from kdlib.objectives import KINDS
 from kdlib.params import Study
@@ -104,7 +104,7 @@ def curves(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 
 def probes(study: Study) -> pd.DataFrame:
     """Probe rows of all probed cells, with reference rows `untrained` and `teacher`."""
-    parts = [steps.open_probes(study, cell) for cell in study.probed_cells()]
+    parts = [probing.open_probes(study, cell) for cell in study.probed_cells()]
     return with_untrained(pd.concat(parts, ignore_index=True))
 
 

@@ -22,7 +22,7 @@ from kdlib.cache import Cache, pixel_statistics
 from kdlib.cartography import datamap, read_datamap, write_datamap
 from kdlib.data import open_source
 from kdlib.dynamics import DynamicsLog
-from kdlib.evaluation import all_outputs, evaluate
+from kdlib.evaluation import evaluate
 from kdlib.gradients import gradient_norms
 from kdlib.loading import Loader, View
 from kdlib.models import Network, Resized, build_network
@@ -34,7 +34,6 @@ from kdlib.sampling import Plan, fixed_shards, shards_in_fraction, split_ids
 from kdlib.seeds import PURPOSES, derive
 from kdlib.selection import Subset, budget, select
 from kdlib.states import saved_step
-from kdlib.tables import read_parquet, write_parquet
 from kdlib.teacher import Replay, open_outputs, store_outputs, stored_accuracy, verify_outputs
 from kdlib.tracking import open_tracker
 from kdlib.trainer import ALONE, Task, Trained, checkpoint_steps, train
@@ -252,9 +251,9 @@ def _measured(
             "measured_by": "logits",
         }
     pair = []
-    for split, (cache, ids) in zip(("train", "test"), _probe_examples(images), strict=True):
+    for split, (cache, ids) in zip(("train", "test"), probe_examples(images), strict=True):
         values = stored[split].read("features", ids)[:, 0].astype(np.float32)
-        pair.append(_features(cache, ids, values, stored[split].header["teacher"]))
+        pair.append(labelled_features(cache, ids, values, stored[split].header["teacher"]))
     found = probe.knn_probe(*pair, study.probe.k)
     return {"measured": found.accuracy, "measured_train": None, "measured_by": "knn"}
 
@@ -685,7 +684,7 @@ def _further_scores(
         file = recorded["series"][str(round(epoch * recorded["epochs_in_steps"]))]
         load_weights(network, study.recorded_run / file)
         scores["grand"], scores["grand_last"] = gradients(images, network, ids, device)
-    features = teacher_features(study, images, ids)
+    features = teacher_features(study, images.train, ids)
     n_clusters = study.dynamics.clusters or images.n_classes
     seed = derive(study.dynamics.seed, "clusters") % 2**32  # scikit-learn takes 32 bits
     scores["prototypicality"] = coresets.prototypicality(features, n_clusters, seed)
@@ -701,12 +700,11 @@ def gradients(
     return gradient_norms(network, images.pixels, pixels, labels, describe="gradients")
 
 
-def teacher_features(study: Study, images: Images, ids: np.ndarray) -> np.ndarray:
-    """The teacher's stored features of some training examples, (n, D) float32."""
-    teacher, part = open_teacher(study), _part(study, "train")
-    stored = open_outputs(
-        outputs_folder(study, "train"), images.train, teacher["weights_sha256"], part
-    )
+def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    """The teacher's stored features of some examples of one split, (n, D) float32."""
+    teacher, split = open_teacher(study), cache.header["split"]
+    folder = outputs_folder(study, split)
+    stored = open_outputs(folder, cache, teacher["weights_sha256"], _part(study, split))
     return stored.read("features", ids)[:, 0].astype(np.float32)
 
 
@@ -745,7 +743,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
         table = open_datamap(study, images)
         parent = runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
         if rule.kind in ("k_center", "herding", "d2"):
-            features = teacher_features(study, images, table.index.to_numpy())
+            features = teacher_features(study, images.train, table.index.to_numpy())
     ids = select(table, budget(len(ids), cell.fraction), rule, seed, features)
     return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
 
@@ -843,140 +841,13 @@ def student_folder(study: Study, cell: Cell, seed: int) -> Path:
     return study.runs / "distill" / cell.path / f"seed={seed}"
 
 
-def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
-    """Step 05: linear and k-NN probes of every kept checkpoint of a cell, and of the teacher.
-
-    Returns: One row per seed, step and probe; the teacher's rows have strategy `teacher`.
-    Raises: TripwireError when features are collapsed, or a trained probe lies below the random
-        initialisation's: both say that something is wrong with the features, not with the subset.
-    """
-    device = use(study.compute)
-    evidences = {s: open_student(study, cell, s) for s in study.seeds}
-    teacher = open_teacher(study)
-    settings = {
-        "own": study.step_settings("probe", cell),
-        "inputs": images.fingerprints
-        | {"students": {str(s): e["checkpoints"]["last"] for s, e in evidences.items()}}
-        | {"series": {str(s): e["series"] for s, e in evidences.items()}}
-        | {"teacher": teacher["outputs"]},
-    }
-    folder = probe_folder(study, cell)
-    with runs.open_run(study, folder, settings) as run:
-        if not run.finished:
-            table = pd.DataFrame(
-                [*_probe_students(study, images, cell, evidences, device),
-                 *_probe_teacher(study, images, cell, teacher)]
-            )  # fmt: skip
-            write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
-            evidence = _probe_evidence(table, images) | {
-                "step": "probe",
-                "study": study.name,
-                "cell": dict(cell.items()),
-                "table_sha256": files.sha256_file(folder / "probes.parquet"),
-            }
-            evidence["checks"] = checks.demand(checks.PROBE, evidence)
-            run.finish(evidence, device)
-    return open_probes(study, cell)
-
-
-def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
-    """What step 05 made for one cell.
-
-    Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
-    """
-    folder = probe_folder(study, cell)
-    evidence = runs.read_evidence(folder, study.step_settings("probe"))
-    table, _ = read_parquet(folder / "probes.parquet", "notebooks/05_probe.ipynb")
-    if files.sha256_file(folder / "probes.parquet") != evidence["table_sha256"]:
-        raise ValueError(f"{folder / 'probes.parquet'} differs from its evidence; run 05 again")
-    return table
-
-
-def probe_folder(study: Study, cell: Cell) -> Path:
-    """Where the probes of one cell are."""
-    return study.runs / "probe" / cell.path
-
-
-def _probe_students(
-    study: Study, images: Images, cell: Cell, evidences: dict[int, dict], device: str
-) -> Iterator[dict[str, Any]]:
-    network = images.network(study.students[cell.student].model, 0, device)
-    for seed, evidence in evidences.items():
-        for step, file in evidence["series"].items():
-            weights = load_weights(network, student_folder(study, cell, seed) / file)
-            pair = []
-            for cache, ids in _probe_examples(images):
-                pixels = torch.from_numpy(cache.read("images", ids)).to(device)
-                (features,) = all_outputs(network, images.pixels, pixels, ("features",))
-                pair.append(_features(cache, ids, features.cpu().numpy(), weights))
-            row = dict(cell.items()) | {"seed": seed, "step": int(step)}
-            yield from _probe_pair(row, *pair, study.probe)
-
-
-def _probe_teacher(
-    study: Study, images: Images, cell: Cell, teacher: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    pair = []
-    for cache, ids in _probe_examples(images):
-        folder = outputs_folder(study, cache.header["split"])
-        part = _part(study, cache.header["split"])
-        stored = open_outputs(folder, cache, teacher["weights_sha256"], part)
-        values = stored.read("features", ids)[:, 0].astype(np.float32)
-        pair.append(_features(cache, ids, values, teacher["weights_sha256"]))
-    row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
-    yield from _probe_pair(row, *pair, study.probe)
-
-
-def _probe_examples(images: Images) -> list[tuple[Cache, np.ndarray]]:
+def probe_examples(images: Images) -> list[tuple[Cache, np.ndarray]]:
+    """(cache, ids) of what a probe learns from, and of what it is tested on."""
     return [(images.train, images.train_ids), (images.test, np.arange(images.test.n_examples))]
 
 
-def _features(cache: Cache, ids: np.ndarray, values: np.ndarray, weights: str) -> probe.Features:
+def labelled_features(
+    cache: Cache, ids: np.ndarray, values: np.ndarray, weights: str
+) -> probe.Features:
+    """Features with the labels, ids, split and weights they belong to."""
     return probe.Features(values, cache.read("labels", ids), ids, cache.header["split"], weights)
-
-
-def _probe_pair(
-    row: dict[str, Any], train: probe.Features, test: probe.Features, settings: params.Probe
-) -> Iterator[dict[str, Any]]:
-    spread = probe.collapse(train.values)
-    for result in (
-        probe.linear_probe(train, test, settings.c_grid, settings.seed),
-        probe.knn_probe(train, test, settings.k),
-    ):
-        yield row | {
-            "probe": result.probe,
-            "accuracy": result.accuracy,
-            "chosen": result.chosen,
-            "converged": result.converged,
-            "effective_rank": spread.effective_rank,
-            "rank_ratio": spread.ratio,
-            "rank_threshold": spread.threshold_rank / spread.isotropic_rank,
-            "n_features": train.values.shape[1],
-            "n_test": result.n_test,
-            "train_weights": train.weights_sha256,
-            "test_weights": test.weights_sha256,
-            "weights_sha256": result.weights_sha256,
-        }
-
-
-def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
-    students = table[table["strategy"] != "teacher"]
-    linear = students[students["probe"] == "linear"]
-    by_step = linear.groupby("step")["accuracy"].mean()
-    floor, trained = by_step.iloc[0], by_step.iloc[-1]
-    last = linear[linear["step"] == by_step.index[-1]]
-    worst = last.loc[last["rank_ratio"].idxmin()]
-    pairs = table[["train_weights", "test_weights"]].drop_duplicates()
-    return {
-        "floor": {
-            "trained": float(trained),
-            "untrained": float(floor),
-            "untrained_step": int(by_step.index[0]),
-            "slack": float(2 * np.sqrt(floor * (1 - floor) / images.test.n_examples)),
-        },
-        "collapse": {
-            "ratio": float(worst["rank_ratio"]),
-            "threshold": float(worst["rank_threshold"]),
-        },
-        "probes": pairs.to_dict("records"),
-    }

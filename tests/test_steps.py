@@ -11,7 +11,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_pretrained import HUBCONF
 
-from kdlib import __main__, cache, checks, coresets, files, loading, report, runs, sampling, steps
+from kdlib import (
+    __main__,
+    cache,
+    checks,
+    coresets,
+    files,
+    loading,
+    probing,
+    report,
+    runs,
+    sampling,
+    steps,
+)
 from kdlib.cache import CacheError
 from kdlib.models import build_network
 from kdlib.params import Model, load_study
@@ -51,7 +63,7 @@ def made(tmp_path_factory):
             for seed in study.seeds:
                 steps.train_student(study, images, cell, seed)
         for cell in study.probed_cells():
-            steps.probe_cell(study, images, cell)
+            probing.probe_cell(study, images, cell)
     return home
 
 
@@ -94,7 +106,7 @@ def test_finished_runs_are_read_and_not_made_again(home, monkeypatch):
     steps.make_datamap(study, images)
     for cell in study.cells():
         steps.train_student(study, images, cell, 0)
-    assert len(steps.probe_cell(study, images, study.probed_cells()[0])) > 0
+    assert len(probing.probe_cell(study, images, study.probed_cells()[0])) > 0
 
 
 def test_the_same_study_gives_the_same_bytes(made, tmp_path, monkeypatch):
@@ -284,10 +296,10 @@ def test_changed_datamap_and_changed_probe_tables_are_refused(home):
     shutil.copy(other, path)
     with pytest.raises(ValueError, match="datamap"):
         steps.open_datamap(study, images)
-    table = steps.open_probes(study, study.probed_cells()[0])
+    table = probing.open_probes(study, study.probed_cells()[0])
     table.assign(accuracy=1.0).to_parquet(other)
     with pytest.raises(ValueError, match="kdlib metadata"):
-        steps.open_probes(study, study.probed_cells()[0])
+        probing.open_probes(study, study.probed_cells()[0])
 
 
 def test_test_features_of_an_untrained_network_are_refused(home):
@@ -484,7 +496,7 @@ def test_the_datamap_holds_gradients_and_distances_of_the_recorded_network_and_t
     grand, grand_last = steps.gradients(images, network, table.index.to_numpy()[:9], "cpu")
     np.testing.assert_allclose(table["grand"][:9], grand, rtol=1e-5)
     np.testing.assert_allclose(table["grand_last"][:9], grand_last, rtol=1e-5)
-    features = steps.teacher_features(study, images, table.index.to_numpy())
+    features = steps.teacher_features(study, images.train, table.index.to_numpy())
     distance = coresets.class_distance(features, table["label"].to_numpy())
     np.testing.assert_allclose(table["class_distance"], distance)
 

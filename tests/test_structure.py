@@ -62,11 +62,12 @@ ALLOWED = {
     "ranks runs seeds states tracking weights",
     "steps": "augment building cache cartography checks coresets data dynamics evaluation files "
     "gradients loading models objectives params pretrained probe ranks runs sampling seeds "
-    "selection states tables teacher tracking trainer weights",
+    "selection states teacher tracking trainer weights",
+    "probing": "checks evaluation files params probe runs steps tables weights",
     "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables weights",
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
     "tables variants",
-    "report": "cartography checks compare dynamics files maps objectives params plots runs "
+    "report": "cartography checks compare dynamics files maps objectives params plots probing runs "
     "sampling seeds steps",
     "explorer": "__init__ files params plots report runs selection steps",
     "__main__": "cache files inspecting params ranks recordings report runs scorecard steps",
