@@ -69,7 +69,8 @@ ALLOWED = {
     "tables variants",
     "report": "cartography checks compare dynamics files maps objectives params plots probing runs "
     "sampling seeds steps",
-    "explorer": "__init__ files params plots report runs selection steps",
+    "picking": "__init__ files params runs selection steps",
+    "explorer": "params picking plots report",
     "__main__": "cache files inspecting params ranks recordings report runs scorecard steps",
 }
 NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
