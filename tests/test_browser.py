@@ -1,5 +1,6 @@
 """The explorer in a real JupyterLab in a headless Chromium: lasso, look, save, restore, train."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -63,15 +64,27 @@ def study(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lab(study, tmp_path_factory):
     """A running JupyterLab: the address of a notebook in it."""
-    home, own = files.workspace(), tmp_path_factory.mktemp("jupyter")
+    home = files.workspace()
+    write_notebook(home / "explore.ipynb", CODE)
+    with serving(home, tmp_path_factory.mktemp("jupyter")) as address:
+        yield address("explore.ipynb")
+
+
+def write_notebook(path, code):
+    """A notebook of one cell."""
     cell = {"cell_type": "code", "id": "one", "metadata": {}, "execution_count": None,
-            "outputs": [], "source": CODE}  # fmt: skip
+            "outputs": [], "source": code}  # fmt: skip
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    notebook = {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4,
-                "nbformat_minor": 5}  # fmt: skip
-    (home / "explore.ipynb").write_text(json.dumps(notebook))
+    content = {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4,
+               "nbformat_minor": 5}  # fmt: skip
+    path.write_text(json.dumps(content))
+
+
+@contextlib.contextmanager
+def serving(home, own):
+    """JupyterLab on a folder, its settings in another: from a notebook's name to its address."""
     page = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
-    (own / "labconfig").mkdir()
+    (own / "labconfig").mkdir(parents=True)
     (own / "labconfig" / "page_config.json").write_text(json.dumps(page))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,7 +102,7 @@ def lab(study, tmp_path_factory):
         )  # fmt: skip
     try:
         wait(lambda: answers(f"{address}/api/status?token={token}"), "JupyterLab", 60)
-        yield f"{address}/doc/tree/explore.ipynb?token={token}"
+        yield lambda name: f"{address}/doc/tree/{name}?token={token}"
     finally:
         server.send_signal(signal.SIGTERM)  # it takes its kernels down
         try:
