@@ -239,6 +239,10 @@ class App:
         colours = ["class", *kinds, *scores]
         tip = "What the colour of a point says"
         self.colour = menu("colour", self._look, tip, colours, "correctness")
+        self.shape = control(
+            "Dropdown", self._shape, "Shape that selects on the map", "130px", description="draw",
+            options=[("lasso", "freeform"), ("box", "rectangle"), ("brush", "brush")],
+        )  # fmt: skip
         self.id = control(
             "Text", self._find, "Id of an example", "130px", description="example",
             placeholder="id", continuous_update=False,
@@ -311,7 +315,11 @@ class App:
         if linked:
             work.layout.flex = counts.layout.flex = "0 0 auto"  # one above the other
             rows = [maps, [share(work, counts), gallery]]
-        top = [w.HTML(title), line(self.x, self.y, self.colour, self.id, self.find), self.status]
+        top = [
+            w.HTML(title),
+            line(self.x, self.y, self.colour, self.shape, self.id, self.find),
+            self.status,
+        ]
         return w.VBox([*top, *(w.HBox(row, layout=w.Layout(margin="0 0 8px 0")) for row in rows)])
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
@@ -321,6 +329,10 @@ class App:
         bundle["image/png"] = base64.b64encode(png).decode()
         bundle["text/plain"] = f"the datamap of {self.state.study.name}"
         return bundle, {"image/png": {"width": 800}}
+
+    def _shape(self) -> None:
+        for plot in self.plots:
+            plot.scatter.lasso(type=self.shape.value)
 
     def say(self, sentence: str, wrong: bool = False) -> None:
         """Show one sentence in the status line."""

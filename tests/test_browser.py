@@ -186,14 +186,15 @@ class Screen:
             place.append(float(np.polyval(np.polyfit(numbers, pixels, 1), value)))
         return place
 
-    def lasso(self, low, high):
-        """Draw around a rectangle of (variability, confidence); returns how many it selected."""
-        corners = [low, (high[0], low[1]), high, (low[0], high[1])]
+    def lasso(self, low, high, box=False):
+        """Draw around a rectangle of (variability, confidence), or from one corner of it to the
+        other; returns how many it selected."""
+        corners = [low, high] if box else [low, (high[0], low[1]), high, (low[0], high[1]), low]
         for _ in range(3):  # a first one can be lost
             points = [self.at(*corner) for corner in corners]
             self.page.mouse.move(*points[0])
             self.page.mouse.down()
-            for point in [*points[1:], points[0]]:
+            for point in points[1:]:
                 self.page.mouse.move(*point, steps=10)
                 time.sleep(0.05)
             self.page.mouse.up()
@@ -287,6 +288,13 @@ def _drive(screen, study, lab):
     inside = (table["variability"] > low[0]) & (table["confidence"] > low[1])
     assert saved.example_ids.tolist() == table.index[inside].tolist()
 
+    screen.fill("id", str(table.index[0]))
+    screen.button("Find").click()
+    screen.says(f"Example {table.index[0]}: ")
+    screen.says("^Example")
+    screen.menu("draw").select_option("box")
+    assert screen.lasso(low, high, box=True) == n
+    screen.menu("draw").select_option("lasso")
     screen.fill("id", str(table.index[0]))
     screen.button("Find").click()
     screen.says(f"Example {table.index[0]}: ")

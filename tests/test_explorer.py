@@ -644,11 +644,17 @@ def test_an_app_carries_the_still_map_for_where_no_widget_is(study):
     assert json.dumps([data, metadata])
 
 
+def test_the_shape_that_selects_can_be_chosen(app):
+    for shape in ("rectangle", "brush", "freeform"):
+        app.shape.value = shape
+        assert app.plots[0].scatter.lasso()["type"] == shape
+
+
 def test_every_control_says_what_it_does(app):
     controls = [v for v in vars(app).values() if isinstance(v, ipywidgets.ValueWidget)
                 and not isinstance(v, ipywidgets.HTML)]  # fmt: skip
     controls += [v for v in vars(app).values() if isinstance(v, ipywidgets.Button)]
-    assert len(controls) == 18
+    assert len(controls) == 19
     assert all(control.tooltip for control in controls)
 
 
