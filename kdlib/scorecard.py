@@ -113,7 +113,7 @@ def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
         rows = rows[(rows["model"] == models[0]) & rows["score"].isin(DRAWN)]
         maps.stability(figures["stability"].subplots(), rows)
         if len(models) > 1:
-            figures["map_against"] = Figure(figsize=(plots.WIDE, 2.9))
+            figures["map_against"] = Figure(figsize=(plots.WIDE, 2.55))
             part = f"seed={study.recordings.seeds[0]}"
             pair = [_map(study, images, model, part) for model in models[:2]]
             title = f"{study.name}, {part.replace('=', ' ')}, N = {len(pair[0]):,}"

@@ -299,7 +299,12 @@ def test_the_core_imports_where_notebooks_and_matplotlib_are_not_installed():
 
 @pytest.mark.parametrize(
     ("marker", "path"),
-    [("objectives", "objectives/objectives.md"), ("cifar10", "cifar10/summary.md")],
+    [
+        ("objectives", "objectives/objectives.md"),
+        ("cifar10", "cifar10/summary.md"),
+        ("cifar10n", "cifar10n/noise.md"),
+        ("cifar10_scores", "cifar10/scores.md"),
+    ],
 )
 def test_the_readme_shows_tables_as_they_were_generated(marker, path):
     root = Path(kdlib.__file__).parent.parent
