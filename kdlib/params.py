@@ -642,12 +642,8 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        return Path(
-            *(
-                f"{axis}={value:g}" if axis == "fraction" else f"{axis}={value}"
-                for axis, value in self.items()
-            )
-        )
+        parts = dict(self.items()) | {"fraction": repr(self.fraction).removesuffix(".0")}
+        return Path(*(f"{axis}={value}" for axis, value in parts.items()))
 
     def items(self) -> Iterable[tuple[str, str | float]]:
         return asdict(self).items()

@@ -753,7 +753,7 @@ def _told(value: Any) -> str:
 
 
 def _percent(fraction: float) -> str:
-    return f"{100 * fraction:g} %"
+    return f"{100 * fraction:.4g} %"
 
 
 def _of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataFrame:

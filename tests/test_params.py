@@ -798,6 +798,13 @@ def test_a_picked_selection_has_the_fraction_it_was_saved_with(home):
         study.cell(strategy="picked_../x")
 
 
+@pytest.mark.parametrize(("fraction", "text"), [(1.0, "1"), (0.33, "0.33"), (52 / 1100, None)])
+def test_a_cell_s_folder_says_its_fraction_exactly(fraction, text):
+    *_, found, _ = Cell("tiny", "random", fraction, "kd").path.parts
+    assert found == f"fraction={text or repr(fraction)}"
+    assert float(found.removeprefix("fraction=")) == fraction
+
+
 # --- what a notebook asks for ----------------------------------------------------------------
 
 DEFAULTS = 'study: str = "params/case.yaml"\nstrategy: str = ""\nfraction: float = 0.0'
