@@ -256,7 +256,7 @@ def to_markdown(comparison: pd.DataFrame) -> str:
         interval = f"({100 * row.level:g} %: {_points(row.low, '+')} to {_points(row.high, '+')})"
         lines.append(
             (
-                row.student, row.objective, f"{100 * row.fraction:g} %", row.strategy,
+                row.student, row.objective, f"{100 * row.fraction:.4g} %", row.strategy,
                 f"{_points(row.mean)} ± {_points(row.sd)}", _against(row),
                 f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
                 f"{_points(row.difference, '+')} {interval}", str(row.n_seeds), row.verdict,
@@ -453,7 +453,7 @@ def _against(row: Any) -> str:
     if row.against_objective != row.objective:
         parts.append(f"with {row.against_objective}")
     if row.against_fraction != row.fraction:
-        parts.append(f"at {100 * row.against_fraction:g} %")
+        parts.append(f"at {100 * row.against_fraction:.4g} %")
     return " ".join(parts)
 
 
@@ -463,7 +463,7 @@ def _sentence(row: Any, name_student: bool) -> str:
     subject = (
         f"With {row.objective}, the full set"
         if is_full
-        else f"At {100 * row.fraction:g} % with {row.objective}, {row.strategy}"
+        else f"At {100 * row.fraction:.4g} % with {row.objective}, {row.strategy}"
     )
     level, ends = row.level, (row.low, row.high)
     if row.verdict == "equivalent":

@@ -197,7 +197,7 @@ def objective_table(study: Study, tables: dict[str, pd.DataFrame]) -> str:
     accepted = tables["results"].query("not refused")
     accepted = accepted[accepted["student"] == study.axes.student[0]]
     subsets = accepted[["strategy", "fraction"]].drop_duplicates().to_records(index=False)
-    heads = [s if s == "full" else f"{s} {100 * f:g} %" for s, f in subsets]
+    heads = [s if s == "full" else f"{s} {100 * f:.4g} %" for s, f in subsets]
     lines = [
         f"| objective | loss | paper | test | {' | '.join(heads)} |",
         f"| --- | --- | --- | --- |{' ---: |' * len(heads)}",
