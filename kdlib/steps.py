@@ -675,7 +675,8 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
 def _further_scores(
     study: Study, images: Images, table: pd.DataFrame, recorded: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-    """Scores that a log of outputs does not hold."""
+    """Scores that a log of outputs does not hold; the teacher's features are in memory meanwhile,
+    4 bytes a number."""
     device, ids = use(study.compute), table.index.to_numpy()
     scores = {}
     epoch = study.dynamics.gradient_epoch
