@@ -15,7 +15,7 @@ import torch
 from kdlib import checks, files, runs
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import all_outputs
-from kdlib.params import Study, StudyError
+from kdlib.params import Study, StudyError, Training
 from kdlib.ranks import Ranks
 from kdlib.seeds import derive, hashed
 from kdlib.steps import (
@@ -58,6 +58,25 @@ def threshold_samples(example_ids: np.ndarray, n_classes: int, which: int) -> np
     return np.sort(example_ids[order[(which - 1) * n : which * n]])
 
 
+def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
+    """What the study asks of one recording."""
+    asked, (kind, number) = study.recordings, part.split("=")
+    of_first = kind == "seed" and model == next(iter(asked.models))
+    return {
+        "model": asked.models[model].model_dump(mode="json"),
+        "part": part,
+        "folds": asked.folds if kind == "fold" else None,
+        "seed": int(number) if kind == "seed" else asked.seeds[0],
+        "gradient_epoch": study.dynamics.gradient_epoch if of_first else None,
+        "compute": study.step_settings("record")["compute"],
+        "training": _training(study).model_dump(mode="json"),
+    }
+
+
+def _training(study: Study) -> Training:
+    return study.recordings.training or study.dynamics.training or study.teacher.training
+
+
 def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:
     """Train and record one of `study.recordings.runs()`, unless it is there already.
 
@@ -74,32 +93,23 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
         told = ", ".join("/".join(run) for run in asked) or "none (study: recordings)"
         raise StudyError(f"no recording {model}/{part} in this study; it has {told}")
     device, ranks = use(study.compute), Ranks()
-    recording, kind, number = study.recordings, *part.split("=")
-    training = recording.training or study.dynamics.training or study.teacher.training
-    seed = int(number) if kind == "seed" else recording.seeds[0]
+    own = recording_settings(study, model, part)
+    kind, number = part.split("=")
+    training, seed, epoch = _training(study), own["seed"], own["gradient_epoch"]
     ids, n_more = images.train_ids, 0
     if kind == "fold":
-        ids = ids[fold_of(ids, recording.folds) != int(number)]
+        ids = ids[fold_of(ids, study.recordings.folds) != int(number)]
     labels = images.train.read("labels", ids)
     if kind == "threshold":
         pretending = threshold_samples(ids, images.n_classes, int(number))
         labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
-    of_first = kind == "seed" and model == asked[0][0]
-    epoch = study.dynamics.gradient_epoch if of_first else None
-    own = {
-        "model": recording.models[model].model_dump(mode="json"),
-        "part": part,
-        "folds": recording.folds if kind == "fold" else None,
-        "seed": seed,
-        "gradient_epoch": epoch,
-        **{k: v for k, v in study.step_settings("record").items() if k == "compute"},
-        "training": training.model_dump(mode="json"),
-    }
     settings = {"own": own, "inputs": images.fingerprints}
     with open_shared_run(study, recording_folder(study, model, part), settings, ranks) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
-        network = images.network(recording.models[model], derive(seed, "init"), device, n_more)
+        network = images.network(
+            study.recordings.models[model], derive(seed, "init"), device, n_more
+        )
         plan = plan_run(images, training, ids, seed)
         training = keep_epoch(training, plan, epoch)
         log = None
@@ -159,10 +169,11 @@ def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, 
 def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog:
     """The dynamics of one finished recording.
 
-    Raises: FileNotFoundError when it is not finished.
+    Raises: FileNotFoundError when it is not finished; ValueError when the study has been changed
+        since it was made.
     """
     folder = recording_folder(study, model, part)
-    runs.read_evidence(folder)
+    runs.read_evidence(folder, recording_settings(study, model, part))
     return DynamicsLog.open(folder / "dynamics", images.fingerprints)
 
 
@@ -178,7 +189,8 @@ def open_held_out(study: Study, images: Images) -> pd.DataFrame:
     parts = []
     for fold in range(1, study.recordings.folds + 1):
         folder = recording_folder(study, model, f"fold={fold}")
-        evidence = runs.read_evidence(folder)
+        own = recording_settings(study, model, f"fold={fold}")
+        evidence = runs.read_evidence(folder, own)
         table, _ = read_parquet(folder / "held_out.parquet", f"recording {model}/fold={fold}")
         if files.sha256_file(folder / "held_out.parquet") != evidence["held_out_sha256"]:
             raise ValueError(f"{folder / 'held_out.parquet'} differs from its evidence")

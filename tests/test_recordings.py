@@ -157,6 +157,15 @@ def test_a_changed_fold_is_refused(study, made, tmp_path):
         path.write_bytes(content)
 
 
+def test_recordings_made_before_the_study_was_changed_are_not_read(study, made):
+    training = study.recordings.training.model_copy(update={"lr_peak": 0.2})
+    asked = study.recordings.model_copy(update={"training": training})
+    changed = study.model_copy(update={"recordings": asked})
+    for read in (scorecard.score_tables, recordings.open_held_out):
+        with pytest.raises(ValueError, match=r"lr_peak: 0\.1 -> 0\.2"):
+            read(changed, made[2])
+
+
 def test_a_study_that_asks_for_nothing_or_has_the_source_s_labels_says_so(home):
     content = yaml.safe_load(TINY.read_text())
     plain = params.Study.model_validate({"name": "plain", **content})
