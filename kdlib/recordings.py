@@ -68,6 +68,8 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
         "folds": asked.folds if kind == "fold" else None,
         "seed": int(number) if kind == "seed" else asked.seeds[0],
         "gradient_epoch": study.dynamics.gradient_epoch if of_first else None,
+        "observed": study.dynamics.observed if kind != "fold" else None,
+        "logits": study.dynamics.logits and kind == "seed",
         "compute": study.step_settings("record")["compute"],
         "training": _training(study).model_dump(mode="json"),
     }
@@ -121,7 +123,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
                 n_epochs=plan.n_passes,
                 n_classes=images.n_classes + n_more,
                 observed=study.dynamics.observed,
-                logits=study.dynamics.logits and kind == "seed",
+                logits=own["logits"],
                 provenance=images.fingerprints | {"settings": run.settings_sha256},
             )
         evidence = train_run(

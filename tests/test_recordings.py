@@ -161,6 +161,9 @@ def test_recordings_made_before_the_study_was_changed_are_not_read(study, made):
     training = study.recordings.training.model_copy(update={"lr_peak": 0.2})
     asked = study.recordings.model_copy(update={"training": training})
     changed = study.model_copy(update={"recordings": asked})
+    dynamics = study.dynamics.model_copy(update={"observed": "eval"})
+    with pytest.raises(ValueError, match=r"observed: .*train.* -> .*eval"):
+        scorecard.score_tables(study.model_copy(update={"dynamics": dynamics}), made[2])
     for read in (scorecard.score_tables, recordings.open_held_out):
         with pytest.raises(ValueError, match=r"lr_peak: 0\.1 -> 0\.2"):
             read(changed, made[2])
