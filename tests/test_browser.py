@@ -194,9 +194,16 @@ class Screen:
             points = [self.at(*corner) for corner in corners]
             self.page.mouse.move(*points[0])
             self.page.mouse.down()
+            if box:  # it begins where the first move finds the mouse
+                time.sleep(0.3)
+                self.page.mouse.move(points[0][0] + 0.5, points[0][1] - 0.5)
+                time.sleep(0.3)
             for point in points[1:]:
                 self.page.mouse.move(*point, steps=10)
                 time.sleep(0.05)
+            for _ in range(2):  # the map follows the mouse some moves late where the CPU draws
+                time.sleep(0.2)
+                self.page.mouse.move(*points[-1])
             self.page.mouse.up()
             try:
                 return int(self.says(r"^([\d,]+) selected", 8)[1].replace(",", ""))
@@ -319,7 +326,9 @@ def _drive(screen, study, lab):
 
     for axis, score in (("x", "aum"), ("y", "el2n"), ("colour", "correctness")):
         screen.menu(axis).select_option(score)  # faster than the map can be drawn
-    wait(lambda: screen.text(".jp-OutputArea .y-axis-label", svg=True) == "el2n", "the new axis")
+    wait(
+        lambda: screen.text(".jp-OutputArea .y-axis-label", svg=True) == "el2n", "the new axis", 90
+    )
     point = table.nlargest(1, "aum").iloc[0]
     [picture] = look.pictures([point.name])
     screen.hover(point["aum"], point["el2n"], picture)
