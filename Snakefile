@@ -147,7 +147,7 @@ rule record:
     output:
         update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     log:
-        text=f"{RUNS}/recorded/model={{model}}/{{part}}/record.log",
+        text=f"{RUNS}/recorded/model={{model}}/{{part}}.log",  # beside the run, which may be archived
     params:
         settings=settings("record"),
     threads: study.compute.threads

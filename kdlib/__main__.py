@@ -14,6 +14,7 @@ from kdlib import files
 from kdlib.params import AXES, Study, load_study, parse_part
 
 STEPS = ("scores", "noise")  # of the pipeline, that can be asked for by name
+PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "-n"}  # may compare nothing
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
 
@@ -33,9 +34,8 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     if code:
         _tell_failures(study)
         return code
-    summary = study.figures / "summary.md"
-    if arguments.step is None and summary.is_file():  # `--until datamap` compares nothing
-        told = summary.read_text().splitlines()
+    if arguments.step is None and not PARTLY & set(further):
+        told = (study.figures / "summary.md").read_text().splitlines()
         print(*[line for line in told if not line.startswith("|")], sep="\n")
     print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
     return 0
@@ -53,8 +53,8 @@ def _wait(process: subprocess.Popen) -> int:
 def _tell_failures(study: Study) -> None:
     from kdlib import runs
 
-    failed = runs.failed_notebooks(study)
-    print(f"\nThe study is not complete. {len(failed)} notebook(s) failed:", file=sys.stderr)
+    failed = runs.failed_notebooks(study) + runs.failed_recordings(study)
+    print(f"\nThe study is not complete. {len(failed)} step(s) failed:", file=sys.stderr)
     for path, message in failed:
         print(f"  {path}\n    {message}", file=sys.stderr)
     print("What finished is kept; run the same command again to go on.", file=sys.stderr)

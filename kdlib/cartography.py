@@ -331,24 +331,34 @@ def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
     >>> tdds(logits, window=3).round(4).tolist()
     [0.0, 0.0832]
     """
-    n_epochs = logits.shape[0]
-    _check_window(n_epochs, window, least=3)
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
-    n_windows = n_epochs - window + 1
+    check_fading(logits.shape[0], window, decay)
 
     def score(block: np.ndarray) -> np.ndarray:
         peak = block.max(axis=2, keepdims=True)
         log_probs = block - peak - np.log(np.exp(block - peak).sum(axis=2, keepdims=True))
         steps = (np.exp(log_probs[1:]) * np.diff(log_probs, axis=0)).sum(axis=2)  # (E - 1, n)
-        total = np.zeros(block.shape[1])
-        for k in range(n_windows):
-            inside = steps[k : k + window - 1]
-            norm = np.sqrt(((inside - inside.mean(axis=0)) ** 2).sum(axis=0))
-            total += decay * (1 - decay) ** (n_windows - 1 - k) * norm
-        return total
+        return fading_spread(steps, window, decay)
 
     return per_example(logits, score)
+
+
+def check_fading(n_epochs: int, window: int, decay: float) -> None:
+    """Refuse a window or a decay that `tdds` cannot have."""
+    _check_window(n_epochs, window, least=3)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
+
+
+def fading_spread(steps: np.ndarray, window: int, decay: float) -> np.ndarray:
+    """The second half of `tdds`: L2 norm of the steps of each window about their mean, the windows
+    weighted into the past: (E - 1, n) -> (n,)."""
+    n_windows = len(steps) + 2 - window
+    total = np.zeros(steps.shape[1])
+    for k in range(n_windows):
+        inside = steps[k : k + window - 1]
+        norm = np.sqrt(((inside - inside.mean(axis=0)) ** 2).sum(axis=0))
+        total += decay * (1 - decay) ** (n_windows - 1 - k) * norm
+    return total
 
 
 def regions(confidence: np.ndarray, variability: np.ndarray, *, rule: str) -> np.ndarray:

@@ -5,6 +5,7 @@ and images that are arrays in memory. Leaves to others: images that must be deco
 `hub`), storing (`cache`), normalising and augmenting, and holding out a validation split.
 """
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -80,10 +81,13 @@ class Source:
         return self.decode(self.fetch(start, stop))
 
 
-def relabelled(source: Source, relabel: Relabel) -> Source:
+def relabelled(source: Source, relabel: Relabel, limited: bool = False) -> Source:
     """A source whose labels are replaced, the old ones beside them as `original_labels`.
 
     Whether and how a drawn label changes depends on the seed and the example id alone.
+
+    Args:
+        limited: The source is the beginning of a split, and a file may have labels for all of it.
 
     Raises: FileNotFoundError for an absent file; ValueError for labels that are not one per example
         or out of range, or for a source without labels.
@@ -93,7 +97,7 @@ def relabelled(source: Source, relabel: Relabel) -> Source:
     n_classes, labels = len(source.class_names), None
     identity = {"noise": relabel.noise, "kind": relabel.kind, "seed": relabel.seed}
     if relabel.file is not None:
-        labels = _labels_of(relabel, source.n_examples, n_classes)
+        labels = _labels_of(relabel, source.n_examples, n_classes, limited)
         identity = {"key": relabel.key, "sha256": files.sha256_array(labels)}
     return replace(
         source,
@@ -104,20 +108,24 @@ def relabelled(source: Source, relabel: Relabel) -> Source:
     )
 
 
-def _labels_of(relabel: Relabel, n_examples: int, n_classes: int) -> np.ndarray:
+def _labels_of(relabel: Relabel, n_examples: int, n_classes: int, limited: bool) -> np.ndarray:
     path = data_path(relabel.file)
     if not path.is_file():
         raise FileNotFoundError(
             f"labels {path} are not there; put the file into the data folder "
             f"({files.data_root()}), set KDLIB_DATA, or write an absolute path (data.relabel.file)"
         )
-    with np.load(path, allow_pickle=False) as stored:
-        if relabel.key not in stored.files:
-            raise ValueError(
-                f"{path}: no array {relabel.key!r}; {files.nearest(relabel.key, stored.files)}"
-            )
-        labels = stored[relabel.key]
-    if labels.ndim != 1 or len(labels) < n_examples or labels.dtype.kind not in "iu":
+    try:
+        with zipfile.ZipFile(path) as archive:  # an .npz: anything else is refused here
+            names = [name.removesuffix(".npy") for name in archive.namelist()]
+        with np.load(path, allow_pickle=False) as stored:
+            labels = stored[relabel.key] if relabel.key in names else None
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no whole .npz file of plain arrays ({error})") from None
+    if labels is None:
+        raise ValueError(f"{path}: no array {relabel.key!r}; {files.nearest(relabel.key, names)}")
+    fits = labels.shape == (n_examples,) or (limited and labels.shape[:1] > (n_examples,))
+    if labels.ndim != 1 or not fits or labels.dtype.kind not in "iu":
         raise ValueError(
             f"{relabel.key} of {path} is {labels.dtype} {labels.shape}; expected one integer for "
             f"each of {n_examples} training images"
@@ -174,7 +182,7 @@ def open_source(data: Data, split: str) -> Source:
     source = _open(data, split)
     if data.relabel is None or split != "train":
         return source
-    return relabelled(source, data.relabel)
+    return relabelled(source, data.relabel, limited=data.n_train is not None)
 
 
 def _open(data: Data, split: str) -> Source:

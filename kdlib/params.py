@@ -565,6 +565,18 @@ class Selection(Settings):
         return self
 
 
+def built_in_rule(strategy: str) -> Selection:
+    """The rule behind a strategy that needs no `selections` in the study.
+
+    Raises: KeyError for a strategy that follows no rule, such as `full`.
+    """
+    if strategy == "random_balanced":
+        return Selection(kind="random", balanced=True)
+    if strategy not in (*RANKINGS, *CORESETS):
+        raise KeyError(strategy)
+    return Selection(kind=strategy)
+
+
 class Axes(Settings):
     """The axes of the sweep; the full set is one more strategy, run once per objective."""
 
@@ -763,11 +775,7 @@ class Study(Settings):
         """
         if strategy in self.selections:
             return self.selections[strategy]
-        if strategy == "random_balanced":
-            return Selection(kind="random", balanced=True)
-        if strategy not in (*RANKINGS, *CORESETS):
-            raise KeyError(strategy)
-        return Selection(kind=strategy)
+        return built_in_rule(strategy)
 
     def picked(self, strategy: str) -> Path:
         """Where the selection behind a strategy `picked_<name>` was saved."""

@@ -260,9 +260,7 @@ class Explorer:
     def commands(self, name: str) -> list[list[str]]:
         """The commands that train the study's students on a saved selection, and on a random one
         of the same size."""
-        study = self.study
-        path = study.runs / "launched" / f"{study.name}.yaml"  # JSON, which is YAML
-        files.write_json(path, study.model_dump(mode="json", exclude={"name"}, exclude_none=True))
+        path = steps.written(self.study)
         fraction = Subset.load(self._path(name)).fraction
         made = []
         for strategy, more in ((PICKED + name, []), ("random", ["-p", "fraction", repr(fraction)])):
@@ -435,7 +433,8 @@ class Training:
                         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                     )  # fmt: skip
                 except OSError as error:
-                    code = log.write(str(error))
+                    log.write(str(error))
+                    code = 1
                     break
                 while (code := self._wait()) is None:
                     self.tell(self.last_line())

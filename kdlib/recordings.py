@@ -70,7 +70,7 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
         "gradient_epoch": study.dynamics.gradient_epoch if of_first else None,
         "observed": study.dynamics.observed if kind != "fold" else None,
         "logits": study.dynamics.logits and kind == "seed",
-        "compute": study.step_settings("record")["compute"],
+        "compute": study.step_settings("record")["compute"] | {"processes": 1},
         "training": _training(study).model_dump(mode="json"),
     }
 
@@ -177,6 +177,22 @@ def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog
     folder = recording_folder(study, model, part)
     runs.read_evidence(folder, recording_settings(study, model, part))
     return DynamicsLog.open(folder / "dynamics", images.fingerprints)
+
+
+def open_gradients(study: Study, model: str, part: str) -> pd.DataFrame | None:
+    """`grand` and `grand_last` of one finished recording, index `example_id`; None where the study
+    asks for no gradients of it.
+
+    Raises: FileNotFoundError and ValueError as `open_log`; ValueError for a table that was changed.
+    """
+    own, folder = recording_settings(study, model, part), recording_folder(study, model, part)
+    if own["gradient_epoch"] is None:
+        return None
+    evidence, path = runs.read_evidence(folder, own), folder / "gradients.parquet"
+    table, _ = read_parquet(path, f"recording {model}/{part}")
+    if files.sha256_file(path) != evidence["gradients_sha256"]:
+        raise ValueError(f"{path} differs from its evidence; delete {folder} and record it again")
+    return table
 
 
 def open_held_out(study: Study, images: Images) -> pd.DataFrame:

@@ -161,3 +161,13 @@ def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
                 if output.get("output_type") == "error":
                     failed.append((path, f"{output['ename']}: {output['evalue']}"))
     return failed
+
+
+def failed_recordings(study: Study) -> list[tuple[Path, str]]:
+    """Logs of recordings that have begun and are not finished: (path, last line)."""
+    failed = []
+    for path in sorted(study.runs.glob("recorded/model=*/*.log")):
+        if not (path.with_suffix("") / "evidence.json").exists():
+            lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+            failed.append((path, lines[-1] if lines else "stopped before it said anything"))
+    return failed

@@ -4,7 +4,6 @@ Leaves to others: the recordings, what agreement and detection mean (agreement, 
 (maps).
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,8 @@ from matplotlib.figure import Figure
 from kdlib import agreement, files, maps, noise, plots, recordings, runs
 from kdlib.cartography import aum, datamap
 from kdlib.params import DIFFICULTY, SCORES, Study, StudyError
-from kdlib.recordings import open_log, recording_folder
+from kdlib.recordings import open_log
 from kdlib.steps import Images
-from kdlib.tables import read_parquet
 from kdlib.variants import SAME_NAME, variants
 
 TARGET = 0.95  # Spearman's correlation at which two averages count as one ranking
@@ -38,9 +36,9 @@ def recorded_scores(study: Study, images: Images) -> dict[str, dict[int, pd.Data
             log = open_log(study, images, model, f"seed={seed}")
             table = datamap(log, el2n_epoch=epoch, window=window)
             table = table.join(variants(log, window=window))
-            path = recording_folder(study, model, f"seed={seed}") / "gradients.parquet"
-            if path.is_file():
-                table = table.join(read_parquet(path, f"recording {model}/seed={seed}")[0])
+            gradients = recordings.open_gradients(study, model, f"seed={seed}")
+            if gradients is not None:
+                table = table.join(gradients)
             found.setdefault(model, {})[seed] = table
     return found
 
@@ -235,7 +233,7 @@ def _below_threshold(study: Study, images: Images) -> np.ndarray:
 
 
 def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
-    """Draw `detectors` and `suspects`, the images whose labels the best detector suspects most.
+    """Draw `detectors` and `suspects`, the images whose labels AUM suspects most.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
@@ -259,8 +257,9 @@ def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
 def _suspects(study: Study, images: Images, n: int = 12) -> tuple[dict, dict]:
     """The lowest AUM (mean over seeds) among wrong and among right labels, with captions."""
     ids = images.train_ids
-    scores = next(iter(recorded_scores(study, images).values()))
-    mean = _of_each(scores, "aum").mean(axis=0)
+    model, seeds = next(iter(study.recordings.models)), study.recordings.seeds
+    logs = [open_log(study, images, model, f"seed={seed}") for seed in seeds]
+    mean = np.mean([aum(log["margin"]) for log in logs], axis=0)
     labels, originals = (images.train.read(c, ids) for c in ("labels", "original_labels"))
     names = images.train.header["class_names"]
     pixels, captions = {}, {}
@@ -302,17 +301,16 @@ def describe_noise(study: Study, tables: Tables) -> str:
 
 
 def redraw(study: Study, images: Images) -> dict[str, Any]:
-    """Every figure of notebooks 07 and 08 whose recordings are there, with their texts."""
+    """Every figure of notebooks 07 and 08, whichever of them is finished, with its text.
+
+    Raises: FileNotFoundError and ValueError for recordings that are gone or of another study.
+    """
     drawn: dict[str, Any] = {}
-    asked: list[tuple[Callable, Callable, Callable]] = []
-    if study.recordings is not None:
-        asked.append((score_tables, draw_scores, describe_scores))
-        if study.data.relabel is not None:
-            asked.append((noise_tables, draw_noise, describe_noise))
-    asked_for = study.recordings.runs() if study.recordings else []
-    folders = [recording_folder(study, *run) for run in asked_for]
-    if all((folder / "evidence.json").is_file() for folder in folders):
-        for compute, draw, describe in asked:
+    for step, compute, draw, describe in (
+        ("scores", score_tables, draw_scores, describe_scores),
+        ("noise", noise_tables, draw_noise, describe_noise),
+    ):
+        if (study.runs / step / "evidence.json").is_file():
             tables = compute(study, images)
             drawn |= draw(study, images, tables)
             describe(study, tables)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib import coresets, files
-from kdlib.params import DIFFICULTY, SELECTIONS, Selection
+from kdlib.params import DIFFICULTY, SELECTIONS, Selection, built_in_rule
 from kdlib.seeds import hashed
 from kdlib.tables import check_provenance, read_parquet, write_parquet
 
@@ -102,7 +102,7 @@ def select(
                 f"strategy 'full' is all {n_examples} examples; got a budget of {n}: set fraction 1"
             )
         return np.sort(ids.astype(np.int64))
-    rule = _rule(strategy) if isinstance(strategy, str) else strategy
+    rule = built_in_rule(strategy) if isinstance(strategy, str) else strategy
     if features is not None and len(features) != n_examples:
         raise ValueError(f"{len(features)} rows of features for {n_examples} examples")
     # By id, so that the order of the table's rows reaches no rule.
@@ -114,12 +114,6 @@ def select(
         labels = _labels(table, rule)
         return ids[coresets.per_class(labels, n, choose.ties, choose)]
     return ids[choose(np.arange(n_examples), n)]
-
-
-def _rule(strategy: str) -> Selection:
-    if strategy == "random_balanced":
-        return Selection(kind="random", balanced=True)
-    return Selection(kind=strategy)
 
 
 @dataclass(frozen=True)
@@ -140,7 +134,8 @@ class _Chooser:
             chosen = coresets.mixture(costs, rule.shares, m, ties)
         elif kind == "ccs":
             difficulty = _difficulty(table, _given(rule.score, "aum"), kind)
-            cutoff = min(_given(rule.cutoff, 0.1), 1 - m / max(len(table), 1))
+            # a cutoff of the study's own is refused where it leaves too few; the default gives way
+            cutoff = _given(rule.cutoff, min(0.1, 1 - m / max(len(table), 1)))
             n_strata = _given(rule.n_strata, 50)
             chosen = coresets.coverage(difficulty, m, ties, cutoff=cutoff, n_strata=n_strata)
         elif kind == "moderate":

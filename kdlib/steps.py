@@ -282,12 +282,17 @@ def _launch(
     """
     if study.compute.processes == 1 or not ranks.alone or runs.Run(folder, settings).finished:
         return False
-    path = study.runs / "launched" / f"{study.name}.yaml"  # JSON, which is YAML
-    content = study.model_dump(mode="json", exclude={"name"}, exclude_none=True)
-    files.write_json(path, content)
+    path = written(study)
     arguments = [str(x) for pair in point.items() for x in (f"--{pair[0]}", pair[1])]
     launch(["kdlib", "step", step, str(path), *arguments], study.compute.processes)
     return True
+
+
+def written(study: Study) -> Path:
+    """A file of the study as it is in memory, for processes of its own."""
+    path = study.runs / "launched" / f"{study.name}.yaml"  # JSON, which is YAML
+    content = study.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+    return files.write_json(path, content)
 
 
 def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:

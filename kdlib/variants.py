@@ -130,15 +130,10 @@ def tdds_absolute(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.
 
     Returns: (N,) float64 >= 0. Source: [Zhang2024].
     """
+    cartography.check_fading(len(logits), window, decay)
     probs = _softmax(logits) + 1e-8
     steps = np.abs(probs[1:] * np.diff(np.log(probs), axis=0)).sum(axis=2)  # (E - 1, N)
-    n_windows = len(probs) - window + 1
-    total = np.zeros(probs.shape[1])
-    for k in range(n_windows):
-        inside = steps[k : k + window - 1]
-        norm = np.sqrt(((inside - inside.mean(axis=0)) ** 2).sum(axis=0))
-        total += decay * (1 - decay) ** (n_windows - 1 - k) * norm
-    return total
+    return cartography.fading_spread(steps, window, decay)
 
 
 def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
@@ -152,12 +147,12 @@ def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) ->
 
     Returns: (N,) float64 >= 0. Source: the port of TDDS in the code of [Cho2025].
     """
+    cartography.check_fading(len(logits), window, decay)
     with np.errstate(invalid="ignore"):
         logs = np.log(logits[:window].astype(np.float64) + 1e-8)
     steps = np.abs(logits[1:window] * np.nan_to_num(np.diff(logs, axis=0))).sum(axis=2)
-    norm = np.sqrt(((steps - steps.mean(axis=0)) ** 2).sum(axis=0))
-    n_windows = len(logits) - window + 1
-    return norm * decay * ((1 - decay) ** np.arange(n_windows)).sum()
+    past = (1 - decay) ** np.arange(len(logits) - window + 1)
+    return cartography.fading_spread(steps, window, decay) * past.sum()
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

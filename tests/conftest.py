@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no progress bars, and a small image cache."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from kdlib import steps
 from kdlib.building import build_images
 from kdlib.cache import Cache
 from kdlib.data import array_source
+from kdlib.params import Study, load_study
+
+TINY = Path(__file__).parents[1] / "params" / "tiny.yaml"
 
 torch.set_num_threads(1)
 
@@ -34,5 +39,23 @@ def make_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache
         images = rng.integers(0, 256, (n, 3, 6, 6), np.uint8)
         source = array_source("noise", "train", images, rng.integers(0, 4, n), "abcd")
         return build_images(source, tmp_path_factory.mktemp("images"), shard_size)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_datamap() -> Callable[[Path], Study]:
+    """A function that does steps 01 to 03 of the tiny study in a workspace."""
+
+    def make(home: Path) -> Study:
+        (home / "params").mkdir()
+        shutil.copy(TINY, home / "params")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KDLIB_HOME", str(home))
+            study = load_study("params/tiny.yaml")
+            images = steps.cache_images(study)
+            steps.make_teacher(study, images)
+            steps.make_datamap(study, images)
+        return study
 
     return make

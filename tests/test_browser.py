@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from kdlib import files, picking, steps
-from kdlib.params import load_study
 from kdlib.selection import Subset
 
 CHROMIUM = next(
@@ -36,7 +35,6 @@ LACKING = [
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"needs {' and '.join(LACKING)}")
 
 FLAGS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
-TINY = Path(__file__).parents[1] / "params" / "tiny.yaml"
 BAD_NAME = "<img src=x onerror=alert(1)>"
 CODE = f"""from kdlib import explorer
 from kdlib.params import load_study
@@ -47,17 +45,12 @@ app"""
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, make_datamap):
     """The tiny study, its steps 01 to 03 done, in a workspace of its own."""
     home = tmp_path_factory.mktemp("lab")
-    (home / "params").mkdir()
-    shutil.copy(TINY, home / "params")
+    study = make_datamap(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
-        study = load_study("params/tiny.yaml")
-        images = steps.cache_images(study)
-        steps.make_teacher(study, images)
-        steps.make_datamap(study, images)
         yield study
 
 

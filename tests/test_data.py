@@ -391,19 +391,28 @@ def test_noise_to_the_next_class_goes_nowhere_else():
 def test_labels_of_a_file_replace_those_of_the_source(home):
     (home / "data").mkdir()
     given = np.arange(5000) % 10
-    np.savez(
-        home / "data" / "mine.npz", people=given, floats=given / 2, few=given[:9], big=given + 9
-    )
+    arrays = {"people": given, "floats": given / 2, "few": given[:9], "big": given + 9}
+    arrays |= {"many": np.append(given, 0), "objects": given.astype(object)}
+    np.savez(home / "data" / "mine.npz", **arrays)
+    (home / "data" / "cut.npz").write_bytes((home / "data" / "mine.npz").read_bytes()[:500])
+    np.save(home / "data" / "one.npy", given)
+    for name in ("cut.npz", "one.npy"):
+        with pytest.raises(ValueError, match=rf"{name} is no whole \.npz file"):
+            relabelled(labelled(), Relabel(file=name, key="people"))
     source = relabelled(labelled(), Relabel(file="mine.npz", key="people"))
     np.testing.assert_array_equal(source.read(3, 70)[1], given[3:70])
     for key, message in [
         ("peopl", "no array 'peopl'; did you mean 'people'"),
         ("floats", r"floats .* is float64"),
+        ("many", r"many .* \(5001,\); expected one integer for each of 5000"),
+        ("objects", r"no whole \.npz file of plain arrays"),
         ("few", r"few .* \(9,\); expected one integer for each of 5000"),
         ("big", r"big .* spans \[9, 18\]; expected \[0, 9\]"),
     ]:
         with pytest.raises(ValueError, match=message):
             relabelled(labelled(), Relabel(file="mine.npz", key=key))
+    limited = relabelled(labelled(), Relabel(file="mine.npz", key="many"), limited=True)
+    np.testing.assert_array_equal(limited.read(0, 9)[1], given[:9])
     with pytest.raises(FileNotFoundError, match=r"none\.npz are not there; put the file into"):
         relabelled(labelled(), Relabel(file="none.npz", key="people"))
 

@@ -34,17 +34,10 @@ BAD_NAME = "<img src=x onerror=alert(1)>"
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, make_datamap):
     """A workspace in which steps 01 to 03 of the tiny study are done."""
     home = tmp_path_factory.mktemp("made")
-    (home / "params").mkdir()
-    shutil.copy(TINY, home / "params")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDLIB_HOME", str(home))
-        study = load_study("params/tiny.yaml")
-        images = steps.cache_images(study)
-        steps.make_teacher(study, images)
-        steps.make_datamap(study, images)
+    make_datamap(home)
     return home
 
 

@@ -93,7 +93,7 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
         shown = sum("image/png" in output.get("data", ()) for output in outputs)
         assert shown == pictures[path.stem], path
     logs = list((home / "runs").rglob("*.log"))
-    recorded = [log for log in logs if log.name == "record.log"]
+    recorded = [log for log in logs if log.parent.name.startswith("model=")]
     assert len(recorded) == len(study.recordings.runs())
     assert len(logs) == len(executed) + len(recorded)
     assert all("Executing Cell" in log.read_text() for log in set(logs) - set(recorded))

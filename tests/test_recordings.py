@@ -126,6 +126,9 @@ def test_scores_agree_with_themselves_and_the_text_says_how_far(study, made):
     assert runs.loc[("tiny", "aum"), "correlation"] == pytest.approx(expected)
     assert "| aum |" in scorecard.describe_scores(study, tables)
     drawn = scorecard.draw_scores(study, made[2], tables)
+    assert scorecard.redraw(study, made[2]) == {}  # neither notebook has finished
+    scorecard.finish(study, "scores", tables)
+    scorecard.finish(study, "noise", scorecard.noise_tables(study, made[2]))
     assert set(drawn) == {"same_name", "stability", "map_against"}
     before = {path: path.read_bytes() for path in drawn.values()}
     assert set(scorecard.redraw(study, made[2])) == {*drawn, "detectors", "suspects"}
@@ -142,6 +145,18 @@ def test_a_recording_the_study_does_not_ask_for_is_refused(study, made, capsys):
         )
         assert main() == 1
     assert "no recording no/seed=0" in capsys.readouterr().err
+
+
+def test_changed_gradients_are_refused(study, made):
+    folders = [recordings.recording_folder(study, "tiny", f"seed={s}") for s in (0, 3)]
+    path, other = (folder / "gradients.parquet" for folder in folders)
+    content = path.read_bytes()
+    try:
+        path.write_bytes(other.read_bytes())
+        with pytest.raises(ValueError, match="differs from its evidence"):
+            scorecard.recorded_scores(study, made[2])
+    finally:
+        path.write_bytes(content)
 
 
 def test_a_changed_fold_is_refused(study, made, tmp_path):

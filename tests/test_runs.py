@@ -88,3 +88,12 @@ def test_failed_notebooks_are_listed_with_their_error(study):
     files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
     files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
     assert runs.failed_notebooks(study) == [(study.runs / "a" / "bad.ipynb", "TripwireError: no")]
+
+
+def test_recordings_that_are_not_finished_are_listed_with_their_last_line(study):
+    folder = study.runs / "recorded" / "model=a"
+    (folder / "seed=0").mkdir(parents=True)
+    (folder / "seed=0" / "evidence.json").write_text("{}")
+    (folder / "seed=0.log").write_text("fine\n")
+    (folder / "seed=1.log").write_text("step 3\nValueError: no\n\n")
+    assert runs.failed_recordings(study) == [(folder / "seed=1.log", "ValueError: no")]

@@ -135,6 +135,10 @@ RULES = [
 @given(st.sampled_from(RULES), st.integers(0, 30), st.integers(0, 1000))
 def test_a_rule_returns_exactly_its_budget_whatever_the_order_of_rows(rule, n, seed):
     table = table_of(30, seed)
+    if rule.cutoff == 0.3 and n > 21:  # nine of thirty are cut off
+        with pytest.raises(ValueError, match="cutoff"):
+            s.select(table, n, rule, seed)
+        return
     chosen = s.select(table, n, rule, seed, features_of(table))
     assert len(np.unique(chosen)) == len(chosen) == n
     assert set(chosen) <= set(table.index)

@@ -66,7 +66,7 @@ ALLOWED = {
     "probing": "checks evaluation files params probe runs steps tables weights",
     "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables weights",
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
-    "tables variants",
+    "variants",
     "report": "cartography checks compare dynamics files maps objectives params plots probing runs "
     "sampling seeds steps",
     "picking": "__init__ files params runs selection steps",
