@@ -179,7 +179,7 @@ def test_a_failing_run_is_listed_stops_no_other_and_is_mended_by_the_next_call(d
     (broken / "state.safetensors").write_bytes(b"not a training state")
     process = _run(home)
     assert process.returncode != 0
-    assert "1 notebook(s) failed" in process.stderr
+    assert "1 step(s) failed" in process.stderr
     assert "StateError" in process.stderr
     assert str(broken.parents[1] / "04_distill.ipynb") in process.stderr
     assert (other / "seed=1" / "evidence.json").exists()
