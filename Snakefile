@@ -17,6 +17,9 @@ STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
 study = params.load_study(STUDY)
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
 RUNS = os.path.relpath(study.runs)
+UPSTREAM = os.path.relpath(study.upstream.runs)  # images, teacher and datamap may be shared
+TEACHERS = [n for n, t in study.teachers.items() if t.learns_from == "train"]
+FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]
 SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]
@@ -43,6 +46,8 @@ def settings(step):
     """Fingerprint of what a step reads; Snakemake runs the step again when it changes."""
 
     def of(wildcards):
+        if step == "further_teacher":
+            return files.fingerprint(study.step_settings("teacher", teacher=wildcards.teacher))
         if step != "distill":
             return files.fingerprint(study.step_settings(step))
         fraction = float(wildcards.fraction)
@@ -64,6 +69,7 @@ def students(cells):
 
 wildcard_constraints:
     model="[^/]+",
+    teacher="[^/]+",
     part="[^/]+",
     student="[^/]+",
     strategy="[^/]+",
@@ -100,10 +106,10 @@ rule cache:
     input:
         notebook=notebook("01_cache.ipynb"),
     output:
-        update(f"{RUNS}/cache/evidence.json"),
+        update(f"{UPSTREAM}/cache/evidence.json"),
     log:
-        notebook=f"{RUNS}/cache/01_cache.ipynb",
-        text=f"{RUNS}/cache/01_cache.log",
+        notebook=f"{UPSTREAM}/cache/01_cache.ipynb",
+        text=f"{UPSTREAM}/cache/01_cache.log",
     params:
         settings=settings("cache"),
     shell:
@@ -112,13 +118,13 @@ rule cache:
 
 rule teacher:
     input:
-        f"{RUNS}/cache/evidence.json",
+        f"{UPSTREAM}/cache/evidence.json",
         notebook=notebook("02_teacher.ipynb"),
     output:
-        update(f"{RUNS}/teacher/evidence.json"),
+        update(f"{UPSTREAM}/teacher/evidence.json"),
     log:
-        notebook=f"{RUNS}/teacher/02_teacher.ipynb",
-        text=f"{RUNS}/teacher/02_teacher.log",
+        notebook=f"{UPSTREAM}/teacher/02_teacher.ipynb",
+        text=f"{UPSTREAM}/teacher/02_teacher.log",
     params:
         settings=settings("teacher"),
     threads: study.compute.threads * study.compute.processes
@@ -126,15 +132,29 @@ rule teacher:
         PAPERMILL + LOG
 
 
+rule further_teacher:
+    input:
+        f"{UPSTREAM}/cache/evidence.json",
+    output:
+        update(f"{RUNS}/teachers/{{teacher}}/evidence.json"),
+    log:
+        text=f"{RUNS}/teachers/{{teacher}}.log",  # beside the run, which may be archived
+    params:
+        settings=settings("further_teacher"),
+    threads: study.compute.threads * study.compute.processes
+    shell:
+        "python -m kdlib step teacher {STUDY:q} --teacher {wildcards.teacher:q}" + LOG
+
+
 rule datamap:
     input:
-        f"{RUNS}/teacher/evidence.json",
+        f"{UPSTREAM}/teacher/evidence.json",
         notebook=notebook("03_datamap.ipynb"),
     output:
-        update(f"{RUNS}/datamap/evidence.json"),
+        update(f"{UPSTREAM}/datamap/evidence.json"),
     log:
-        notebook=f"{RUNS}/datamap/03_datamap.ipynb",
-        text=f"{RUNS}/datamap/03_datamap.log",
+        notebook=f"{UPSTREAM}/datamap/03_datamap.ipynb",
+        text=f"{UPSTREAM}/datamap/03_datamap.log",
     params:
         settings=settings("datamap"),
     shell:
@@ -143,7 +163,7 @@ rule datamap:
 
 rule record:
     input:
-        f"{RUNS}/cache/evidence.json",
+        f"{UPSTREAM}/cache/evidence.json",
     output:
         update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     log:
@@ -187,8 +207,9 @@ rule ask_noise:
 
 rule distill:
     input:
-        f"{RUNS}/teacher/evidence.json",
-        f"{RUNS}/datamap/evidence.json",
+        f"{UPSTREAM}/teacher/evidence.json",
+        FURTHER,
+        f"{UPSTREAM}/datamap/evidence.json",
         notebook=notebook("04_distill.ipynb"),
     output:
         update(
@@ -226,7 +247,7 @@ rule probe:
 
 rule compare:
     input:
-        f"{RUNS}/datamap/evidence.json",
+        f"{UPSTREAM}/datamap/evidence.json",
         students(study.cells()),
         [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
         notebook=str(NOTEBOOKS / "06_compare.ipynb"),

@@ -127,7 +127,10 @@ def _step(arguments: argparse.Namespace, further: list[str]) -> int:
     images = steps.open_images(study)
     with joined(study.compute.device) as ranks:
         if arguments.step == "teacher":
-            steps.make_teacher(study, images, ranks)
+            if arguments.teacher:
+                steps.make_one_teacher(study, images, arguments.teacher, ranks)
+            else:
+                steps.make_teacher(study, images, ranks)
             return 0
         point = {axis: getattr(arguments, axis) for axis in AXES}
         steps.train_student(study, images, study.cell(**point), arguments.seed, ranks)
@@ -152,6 +155,7 @@ def _add_step(commands: Any) -> None:
     for axis in AXES:
         step.add_argument(f"--{axis}", type=float if axis == "fraction" else str)
     step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--teacher", help="of teacher: only this one of the study's `teachers`")
     step.set_defaults(run=_step)
 
 

@@ -41,7 +41,8 @@ def find_caches(path: str) -> list[Path]:
         candidates = [folder, *sorted(folder.iterdir())]
     elif Path(path).suffix in (".yaml", ".yml"):
         study = load_study(path)
-        outputs = sorted((study.runs / "teacher").glob("outputs-*"))
+        outputs = sorted((study.upstream.runs / "teacher").glob("outputs-*"))
+        outputs += sorted((study.runs / "teachers").glob("**/outputs-*"))
         candidates = [*(study.cache / split for split in SPLITS), *outputs]
     else:
         raise FileNotFoundError(f"{path} is neither a cache folder nor a study file")

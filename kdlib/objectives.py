@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import features, losses
-from kdlib.params import Objective
+from kdlib.params import UNTAUGHT, Objective
 from kdlib.seeds import torch_seeded
 
 CRD_WIDTH = 128
@@ -141,7 +141,7 @@ def _stage(objective: Objective, n_stages: int, whose: str) -> int:
 
 def needs_teacher(objective: Objective) -> bool:
     """Whether the objective reads teacher outputs."""
-    return objective.kind not in ("cross_entropy", "label_smoothing")
+    return objective.kind not in UNTAUGHT
 
 
 class Distiller(nn.Module):

@@ -16,9 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from kdlib.files import data_root, fingerprint, nearest, workspace
+from kdlib.files import data_root, difference, fingerprint, nearest, workspace
 
 # Every score, and which end of it is difficult: 1 the high one, -1 the low one, 0 neither.
 DIFFICULTY = {
@@ -51,6 +59,9 @@ SELECTIONS = (  # subsets of an exact number of examples that need no `selection
     *(name for name in CORESETS if name != "mixture"),
 )
 STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
+# The biased scheme of an earlier study, to be shown: passes over the shards in sorted order, cut
+# short. The tripwires refuse its runs, and tables show their numbers as refused.
+EXHIBITS = ("fixed_shards_cut", "random_shards_cut")
 PICKED = "picked_"  # and a name: a selection that was made by hand and saved
 MODELS = (
     "tiny_cnn", "cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
@@ -86,7 +97,7 @@ class Settings(BaseModel):
 def _strategy(name: str, selections: Iterable[str]) -> None:
     """Refuse a strategy that is neither built in, nor named by the study, nor picked by hand."""
     if not (name.startswith(PICKED) and _NAME.fullmatch(name)):
-        _known(name, (*STRATEGIES, *selections, f"{PICKED}<name>"), "strategy")
+        _known(name, (*STRATEGIES, *EXHIBITS, *selections, f"{PICKED}<name>"), "strategy")
 
 
 def _known(value: str, known: Sequence[str], what: str) -> str:
@@ -380,6 +391,9 @@ class Teacher(Settings):
     # by how much the measured accuracy may lie below the claim
     tolerance: float = Field(0.005, ge=0)
     outputs: Outputs = Outputs()
+    # of the study's further teachers: `subset` trains one for each subset and seed, on nothing
+    # else, so that its soft labels cannot tell the student of what was left out
+    learns_from: Literal["train", "subset"] = "train"
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Teacher":
@@ -403,6 +417,8 @@ class Teacher(Settings):
             raise ValueError(f"{self.model.name} has no published weights; give `weights`")
         if (self.mean is None) != (self.std is None):
             raise ValueError("`mean` and `std` go together")
+        if self.learns_from == "subset" and self.training is None:
+            raise ValueError("a teacher of the subset alone is trained here: give `training`")
         return self
 
 
@@ -482,6 +498,9 @@ OBJECTIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+UNTAUGHT = ("cross_entropy", "label_smoothing")  # objectives that read no teacher
+
+
 class Objective(Settings):
     """What a student minimises; `kdlib.objectives` has formula and paper of each.
 
@@ -511,11 +530,14 @@ class Objective(Settings):
     cls_weight: float | None = Field(None, ge=0)
     patch_weight: float | None = Field(None, ge=0)
     barlow_weight: float | None = Field(None, gt=0)  # None: no second view
+    teacher: str | None = None  # one of the study's `teachers`; None: its `teacher`
 
     @model_validator(mode="after")
     def _fitting(self) -> "Objective":
         needs, takes = OBJECTIVES[self.kind]
-        given = {k for k, v in self if k != "kind" and v is not None}
+        given = {k for k, v in self if k not in ("kind", "teacher") and v is not None}
+        if self.teacher is not None and self.kind in UNTAUGHT:
+            raise ValueError(f"{self.kind} hears no teacher, and names {self.teacher!r}")
         if not set(needs) <= given <= {*needs, *takes}:
             may = f", and may have {sorted(takes)}" if takes else ""
             raise ValueError(
@@ -665,8 +687,12 @@ class Study(Settings):
     """A whole study. `name` is the file's stem and names folders in `runs/` and `figures/`."""
 
     name: str
+    # another study's file beside this one, whose images, teacher, recorded dynamics and datamap are
+    # used here and not made again; this study must ask for the same
+    shares: str | None = None
     data: Data
     teacher: Teacher
+    teachers: dict[str, Teacher] = {}  # further ones, for objectives that name them
     dynamics: Dynamics = Dynamics()
     recordings: Recordings | None = None
     selections: dict[str, Selection] = {}  # further strategies, by name
@@ -680,8 +706,9 @@ class Study(Settings):
     compare: Compare = Compare()
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
+    _upstream: "Study | None" = PrivateAttr(None)
 
-    @field_validator("name", "students", "objectives", "selections")
+    @field_validator("name", "students", "objectives", "selections", "teachers")
     @classmethod
     def _fit_for_folders(cls, names: Any) -> Any:
         for name in [names] if isinstance(names, str) else names:
@@ -720,11 +747,14 @@ class Study(Settings):
             raise ValueError(
                 "`early_stopping` is for students: every epoch of the recorded training is planned"
             )
-        if self.teacher.trained_on == "train" and (how := self.training.selects):
+        self._consistent_teachers()
+        everyone = (self.teacher, *self.teachers.values())
+        contaminated = any(teacher.trained_on == "train" for teacher in everyone)
+        if contaminated and (how := self.training.selects):
             raise ValueError(
                 f"`{how}` reads the validation images, which the teacher has learnt from "
-                "(teacher.trained_on: train), so that its students have heard of them: take "
-                "another teacher, or a budget that looks at nothing"
+                "(trained_on: train), so that its students have heard of them: take another "
+                "teacher, or a budget that looks at nothing"
             )
         for name, objective in self.objectives.items():
             if objective.kind in ("hint", "attention", "similarity", "tokens"):
@@ -734,6 +764,22 @@ class Study(Settings):
                     f"objective {name} compares two views of each image: give training.augment"
                 )
         return self
+
+    def _consistent_teachers(self) -> None:
+        if self.teacher.learns_from == "subset":
+            raise ValueError(
+                "the study's teacher learns from all training images; one that learns from the "
+                "subset alone stands under `teachers`"
+            )
+        for name, teacher in self.teachers.items():
+            if teacher.outputs != Outputs():
+                raise ValueError(
+                    f"teacher {name} has `outputs`; those of `teacher` hold for all: students of "
+                    "one study see the same views"
+                )
+        for name, objective in self.objectives.items():
+            if objective.teacher is not None:
+                _known(objective.teacher, tuple(self.teachers), f"teacher of objective {name}")
 
     def _seen_alike(self, name: str) -> None:
         """Grids of features must be of the view the student sees: they cannot be augmented
@@ -764,9 +810,39 @@ class Study(Settings):
         return workspace() / "cache" / f"{self.data.source}-{fingerprint(content)[:8]}"
 
     @property
+    def upstream(self) -> "Study":
+        """The study that makes images, teacher, recorded dynamics and datamap: this one, or the one
+        it shares them with."""
+        return self._upstream or self
+
+    @property
     def recorded_run(self) -> Path:
         """Folder of the run whose training dynamics make the datamap."""
-        return self.runs / ("teacher" if self.dynamics.model is None else "dynamics")
+        made = "teacher" if self.dynamics.model is None else "dynamics"
+        return self.upstream.runs / made
+
+    def share(self, other: "Study") -> "Study":
+        """This study with the images, teacher, recorded dynamics and datamap of another one.
+
+        Raises: StudyError with the differences, where this study asks for something else.
+        """
+        lines = []
+        for step in ("cache", "teacher", "datamap"):
+            ours, theirs = self.step_settings(step), other.step_settings(step)
+            if step == "teacher":
+                missing = set(ours.pop("features_for")) - set(theirs.pop("features_for"))
+                lines += [f"objectives: no teacher outputs for {m}" for m in sorted(missing)]
+            lines += difference(ours, theirs)
+        if other.shares is not None:
+            lines.append(f"it shares those of {other.shares} itself: name that one")
+        if lines:
+            raise StudyError(
+                f"{self.name} cannot share the images, teacher and datamap of {other.name} (there "
+                "-> here):\n  " + "\n  ".join(lines)
+            )
+        shared = self.model_copy()
+        shared._upstream = other
+        return shared
 
     def selection(self, strategy: str) -> Selection:
         """The rule behind a strategy that chooses an exact number of examples.
@@ -855,22 +931,30 @@ class Study(Settings):
             raise StudyError(f"fraction is {values['fraction']!r}; expected a number in (0, 1]")
         return Cell(values["student"], values["strategy"], fraction, values["objective"])
 
-    def step_settings(self, step: str, cell: Cell | None = None) -> dict[str, Any]:
+    def step_settings(
+        self, step: str, cell: Cell | None = None, teacher: str | None = None
+    ) -> dict[str, Any]:
         """The settings one step reads itself; what it inherits reaches it as fingerprints.
 
         Args:
             step: cache, teacher, datamap, record, scores, noise, distill, probe or compare.
             cell: The cell, for distill.
+            teacher: One of the further teachers, for teacher; None: the study's own.
         """
-        dump = self.model_dump(
-            mode="json", exclude={"name": True, "tracking": True, "compute": {"images"}}
-        )
+        out = {"name": True, "shares": True, "tracking": True, "compute": {"images"}}
+        dump = self.model_dump(mode="json", exclude=out)
         keys = ("el2n_epoch", "window", "clusters")
         scoring = {key: dump["dynamics"].pop(key) for key in keys}
-        reads = {f"{o.kind} {o.stage or ''}".strip() for o in self.objectives.values()}
+        reads = {
+            f"{o.kind} {o.stage or ''}".strip()
+            for o in self.objectives.values()
+            if o.teacher == teacher
+        }
         logits_alone = {"cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist"}
         if step == "distill":
             named = cell.strategy in self.selections
+            own = self.teachers.get(self.objectives[cell.objective].teacher)
+            of_subset = own is not None and own.learns_from == "subset"
             return {
                 "student": dump["students"][cell.student],
                 "objective": dump["objectives"][cell.objective],
@@ -878,6 +962,12 @@ class Study(Settings):
                 | ({"rule": dump["selections"][cell.strategy]} if named else {}),
                 "training": dump["training"],
                 "compute": dump["compute"],
+            } | ({"teacher": own.model_dump(mode="json")} if of_subset else {})
+        if teacher is not None:
+            return {
+                "teacher": dump["teachers"][teacher],
+                "compute": dump["compute"],
+                "features_for": sorted(reads - logits_alone),
             }
         return {
             "cache": {"data": dump["data"]},
@@ -975,13 +1065,22 @@ def load_study(path: str | Path) -> Study:
         )
     content = _read_yaml(found, ())
     try:
-        return Study.model_validate({"name": found.stem, **content})
+        study = Study.model_validate({"name": found.stem, **content})
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
             for e in error.errors()
         ]
         raise StudyError(f"{found} is not a valid study:\n" + "\n".join(lines)) from None
+    if study.shares is None:
+        return study
+    beside = [found.parent / study.shares, workspace() / "params" / study.shares]
+    other = next((path for path in beside if path.is_file()), None)
+    if other is None or other.samefile(found):
+        raise StudyError(
+            f"{found}: `shares` names {study.shares!r}; expected another study file beside it"
+        )
+    return study.share(load_study(other))
 
 
 def open_point(history: Sequence[str], study: str, **axes: str | float) -> tuple[Study, Cell]:

@@ -14,7 +14,7 @@ import torch
 
 PURPOSES = (
     "split", "init", "projector", "order", "shards", "augment", "second_view", "subset", "dropout",
-    "probe", "bootstrap", "labels", "folds", "threshold", "clusters",
+    "probe", "bootstrap", "labels", "folds", "threshold", "clusters", "teacher",
 )  # fmt: skip
 
 

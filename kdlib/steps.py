@@ -27,10 +27,10 @@ from kdlib.gradients import gradient_norms
 from kdlib.loading import Loader, View
 from kdlib.models import Network, Resized, build_network
 from kdlib.objectives import build_distiller, needs_teacher, student_outputs, teacher_columns
-from kdlib.params import PICKED, SHARD_POLICIES, Cell, Objective, Study, parse_part
+from kdlib.params import EXHIBITS, PICKED, SHARD_POLICIES, Cell, Objective, Study, parse_part
 from kdlib.pretrained import load_pretrained
 from kdlib.ranks import Ranks, launch, wait
-from kdlib.sampling import Plan, fixed_shards, shards_in_fraction, split_ids
+from kdlib.sampling import CUT, Plan, fixed_shards, shards_in_fraction, split_ids
 from kdlib.seeds import PURPOSES, derive
 from kdlib.selection import Subset, budget, select
 from kdlib.states import saved_step
@@ -115,7 +115,7 @@ def use(compute: params.Compute, ranks: Ranks = ALONE) -> str:
 
 def cache_images(study: Study) -> Images:
     """Step 01: cache both splits, split off validation images, measure the pixels."""
-    caches = {}
+    study, caches = study.upstream, {}
     for split in ("train", "test"):
         source, part = open_source(study.data, split), _part(study, split)
         caches[split] = build_images(source, study.cache / split, study.data.shard_size, part)
@@ -143,6 +143,7 @@ def open_images(study: Study) -> Images:
 
     Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
     """
+    study = study.upstream
     evidence = runs.read_evidence(study.runs / "cache", study.step_settings("cache"))
     train, test = (
         Cache(study.cache / split, part=_part(study, split)) for split in ("train", "test")
@@ -155,28 +156,53 @@ def open_images(study: Study) -> Images:
 
 
 def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str, Any] | None:
-    """Step 02: train or load the teacher, record training dynamics, store its outputs.
+    """Step 02: train or load the teacher, record training dynamics, store its outputs; then the
+    study's further teachers, but for those that learn from a subset alone.
 
-    Returns: The teacher's evidence; None on all but the first of several processes.
-    Raises: TripwireError when it does not reach the accuracy on its card, among others.
+    Returns: The study's teacher's evidence; None on all but the first of several processes.
+    Raises: TripwireError when one does not reach the accuracy on its card, among others.
     """
-    device, teacher = use(study.compute, ranks), study.teacher
-    own = study.step_settings("teacher")
-    settings = {"own": own, "inputs": images.fingerprints}
+    evidence = make_one_teacher(study.upstream, images, None, ranks)
+    for name in further_teachers(study):
+        make_one_teacher(study, images, name, ranks)
+    return evidence
+
+
+def further_teachers(study: Study) -> list[str]:
+    """Names of the further teachers that step 02 makes."""
+    return [name for name, teacher in study.teachers.items() if teacher.learns_from == "train"]
+
+
+def _teacher(study: Study, name: str | None) -> params.Teacher:
+    return study.teacher if name is None else study.teachers[name]
+
+
+def teacher_folder(study: Study, name: str | None = None) -> Path:
+    """The run of the study's teacher, or of a further one."""
+    return study.upstream.runs / "teacher" if name is None else study.runs / "teachers" / name
+
+
+def make_one_teacher(
+    study: Study, images: Images, name: str | None, ranks: Ranks = ALONE
+) -> dict[str, Any] | None:
+    """The teacher of the study (`name` None), or one of its further ones; as `make_teacher`."""
+    device, teacher = use(study.compute, ranks), _teacher(study, name)
+    folder = teacher_folder(study, name)
+    settings = {"own": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
     if teacher.weights is not None:
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
-    if _launch(study, ranks, study.runs / "teacher", settings, "teacher"):
-        return runs.read_evidence(study.runs / "teacher")
-    if study.dynamics.model is not None:
+    if _launch(study, ranks, folder, settings, "teacher"):
+        return runs.read_evidence(folder)
+    if name is None and study.dynamics.model is not None:
         _record_dynamics(study, images, device, ranks)
-    with open_shared_run(study, study.runs / "teacher", settings, ranks) as run:
+    with open_shared_run(study, folder, settings, ranks) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
-        network = teacher_network(study, images, device)
+        network = teacher_network(study, images, device, name)
         evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints}
         tripwires = checks.TEACHER
         if teacher.training is not None:
-            recorded = study.dynamics.model is None
+            recorded = name is None and study.dynamics.model is None
             trained = _supervise(
                 run, study, images, network, teacher.training, teacher.seed, recorded, "teacher",
                 ranks,
@@ -188,35 +214,76 @@ def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str
             load_weights(network, run.folder / trained["checkpoints"]["last"]["file"])
         elif not ranks.first:
             return None
-        pixels = teacher_pixels(study, images)
-        stored = {
-            split: _store(study, network, pixels, cache, split, device)
-            for split, cache in (("train", images.train), ("test", images.test))
-        }
-        outputs = {split: cache.fingerprint for split, cache in stored.items()}
-        if replay(study) is not None:
-            replayed = _store(study, network, pixels, images.train, REPLAYED, device)
-            outputs[REPLAYED] = replayed.fingerprint
-        evidence["teacher"] = _measured(study, images, network.n_classes, stored) | {
-            "claimed": teacher.expected_accuracy,
-            "tolerance": teacher.tolerance,
-            "split": "test",
-            "weights_sha256": weights_fingerprint(network),
-            "n_stages": network.n_stages,
-            "outputs": outputs,
-            "trained_here": teacher.training is not None,
-            "trained_on": teacher.trained_on or "kept",
-        }
+        evidence["teacher"] = _store_all(study, images, network, name, run.folder, device)
         evidence["checks"] = checks.demand(tripwires, evidence)
         return run.finish(evidence, device)
 
 
-def teacher_network(study: Study, images: Images, device: str) -> Network:
-    """The teacher with its published or loaded weights, or with those its training begins from.
+def _store_all(
+    study: Study, images: Images, network: Network, name: str | None, folder: Path, device: str
+) -> dict[str, Any]:
+    """Store a teacher's outputs below its run, and measure it by them: its card."""
+    teacher, pixels = _teacher(study, name), teacher_pixels(study, images, name)
+    stored = {
+        split: _store(study, network, pixels, cache, folder / f"outputs-{split}", device, name=name)
+        for split, cache in (("train", images.train), ("test", images.test))
+    }
+    outputs = {split: cache.fingerprint for split, cache in stored.items()}
+    if replay(study) is not None:
+        place = folder / f"outputs-{REPLAYED}"
+        replayed = _store(study, network, pixels, images.train, place, device, name=name)
+        outputs[REPLAYED] = replayed.fingerprint
+    return _measured(study, images, network.n_classes, stored) | {
+        "name": name or "teacher",
+        "claimed": teacher.expected_accuracy,
+        "tolerance": teacher.tolerance,
+        "split": "test",
+        "weights_sha256": weights_fingerprint(network),
+        "n_stages": network.n_stages,
+        "outputs": outputs,
+        "trained_here": teacher.training is not None,
+        "trained_on": teacher.trained_on
+        or ("kept" if teacher.learns_from == "train" else "subset"),
+    }
+
+
+def _subset_teacher(study: Study, images: Images, name: str, subset: Subset, seed: int) -> None:
+    """Train a teacher that learns from one subset alone, with draws of its own for each seed of the
+    students, and store its outputs, unless it is there already."""
+    device, teacher = use(study.compute), study.teachers[name]
+    own = study.step_settings("teacher", teacher=name) | {"seed": seed}
+    settings = {"own": own, "inputs": images.fingerprints | {"subset": subset.sha256}}
+    requested = derive(seed, "teacher")  # its student draws from `seed` itself
+    folder = _subset_teacher_folder(study, name, subset, seed)
+    with runs.open_run(study, folder, settings) as run:
+        if run.finished:
+            return
+        network = images.network(teacher.model, derive(requested, "init"), device)
+        plan = plan_run(images, teacher.training, subset.example_ids, requested)
+        describe = f"teacher {name} of {subset.strategy} {subset.fraction:g}, seed {seed}"
+        trained = train_run(
+            run, study, images, network, teacher.training, plan, CROSS_ENTROPY, requested,
+            describe, ALONE,
+        )  # fmt: skip
+        evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints} | trained
+        evidence["subset"] |= {"sha256": subset.sha256, "strategy": subset.strategy}
+        load_weights(network, run.folder / trained["checkpoints"]["last"]["file"])
+        evidence["teacher"] = _store_all(study, images, network, name, run.folder, device)
+        evidence["checks"] = checks.demand((*checks.RUN, *checks.TEACHER), evidence)
+        run.finish(evidence, device)
+
+
+def _subset_teacher_folder(study: Study, name: str, subset: Subset, seed: int) -> Path:
+    return teacher_folder(study, name) / f"subset={subset.sha256[:16]}" / f"seed={seed}"
+
+
+def teacher_network(study: Study, images: Images, device: str, name: str | None = None) -> Network:
+    """The teacher, or a further one, with its published or loaded weights, or with those its
+    training begins from.
 
     It sees images of `teacher.image_size` where that is set, whatever their size in the cache.
     """
-    teacher = study.teacher
+    teacher = _teacher(study, name)
     shape, size = images.image_shape, teacher.image_size
     seen = shape if size is None else (shape[0], size, size)
     if teacher.pretrained:
@@ -311,7 +378,8 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
     network = teacher_network(study, images, device)
     pixels = teacher_pixels(study, images)
     kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
-    return [_store(study, network, pixels, images.train, kind, device, part) for kind in kinds]
+    folders = [outputs_folder(study, kind) for kind in kinds]
+    return [_store(study, network, pixels, images.train, f, device, part) for f in folders]
 
 
 def _store(
@@ -319,23 +387,26 @@ def _store(
     network: Network,
     pixels: Pixels,
     images: Cache,
-    which: str,
+    folder: Path,
     device: str,
     part: tuple[int, int] | None = None,
+    name: str | None = None,
 ) -> Cache:
     """Store and spot-check a teacher's outputs of one split, or of the replayed views."""
-    views = replay(study) if which == REPLAYED else None
+    replayed = folder.name == f"outputs-{REPLAYED}"
+    views = replay(study) if replayed else None
     wanted = ["logits"] if network.n_classes else []
-    if which != REPLAYED:  # for the probes
+    if not replayed:  # for the probes
         wanted.append("features")
-    if which == REPLAYED or (which == "train" and replay(study) is None):
+    if replayed or (images.header["split"] == "train" and replay(study) is None):
         for objective in study.objectives.values():
-            wanted += teacher_columns(objective, network.n_stages)
+            if objective.teacher == name:
+                wanted += teacher_columns(objective, network.n_stages)
     stored = store_outputs(
         network,
         pixels,
         images,
-        outputs_folder(study, which),
+        folder,
         device,
         replay=views,
         top_k=study.teacher.outputs.top_k,
@@ -354,13 +425,15 @@ def replay(study: Study) -> Replay | None:
     return Replay(outputs.views, study.training.augment, derive(outputs.seed, "augment"))
 
 
-def open_teacher(study: Study) -> dict[str, Any]:
-    """The teacher's card as step 02 measured it.
+def open_teacher(study: Study, name: str | None = None) -> dict[str, Any]:
+    """The card of the teacher, or of a further one, as step 02 measured it.
 
     Raises: FileNotFoundError when there is no teacher; ValueError when the study has been changed
         since it was made.
     """
-    return runs.read_evidence(study.runs / "teacher", study.step_settings("teacher"))["teacher"]
+    study = study.upstream if name is None else study
+    own = study.step_settings("teacher", teacher=name)
+    return runs.read_evidence(teacher_folder(study, name), own)["teacher"]
 
 
 def _weights_file(weights: str) -> Path:
@@ -375,12 +448,12 @@ def _weights_file(weights: str) -> Path:
 
 def outputs_folder(study: Study, which: str) -> Path:
     """Where a study's stored teacher outputs of one split, or of the replayed views, are."""
-    return study.runs / "teacher" / f"outputs-{which}"
+    return teacher_folder(study) / f"outputs-{which}"
 
 
-def teacher_pixels(study: Study, images: Images) -> Pixels:
-    """The normalisation the teacher was trained with."""
-    teacher = study.teacher
+def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pixels:
+    """The normalisation the teacher, or a further one, was trained with."""
+    teacher = _teacher(study, name)
     if teacher.mean is None:
         return images.pixels
     return Pixels(list(teacher.mean), list(teacher.std), study.compute.channels_last)
@@ -464,9 +537,14 @@ def plan_run(
     example_ids: np.ndarray,
     seed: int,
     shards_per_pass: int | None = None,
+    biased: bool = False,
 ) -> Plan:
     """The order of a run's examples; an epoch of drawn shards is as long as these are on
-    average."""
+    average.
+
+    Args:
+        biased: Read the shards of each pass in sorted order and cut it short, as an exhibit.
+    """
     n, size = len(example_ids), images.train.shard_size
     if shards_per_pass is not None:
         n = round(n * shards_per_pass / len(np.unique(example_ids // size)))
@@ -475,10 +553,11 @@ def plan_run(
         training.batch_size,
         training.n_steps(n),
         seed,
-        order=training.order,
+        order="sequential" if biased else training.order,
         shard_size=size,
         window_shards=training.window_shards,
         shards_per_pass=shards_per_pass,
+        cut=CUT if biased else 1.0,
     )
 
 
@@ -496,14 +575,16 @@ def train_run(
     *,
     log: DynamicsLog | None = None,
     teacher: Cache | None = None,
-    n_stages: int = 0,
+    card: dict[str, Any] | None = None,
     labels: np.ndarray | None = None,
+    declared: Plan | None = None,
 ) -> dict[str, Any] | None:
     """Train, measure the last and the best checkpoint on the test split, collect the evidence.
 
     Args:
-        n_stages: Of the teacher.
+        teacher, card: The teacher's stored outputs and what step 02 measured of it.
         labels: Instead of the stored ones, one for each example of the plan.
+        declared: The plan that the run is said to follow, where that is another one (an exhibit).
 
     Returns: The evidence; None on all but the first of several processes.
     """
@@ -515,7 +596,7 @@ def train_run(
     second = None
     if objective.barlow_weight is not None:
         second = View(training.augment, derive(seed, "second_view"), images.pixels)
-    reads = teacher_columns(objective, n_stages)
+    reads = teacher_columns(objective, card["n_stages"] if card else 0)
     loader = Loader(
         plan,
         images.train,
@@ -567,7 +648,10 @@ def train_run(
         return None
     test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
     measured = {}
-    for which, step in (("best", trained.best_step), ("last", trained.last_step)):
+    for which, step in (("last", trained.last_step), ("best", trained.best_step)):
+        if which == "best" and step == trained.last_step:
+            measured["best"] = measured["last"]
+            continue
         file, weights_sha256 = trained.checkpoints[step]
         load_weights(network, run.folder / file)
         loss, accuracy = evaluate(network, images.pixels, *test)
@@ -579,7 +663,7 @@ def train_run(
             "test_accuracy": accuracy,
             "test_loss": loss,
         }
-    evidence = _training_evidence(study, images, training, plan, trained, seed, teacher is not None)
+    evidence = _training_evidence(images, training, declared or plan, trained, seed, card)
     if "logits" in reads:  # read past the loader, for the tripwire to compare
         read = stored_accuracy(teacher, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": read}
@@ -587,13 +671,12 @@ def train_run(
 
 
 def _training_evidence(
-    study: Study,
     images: Images,
     training: params.Training,
     plan: Plan,
     trained: Trained,
     seed: int,
-    taught: bool,
+    card: dict[str, Any] | None,
 ) -> dict[str, Any]:
     n_steps = plan.n_steps
     if trained.last_step < n_steps and trained.evidence["stopped_early"]:
@@ -634,7 +717,7 @@ def _training_evidence(
             "steers": training.selects,
             # validation images of which the student has heard through its teacher
             "teacher_overlap": len(images.validation_ids)
-            if taught and study.teacher.trained_on == "train"
+            if card is not None and card["trained_on"] == "train"
             else 0,
         },
         "series": {
@@ -648,6 +731,7 @@ def _training_evidence(
 def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     """Step 03: every score of every training example, from the recorded dynamics, the recorded
     network's gradients where the study asks for them, and the teacher's features."""
+    study = study.upstream
     teacher = open_teacher(study)
     recorded = runs.read_evidence(study.recorded_run)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
@@ -719,6 +803,7 @@ def open_datamap(study: Study, images: Images) -> pd.DataFrame:
 
     Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images.
     """
+    study = study.upstream
     evidence = runs.read_evidence(study.runs / "datamap", study.step_settings("datamap"))
     path = study.runs / "datamap" / "datamap.parquet"
     table = read_datamap(path, images.fingerprints)
@@ -731,11 +816,11 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     """The training examples of one cell and seed, exactly as many as the fraction says.
 
     Of `fixed_shards` whole shards, as many as the fraction says of them; of `random_shards` all,
-    since each pass draws its own.
+    since each pass draws its own. The exhibits take the shards of the policy they are named after.
     """
     ids, data, parent = images.train_ids, files.fingerprint(images.fingerprints), None
-    if cell.strategy in SHARD_POLICIES:
-        if cell.strategy == "fixed_shards":
+    if cell.strategy in (*SHARD_POLICIES, *EXHIBITS):
+        if cell.strategy.startswith("fixed_shards"):
             size = images.train.shard_size
             ids = fixed_shards(ids, size, shards_in_fraction(ids, size, cell.fraction), seed)
         return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
@@ -747,7 +832,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
         table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
     else:
         table = open_datamap(study, images)
-        parent = runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
+        parent = runs.read_evidence(study.upstream.runs / "datamap")["datamap_sha256"]
         if rule.kind in ("k_center", "herding", "d2"):
             features = teacher_features(study, images.train, table.index.to_numpy())
     ids = select(table, budget(len(ids), cell.fraction), rule, seed, features)
@@ -779,13 +864,10 @@ def train_student(
     device = use(study.compute, ranks)
     subset = make_subset(study, images, cell, seed)
     objective = study.objectives[cell.objective]
-    teacher = stored = None
+    card = stored = None
     inputs = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
-        teacher = open_teacher(study)
-        folder = outputs_folder(study, "train" if replay(study) is None else REPLAYED)
-        part = _part(study, "train")
-        stored = open_outputs(folder, images.train, teacher["weights_sha256"], part)
+        card, stored = _heard(study, images, objective, subset, seed, ranks)
         inputs["teacher_outputs"] = stored.fingerprint
     settings = {"own": student_settings(study, cell, seed), "inputs": inputs}
     folder = student_folder(study, cell, seed)
@@ -798,15 +880,18 @@ def train_student(
             subset.save(run.folder / "subset.parquet")
         network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
         n_shards = None
-        if cell.strategy == "random_shards":
+        if cell.strategy.startswith("random_shards"):
             n_shards = shards_in_fraction(
                 subset.example_ids, images.train.shard_size, cell.fraction
             )
         plan = plan_run(images, study.training, subset.example_ids, seed, n_shards)
+        declared, exhibit = plan, cell.strategy in EXHIBITS
+        if exhibit:
+            plan = plan_run(images, study.training, subset.example_ids, seed, n_shards, biased=True)
         describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
         evidence = train_run(
             run, study, images, network, study.training, plan, objective, seed, describe, ranks,
-            teacher=stored, n_stages=teacher["n_stages"] if teacher else 0,
+            teacher=stored, card=card, declared=declared,
         )  # fmt: skip
         if evidence is None:
             return None
@@ -815,7 +900,8 @@ def train_student(
             "study": study.name,
             "cell": dict(cell.items()),
             "data": images.fingerprints,
-            "teacher": teacher,
+            "teacher": card,
+            "exhibit": exhibit,
         }
         evidence["subset"] |= {
             "sha256": subset.sha256,
@@ -823,8 +909,28 @@ def train_student(
             "seed": seed,
             "parent_datamap": subset.parent,
         }
-        evidence["checks"] = checks.demand(checks.STUDENT, evidence)
+        judged = checks.as_exhibit if exhibit else checks.demand
+        evidence["checks"] = judged(checks.STUDENT, evidence)
         return run.finish(evidence, device)
+
+
+def _heard(
+    study: Study, images: Images, objective: Objective, subset: Subset, seed: int, ranks: Ranks
+) -> tuple[dict[str, Any], Cache]:
+    """The teacher that a student of this subset and seed hears: its card and stored outputs."""
+    name = objective.teacher
+    if name is not None and study.teachers[name].learns_from == "subset":
+        if ranks.first:
+            _subset_teacher(study, images, name, subset, seed)
+        wait(ranks)
+        folder = _subset_teacher_folder(study, name, subset, seed)
+        card = runs.read_evidence(folder)["teacher"]
+    else:
+        folder, card = teacher_folder(study, name), open_teacher(study, name)
+    which = "train" if replay(study) is None else REPLAYED
+    part = _part(study, "train")
+    place = folder / f"outputs-{which}"
+    return card, open_outputs(place, images.train, card["weights_sha256"], part)
 
 
 def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:

@@ -40,6 +40,13 @@ STUDY = {
         "expected_accuracy": 0.9,
         "tolerance": 0.01,
     },
+    "teachers": {
+        "small": {
+            "model": {"name": "tiny_cnn"},
+            "training": {"steps": 9, "batch_size": 8, "lr_peak": 0.1},
+            "expected_accuracy": 0.1,
+        }
+    },
     "dynamics": {"observed": "train", "logits": True, "el2n_epoch": 2, "window": 2},
     "recordings": {"models": {"tiny": {"name": "tiny_cnn"}}, "seeds": [0, 1]},
     "selections": {"mixed": {"kind": "mixture", "shares": {"easy": 0.5, "hard": 0.5}}},
@@ -155,6 +162,7 @@ SECTIONS = {  # where a key may stand: a section's path, a known key of it, and 
     "teacher.model": ("options", "option"),
     "teacher.training": ("batch_size", "batchsize"),
     "teacher.training.augment": ("crop_padding", "crop_pading"),
+    "teachers.small": ("learns_from", "learn_from"),
     "dynamics": ("window", "windw"),
     "recordings": ("folds", "foldes"),
     "recordings.models.tiny": ("options", "optoins"),
@@ -181,7 +189,7 @@ def test_a_typo_in_a_key_gives_its_section_and_the_nearest_key(write, section):
 def test_every_section_of_a_study_is_in_the_table_of_typos():
     def sections(content: dict, path: str = "") -> set[str]:
         named = {"students", "objectives", "teacher.model.options", "students.wide.model.options"}
-        named |= {"selections", "selections.mixed.shares", "recordings.models"}
+        named |= {"selections", "selections.mixed.shares", "recordings.models", "teachers"}
         found = set() if path in named else {path}
         for key, value in content.items():
             if isinstance(value, dict):
@@ -190,6 +198,7 @@ def test_every_section_of_a_study_is_in_the_table_of_typos():
 
     siblings = {"students.wide", "students.tiny.model", "students.wide.model"}
     siblings |= {"objectives.plain", "objectives.smooth"}
+    siblings |= {"teachers.small.model", "teachers.small.training"}
     assert sections(STUDY) - siblings == set(SECTIONS)
 
 
@@ -591,6 +600,8 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "teacher.training.epochs": {"teacher", "record"},
     "teacher.training.augment.flip": {"teacher", "record"},
     "teacher.expected_accuracy": {"teacher"},
+    "teachers.small.seed": set(),  # its own step reads it, and students of a teacher of a subset
+    "shares": None,
     "dynamics.observed": {"teacher", "record"},
     "dynamics.logits": {"teacher", "record"},
     "dynamics.seed": {"teacher"},
@@ -619,6 +630,7 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "tracking.wandb": None,  # changes no result, and so no settings
 }
 NEW = {
+    "shares": "other.yaml",
     "dynamics.observed": "eval",
     "dynamics.logits": False,
     "teacher.training.augment.flip": True,
@@ -676,6 +688,100 @@ def test_a_feature_objective_asks_the_teacher_for_more():
 
 def test_every_part_of_a_study_is_in_the_table_of_readers():
     assert {path.split(".")[0] for path in READERS} == set(Study.model_fields) - {"name"}
+
+
+OWN = {
+    "model": {"name": "tiny_cnn"},
+    "training": {"steps": 9, "batch_size": 8, "lr_peak": 0.1},
+    "expected_accuracy": 0.1,
+    "learns_from": "subset",
+}
+
+
+def taught(**own):
+    content = changed("teachers.own", OWN | own)
+    content["objectives"]["heard"] = {"kind": "kd", "alpha": 1, "temperature": 1, "teacher": "own"}
+    return content
+
+
+def test_students_read_the_settings_of_a_teacher_of_their_subset_alone():
+    cell = {"objective": "heard"}
+    before, after = (validated(taught(seed=seed)) for seed in (0, 1))
+    settings = [s.step_settings("distill", s.cell(**cell)) for s in (before, after)]
+    assert settings[0]["teacher"]["seed"] == 0
+    assert settings[1]["teacher"]["seed"] == 1
+    assert "teacher" not in before.step_settings("distill", before.cell(objective="kd"))
+    whole = validated(taught(learns_from="train"))
+    assert "teacher" not in whole.step_settings("distill", whole.cell(**cell))
+    assert whole.step_settings("teacher", teacher="own")["teacher"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "objectives.heard.teacher",
+            "owl",
+            "unknown teacher of objective heard 'owl'; did you mean 'own'",
+        ),
+        ("objectives.heard", {"kind": "cross_entropy", "teacher": "own"}, "hears no teacher"),
+        ("teachers.own.outputs", {"views": 2}, "students of one study see the same views"),
+        (
+            "teachers.own",
+            OWN | {"training": None, "weights": "a.pt", "trained_on": "kept"},
+            "a teacher of the subset alone is trained here",
+        ),
+        ("teacher.learns_from", "subset", "stands under `teachers`"),
+    ],
+)
+def test_a_further_teacher_that_cannot_be_meant_is_refused(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        validated(changed(path, value, taught()))
+
+
+def written_studies(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    return [folder / f"{name}.yaml" for name in files]
+
+
+def test_a_study_shares_what_comes_before_the_students(home):
+    other = {"base": "one.yaml", "shares": "one.yaml", "training": {"steps": 7}}
+    one, two = written_studies(home, one=STUDY, two=other)
+    above, study = load_study(one), load_study(two)
+    assert study.upstream == above
+    assert study.recorded_run == above.recorded_run
+    assert study.runs != above.runs
+    assert above.upstream is above
+    assert "shares" not in study.step_settings("compare")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"split_seed": 3}}, r"(?s)cannot share.*data.split_seed: 0 -> 3"),
+        ({"dynamics": {"window": 4}}, r"(?s)cannot share.*scoring.window"),
+        (
+            {"objectives": {"more": {"kind": "hint", "weight": 1.0, "stage": 2}}},
+            "no teacher outputs for hint 2",
+        ),
+        ({"shares": "three.yaml"}, "expected another study file beside it"),
+        ({"shares": "two.yaml"}, "expected another study file beside it"),
+    ],
+)
+def test_a_study_that_asks_for_something_else_cannot_share(home, change, message):
+    two = {"base": "one.yaml", "shares": "one.yaml"} | change
+    _, path = written_studies(home, one=STUDY, two=two)
+    with pytest.raises(StudyError, match=message):
+        load_study(path)
+
+
+def test_what_is_shared_is_not_shared_on(home):
+    two = {"base": "one.yaml", "shares": "one.yaml"}
+    three = {"base": "one.yaml", "shares": "two.yaml"}
+    *_, path = written_studies(home, one=STUDY, two=two, three=three)
+    with pytest.raises(StudyError, match=r"it shares those of one.yaml itself: name that one"):
+        load_study(path)
 
 
 def test_the_cell_itself_is_part_of_what_distill_reads():
