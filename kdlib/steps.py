@@ -174,7 +174,12 @@ def further_teachers(study: Study) -> list[str]:
 
 
 def _teacher(study: Study, name: str | None) -> params.Teacher:
-    return study.teacher if name is None else study.teachers[name]
+    if name is None:
+        return study.teacher
+    if name not in study.teachers:
+        known = files.nearest(name, study.teachers) if study.teachers else "it has none"
+        raise params.StudyError(f"no teacher {name!r} in this study's `teachers`; {known}")
+    return study.teachers[name]
 
 
 def teacher_folder(study: Study, name: str | None = None) -> Path:

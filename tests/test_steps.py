@@ -442,6 +442,127 @@ def _picked(study, images, ids, name="mine"):
     return subset
 
 
+def _student(study, images, **axes):
+    cell = study.cell(**axes)
+    return cell, steps.train_student(study, images, cell, 0)
+
+
+@pytest.mark.parametrize("policy", ["fixed_shards", "random_shards"])
+def test_the_biased_scheme_is_trained_refused_and_shown_with_its_number(home, policy):
+    study = _study(home, axes__strategy=["random", "easy", policy, f"{policy}_cut"])
+    images = steps.open_images(study)
+    for cell in study.cells():
+        for seed in study.seeds:
+            steps.train_student(study, images, cell, seed)
+    table = report.results(study)
+    exhibits = table["strategy"] == f"{policy}_cut"
+    assert exhibits.sum() == 4
+    assert table[exhibits]["refused"].all()
+    assert table[exhibits]["reason"].str.contains("coverage: ").all()
+    assert table[exhibits]["test_accuracy"].between(0, 1).all()
+    honest = table[table["strategy"] == policy]
+    assert not honest["refused"].any()
+    if policy == "fixed_shards":  # of the same shards the last ones are not reached
+        fewer = table[exhibits]["unique_examples"].to_numpy()
+        assert (fewer < honest["unique_examples"].to_numpy()).all()
+
+
+def test_an_exhibit_that_no_tripwire_catches_is_not_kept(home, monkeypatch):
+    strategies = ["random", "easy", "fixed_shards_cut"]
+    study = _study(home, axes__strategy=strategies, training__order="sequential")
+    monkeypatch.setattr(steps, "CUT", 1.0)
+    with pytest.raises(checks.TripwireError, match="passes every tripwire; expected one to fail"):
+        _student(study, steps.open_images(study), strategy="fixed_shards_cut")
+
+
+OWN = {
+    "model": {"name": "tiny_cnn", "options": {"width": 8}},
+    "training": {"steps": 60, "batch_size": 64, "lr_peak": 0.1},
+    "expected_accuracy": 0.3,
+}
+
+
+def _taught_study(home, **own):
+    objectives = {
+        "kd": {"kind": "kd", "alpha": 0.5, "temperature": 2.0},
+        "plain": {"kind": "cross_entropy"},
+        "other": {"kind": "kd", "alpha": 0.5, "temperature": 2.0, "teacher": "other"},
+    }
+    _study(home)
+    path = home / "params" / "tiny.yaml"
+    content = yaml.safe_load(path.read_text())
+    content |= {"objectives": objectives, "teachers": {"other": OWN | own}}
+    content["axes"]["objective"] = ["kd", "plain", "other"]
+    path.write_text(yaml.safe_dump(content))
+    return load_study(path)
+
+
+def test_students_of_a_further_teacher_hear_that_one(home, monkeypatch, capsys):
+    study = _taught_study(home)
+    images = steps.open_images(study)
+    with pytest.raises(FileNotFoundError, match=r"teachers/other holds no finished run"):
+        _student(study, images, objective="other")
+    # the study's own teacher and its students stand as they were
+    before = runs.read_evidence(steps.teacher_folder(study))
+    command = ["kdlib", "step", "teacher", str(home / "params" / "tiny.yaml"), "--teacher"]
+    monkeypatch.setattr("sys.argv", [*command, "othr"])
+    assert __main__.main() == 1
+    assert "no teacher 'othr' in this study's `teachers`; did you mean" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", [*command, "other"])
+    assert __main__.main() == 0
+    steps.make_teacher(study, images)
+    assert runs.read_evidence(steps.teacher_folder(study)) == before
+    _, heard = _student(study, images, objective="other")
+    _, usual = _student(study, images, objective="kd")
+    card = steps.open_teacher(study, "other")
+    assert heard["teacher"] == card
+    assert usual["teacher"] == steps.open_teacher(study)
+    assert card["weights_sha256"] != usual["teacher"]["weights_sha256"]
+    assert heard["initialisation"] == usual["initialisation"]
+    assert heard["checkpoints"]["last"] != usual["checkpoints"]["last"]
+
+
+def test_a_teacher_of_the_subset_alone_has_seen_nothing_else(home):
+    study = _taught_study(home, learns_from="subset")
+    images = steps.open_images(study)
+    steps.make_teacher(study, images)
+    assert not (study.runs / "teachers").exists()  # there is one for each subset
+    cell, evidence = _student(study, images, strategy="easy", objective="other")
+    (folder,) = (study.runs / "teachers" / "other").glob("subset=*/seed=0")
+    teacher = runs.read_evidence(folder)
+    subset = steps.make_subset(study, images, cell, 0)
+    assert teacher["subset"]["sha256"] == subset.sha256
+    assert teacher["coverage"]["unique"] == len(subset) < len(images.train_ids)
+    assert teacher["coverage"]["outside_subset"] == 0
+    assert evidence["teacher"] == teacher["teacher"]
+    assert evidence["teacher"]["trained_on"] == "subset"
+    # student and teacher are one architecture and yet draw apart
+    assert teacher["initialisation"] != evidence["initialisation"]
+    assert teacher["order_sha256"] != evidence["order_sha256"]
+    before = (folder / "evidence.json").read_bytes()
+    _student(study, images, strategy="easy", objective="other")
+    assert (folder / "evidence.json").read_bytes() == before
+    steps.train_student(study, images, cell, 1)
+    assert len(list((study.runs / "teachers" / "other").glob("subset=*/seed=*"))) == 2
+
+
+def test_a_study_that_shares_a_teacher_makes_students_alone(home, monkeypatch):
+    other = {"base": "tiny.yaml", "shares": "tiny.yaml", "training": {"steps": 30}}
+    path = home / "params" / "less.yaml"
+    path.write_text(yaml.safe_dump(other))
+    study = load_study(path)
+    monkeypatch.setattr(steps, "store_outputs", None)
+    images = steps.cache_images(study)
+    steps.make_teacher(study, images)
+    steps.make_datamap(study, images)
+    _, evidence = _student(study, images, strategy="easy", objective="kd")
+    assert sorted(path.name for path in study.runs.iterdir()) == ["distill"]
+    assert evidence["teacher"] == steps.open_teacher(load_study(home / "params" / "tiny.yaml"))
+    assert evidence["subset"]["parent_datamap"] == runs.read_evidence(
+        study.upstream.runs / "datamap"
+    )["datamap_sha256"]  # fmt: skip
+
+
 def test_a_selection_made_by_hand_is_trained_on_and_compared_with_a_random_one_of_its_size(home):
     study = _study(home)
     images = steps.open_images(study)
