@@ -113,6 +113,21 @@ ALL = {"cache": 1, "teacher": 1, "datamap": 1, "distill": 3, "probe": 2, "compar
 SCORES = {"record": 4, "ask_scores": 1}
 
 
+def _planned(home, study):
+    """How many jobs of each rule a dry run of the pipeline plans."""
+    options = ["--dry-run", "--quiet", "rules"]
+    process = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *options,
+         "--directory", str(home), "--cores", "1", "--config", f"study={study}"],
+        env=_environment(home), capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    lines = [line.split() for line in (process.stdout + process.stderr).splitlines()]
+    counts = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
+    counts.pop("total"), counts.pop("all")
+    return counts
+
+
 @pytest.mark.parametrize(
     ("key", "value", "made"),
     [
@@ -146,17 +161,20 @@ def test_a_changed_value_makes_anew_only_what_depends_on_it(home, key, value, ma
     if value == "label_smoothing":
         place["smoothing"] = 0.1
     (home / STUDY).write_text(yaml.safe_dump(content))
-    options = ["--dry-run", "--quiet", "rules"]
-    process = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *options,
-         "--directory", str(home), "--cores", "1", "--config", f"study={home / STUDY}"],
-        env=_environment(home), capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    lines = [line.split() for line in (process.stdout + process.stderr).splitlines()]
-    counts = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
-    counts.pop("total"), counts.pop("all")
-    assert counts == made
+    assert _planned(home, home / STUDY) == made
+
+
+def test_a_study_that_shares_a_teacher_plans_students_and_its_further_teachers_alone(home):
+    study = {"base": "tiny.yaml", "shares": "tiny.yaml", "recordings": None}
+    training = {"steps": 30, "batch_size": 64, "lr_peak": 0.1}
+    own = {"model": {"name": "tiny_cnn"}, "training": training, "expected_accuracy": 0.1}
+    kd = {"kind": "kd", "alpha": 0.5, "temperature": 2.0}
+    study |= {"teachers": {"other": own}, "objectives": {"more": kd | {"teacher": "other"}}}
+    study |= {"axes": {"objective": ["kd", "plain", "more"]}}
+    path = home / "params" / "shared.yaml"
+    path.write_text(yaml.safe_dump(study))
+    made = {"distill": 3, "probe": 2, "compare": 1, "further_teacher": 1}
+    assert _planned(home, path) == made
 
 
 def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
