@@ -242,12 +242,20 @@ def _in_order(pieces: list[Tensor], ranks: Ranks) -> Tensor:
 
 
 def train(
-    run: Run, task: Task, describe: str = "training", tracker: Tracker | None = None
+    run: Run,
+    task: Task,
+    describe: str | None = "training",
+    tracker: Tracker | None = None,
+    state_every_s: float | None = None,
 ) -> Trained:
     """Train to the end of the budget, from the beginning or from where a killed run stopped.
 
     Weights at the checkpoint steps, at the best and at the last step are written into the run's
     folder; the caller finishes the run. Of several processes the first one writes.
+
+    Args:
+        describe: Beside the progress bar; None shows none.
+        state_every_s: Seconds between resumable states; None: `STATE_EVERY_S`.
 
     Raises: TrainingError for a loss that is not finite, memory that runs out, or a network that
         cannot be compiled here; StateError for a state of other settings.
@@ -256,7 +264,8 @@ def train(
     every = training.evaluate_every_steps or max(1, round(task.full_size / training.batch_size))
     kept = checkpoint_steps(training, plan.n_steps)
     loop = _Loop(run, task)
-    quiet = {} if task.ranks.first else {"disable": True}
+    quiet = {} if task.ranks.first and describe is not None else {"disable": True}
+    interval = STATE_EVERY_S if state_every_s is None else state_every_s
     progress = tqdm(
         total=plan.n_steps, initial=loop.step, desc=describe, unit="step", leave=False, **quiet
     )
@@ -277,7 +286,7 @@ def train(
                     f"loss {row['train_loss']:.3f}, validation {row['validation_accuracy']:.1%}"
                 )
             progress.update(1)
-            if time.monotonic() - saved >= STATE_EVERY_S:
+            if time.monotonic() - saved >= interval:
                 loop.save()
                 saved = time.monotonic()
     except (MemoryError, RuntimeError) as error:
@@ -468,11 +477,17 @@ class _Loop:
         step.learner.load_state_dict(parts["learner"])
         if self.ema is not None:
             self.ema.load(parts["ema"], numbers["ema_updates"])
+        groups = step.optimiser.state_dict()["param_groups"]
+        trained = [p for group in step.optimiser.param_groups for p in group["params"]]
         slots: dict[int, dict] = {}
         for name, tensor in parts["optimiser"].items():
             number, _, key = name.partition(".")
+            parameter = trained[int(number)]
+            if tensor.shape == parameter.shape:
+                # fused optimisers pair a weight and its momentum by their place in memory: the
+                # saved one is contiguous, the weight may have its channels last
+                tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             slots.setdefault(int(number), {})[key] = tensor
-        groups = step.optimiser.state_dict()["param_groups"]
         step.optimiser.load_state_dict({"state": slots, "param_groups": groups})
 
     def close(self) -> Trained:

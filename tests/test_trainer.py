@@ -397,6 +397,25 @@ def test_every_way_to_train_resumes_to_the_bit(tmp_path, images, monkeypatch, na
     assert whole.evidence["stopped_early"] == (name == "early_stopping")
 
 
+@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+def test_a_network_with_its_channels_last_resumes_to_the_bit(
+    tmp_path, images, monkeypatch, optimiser
+):
+    training = TRAINING.model_copy(update={"optimiser": optimiser, "lr_peak": 0.01})
+
+    def one(folder):
+        task = _task(images, training=training)
+        task.network.to(memory_format=torch.channels_last)  # as a study's are
+        return train(_run(folder), task, state_every_s=0.0)
+
+    whole = one(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 4)
+        with pytest.raises(_Stopped):
+            one(tmp_path / "stopped")
+    assert one(tmp_path / "stopped").checkpoints == whole.checkpoints
+
+
 def test_kept_weights_are_the_running_mean_of_those_of_every_step(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(update={"ema": 0.5})
     seen, real = [], trainer.Step.__call__
