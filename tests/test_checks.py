@@ -81,6 +81,11 @@ def test_honest_evidence_passes_every_tripwire():
         (_broken("gradient", "norm", 0.0), "gradient", "gradient norm 0;"),
         (_broken("gradient", "tensors_without", 1), "gradient", "1 of 8 parameter tensors"),
         (_broken("pairing", "permuted", 0.2), "pairing", "term 0.2, 0.2 with permuted rows"),
+        # squared norms of unit vectors, as in the second earlier study: 0 but for rounding
+        (
+            HONEST | {"pairing": HONEST["pairing"] | {"paired": 2.6e-32, "permuted": 2.7e-32}},
+            "pairing", "term 2.6e-32, 2.7e-32 with permuted rows",
+        ),
         (_broken("pairing", "teacher_accuracy", 0.11), "pairing", "rows 11.00% right"),
         (_broken("teacher", "measured", 0.93), "teacher_card", "measured 93.00%"),
         (_broken("selection", "best_epoch_by", "test"), "untouched_test", "chosen on test"),
