@@ -15,7 +15,6 @@ import numpy as np
 from kdlib import files
 from kdlib.seeds import derive
 
-
 # Teacher terms are float64. Of a loss that is 0 whatever it compares they differ by rounding, by
 # 1e-33 measured (2026-11), in either direction.
 ROUNDING = 1e-12
