@@ -40,6 +40,8 @@ RECORDINGS = [f"{RUNS}/recorded/{run}/evidence.json" for run in RECORDED]
 QUESTIONS = [f"{RUNS}/scores/evidence.json"] if study.recordings else []
 if study.recordings and study.data.relabel:
     QUESTIONS.append(f"{RUNS}/noise/evidence.json")
+if study.audit:
+    QUESTIONS.append(f"{RUNS}/audit/evidence.json")
 
 
 def settings(step):
@@ -81,6 +83,7 @@ localrules:
     all,
     scores,
     noise,
+    audit,
 
 
 rule all:
@@ -91,7 +94,7 @@ rule all:
         QUESTIONS,
 
 
-# By name, without the students: `snakemake scores`, `snakemake noise`.
+# By name, without the students: `snakemake scores`, `snakemake noise`, `snakemake audit`.
 rule scores:
     input:
         f"{RUNS}/scores/evidence.json",
@@ -100,6 +103,11 @@ rule scores:
 rule noise:
     input:
         f"{RUNS}/noise/evidence.json",
+
+
+rule audit:
+    input:
+        f"{RUNS}/audit/evidence.json",
 
 
 rule cache:
@@ -201,6 +209,22 @@ rule ask_noise:
         text=f"{RUNS}/noise/08_noise.log",
     params:
         settings=settings("noise"),
+    shell:
+        PAPERMILL + LOG
+
+
+rule ask_audit:
+    input:
+        f"{RUNS}/cache/evidence.json",
+        notebook=notebook("09_audit.ipynb"),
+    output:
+        update(f"{RUNS}/audit/evidence.json"),
+    log:
+        notebook=f"{RUNS}/audit/09_audit.ipynb",
+        text=f"{RUNS}/audit/09_audit.log",
+    params:
+        settings=settings("audit"),
+    threads: study.compute.threads
     shell:
         PAPERMILL + LOG
 

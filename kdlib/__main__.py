@@ -13,7 +13,7 @@ from typing import Any
 from kdlib import files
 from kdlib.params import AXES, Study, load_study, parse_part
 
-STEPS = ("scores", "noise")  # of the pipeline, that can be asked for by name
+STEPS = ("scores", "noise", "audit")  # of the pipeline, that can be asked for by name
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "-n"}  # may compare nothing
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
@@ -62,10 +62,10 @@ def _tell_failures(study: Study) -> None:
 
 def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
     """Redraw every figure of a study whose records are there."""
-    from kdlib import report, scorecard, steps  # matplotlib, pandas: only where figures are drawn
+    from kdlib import audit, report, scorecard, steps  # matplotlib, pandas: only where they draw
 
     study = load_study(arguments.study)
-    drawn = scorecard.redraw(study, steps.open_images(study))
+    drawn = scorecard.redraw(study, steps.open_images(study)) | audit.redraw(study)
     if not drawn or (study.runs / "compare" / "evidence.json").is_file():
         tables = report.compile_tables(study)
         drawn |= report.draw_shard_visits(study) | report.draw_datamap(study)

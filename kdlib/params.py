@@ -695,6 +695,7 @@ class Study(Settings):
     teachers: dict[str, Teacher] = {}  # further ones, for objectives that name them
     dynamics: Dynamics = Dynamics()
     recordings: Recordings | None = None
+    audit: bool = False  # also make notebook 09: what two earlier studies measured, in miniature
     selections: dict[str, Selection] = {}  # further strategies, by name
     students: dict[str, Student] = Field(min_length=1)
     training: Training  # of the students
@@ -937,7 +938,7 @@ class Study(Settings):
         """The settings one step reads itself; what it inherits reaches it as fingerprints.
 
         Args:
-            step: cache, teacher, datamap, record, scores, noise, distill, probe or compare.
+            step: cache, teacher, datamap, record, scores, noise, audit, distill, probe or compare.
             cell: The cell, for distill.
             teacher: One of the further teachers, for teacher; None: the study's own.
         """
@@ -982,13 +983,14 @@ class Study(Settings):
                 "dynamics": {key: dump["dynamics"][key] for key in ("observed", "logits")},
                 "compute": dump["compute"],
             },
+            "audit": {"compute": dump["compute"]},
             "scores": {"scoring": scoring, "recordings": dump["recordings"]},
             "noise": {"scoring": scoring, "recordings": dump["recordings"]},
             "probe": {
                 **{key: dump["probe"][key] for key in ("k", "c_grid", "seed")},
                 "compute": dump["compute"],
             },
-            "compare": {key: value for key, value in dump.items() if key != "recordings"},
+            "compare": {k: v for k, v in dump.items() if k not in ("recordings", "audit")},
         }[step]
 
 

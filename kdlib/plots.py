@@ -674,6 +674,62 @@ def shard_visits(fig: Figure, visits: Mapping[str, np.ndarray], title: str = "")
     return fig
 
 
+def defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
+    """Each defect's number against the honest one: one row each, with the tripwire that caught it.
+
+    Args:
+        ax: The axis.
+        exhibits: One row per defect, drawn from top to bottom: `study`, `name`, `measure`,
+            `defect` and `honest` (shares in [0, 1]), `tripwire`, and whether it was `caught`.
+        title: Above the rows.
+
+    Returns: `ax`, its x axis in %.
+    Raises: ValueError for missing columns, an empty table, or numbers that are no shares.
+    """
+    columns = ("study", "name", "measure", "defect", "honest", "tripwire", "caught")
+    demand(exhibits, columns, "exhibits")
+    numbers = 100 * exhibits[["defect", "honest"]].to_numpy()
+    if not ((numbers >= 0) & (numbers <= 100)).all():
+        raise ValueError(f"numbers span [{numbers.min()}, {numbers.max()}] %; expected [0, 100]")
+    rows = exhibits.reset_index(drop=True)
+    edge = ax.get_yaxis_transform()
+    for y, row in rows.iterrows():
+        wrong, honest = 100 * row["defect"], 100 * row["honest"]
+        ax.plot([wrong, honest], [y, y], color=GREY, linewidth=0.8, zorder=1)
+        ax.plot(honest, y, marker="o", color=BLUE, markersize=5.5, linestyle="", zorder=2,
+                clip_on=False)  # fmt: skip
+        ax.plot(wrong, y, marker="X", color=VERMILLION, markersize=5, linestyle="", zorder=3,
+                clip_on=False)  # fmt: skip
+        ax.text(-0.03, y - 0.04, f"{row['study']}  {row['name']}", transform=edge, ha="right",
+                va="bottom", fontsize=TEXT_PT)  # fmt: skip
+        ax.text(-0.03, y + 0.04, row["measure"], transform=edge, ha="right", va="top",
+                fontsize=TEXT_PT, color=GREY)  # fmt: skip
+        told = "\n".join(row["tripwire"].split(", "))
+        if not row["caught"]:
+            told = f"not caught by\n{told}"
+        ax.text(1.03, y, told, transform=edge, ha="left", va="center", fontsize=TEXT_PT,
+                linespacing=0.95)  # fmt: skip
+    for y in np.flatnonzero(rows["study"].to_numpy()[1:] != rows["study"].to_numpy()[:-1]):
+        ax.axhline(y + 0.5, color=BLACK, linewidth=0.6)
+    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), yticks=[])
+    ax.set_xlabel("what each row measures (%)")
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+    ax.set_axisbelow(True)
+    handles = [
+        _handle("with the defect", marker="X", color=VERMILLION, linestyle=""),
+        _handle("without", marker="o", color=BLUE, linestyle=""),
+    ]
+    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2,
+              columnspacing=1, handletextpad=0.4)  # fmt: skip
+    ax.text(1.03, 1, "tripwire", transform=ax.transAxes, ha="left", va="bottom",
+            fontsize=TEXT_PT, fontweight="bold")  # fmt: skip
+    if title:
+        ax.text(-0.03, 1, title, transform=ax.transAxes, ha="right", va="bottom",
+                fontsize=TEXT_PT, fontweight="bold")  # fmt: skip
+    return ax
+
+
 def _fitted(text: str, width_pt: float) -> str:
     """The text, or as much of its beginning as fits, and an ellipsis."""
     text = text.replace("_", " ")

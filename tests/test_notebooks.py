@@ -26,7 +26,7 @@ def _code(notebook):
 
 def test_no_notebook_is_left_out():
     names = ["01_cache", "02_teacher", "03_datamap", "04_distill", "05_probe", "06_compare"]
-    names += ["07_scores", "08_noise"]
+    names += ["07_scores", "08_noise", "09_audit"]
     assert [path.stem for path in NOTEBOOKS] == names
     snakefile = (FOLDER.parent / "Snakefile").read_text()
     assert all(f"{name}.ipynb" in snakefile for name in names)

@@ -610,6 +610,7 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "dynamics.gradient_epoch": {"teacher"},
     "dynamics.clusters": {"datamap", "scores", "noise"},
     "recordings.seeds": {"record", "scores", "noise"},
+    "audit": set(),
     "selections.mixed.shares": set(),
     "students.tiny.model.name": {"distill tiny kd", "distill tiny plain"},
     "students.wide.model.options.width": {"distill wide kd", "distill wide plain"},
@@ -624,9 +625,9 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "compare.margin": set(),
     "axes.fraction": set(),
     "seeds": set(),
-    "compute.threads": {"teacher", "record", "distill", "probe"},
-    "compute.channels_last": {"teacher", "record", "distill", "probe"},
-    "compute.precision": {"teacher", "record", "distill", "probe"},
+    "compute.threads": {"teacher", "record", "audit", "distill", "probe"},
+    "compute.channels_last": {"teacher", "record", "audit", "distill", "probe"},
+    "compute.precision": {"teacher", "record", "audit", "distill", "probe"},
     "tracking.wandb": None,  # changes no result, and so no settings
 }
 NEW = {
@@ -638,6 +639,7 @@ NEW = {
     "probe.c_grid": [1.0],
     "probe.strategy": ["full"],
     "axes.fraction": [0.33, 0.1, 0.5],
+    "audit": True,
     "seeds": [0, 1, 2],
     "recordings.seeds": [0, 1, 2],
     "dynamics.gradient_epoch": 2,
@@ -647,8 +649,16 @@ NEW = {
     "tracking.wandb": True,
 }
 # reach `compare` through the datamap, or not at all
-UNSEEN = {"dynamics.el2n_epoch", "dynamics.window", "dynamics.clusters", "recordings.seeds"}
-READ_BY_ALL = ("cache", "teacher", "datamap", "record", "scores", "noise", "probe", "compare")
+UNSEEN = {
+    "dynamics.el2n_epoch",
+    "dynamics.window",
+    "dynamics.clusters",
+    "recordings.seeds",
+    "audit",
+}
+READ_BY_ALL = (
+    "cache", "teacher", "datamap", "record", "scores", "noise", "audit", "probe", "compare",
+)  # fmt: skip
 
 
 def settings_by_step(content: dict) -> dict[str, dict]:

@@ -69,9 +69,17 @@ ALLOWED = {
     "variants",
     "report": "cartography checks compare dynamics files maps objectives params plots probing runs "
     "sampling seeds steps",
+    "exhibits": "cache cartography checks dynamics evaluation loading models objectives params "
+    "probe runs sampling seeds selection steps teacher trainer weights",
+    "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer",
+    "feature_defects": "checks exhibits features objectives params probe runs sampling seeds "
+    "teacher tracking trainer weights",
+    "invariants": "",
+    "audit": "exhibits feature_defects files invariants params plots runs steps subset_defects "
+    "tables",
     "picking": "__init__ files params runs selection steps",
     "explorer": "params picking plots report",
-    "__main__": "cache files inspecting params ranks recordings report runs scorecard steps",
+    "__main__": "audit cache files inspecting params ranks recordings report runs scorecard steps",
 }
 NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
 SLOW = {
@@ -83,7 +91,7 @@ SLOW = {
     "PIL",
     "numba",
 }  # a kernel's start counts
-DRAWING = {"plots", "maps", "report", "scorecard"}
+DRAWING = {"plots", "maps", "report", "scorecard", "audit"}
 WIDGETS = "explorer"  # imported by notebooks alone
 ENGINE = "engine"  # papermill loads it, by its entry point; no module imports it
 EXECUTING = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}  # run code on loading
