@@ -215,7 +215,7 @@ rule ask_noise:
 
 rule ask_audit:
     input:
-        f"{RUNS}/cache/evidence.json",
+        f"{UPSTREAM}/cache/evidence.json",
         notebook=notebook("09_audit.ipynb"),
     output:
         update(f"{RUNS}/audit/evidence.json"),

@@ -6,6 +6,7 @@ Leaves to others: the defects (`subset_defects`, `feature_defects`), drawing (`p
 
 import dataclasses
 import math
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def ours(table: pd.DataFrame, strategy: str, fraction: float) -> str:
     objective, in %; `-` where there are none.
 
     Args:
-        table: Rows as `report.results` gives them.
+        table: Rows of one student, as `report.results` gives them.
     """
     rows = table[~table["refused"].astype(bool) & (table["strategy"] == strategy)]
     rows = rows[[math.isclose(f, fraction) for f in rows["fraction"]]]
@@ -105,7 +106,12 @@ def results_beside() -> dict[str, pd.DataFrame]:
 def describe_published() -> str:
     """Their table beside ours, as Markdown."""
     theirs, beside = published(), results_beside()
-    heads = [*(f"theirs: {name}" for name in STUDENTS.values()), *(f"ours: {n}" for n in beside)]
+    columns = {
+        f"ours: {study}, {student}": table[table["student"] == student]
+        for study, table in beside.items()
+        for student in table["student"].unique()
+    }
+    heads = [*(f"theirs: {name}" for name in STUDENTS.values()), *columns]
     lines = [
         "Accuracy on CIFAR-10, %. Theirs: on validation images, 10 epochs, teacher ResNet-50 "
         "(84.1), every student distilled. Ours: on the test images, last step, mean ± s.d. over "
@@ -121,8 +127,12 @@ def describe_published() -> str:
         if strategy == "random_as_published":
             name = f"random, {100 * fraction:g} %, as published (in fact the full set)"
         cells = [f"{row[student]:.1f}" for student in STUDENTS]
-        cells += [ours(table, strategy, fraction) for table in beside.values()]
+        cells += [ours(table, strategy, fraction) for table in columns.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, table in columns.items():
+        fewest, most = table["steps"].min(), table["steps"].max()
+        steps = f"{fewest:g}" if fewest == most else f"{fewest:g} to {most:g}"
+        lines += ["", f"{name}: {steps} steps, {table['seed'].nunique()} seeds."]
     missing = [name for name in BESIDE if name not in beside]
     if missing:
         lines += ["", "No run table here of " + " and ".join(f"`{m}`" for m in missing) + ": "
@@ -157,8 +167,7 @@ def describe_exhibits(table: pd.DataFrame) -> str:
 
 def _cut(sentence: str, most: int = 400) -> str:
     """Hashes are shown by their beginning, and long sentences too."""
-    words = [w[:12] + "…" if len(w) >= 64 and w.isalnum() else w for w in sentence.split(" ")]
-    short = " ".join(words)
+    short = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", sentence)
     return short if len(short) <= most else short[:most].rstrip() + " …"
 
 

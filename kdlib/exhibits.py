@@ -294,14 +294,14 @@ class Bench:
         folder, images = self.place() / "outputs", self.images
         return store_outputs(self.taught[0], images.pixels, images.train, folder, wanted=wanted)
 
-    def features(self, network: Network, split: str, fingerprint: str | None = None):
-        """A network's features of one split; `fingerprint` is said to be that of its weights."""
+    def features(self, network: Network, split: str) -> probe.Features:
+        """A network's features of one split."""
         cache, ids = (
             (self.images.train, self.ids) if split == "train" else (self.images.test, self.test_ids)
         )
         pixels, labels = self._read(cache, ids)
         (values,) = all_outputs(network, self.images.pixels, pixels, ("features",))
-        sha256 = fingerprint or weights_fingerprint(network)
+        sha256 = weights_fingerprint(network)
         return probe.Features(values.numpy(), labels.numpy(), ids, split, sha256)
 
     def probed(self, network: Network) -> float:

@@ -5,9 +5,10 @@ A test finds each of these tests. Leaves to others: the defects themselves (`sub
 """
 
 _T = {m: f"tests/test_{m}.py::test_" for m in (
-    "steps", "checks", "trainer", "evaluation", "seeds", "sampling", "selection", "dynamics",
-    "compare", "params", "models", "probe", "features", "losses", "teacher", "cache", "building",
-    "states", "structure", "notebooks", "pipeline", "loading", "audit", "files",
+    "audit", "building", "cache", "checks", "compare", "dynamics", "evaluation",
+    "features", "loading", "losses", "models", "params", "pipeline", "probe",
+    "sampling", "seeds", "selection", "states", "steps", "structure", "teacher",
+    "trainer",
 )}  # fmt: skip
 # (study, invariant, names of tests)
 INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (

@@ -692,26 +692,32 @@ def defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
     if not ((numbers >= 0) & (numbers <= 100)).all():
         raise ValueError(f"numbers span [{numbers.min()}, {numbers.max()}] %; expected [0, 100]")
     rows = exhibits.reset_index(drop=True)
-    edge = ax.get_yaxis_transform()
+
+    def note(text: str, side: int, y: float, points: tuple[float, float], **look: Any) -> None:
+        """Text beside the left (0) or right (1) edge of the axis, at a distance in points."""
+        ax.annotate(
+            text, (side, y), points, ax.get_yaxis_transform(), "offset points",
+            annotation_clip=False, fontsize=TEXT_PT, **look,
+        )  # fmt: skip
+
     for y, row in rows.iterrows():
         wrong, honest = 100 * row["defect"], 100 * row["honest"]
         ax.plot([wrong, honest], [y, y], color=GREY, linewidth=0.8, zorder=1)
-        ax.plot(honest, y, marker="o", color=BLUE, markersize=5.5, linestyle="", zorder=2,
-                clip_on=False)  # fmt: skip
-        ax.plot(wrong, y, marker="X", color=VERMILLION, markersize=5, linestyle="", zorder=3,
-                clip_on=False)  # fmt: skip
-        ax.text(-0.03, y - 0.04, f"{row['study']}  {row['name']}", transform=edge, ha="right",
-                va="bottom", fontsize=TEXT_PT)  # fmt: skip
-        ax.text(-0.03, y + 0.04, row["measure"], transform=edge, ha="right", va="top",
-                fontsize=TEXT_PT, color=GREY)  # fmt: skip
+        look = {"linestyle": "", "clip_on": False}
+        ax.plot(honest, y, marker="o", color=BLUE, markersize=5.5, zorder=2, **look)
+        ax.plot(wrong, y, marker="X", color=VERMILLION, markersize=5, zorder=3, **look)
+        name = f"{row['study']}  {row['name']}"
+        note(name, 0, y, (-7, 0.5), ha="right", va="bottom")
+        note(row["measure"], 0, y, (-7, -0.5), ha="right", va="top", color=GREY)
+        note(f"{wrong:.1f}", 1, y, (30, 0), ha="right", va="center", color=VERMILLION)
+        note(f"{honest:.1f}", 1, y, (57, 0), ha="right", va="center", color=BLUE)
         told = "\n".join(row["tripwire"].split(", "))
-        if not row["caught"]:
-            told = f"not caught by\n{told}"
-        ax.text(1.03, y, told, transform=edge, ha="left", va="center", fontsize=TEXT_PT,
-                linespacing=0.95)  # fmt: skip
+        told = told if row["caught"] else f"not caught by\n{told}"
+        note(told, 1, y, (65, 0), ha="left", va="center", linespacing=1.05)
     for y in np.flatnonzero(rows["study"].to_numpy()[1:] != rows["study"].to_numpy()[:-1]):
         ax.axhline(y + 0.5, color=BLACK, linewidth=0.6)
-    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, -0.6), yticks=[])
+    top = -0.6
+    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, top), yticks=[])
     ax.set_xlabel("what each row measures (%)")
     ax.spines["left"].set_visible(False)
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
@@ -720,13 +726,12 @@ def defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
         _handle("with the defect", marker="X", color=VERMILLION, linestyle=""),
         _handle("without", marker="o", color=BLUE, linestyle=""),
     ]
-    ax.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2,
-              columnspacing=1, handletextpad=0.4)  # fmt: skip
-    ax.text(1.03, 1, "tripwire", transform=ax.transAxes, ha="left", va="bottom",
-            fontsize=TEXT_PT, fontweight="bold")  # fmt: skip
-    if title:
-        ax.text(-0.03, 1, title, transform=ax.transAxes, ha="right", va="bottom",
-                fontsize=TEXT_PT, fontweight="bold")  # fmt: skip
+    ax.legend(
+        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=0.8,
+        handletextpad=0.2, borderaxespad=0.1, borderpad=0.1,
+    )  # fmt: skip
+    note("tripwire", 1, top, (65, 2), ha="left", va="bottom", fontweight="bold")
+    note(title, 0, top, (-7, 2), ha="right", va="bottom", fontweight="bold")
     return ax
 
 

@@ -1,8 +1,8 @@
 """What went wrong in study A, which chose subsets by training dynamics: each defect made again in
 miniature, beside the honest number and the tripwire that catches it.
 
-The code of the defects lives here alone, in functions that begin with `_wrong`. Leaves to others:
-the trainings (`exhibits`), study B (`feature_defects`).
+The code of the defects lives here alone, marked `wrong`. Leaves to others: the trainings
+(`exhibits`), study B (`feature_defects`).
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from kdlib.params import Objective, Selection
 from kdlib.seeds import generator
 from kdlib.selection import Subset, budget, select
 from kdlib.trainer import Step, Task
+from kdlib.weights import weights_fingerprint
 
 ACCURACY = "test accuracy"
 KD = Objective(kind="kd", alpha=0.7, temperature=4.0)
@@ -30,14 +31,14 @@ def ignored_subset(bench: Bench) -> Exhibit:
     wrong, honest = [], []
     for seed in SEEDS:
         honest.append(bench.known("random", seed))
-        declared = honest[-1].plan  # wrong: the loader forgot it
+        declared = honest[-1].plan  # wrong: the loader forgot this plan
         wrong.append(dataclasses.replace(bench.known("full", seed), plan=declared))
     return Exhibit(
         study="A",
         name="a random third that was the full set",
         happened="A guard forgot the probability of the random subset, so that the baseline of a "
         "third trained on all images; that random wins rests on it.",
-        measure=f"{ACCURACY} of the random third",
+        measure=f"{ACCURACY} of a random third",
         defect=mean([fit.accuracy for fit in wrong]),
         honest=mean([fit.accuracy for fit in honest]),
         **judged((checks.budget, checks.coverage), wrong[0].evidence, honest[0].evidence),
@@ -76,7 +77,7 @@ def frozen_statistics(bench: Bench) -> Exhibit:
         wrong.append(bench.accuracy(task.network))
         honest.append(recorded.accuracy)
         unrecorded, ours, theirs = (
-            files.sha256_array(*(v.numpy() for v in network.state_dict().values()))[:12]
+            weights_fingerprint(network)[:12]
             for network in (plain.task.network, recorded.task.network, task.network)
         )
         same.append(unrecorded == ours)
@@ -93,7 +94,7 @@ def frozen_statistics(bench: Bench) -> Exhibit:
         measure=f"{ACCURACY} of the recorded network",
         defect=mean(wrong),
         honest=mean(honest),
-        tripwire="weights with and without recording",
+        tripwire="weights fingerprint",
         sentence=sentence,
         caught=all(differ),
         quiet=all(same),
@@ -115,7 +116,7 @@ def one_seed(bench: Bench) -> Exhibit:
         name="three seeds that were one",
         happened="Every seed and split was overwritten by the teacher's, so that three replicates "
         "were one training three times.",
-        measure=f"spread of {ACCURACY} over seeds (s.d.)",
+        measure=f"s.d. of {ACCURACY} over seeds",
         defect=float(np.std([same.accuracy for _ in SEEDS], ddof=1)),
         honest=float(np.std([fit.accuracy for fit in honest], ddof=1)),
         tripwire="checks.distinct_seeds",
@@ -245,10 +246,10 @@ def keyed_by_position(bench: Bench) -> Exhibit:
         name="dynamics keyed by position",
         happened="Dynamics were keyed by the position in a subset: after another split, every "
         "score belonged to another image.",
-        measure="of the easiest third, how much is among the easiest",
+        measure="examples of the easiest third that are easy",
         defect=float(np.isin(places, easiest).mean()),
         honest=float(np.isin(bench.ids[np.searchsorted(bench.ids, easiest)], easiest).mean()),
-        tripwire="dynamics.DynamicsLog.record, open",
+        tripwire="DynamicsLog.record, DynamicsLog.open",
         sentence=_one_line(sentence).replace(str(bench.folder), "...")
         + "; of another split: "
         + _one_line(split).replace(str(bench.folder), "..."),
@@ -348,7 +349,7 @@ def last_called_best(bench: Bench) -> Exhibit:
         name="last weights called best",
         happened="Numbers of the best epoch stood beside the weights of the last one, and the "
         "best of a glob became the teacher.",
-        measure="validation accuracy of the weights called best",
+        measure="validation accuracy of the best weights",
         defect=float(rows.max()),
         honest=validation,
         tripwire="checks.checkpoint_hashes",

@@ -81,6 +81,20 @@ def grid_input(n=4, channels=3, names=("easy", "ambiguous", "hard")):
     return images, {region: [f"class_{i}" for i in range(n)] for region in names}
 
 
+def exhibit_table():
+    return pd.DataFrame(
+        {
+            "study": ["A", "A", "B"],
+            "name": ["a random third that was the full set", "seed + epoch", "a third defect"],
+            "measure": ["test accuracy of a random third", "draws that are shared", "tensors"],
+            "defect": [0.94, 1.0, 0.0],
+            "honest": [0.85, 0.0, 1.0],
+            "tripwire": ["checks.budget, checks.coverage", "checks.seeds", "states.read_state"],
+            "caught": [True, True, False],
+        }
+    )
+
+
 def draw(name):
     """Each figure as the lab draws it, at its print size."""
     with plots.style():
@@ -95,12 +109,14 @@ def draw(name):
         elif name == "probes":
             for ax, kind in zip(fig.subplots(1, 2), ("linear", "knn"), strict=True):
                 plots.probe_curves(ax, probe_table(), probe=kind)
+        elif name == "defects":
+            plots.defects(fig.subplots(), exhibit_table(), "digits: 3 defects in miniature")
         else:
             plots.region_grid(fig, *grid_input())
     return fig
 
 
-FIGURES = ("accuracy", "differences", "curves", "probes", "regions")
+FIGURES = ("accuracy", "differences", "curves", "probes", "regions", "defects")
 
 
 def words(where):
@@ -456,3 +472,28 @@ def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
         plots.accuracy_by_objective(
             Figure(), pd.concat([results, results.assign(student="other")]), names
         )
+
+
+def test_defects_stand_beside_honest_numbers_with_their_tripwires():
+    table = exhibit_table()
+    ax = plots.defects(axis(), table, "title")
+    marks = {
+        marker: [(x, y) for line in ax.lines if line.get_marker() == marker
+                 for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+        for marker in ("X", "o")
+    }  # fmt: skip
+    assert marks["X"] == [(94.0, 0), (100.0, 1), (0.0, 2)]
+    assert marks["o"] == [(85.0, 0), (0.0, 1), (100.0, 2)]
+    told = [text.get_text() for text in ax.texts]
+    for row in table.itertuples():
+        assert f"{row.study}  {row.name}" in told
+        assert row.measure in told
+        assert f"{100 * row.defect:.1f}" in told
+    assert "checks.budget\nchecks.coverage" in told
+    assert "not caught by\nstates.read_state" in told
+    assert sum("not caught" in text for text in told) == 1
+    assert ax.get_xlabel() == "what each row measures (%)"
+    with pytest.raises(ValueError, match=r"expected \[0, 100\]"):
+        plots.defects(axis(), table.assign(defect=-0.1))
+    with pytest.raises(ValueError, match="lacks the columns"):
+        plots.defects(axis(), table.drop(columns="honest"))

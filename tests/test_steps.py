@@ -28,8 +28,9 @@ from kdlib.cache import CacheError
 from kdlib.models import build_network
 from kdlib.params import Model, load_study
 from kdlib.probe import Features, linear_probe
+from kdlib.seeds import derive
 from kdlib.selection import Subset
-from kdlib.weights import load_weights, save_weights
+from kdlib.weights import load_weights, save_weights, weights_fingerprint
 
 TINY = files.workspace() / "params" / "tiny.yaml"
 
@@ -163,6 +164,16 @@ def test_a_saved_subset_is_what_the_student_was_trained_on(home):
     assert len(subset.example_ids) == evidence["budget"]["recorded"]["unique_examples"] == 363
     images = steps.open_images(study)
     assert not set(subset.example_ids) & set(images.validation_ids)
+
+
+def test_every_run_says_where_its_weights_began(home):
+    study = _study(home)
+    images = steps.open_images(study)
+    for cell in study.cells():
+        for seed in study.seeds:
+            found = runs.read_evidence(steps.student_folder(study, cell, seed))["initialisation"]
+            network = images.network(study.students["tiny"].model, derive(seed, "init"), "cpu")
+            assert found == {"source": "random", "weights_sha256": weights_fingerprint(network)}
 
 
 # --- lies ----------------------------------------------------------------------------------------

@@ -71,7 +71,8 @@ ALLOWED = {
     "sampling seeds steps",
     "exhibits": "cache cartography checks dynamics evaluation loading models objectives params "
     "probe runs sampling seeds selection steps teacher trainer weights",
-    "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer",
+    "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer "
+    "weights",
     "feature_defects": "checks exhibits features objectives params probe runs sampling seeds "
     "teacher tracking trainer weights",
     "invariants": "",
