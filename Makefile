@@ -1,5 +1,5 @@
 # make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another;
-# STEP=scores or STEP=noise make those figures without training a student)
+# STEP=scores, noise or audit makes those figures without training a study's student)
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin

@@ -5,12 +5,12 @@ Leaves to others: the defects (`subset_defects`, `feature_defects`), drawing (`p
 """
 
 import dataclasses
-import math
 import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -88,7 +88,7 @@ def ours(table: pd.DataFrame, strategy: str, fraction: float) -> str:
         table: Rows of one student, as `report.results` gives them.
     """
     rows = table[~table["refused"].astype(bool) & (table["strategy"] == strategy)]
-    rows = rows[[math.isclose(f, fraction) for f in rows["fraction"]]]
+    rows = rows[np.isclose(rows["fraction"], fraction)]
     told = []
     for objective, runs_of in rows.groupby("objective", sort=True):
         accuracy = 100 * runs_of["test_accuracy"]
