@@ -840,7 +840,13 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
         parent = runs.read_evidence(study.upstream.runs / "datamap")["datamap_sha256"]
         if rule.kind in ("k_center", "herding", "d2"):
             features = teacher_features(study, images.train, table.index.to_numpy())
-    ids = select(table, budget(len(ids), cell.fraction), rule, seed, features)
+    asked = budget(len(ids), cell.fraction)
+    ids = select(table, asked, rule, seed, features)
+    if len(ids) != asked:  # a plan declares what it is given: this is where the fraction is held
+        raise ValueError(
+            f"{cell.strategy} chose {len(ids)} of {len(images.train_ids)} training images; a "
+            f"fraction of {cell.fraction:g} is {asked}"
+        )
     return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
 
 

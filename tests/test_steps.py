@@ -195,6 +195,14 @@ def test_a_loader_that_ignores_its_subset_cannot_finish_a_run(home, monkeypatch)
     assert not (folder / "evidence.json").exists()
 
 
+def test_a_selection_of_another_size_than_its_fraction_is_refused(home, monkeypatch):
+    study = _study(home)
+    images = steps.open_images(study)
+    monkeypatch.setattr(steps, "select", lambda table, *_: table.index.to_numpy())
+    with pytest.raises(ValueError, match=r"easy chose 1100 of 1100.*; a fraction of 0.33 is 363"):
+        steps.make_subset(study, images, study.cell(strategy="easy"), 0)
+
+
 def test_teacher_rows_read_out_of_step_cannot_finish_a_run(home, monkeypatch):
     study = _study(home, seeds=[7, 8], training__steps=200, objectives__kd__alpha=0.1)
     images = steps.open_images(study)
