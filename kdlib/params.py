@@ -9,7 +9,7 @@ import ast
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -994,16 +994,26 @@ class Study(Settings):
         }[step]
 
 
+_MOST_BYTES = 2**18  # of a study file; the largest here has 3 kB
+_MOST_LINES = 20  # of what is wrong with a study
+
+
 class _SafeLoader(yaml.SafeLoader):
     """YAML without tags that construct objects, and without keys given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping", key_node.start_mark
+                )
+            if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is given twice", node.start_mark
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -1013,10 +1023,15 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     A key of the file replaces that of its base, mappings key by key; `null` takes a key away.
     """
     try:
-        content = yaml.load(path.read_text(), Loader=_SafeLoader)
-    # the last four are what PyYAML lets through, for 2025-02-30 or `!!bool maybe` or [[[[...
-    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
-        raise StudyError(f"{path} is not a readable YAML file: {error}") from None
+        if (n_bytes := path.stat().st_size) > _MOST_BYTES:
+            raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_SafeLoader)
+    # all but the first are what PyYAML lets through, for 2025-02-30 or `!!bool maybe` or [[[[...
+    except (
+        yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError,
+        RecursionError,
+    ) as error:  # fmt: skip
+        raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
     if not isinstance(content, dict):
         raise StudyError(
             f"{path} holds {type(content).__name__}; expected a mapping with data, "
@@ -1029,12 +1044,22 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if "base" not in content:
         return content
     base = path.parent / str(content.pop("base"))
-    if not base.is_file() or base in (path, *above):
+    try:
+        there = base.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there or base in (path, *above):
         raise StudyError(
-            f"{path}: its base {base} is {'itself built on this file' if base.is_file() else 'no'}"
-            f"{'' if base.is_file() else ' file'}; expected another study file beside it"
+            f"{path}: its base {_short(str(base))} is "
+            f"{'itself built on this file' if there else 'no file'}; expected another study file "
+            "beside it"
         )
     return _laid_over(_read_yaml(base, (path, *above)), content)
+
+
+def _short(text: str, most: int = 500) -> str:
+    """A text that can stand in a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -1065,14 +1090,20 @@ def load_study(path: str | Path) -> Study:
         raise FileNotFoundError(
             f"no study file {str(path)!r}; params/ has {', '.join(there) or 'none'}"
         )
-    content = _read_yaml(found, ())
+    try:
+        content = _read_yaml(found, ())
+    except RecursionError:  # two mappings that contain themselves, laid over each other
+        raise StudyError(f"{found} is nested without end in itself or in its base") from None
     try:
         study = Study.model_validate({"name": found.stem, **content})
     except ValidationError as error:
         lines = [
-            f"  {'.'.join(map(str, e['loc'])) or 'study'}: {e['msg'].removeprefix('Value error, ')}"
+            _short(f"  {'.'.join(map(str, e['loc'])) or 'study'}: ", 200)
+            + _short(e["msg"].removeprefix("Value error, "))
             for e in error.errors()
         ]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
         raise StudyError(f"{found} is not a valid study:\n" + "\n".join(lines)) from None
     if study.shares is None:
         return study

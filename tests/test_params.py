@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from pathlib import Path
 
 import numpy as np
@@ -872,6 +873,44 @@ def test_recordings_are_every_model_and_seed_and_what_else_is_asked_of_the_first
     for bad in ({"seeds": [0, 0]}, {"seeds": [-1, 0]}, {"models": {"a/b": {"name": "tiny_cnn"}}}):
         with pytest.raises(ValueError, match=r"seeds are|names a folder"):
             validated(changed("recordings", more | bad))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a {k: 1}\nb: {<<: [*a, *a]}", "could not determine a constructor"),
+        ("\n".join(f"key{i}: {i}" for i in range(10_000)), "unknown key"),
+        ("# " + "x" * 2**21, "2,097,154 bytes; a study has at most 262,144"),
+        ("? [a, b]\n: 1\n", "a key is a list"),
+        ("data: &d {source: *d}", "case.yaml is not a"),
+        (f"base: {'x' * 5000}", "no file"),
+        ('base: "x\\0y"', "no file"),
+        ("base: /dev/zero", "no file"),
+        (f"{'x' * 1000}: 1", "unknown key"),
+    ],
+    ids=["merged", "keys", "large", "list", "itself", "long", "NUL", "device", "name"],
+)
+def test_a_hostile_study_is_one_short_error_at_once(write, text, message):
+    started = time.process_time()
+    with pytest.raises(StudyError, match=message) as caught:
+        load_study(write(text))
+    assert time.process_time() - started < 10  # counting each of the keys took minutes
+    assert len(str(caught.value)) < 2500
+
+
+def test_a_long_list_of_faults_is_cut(write):
+    content = changed("seeds", ["no integer"] * 500)
+    with pytest.raises(StudyError, match=r"(?s)seeds\.0: .*and \d+ more") as caught:
+        load_study(write(content))
+    assert str(caught.value).count("\n") == 21
+
+
+def test_two_mappings_that_contain_themselves_are_not_laid_over_each_other(home):
+    (home / "params").mkdir()
+    for name, base in (("below", ""), ("more", "base: below.yaml\n")):
+        (home / f"params/{name}.yaml").write_text(f"{base}data: &d {{source: *d}}\n")
+    with pytest.raises(StudyError, match="nested without end"):
+        load_study("params/more.yaml")
 
 
 def test_a_file_is_laid_over_its_base(home, write):
