@@ -7,7 +7,6 @@ the rows come from (`data`, `teacher`).
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -47,7 +46,6 @@ from kdlib.cache import (
 from kdlib.data import Source
 
 WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 _TEMPORARY = re.compile(
     r"\.([a-z_]+\d*-(?P<shard>\d+)\.npy|(index|journal)(-\d+-\d+)?\.jsonl?)\.\d+\.tmp"
 )
@@ -215,7 +213,7 @@ def _finish(folder: Path, header: dict, done: Mapping, first: int, stop: int) ->
         shards.append({"first_id": start, "n": end - start, "sha256": done[shard]})
     name = part_name("index", first, stop, count_shards(header), ".json")
     content = {"header": header, "shards": shards}
-    files.write_json(folder / name, content | {"seal": files.fingerprint(content)})
+    files.write_json(folder / name, files.sealed(content))
     for path in _contained(folder, first, stop, count_shards(header)):
         path.unlink(missing_ok=True)
 
@@ -283,7 +281,8 @@ def _spoken(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, BlockingIOError) or error.errno not in _CANNOT_WRITE:
+        known = isinstance(error, files.DiskError) or error.errno in files.CANNOT_WRITE
+        if isinstance(error, BlockingIOError) or not known:
             raise
         raise CacheError(
             f"cannot write into {folder} ({error.strerror}); finished shards are kept: make room "
@@ -424,7 +423,7 @@ def read_journal(journal: Path) -> tuple[dict[str, Any], dict[int, dict[str, str
                 shards[entry["shard"]] = dict(entry["sha256"])
     except FileNotFoundError:
         return {}, {}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     return header, shards
 

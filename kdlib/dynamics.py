@@ -13,7 +13,7 @@ import torch
 from kdlib import files
 from kdlib.tables import check_provenance
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal
 QUANTITIES = ("gold_prob", "margin", "entropy", "el2n", "loss", "correct")
 
 
@@ -145,23 +145,34 @@ class DynamicsLog:
                 f"{folder} holds {state} dynamics log; run or resume notebooks/02_teacher.ipynb, "
                 "which records it"
             )
-        index = files.read_json(folder / "index.json")
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            found = index.get("format") if isinstance(index, dict) else None
+        index = files.read_record(folder / "index.json")
+        if index.get("format") not in (1, FORMAT):
             raise ValueError(
-                f"{folder} has dynamics log format {found}; expected {FORMAT}: record it again"
+                f"{folder} has dynamics log format {index.get('format')}; expected {FORMAT}: "
+                f"{_remedy(folder)}"
             )
-        check_provenance(provenance, index["provenance"], folder / "index.json")
+        try:
+            # one flipped bit does not make a 1 of a 2
+            if index["format"] == FORMAT and not files.is_sealed(index):
+                raise ValueError("it was changed after it was written")
+            layout = _layout(index)
+            sums = {name: index["sha256"][f"{name}.npy"] for name in layout}
+            made_from = dict(index["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / 'index.json'} is not a whole index ({error}); {_remedy(folder)}"
+            ) from None
+        check_provenance(provenance, made_from, folder / "index.json")
         arrays = {
             name: _map(folder / f"{name}.npy", dtype, shape, "r")
-            for name, (dtype, shape) in _layout(index).items()
+            for name, (dtype, shape) in layout.items()
         }
         if verify:
-            for name, sha256 in index["sha256"].items():
-                if files.sha256_file(folder / name) != sha256:
+            for name, sha256 in sums.items():
+                if files.sha256_file(folder / f"{name}.npy") != sha256:
                     raise ValueError(
-                        f"{folder / name} has changed since it was recorded (sha256 differs); "
-                        "delete the folder and record it again"
+                        f"{folder / name}.npy has changed since it was recorded (sha256 differs); "
+                        f"{_remedy(folder)}"
                     )
         return cls(folder, index, arrays, writable=False)
 
@@ -268,7 +279,8 @@ class DynamicsLog:
         self.flush()
         names = [f"{name}.npy" for name in _layout(self._header)]
         hashes = {name: files.sha256_file(self.folder / name) for name in names}
-        files.write_json(self.folder / "index.json", {**self._header, "sha256": hashes})
+        content = {**self._header, "sha256": hashes}
+        files.write_json(self.folder / "index.json", files.sealed(content))
         self._writable = False
         return DynamicsLog.open(self.folder)
 
@@ -310,7 +322,7 @@ def _layout(header: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 def _begin(folder: Path, header: dict) -> None:
     """Write the header of a new log, or compare it with the one that is there."""
     if (folder / "header.json").exists():
-        lines = files.difference(header, files.read_json(folder / "header.json"))
+        lines = files.difference(header, files.read_record(folder / "header.json"))
         if lines:
             raise ValueError(
                 f"{folder} holds a dynamics log begun differently (key: there -> asked for):\n  "
@@ -331,7 +343,11 @@ def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> No
     """Write an array of cells without record; under its final name it is whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+        with files.writing(path):
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+            with open(temporary, "r+b") as file:
+                # a mapped page for which the disk has no room would end the process: take it now
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         array[...] = -1 if dtype == np.int8 else np.nan
         array.flush()
         os.replace(temporary, path)
@@ -342,23 +358,28 @@ def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> No
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.memmap:
     try:
-        array = np.load(path, mmap_mode=mode, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("it is no file")
+        array = np.lib.format.open_memmap(path, mode=mode)  # no pickles, and no zip archives
+    except files.NOT_NPY as error:
         raise ValueError(
-            f"{path} is missing, cut or not an .npy file ({error}); delete the folder and record "
-            "again"
+            f"{path} is missing, cut or not an .npy file ({error}); {_remedy(path.parent)}"
         ) from None
     if array.dtype != dtype or array.shape != shape:
         raise ValueError(
             f"{path} holds {array.dtype} of shape {array.shape}; expected {dtype} of shape "
-            f"{shape}: delete the folder and record again"
+            f"{shape}: {_remedy(path.parent)}"
         )
     if path.stat().st_size != array.offset + array.nbytes:
         raise ValueError(
             f"{path} has {path.stat().st_size} bytes; expected {array.offset + array.nbytes}: "
-            "delete the folder and record again"
+            f"{_remedy(path.parent)}"
         )
     return array
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete the folder of its run ({folder.parent}) and record again"
 
 
 def _integers(values: torch.Tensor | np.ndarray, name: str) -> np.ndarray:

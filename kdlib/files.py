@@ -5,16 +5,24 @@ Leaves to others: what the bytes mean.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+
+# What NumPy raises for a damaged or hostile .npy file, whose header it parses as Python.
+NOT_NPY = (
+    ValueError, OSError, EOFError, SyntaxError, TypeError, tokenize.TokenError, OverflowError,
+    RecursionError, MemoryError,
+)  # fmt: skip
 
 
 def workspace() -> Path:
@@ -71,19 +79,58 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
 
     A reader sees the old file or the whole new one; on any error (a full disk, Ctrl-C) the
     temporary file is removed and the old one is untouched.
+
+    Raises: DiskError where there is no room or no permission; whatever `write` raises.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     return path
+
+
+class DiskError(OSError):
+    """A file that cannot be written; `errno` and `strerror` are those of the system."""
+
+    def __init__(self, error: OSError, path: Path) -> None:
+        reason = error.strerror or str(error)
+        super().__init__(error.errno, reason, str(path))
+        self.sentence = (
+            f"cannot write {path} ({reason}); what is finished is kept: make room or get "
+            "permission there, and run the same again"
+        )
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write a file into a `DiskError` while the block runs."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except OSError as error:
+        # NumPy tells a short write without its errno: "8192 requested and 0 written"
+        short = error.errno is None and "requested and" in str(error)
+        if not short and error.errno not in CANNOT_WRITE:
+            raise
+        raise DiskError(error, path) from error
 
 
 def write_json(path: Path, content: Any) -> Path:
@@ -95,14 +142,41 @@ def write_json(path: Path, content: Any) -> Path:
 def read_json(path: Path) -> Any:
     """Read JSON.
 
-    Raises: ValueError that names the file when it is cut or is not JSON.
+    Raises: FileNotFoundError; ValueError that names the file when it is cut or is not JSON.
     """
+    if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+        raise ValueError(f"{path} is no file; delete it and run the step that makes it again")
     try:
         return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, endless digits
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it and run the step that makes it again"
         ) from None
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises: As `read_json`; ValueError also for JSON that is anything else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds {type(content).__name__}; expected an object: delete it and run the "
+            "step that makes it again"
+        )
+    return content
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with a fingerprint of itself, by which a reader sees that it was changed."""
+    plain = {key: value for key, value in content.items() if key != "seal"}
+    return plain | {"seal": fingerprint(plain)}
+
+
+def is_sealed(content: dict[str, Any]) -> bool:
+    """Whether the content is as `sealed` left it."""
+    return content.get("seal") == sealed(content)["seal"]
 
 
 def write_npy(path: Path, array: np.ndarray) -> Path:
@@ -141,8 +215,10 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
     Raises: BlockingIOError that names the file, when it is held and `wait` is False.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

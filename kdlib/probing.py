@@ -18,6 +18,7 @@ from kdlib.params import Cell, Study
 from kdlib.steps import (
     Images,
     labelled_features,
+    load_step,
     open_student,
     open_teacher,
     probe_examples,
@@ -26,7 +27,6 @@ from kdlib.steps import (
     use,
 )
 from kdlib.tables import read_parquet, write_parquet
-from kdlib.weights import load_weights
 
 
 def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
@@ -49,6 +49,8 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     folder = probe_folder(study, cell)
     with runs.open_run(study, folder, settings) as run:
         if not run.finished:
+            for cache in (images.train, images.test):
+                cache.verify()
             table = pd.DataFrame(
                 [*_probe_students(study, images, cell, evidences, device),
                  *_probe_teacher(study, images, cell, teacher)]
@@ -88,8 +90,8 @@ def _probe_students(
 ) -> Iterator[dict[str, Any]]:
     network = images.network(study.students[cell.student].model, 0, device)
     for seed, evidence in evidences.items():
-        for step, file in evidence["series"].items():
-            weights = load_weights(network, student_folder(study, cell, seed) / file)
+        for step in evidence["series"]:
+            weights = load_step(network, student_folder(study, cell, seed), evidence, step)
             pair = []
             for cache, ids in probe_examples(images):
                 pixels = torch.from_numpy(cache.read("images", ids)).to(device)

@@ -23,13 +23,14 @@ from kdlib.steps import (
     Images,
     gradients,
     keep_epoch,
+    load_checked,
+    load_step,
     open_shared_run,
     plan_run,
     train_run,
     use,
 )
 from kdlib.tables import read_parquet, write_parquet
-from kdlib.weights import load_weights
 
 
 def recording_folder(study: Study, model: str, part: str) -> Path:
@@ -134,14 +135,15 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
             log.finish()
         if epoch is not None:
             step = round(epoch * evidence["epochs_in_steps"])
-            load_weights(network, run.folder / evidence["series"][str(step)])
+            load_step(network, run.folder, evidence, step)
             norms = gradients(images, network, ids, device)
             table = dict(zip(("grand", "grand_last"), norms, strict=True))
             table = pd.DataFrame(table, pd.Index(ids, name="example_id"))
             path = write_parquet(run.folder / "gradients.parquet", table, {"epoch": epoch})
             evidence["gradients_sha256"] = files.sha256_file(path)
         if kind == "fold":
-            load_weights(network, run.folder / evidence["checkpoints"]["last"]["file"])
+            last = evidence["checkpoints"]["last"]
+            load_checked(network, run.folder, last["file"], last["weights_sha256"])
             held_out = np.setdiff1d(images.train_ids, ids)
             pixels = torch.from_numpy(images.train.read("images", held_out)).to(device)
             (logits,) = all_outputs(network, images.pixels, pixels, ("logits",))
@@ -176,7 +178,7 @@ def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog
     """
     folder = recording_folder(study, model, part)
     runs.read_evidence(folder, recording_settings(study, model, part))
-    return DynamicsLog.open(folder / "dynamics", images.fingerprints)
+    return DynamicsLog.open(folder / "dynamics", images.fingerprints, verify=True)
 
 
 def open_gradients(study: Study, model: str, part: str) -> pd.DataFrame | None:
@@ -211,7 +213,10 @@ def open_held_out(study: Study, images: Images) -> pd.DataFrame:
         evidence = runs.read_evidence(folder, own)
         table, _ = read_parquet(folder / "held_out.parquet", f"recording {model}/fold={fold}")
         if files.sha256_file(folder / "held_out.parquet") != evidence["held_out_sha256"]:
-            raise ValueError(f"{folder / 'held_out.parquet'} differs from its evidence")
+            raise ValueError(
+                f"{folder / 'held_out.parquet'} differs from its evidence; delete {folder} and "
+                "record it again"
+            )
         parts.append(table)
     whole = pd.concat(parts).sort_index()
     if not np.array_equal(whole.index, images.train_ids):

@@ -97,8 +97,8 @@ def curves(study: Study, table: pd.DataFrame) -> pd.DataFrame:
     axes = ["student", "strategy", "fraction", "objective", "seed"]
     parts = []
     for row in table[~table["refused"]].to_dict("records"):
-        path = study.runs / row["run"] / "metrics.parquet"
-        parts.append(pd.read_parquet(path, partitioning=None).assign(**{a: row[a] for a in axes}))
+        metrics = runs.read_metrics(study.runs / row["run"])
+        parts.append(metrics.assign(**{a: row[a] for a in axes}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -247,7 +247,7 @@ def draw_datamap(study: Study) -> dict[str, Path]:
     """
     images = steps.open_images(study)
     table = steps.open_datamap(study, images)
-    log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints)
+    log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     with plots.style():
         fig_map = Figure(figsize=(plots.WIDE, 4.6))
         title = f"{study.name}, N = {len(table):,}, E = {log.n_epochs}"

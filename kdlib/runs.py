@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from kdlib import files
 from kdlib.params import Study
 from kdlib.states import delete_states
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal
 
 
 class Run:
@@ -41,7 +42,7 @@ class Run:
     def finished(self) -> bool:
         """Whether valid evidence for these very settings is there."""
         path = self.folder / "evidence.json"
-        return path.exists() and files.read_json(path)["settings_sha256"] == self.settings_sha256
+        return path.exists() and _whole(path)["settings_sha256"] == self.settings_sha256
 
     def finish(self, evidence: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         """Write the evidence, and with it mark the run finished.
@@ -50,10 +51,11 @@ class Run:
             evidence: JSON-able facts of the run; format, settings fingerprint and circumstances
                 (versions, machine, commit, wall time) are added.
 
-        Returns: The evidence as written.
+        Returns: The evidence as written, with a seal.
         """
         made = circumstances(device) | {"wall_s": round(time.monotonic() - self._started, 3)}
         whole = evidence | {"format": FORMAT, "settings_sha256": self.settings_sha256, "made": made}
+        whole = files.sealed(whole)
         files.write_json(self.folder / "evidence.json", whole)
         delete_states(self.folder)
         return whole
@@ -73,7 +75,7 @@ def open_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[R
     with files.locked(folder.parent / f".{folder.name}.lock"):
         before = folder / "settings.json"
         if before.exists() and (
-            lines := files.difference(settings, old := files.read_json(before))
+            lines := files.difference(settings, old := files.read_record(before))
         ):
             aside = study.runs / "archive" / files.fingerprint(old)[:12]
             target = aside / folder.relative_to(study.runs)
@@ -101,18 +103,55 @@ def read_evidence(folder: Path, own: dict[str, Any] | None = None) -> dict[str, 
     path = folder / "evidence.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no finished run; run the notebook that makes it")
-    evidence = files.read_json(path)
-    if evidence.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {evidence.get('format')}; expected {FORMAT}")
-    settings = files.read_json(folder / "settings.json")
+    evidence = _whole(path)
+    settings = files.read_record(folder / "settings.json")
     if evidence["settings_sha256"] != files.fingerprint(settings):
-        raise ValueError(f"{path} belongs to other settings than the settings.json beside it")
+        raise ValueError(
+            f"{path} belongs to other settings than the settings.json beside it; run the notebook "
+            "that makes it again"
+        )
     if own is not None and (lines := files.difference(own, settings["own"])):
         raise ValueError(
             f"{folder} was made before the study was changed (there -> now): {'; '.join(lines)}; "
             "run the notebook that makes it again"
         )
     return evidence
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """Evidence as it was written.
+
+    Raises: ValueError for evidence that is cut, was changed, or is of another format.
+    """
+    evidence = files.read_record(path)
+    found = evidence.get("format")
+    if found not in (1, FORMAT):
+        raise ValueError(
+            f"{path} has format {found}; expected {FORMAT}: delete it and run the notebook that "
+            "makes it again"
+        )
+    # one flipped bit does not make a 1 of a 2
+    if (found == FORMAT and not files.is_sealed(evidence)) or "settings_sha256" not in evidence:
+        raise ValueError(
+            f"{path} was changed after it was written; delete it and run the notebook that makes "
+            "it again"
+        )
+    return evidence
+
+
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics of a finished training, one row per evaluation.
+
+    Raises: As `read_evidence`; ValueError for a table that is missing or was changed.
+    """
+    path = folder / "metrics.parquet"
+    expected = read_evidence(folder).get("metrics_sha256")  # format 1 has none
+    if not path.is_file() or (expected is not None and files.sha256_file(path) != expected):
+        raise ValueError(
+            f"{path} is missing or was changed after the training; delete {folder} and run the "
+            "notebook that makes it again"
+        )
+    return pd.read_parquet(path, partitioning=None)
 
 
 def code_sha256() -> str:

@@ -20,6 +20,10 @@ from kdlib import files
 NAME, BEFORE = "state.safetensors", "state.before.safetensors"
 
 
+# What a file that is no whole state may raise.
+_DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError)
+
+
 class StateError(RuntimeError):
     """A state that cannot be gone on from."""
 
@@ -35,7 +39,7 @@ def write_state(
     """
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     told = {"settings": json.dumps(settings), "numbers": json.dumps(numbers)}
-    told["tensors_sha256"] = files.sha256_array(*(plain[k].numpy() for k in sorted(plain)))
+    told["sha256"] = _content_sha256(plain, told)
     data = save(plain, told)
     path = folder / NAME
     fresh = folder / f"{NAME}.new"
@@ -62,7 +66,7 @@ def read_state(
             continue
         try:
             tensors, numbers, theirs = _read(path)
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except _DAMAGE as error:
             damaged.append(f"{path} is not a whole training state ({error})")
             continue
         if lines := files.difference(dict(settings), theirs):
@@ -81,7 +85,7 @@ def read_state(
 def saved_step(folder: Path) -> int:
     """Step of the newest whole state; 0 when there is none."""
     for name in (NAME, BEFORE):
-        with contextlib.suppress(SafetensorError, OSError, KeyError, TypeError, ValueError):
+        with contextlib.suppress(*_DAMAGE):
             return int(_read(folder / name)[1]["step"])
     return 0
 
@@ -90,9 +94,16 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
     with safe_open(path, "pt") as file:
         told = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if told["tensors_sha256"] != files.sha256_array(*(tensors[k].numpy() for k in sorted(tensors))):
+    if told["sha256"] != _content_sha256(tensors, told):
         raise ValueError("its checksum does not match")
     return tensors, json.loads(told["numbers"]), json.loads(told["settings"])
+
+
+def _content_sha256(tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors, numbers and settings."""
+    names = sorted(tensors)
+    arrays = files.sha256_array(*(tensors[name].numpy() for name in names))
+    return files.fingerprint([names, arrays, told["numbers"], told["settings"]])
 
 
 def delete_states(folder: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from kdlib import checks, coresets, files, params, probe, runs
 from kdlib.augment import Pixels
 from kdlib.building import build_images
-from kdlib.cache import Cache, pixel_statistics
+from kdlib.cache import Cache, CacheError, pixel_statistics
 from kdlib.cartography import datamap, read_datamap, write_datamap
 from kdlib.data import open_source
 from kdlib.dynamics import DynamicsLog
@@ -202,7 +202,10 @@ def make_one_teacher(
         _record_dynamics(study, images, device, ranks)
     with open_shared_run(study, folder, settings, ranks) as run:
         if run.finished:
-            return runs.read_evidence(run.folder)
+            evidence = runs.read_evidence(run.folder)
+            if ranks.first:
+                _restore_outputs(study, images, name, run.folder, evidence, device)
+            return evidence
         network = teacher_network(study, images, device, name)
         evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints}
         tripwires = checks.TEACHER
@@ -262,6 +265,8 @@ def _subset_teacher(study: Study, images: Images, name: str, subset: Subset, see
     folder = _subset_teacher_folder(study, name, subset, seed)
     with runs.open_run(study, folder, settings) as run:
         if run.finished:
+            evidence = runs.read_evidence(folder)
+            _restore_outputs(study, images, name, folder, evidence, device)
             return
         network = images.network(teacher.model, derive(requested, "init"), device)
         plan = plan_run(images, teacher.training, subset.example_ids, requested)
@@ -420,6 +425,34 @@ def _store(
     )
     verify_outputs(network, pixels, images, stored, views)
     return stored
+
+
+def _restore_outputs(
+    study: Study,
+    images: Images,
+    name: str | None,
+    folder: Path,
+    evidence: dict[str, Any],
+    device: str,
+) -> None:
+    """Store again what of a finished teacher's outputs was taken away as damaged."""
+    gone = []
+    for which in evidence["teacher"]["outputs"]:
+        try:
+            part = _part(study, "test" if which == "test" else "train")
+            Cache(folder / f"outputs-{which}", part=part)
+        except CacheError:
+            gone.append(which)
+    if not gone:
+        return
+    network = teacher_network(study, images, device, name)
+    if _teacher(study, name).training is not None:
+        last = evidence["checkpoints"]["last"]
+        load_checked(network, folder, last["file"], last["weights_sha256"])
+    pixels = teacher_pixels(study, images, name)
+    for which in gone:
+        of = images.test if which == "test" else images.train
+        _store(study, network, pixels, of, folder / f"outputs-{which}", device, name=name)
 
 
 def replay(study: Study) -> Replay | None:
@@ -592,8 +625,12 @@ def train_run(
         declared: The plan that the run is said to follow, where that is another one (an exhibit).
 
     Returns: The evidence; None on all but the first of several processes.
+    Raises: CacheError when a shard of images, labels or teacher outputs is not as it was written.
     """
     device = use(study.compute, ranks)
+    if ranks.first:  # once a run: 0.3 s a GB on two cores, and what is learnt is what was stored
+        for cache in (images.train, images.test, *([] if teacher is None else [teacher])):
+            cache.verify()
     views = replay(study) if teacher is not None else None
     view = View(training.augment, derive(seed, "augment"), images.pixels)
     if views is not None:
@@ -658,7 +695,7 @@ def train_run(
             measured["best"] = measured["last"]
             continue
         file, weights_sha256 = trained.checkpoints[step]
-        load_weights(network, run.folder / file)
+        load_checked(network, run.folder, file, weights_sha256)
         loss, accuracy = evaluate(network, images.pixels, *test)
         measured[which] = {
             "step": step,
@@ -669,6 +706,7 @@ def train_run(
             "test_loss": loss,
         }
     evidence = _training_evidence(images, training, declared or plan, trained, seed, card)
+    evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
     if "logits" in reads:  # read past the loader, for the tripwire to compare
         read = stored_accuracy(teacher, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": read}
@@ -683,7 +721,8 @@ def _training_evidence(
     seed: int,
     card: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    n_steps = plan.n_steps
+    n_steps, kept = plan.n_steps, checkpoint_steps(training, plan.n_steps)
+    series = [s for s in sorted(trained.checkpoints) if s in kept or s == trained.last_step]
     if trained.last_step < n_steps and trained.evidence["stopped_early"]:
         n_steps = trained.last_step
     planned = plan.visits(n_steps)
@@ -725,12 +764,33 @@ def _training_evidence(
             if card is not None and card["trained_on"] == "train"
             else 0,
         },
-        "series": {
-            str(step): trained.checkpoints[step][0]
-            for step in sorted(trained.checkpoints)
-            if step in checkpoint_steps(training, plan.n_steps) or step == trained.last_step
-        },
+        "series": {str(step): trained.checkpoints[step][0] for step in series},
+        "series_sha256": {str(step): trained.checkpoints[step][1] for step in series},
     }
+
+
+def load_checked(network: Network, folder: Path, file: str, weights_sha256: str | None) -> str:
+    """Load the weights of a run into a network.
+
+    Args:
+        weights_sha256: Their fingerprint when they were written; None where that is not known.
+
+    Returns: Their fingerprint.
+    Raises: ValueError for weights that were changed.
+    """
+    found = load_weights(network, folder / file)
+    if weights_sha256 not in (None, found):
+        raise ValueError(
+            f"{folder / file} was changed after it was written; delete {folder} and run the "
+            "notebook that makes it again"
+        )
+    return found
+
+
+def load_step(network: Network, folder: Path, evidence: dict[str, Any], step: int | str) -> str:
+    """Load the weights of one kept step of a finished run; as `load_checked`."""
+    known = evidence.get("series_sha256", {})  # runs of format 1 have none
+    return load_checked(network, folder, evidence["series"][str(step)], known.get(str(step)))
 
 
 def make_datamap(study: Study, images: Images) -> pd.DataFrame:
@@ -748,6 +808,7 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     path = study.runs / "datamap" / "datamap.parquet"
     with runs.open_run(study, path.parent, settings) as run:
         if not run.finished:
+            images.train.verify()
             scoring = study.dynamics
             table = datamap(log, el2n_epoch=scoring.el2n_epoch, window=scoring.window)
             table = table.assign(**_further_scores(study, images, table, recorded))
@@ -776,8 +837,8 @@ def _further_scores(
     epoch = study.dynamics.gradient_epoch
     if epoch is not None:
         network = images.network(study.dynamics.model or study.teacher.model, 0, device)
-        file = recorded["series"][str(round(epoch * recorded["epochs_in_steps"]))]
-        load_weights(network, study.recorded_run / file)
+        step = round(epoch * recorded["epochs_in_steps"])
+        load_step(network, study.recorded_run, recorded, step)
         scores["grand"], scores["grand_last"] = gradients(images, network, ids, device)
     features = teacher_features(study, images.train, ids)
     n_clusters = study.dynamics.clusters or images.n_classes
@@ -800,6 +861,7 @@ def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
     teacher, split = open_teacher(study), cache.header["split"]
     folder = outputs_folder(study, split)
     stored = open_outputs(folder, cache, teacher["weights_sha256"], _part(study, split))
+    stored.verify()
     return stored.read("features", ids)[:, 0].astype(np.float32)
 
 

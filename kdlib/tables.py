@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 
 from kdlib import files
 
+MOST_BYTES = 2**28  # in memory; a larger table must be as large on the disk, give or take
+MOST_RATIO = 64  # of the bytes in memory to those on the disk
+
 
 def check_provenance(expected: dict | None, found: dict, path: Path) -> None:
     """Compare what a reader expects with what a file says it was made from.
@@ -60,6 +63,17 @@ def write_parquet(path: Path, table: pd.DataFrame, metadata: dict) -> Path:
     return files.write_atomic(Path(path), lambda file: pq.write_table(content, file))
 
 
+# A damaged footer can fail in any of these ways inside pyarrow and pandas.
+_DAMAGE = (
+    pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+    MemoryError, IndexError,
+)  # fmt: skip
+
+
+def _remedy(maker: str) -> str:
+    return f"delete it, and the evidence.json beside it where there is one, and run {maker} again"
+
+
 def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
     """Read what `write_parquet` wrote.
 
@@ -77,22 +91,22 @@ def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
     try:
         # One file as it is: pq.read_table looks for a data set, and reads `axis=value` in paths.
         with pq.ParquetFile(path) as file:
+            told = file.metadata
+            n_bytes = 8 * told.num_rows * told.num_columns
+            if n_bytes > max(MOST_BYTES, MOST_RATIO * path.stat().st_size):
+                raise ValueError(f"{told.num_rows} rows in a file of {path.stat().st_size} bytes")
             content = file.read()
         stored = (content.schema.metadata or {}).get(b"kdlib")
         if stored is not None:
             stored, table = json.loads(stored), content.to_pandas()
             metadata = stored["content"]
             intact = stored["sha256"] == _content_sha256(table, metadata)
-    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # A damaged footer can fail in any of these ways inside pyarrow and pandas.
-        raise ValueError(
-            f"{path} is cut or damaged ({error}); delete it and run {maker} again"
-        ) from None
+    except _DAMAGE as error:
+        raise ValueError(f"{path} is cut or damaged ({error}); {_remedy(maker)}") from None
     if stored is None:
         raise ValueError(f"{path} carries no kdlib metadata; expected a file made by {maker}")
     if not intact:
         raise ValueError(
-            f"{path} is cut or damaged (its content does not match its sha256); delete it and run "
-            f"{maker} again"
+            f"{path} is cut or damaged (its content does not match its sha256); {_remedy(maker)}"
         )
     return table, metadata

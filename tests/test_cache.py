@@ -528,6 +528,10 @@ INDEX_CHANGES = {
     ),
     "moved": (lambda i: i["shards"][1].update(first_id=0), "do not make up"),
     "no shards": (lambda i: i.pop("shards"), r"is not an index of ours \(KeyError\('shards'\)\)"),
+    "very many shards": (  # and never listed
+        lambda i: i["header"].update(n_examples=10**15, shard_size=1),
+        "lists 4 shards that do not make up its part of 1000000000000000",
+    ),
     "size 0": (lambda i: i["header"].update(shard_size=0), "is not an index of ours"),
     "odd size": (lambda i: i["header"].update(shard_size="5"), "is not an index of ours"),
 }
@@ -642,3 +646,33 @@ def test_a_constant_channel_has_standard_deviation_1(tmp_path):
     pixels[:, 1], pixels[:2, 2] = 51, 255
     built = build_images(array_source("flat", "train", pixels, np.zeros(4), "a"), tmp_path, 4)
     assert pixel_statistics(built, np.arange(4)) == ([0.0, 0.2, 0.5], [1.0, 1.0, 0.5])
+
+
+def test_a_sealed_index_cannot_ask_for_memory_that_no_shard_needs(folder):
+    index = json.loads((folder / "index.json").read_text())
+    index["header"]["columns"]["values"] = ["<i4", [10**13]]
+    (folder / "index.json").write_text(json.dumps(files.sealed(index)))
+    cache = Cache(folder)
+    for read in (lambda: cache.read("values", np.arange(3)), lambda: cache.resident("values")):
+        with pytest.raises(CacheError, match=r"values-00000\.npy holds <i4 .*its index says"):
+            read()
+
+
+@pytest.mark.parametrize("header", ["(" * 5000 + ")" * 5000, "-" * 9000 + "1", f"({10**30},)"])
+def test_a_shard_with_a_hostile_header_is_refused(folder, header):
+    if header.endswith(",)"):
+        header = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {header}}}"
+    text = header.encode().ljust(128)
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    (folder / "labels-00001.npy").write_bytes(data)
+    assert_refused(folder, r"labels-00001\.npy is cut or damaged")
+
+
+def test_a_pipe_is_no_shard_and_a_link_to_nothing_no_index(folder):
+    (folder / "labels-00001.npy").unlink()
+    os.mkfifo(folder / "labels-00001.npy")
+    assert_refused(folder, r"labels-00001\.npy is cut or damaged \(it is no file\)")
+    (folder / "index.json").unlink()
+    (folder / "index.json").symlink_to("nowhere")
+    with pytest.raises(CacheError, match=r"holds no cache \(index\.json is missing\)"):
+        Cache(folder)

@@ -1,13 +1,16 @@
 """The dynamics log against slow loops, interruptions and damage."""
 
+import errno
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
 from kdlib import dynamics as d
+from kdlib import files
 
 #   id 30, label 1: 1/4 always       never right
 IDS, LABELS = np.array([10, 20, 30]), np.array([0, 1, 1])
@@ -339,5 +342,55 @@ def test_cut_changed_and_foreign_logs_are_refused(tmp_path):
     d.DynamicsLog.open(tmp_path, verify=True)
     index = tmp_path / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
-    with pytest.raises(ValueError, match="format 0; expected 1"):
+    with pytest.raises(ValueError, match="format 0; expected 2"):
         d.DynamicsLog.open(tmp_path)
+
+
+def test_an_index_that_was_changed_is_refused(tmp_path):
+    finished(tmp_path)
+    path = tmp_path / "index.json"
+    whole = json.loads(path.read_text())
+    for change in ({"observed": "eval"}, {"seal": ""}, {"n_classes": 3}):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=r"index\.json is not a whole index .*record again"):
+            d.DynamicsLog.open(tmp_path)
+    lacking = {key: value for key, value in whole.items() if key != "sha256"}
+    path.write_text(json.dumps(files.sealed(lacking)))
+    with pytest.raises(ValueError, match=r"not a whole index \('sha256'\)"):
+        d.DynamicsLog.open(tmp_path)
+
+
+def test_an_index_from_before_the_seal_is_read(tmp_path):
+    finished(tmp_path)
+    path = tmp_path / "index.json"
+    old = json.loads(path.read_text()) | {"format": 1}
+    del old["seal"]
+    path.write_text(json.dumps(old))
+    assert d.DynamicsLog.open(tmp_path, verify=True).n_epochs == 4
+
+
+@pytest.mark.parametrize("kind", ["zip", "shape", "pipe"])
+def test_what_is_no_array_is_refused(tmp_path, kind):
+    finished(tmp_path)
+    path = tmp_path / "loss.npy"
+    path.unlink()
+    if kind == "zip":
+        with open(path, "wb") as file:
+            np.savez(file, loss=np.zeros(3))
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({10**30},)}}".encode()
+        path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(ValueError, match=r"loss\.npy is missing, cut or not an \.npy file"):
+        d.DynamicsLog.open(tmp_path)
+
+
+def test_a_disk_without_room_for_the_log_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
+    def full(descriptor, start, n_bytes):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(d.os, "posix_fallocate", full)
+    with pytest.raises(files.DiskError, match=r"cannot write .*gold_prob\.npy \(No space left"):
+        create(tmp_path)
+    assert not list(tmp_path.glob(".*"))

@@ -55,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, error
 
     with pytest.raises(type(error)) as caught:
         files.write_atomic(path, write)
-    assert caught.value is error
+    assert error in (caught.value, caught.value.__cause__)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -73,6 +73,67 @@ def test_a_disk_that_fills_up_at_the_last_moment_leaves_the_old_file(tmp_path, m
         files.write_atomic(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError("8192 requested and 0 written"), "8192 requested and 0 written"),  # NumPy's words
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    ],
+    ids=["system", "numpy", "permission"],
+)
+def test_a_file_that_cannot_be_written_is_one_sentence_with_its_name(tmp_path, error, reason):
+    def write(file):
+        raise error
+
+    with pytest.raises(files.DiskError) as caught:
+        files.write_atomic(tmp_path / "file", write)
+    assert str(caught.value) == (
+        f"cannot write {tmp_path}/file ({reason}); what is finished is kept: make room or get "
+        "permission there, and run the same again"
+    )
+    assert caught.value.errno == error.errno
+
+
+def test_other_errors_of_the_system_come_through(tmp_path):
+    def write(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.write_atomic(tmp_path / "file", write)
+    assert not isinstance(caught.value, files.DiskError)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000 + "]" * 100_000, "9" * 10_000, "\udcff"], ids=["deep", "long", "no text"]
+)
+def test_hostile_json_is_named(tmp_path, text):
+    (tmp_path / "x.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"x\.json is not valid JSON .*delete it and run the step"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_a_pipe_is_not_read_as_json(tmp_path):
+    os.mkfifo(tmp_path / "x.json")
+    with pytest.raises(ValueError, match=r"x\.json is no file"):
+        files.read_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "1"])
+def test_a_record_is_an_object(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"x\.json holds .*; expected an object"):
+        files.read_record(tmp_path / "x.json")
+
+
+def test_a_seal_shows_any_change(tmp_path):
+    content = files.sealed({"a": 1, "b": {"c": [2]}})
+    assert files.is_sealed(content)
+    assert files.sealed(content) == content
+    for other in ({**content, "a": 2}, {**content, "d": 1}, {"a": 1, "b": {"c": [2]}}):
+        assert not files.is_sealed(other)
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole_and_flushed(tmp_path, monkeypatch):

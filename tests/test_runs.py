@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from kdlib import files, runs
@@ -72,7 +73,7 @@ def test_a_missing_foreign_or_cut_evidence_says_so(study):
     path = study.runs / "teacher" / "evidence.json"
     whole = path.read_text()
     path.write_text(json.dumps(json.loads(whole) | {"format": 9}))
-    with pytest.raises(ValueError, match="has format 9; expected 1"):
+    with pytest.raises(ValueError, match="has format 9; expected 2"):
         runs.read_evidence(study.runs / "teacher")
     path.write_text(whole[:40])
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -97,3 +98,47 @@ def test_recordings_that_are_not_finished_are_listed_with_their_last_line(study)
     (folder / "seed=0.log").write_text("fine\n")
     (folder / "seed=1.log").write_text("step 3\nValueError: no\n\n")
     assert runs.failed_recordings(study) == [(folder / "seed=1.log", "ValueError: no")]
+
+
+def test_evidence_that_was_changed_is_refused_by_reader_and_step(study):
+    _finish(study, {"lr": 1})
+    folder = study.runs / "teacher"
+    path = folder / "evidence.json"
+    whole = json.loads(path.read_text())
+    for change in ({"measured": 0.9}, {"seal": "0" * 64}, {"settings_sha256": "0" * 64}):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(ValueError, match=r"evidence\.json was changed .*delete it and run"):
+            runs.read_evidence(folder)
+        with (
+            runs.open_run(study, folder, {"lr": 1}) as run,
+            pytest.raises(ValueError, match="was changed after it was written"),
+        ):
+            assert run.finished
+    path.write_text(json.dumps(whole))
+    assert runs.read_evidence(folder) == whole
+
+
+def test_evidence_from_before_the_seal_is_read(study):
+    _finish(study, {"lr": 1})
+    path = study.runs / "teacher" / "evidence.json"
+    old = json.loads(path.read_text()) | {"format": 1}
+    del old["seal"]
+    path.write_text(json.dumps(old))
+    assert runs.read_evidence(path.parent) == old
+
+
+def test_metrics_that_were_changed_are_refused(study):
+    folder = study.runs / "teacher"
+    path = folder / "metrics.parquet"
+    table = pd.DataFrame({"step": [1, 2], "train_loss": [0.5, 0.25]})
+    settings = {"own": {"lr": 1}}
+    with runs.open_run(study, folder, settings) as run:
+        table.to_parquet(path)
+        run.finish({"step": "teacher", "metrics_sha256": files.sha256_file(path)})
+    pd.testing.assert_frame_equal(runs.read_metrics(folder), table)
+    table.assign(train_loss=0.1).to_parquet(path)
+    with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
+        runs.read_metrics(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
+        runs.read_metrics(folder)

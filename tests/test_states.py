@@ -36,7 +36,7 @@ def test_the_two_newest_are_kept(tmp_path):
     assert read_state(tmp_path, SETTINGS)[1]["step"] == 2
 
 
-@pytest.mark.parametrize("where", ["header", "tensor", "cut"])
+@pytest.mark.parametrize("where", ["header", "tensor", "cut", "number", "name", "settings"])
 def test_a_damaged_state_is_passed_over_and_said(tmp_path, capsys, where):
     put(tmp_path, 1)
     put(tmp_path, 2)
@@ -44,8 +44,16 @@ def test_a_damaged_state_is_passed_over_and_said(tmp_path, capsys, where):
     data = bytearray(path.read_bytes())
     if where == "cut":
         data = data[:-2]
-    else:
+    elif where in ("header", "tensor"):
         data[20 if where == "header" else -1] ^= 1
+    else:  # the file stays one of tensors
+        old, new = {
+            "number": (b'step\\": 2', b'step\\": 3'),
+            "name": (b'"w"', b'"v"'),
+            "settings": (b"0.1", b"0.2"),
+        }[where]
+        assert data.count(old) == 1
+        data = data.replace(old, new)
     path.write_bytes(data)
     assert read_state(tmp_path, SETTINGS)[1]["step"] == 1
     assert "is not a whole training state" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -13,6 +14,7 @@ from test_pretrained import HUBCONF
 
 from kdlib import (
     __main__,
+    building,
     cache,
     checks,
     coresets,
@@ -81,11 +83,11 @@ def _first_run(study):
 
 
 def _forge(folder, change):
-    """Change evidence by hand."""
+    """Change evidence by hand, and seal it again."""
     path = folder / "evidence.json"
     evidence = json.loads(path.read_text())
     change(evidence)
-    path.write_text(json.dumps(evidence))
+    path.write_text(json.dumps(files.sealed(evidence)))
 
 
 def test_every_row_of_an_honest_study_is_accepted(home):
@@ -246,6 +248,61 @@ def test_a_number_without_its_checkpoint_is_refused(home):
     table = report.results(study)
     assert table["refused"].sum() == 1
     assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "files_of",
+    ["cache/*/train/images-00001.npy", "cache/*/train/labels-00000.npy",
+     "cache/*/test/images-00000.npy", "runs/tiny/teacher/outputs-train/logits-00002.npy"],
+)  # fmt: skip
+def test_a_flipped_bit_in_a_shard_stops_the_next_training(home, files_of):
+    study = _study(home)
+    shutil.rmtree(study.runs / "distill")
+    (path,) = home.glob(files_of)
+    _flip(path)
+    with pytest.raises(CacheError, match=rf"{path.name} differ from their checksums; run"):
+        steps.train_student(study, steps.open_images(study), study.cell(objective="kd"), 0)
+    assert not list(study.runs.glob("distill/**/evidence.json"))
+
+
+def test_outputs_taken_away_as_damaged_are_stored_again_by_the_teacher_s_weights(
+    home, made, monkeypatch
+):
+    study = _study(home)
+    images, folder = steps.open_images(study), study.runs / "teacher" / "outputs-train"
+    evidence = (study.runs / "teacher" / "evidence.json").read_bytes()
+    _flip(folder / "features-00001.npy")
+    building.repair(folder)
+    shutil.rmtree(study.runs / "teacher" / "outputs-test")
+    monkeypatch.setattr(steps, "train", None)
+    steps.make_teacher(study, images)
+    for path in (made / "runs/tiny/teacher").rglob("outputs-*/*.npy"):
+        assert (home / path.relative_to(made)).read_bytes() == path.read_bytes(), path
+    assert (study.runs / "teacher" / "evidence.json").read_bytes() == evidence
+
+
+def test_kept_weights_that_were_changed_are_not_probed(home):
+    study = _study(home)
+    cell = study.probed_cells()[0]
+    shutil.rmtree(study.runs / "probe")
+    _flip(steps.student_folder(study, cell, 0) / "weights-00000030.safetensors")
+    with pytest.raises(ValueError, match=r"weights-00000030\.safetensors was changed .*delete"):
+        probing.probe_cell(study, steps.open_images(study), cell)
+
+
+def test_metrics_that_were_changed_are_not_drawn(home):
+    study = _study(home)
+    path = _first_run(study) / "metrics.parquet"
+    table = pd.read_parquet(path, partitioning=None)
+    table.assign(validation_accuracy=1.0).to_parquet(path)
+    with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
+        report.curves(study, report.results(study))
 
 
 def test_two_seeds_that_are_one_are_refused(home):

@@ -63,8 +63,8 @@ ALLOWED = {
     "steps": "augment building cache cartography checks coresets data dynamics evaluation files "
     "gradients loading models objectives params pretrained probe ranks runs sampling seeds "
     "selection states teacher tracking trainer weights",
-    "probing": "checks evaluation files params probe runs steps tables weights",
-    "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables weights",
+    "probing": "checks evaluation files params probe runs steps tables",
+    "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables",
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
     "variants",
     "report": "cartography checks compare dynamics files maps objectives params plots probing runs "
