@@ -1,5 +1,6 @@
 # make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another;
-# STEP=scores, noise or audit makes those figures without training a study's student)
+# STEP=scores, noise or audit makes those figures without training a study's student;
+# PROFILE=profiles/slurm sends each notebook to a cluster as a job)
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
@@ -9,11 +10,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .DELETE_ON_ERROR:
 
 study: .venv/installed
-	@$(BIN)/python -m kdlib study $(STUDY) $(STEP) --cores $(CORES)
+	@$(BIN)/python -m kdlib study $(STUDY) $(STEP) $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES))
 
 # Two files at a time; the long ones first.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_pipeline.py tests/test_notebooks.py tests kdlib
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_pipeline.py tests/test_notebooks.py tests/test_slurm.py tests kdlib
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_cache.ipynb

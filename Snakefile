@@ -35,6 +35,9 @@ AXES = (
 LOG = " > {log.text} 2>&1"
 
 
+# What a job asks of a cluster beside its threads; memory and time are the profile's (profiles/slurm).
+GPUS = study.compute.processes if study.compute.device.startswith("cuda") else 0
+
 RECORDED = [f"model={m}/{part}" for m, part in (study.recordings.runs() if study.recordings else [])]
 RECORDINGS = [f"{RUNS}/recorded/{run}/evidence.json" for run in RECORDED]
 QUESTIONS = [f"{RUNS}/scores/evidence.json"] if study.recordings else []
@@ -136,6 +139,8 @@ rule teacher:
     params:
         settings=settings("teacher"),
     threads: study.compute.threads * study.compute.processes
+    resources:
+        gpu=GPUS,
     shell:
         PAPERMILL + LOG
 
@@ -150,6 +155,8 @@ rule further_teacher:
     params:
         settings=settings("further_teacher"),
     threads: study.compute.threads * study.compute.processes
+    resources:
+        gpu=GPUS,
     shell:
         "python -m kdlib step teacher {STUDY:q} --teacher {wildcards.teacher:q}" + LOG
 
@@ -165,6 +172,8 @@ rule datamap:
         text=f"{UPSTREAM}/datamap/03_datamap.log",
     params:
         settings=settings("datamap"),
+    resources:
+        gpu=min(GPUS, 1),
     shell:
         PAPERMILL + LOG
 
@@ -179,6 +188,8 @@ rule record:
     params:
         settings=settings("record"),
     threads: study.compute.threads
+    resources:
+        gpu=min(GPUS, 1),
     shell:
         "python -m kdlib record {STUDY:q} --model {wildcards.model:q} --part {wildcards.part:q}" + LOG
 
@@ -249,6 +260,8 @@ rule distill:
     params:
         settings=settings("distill"),
     threads: study.compute.threads * study.compute.processes
+    resources:
+        gpu=GPUS,
     shell:
         PAPERMILL + AXES + LOG
 
@@ -265,6 +278,8 @@ rule probe:
     params:
         settings=settings("probe"),
     threads: study.compute.threads
+    resources:
+        gpu=min(GPUS, 1),
     shell:
         PAPERMILL + AXES + " -p objective {wildcards.objective:q}" + LOG
 

@@ -22,7 +22,11 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     """Run a study's pipeline under a lock of its own, then say what was found or what failed."""
     study = load_study(arguments.study)
     snakemake = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
-    options = ["--cores", str(arguments.cores), "--config", f"study={arguments.study}"]
+    options = ["--config", f"study={arguments.study}"]
+    if arguments.profile:
+        options += ["--profile", arguments.profile]
+    if arguments.cores or not arguments.profile:  # elsewhere it would cap the threads of each job
+        options += ["--cores", str(arguments.cores or 2)]
     # Snakemake's own lock outlives a kill; the kernel frees ours. Jobs that outlive a killed
     # pipeline hold the locks of their runs, and the next pipeline's jobs wait for those.
     beside = str(Path(sys.executable).parent)  # papermill's, whether or not it is activated
@@ -191,7 +195,8 @@ def main() -> int:
     study = commands.add_parser("study", help=described)
     study.add_argument("study", help="study file, such as params/digits.yaml")
     study.add_argument("step", nargs="?", choices=STEPS, help="only this, without the students")
-    study.add_argument("--cores", type=int, default=2)
+    study.add_argument("--cores", type=int, help="at once; 2 where no profile is given")
+    study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
     study.set_defaults(run=_study)
     figures = commands.add_parser("figures", help="redraw all figures from the run records")
     figures.add_argument("study", help="study file, such as params/digits.yaml")

@@ -12,6 +12,8 @@ from typing import Any
 from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
+LONGEST = 80  # characters of a folder in which `kernel-xxxxxxxx/socket-1` fits a socket's 107
+
 
 class IpcEngine(NBClientEngine):
     """papermill's engine, with kernels on Unix sockets in a folder of their own."""
@@ -19,7 +21,9 @@ class IpcEngine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
         """Execute a notebook; arguments as papermill's own engine."""
-        with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
+        # a cluster's $TMPDIR can be too long a path for a socket
+        place = None if len(os.fsencode(tempfile.gettempdir())) <= LONGEST else "/tmp"
+        with tempfile.TemporaryDirectory(prefix="kernel-", dir=place) as folder:
             # Without a path of its own each kernel would use the same names in the current folder.
             sockets = {"transport": "ipc", "ip": os.path.join(folder, "socket")}
             config = Config({"KernelManager": sockets})

@@ -290,3 +290,29 @@ def test_an_unknown_option_is_refused(study, run):
     assert code == 2
     assert "unknown arguments: --force" in complaint
     assert not files.workspace().joinpath("cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "passed_on"),
+    [
+        ([], ["--cores", "2"]),
+        (["--cores", "8", "-n"], ["--cores", "8", "-n"]),
+        (["--profile", "profiles/slurm"], ["--profile", "profiles/slurm"]),
+        (["--profile", "mine", "--cores", "1"], ["--profile", "mine", "--cores", "1"]),
+    ],
+)
+def test_cores_are_two_unless_told_or_left_to_a_profile(study, run, monkeypatch, asked, passed_on):
+    commands = []
+
+    class Stopped:
+        def wait(self) -> int:
+            return 1
+
+    def start(command: list[str], **options: object) -> Stopped:
+        commands.append(command)
+        return Stopped()
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    assert run("study", "params/tiny.yaml", *asked)[0] == 1
+    after = commands[0].index("study=params/tiny.yaml") + 1
+    assert commands[0][after:] == passed_on

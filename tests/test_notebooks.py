@@ -161,3 +161,16 @@ def test_a_notebook_before_its_time_names_the_step_that_is_missing(tmp_path, mon
     study = str(files.workspace() / "params" / "tiny.yaml")
     with pytest.raises(CellExecutionError, match="holds no finished run; run the notebook"):
         _as_in_jupyterlab(tmp_path, "04_distill", monkeypatch, study=study)
+
+
+def test_a_kernel_starts_where_the_path_of_temporary_files_is_too_long_for_a_socket(tmp_path):
+    long = tmp_path / ("job-" * 30)
+    long.mkdir()
+    cell = nbformat.v4.new_code_cell("print(6 * 7)")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "in.ipynb")
+    command = [sys.executable, "-m", "papermill", "--engine", "ipc", "in.ipynb", "out.ipynb"]
+    environment = os.environ | {"TMPDIR": str(long)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "42" in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0].text

@@ -177,6 +177,28 @@ def test_a_study_that_shares_a_teacher_plans_students_and_its_further_teachers_a
     assert _planned(home, path) == made
 
 
+def test_a_study_on_gpus_asks_for_one_and_its_threads_for_each_process(home):
+    content = yaml.safe_load((home / STUDY).read_text())
+    content["compute"] = {"device": "cuda", "threads": 3, "processes": 2}
+    (home / STUDY).write_text(yaml.safe_dump(content))
+    process = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run",
+         "--workflow-profile", "none", "--directory", str(home), "--cores", "8",
+         "--config", f"study={home / STUDY}"],
+        env=_environment(home), capture_output=True, text=True,
+    )  # fmt: skip
+    told = {rule.split(":")[0]: rule for rule in process.stdout.split("\nrule ")}
+    for rule, threads, gpus in (
+        ("teacher", 6, 2),
+        ("distill", 6, 2),
+        ("record", 3, 1),
+        ("probe", 3, 1),
+    ):
+        assert f"threads: {threads}\n" in told[rule]
+        assert f"gpu={gpus}\n" in told[rule]
+    assert "gpu" not in told["cache"] + told["compare"]
+
+
 def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
     content = yaml.safe_load((home / STUDY).read_text())
     content["seeds"] = [0, 1, 2]
