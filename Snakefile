@@ -236,6 +236,8 @@ rule ask_audit:
     params:
         settings=settings("audit"),
     threads: study.compute.threads
+    resources:
+        gpu=min(GPUS, 1),
     shell:
         PAPERMILL + LOG
 
