@@ -1,9 +1,10 @@
-"""Command line: `python -m kdlib study | figures | record | step | cache`.
+"""Command line: `python -m kdlib study | figures | record | step | probe | cache`.
 
 Commands import what they need when they run, so that help and errors come at once.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib import files
-from kdlib.params import AXES, Study, load_study, parse_part
+from kdlib.params import AXES, Model, Probe, Study, load_study, parse_part
 
 STEPS = ("scores", "noise", "audit")  # of the pipeline, that can be asked for by name
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "-n"}  # may compare nothing
@@ -74,6 +75,7 @@ def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
         tables = report.compile_tables(study)
         drawn |= report.draw_shard_visits(study) | report.draw_datamap(study)
         drawn |= report.draw_comparison(study, tables)
+        drawn |= report.draw_diagnostics(study, tables["probes"])
         report.summary(study, tables)
         report.objective_table(study, tables)
     print(f"{', '.join(drawn)} drawn in {study.figures}")
@@ -150,6 +152,45 @@ def _record(arguments: argparse.Namespace, further: list[str]) -> int:
     return 0
 
 
+def _probe(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Probe a weight file that no study has made, on a study's images."""
+    from pydantic import ValidationError
+
+    from kdlib import probing, steps
+    from kdlib.augment import Pixels
+
+    study, pixels = load_study(arguments.study), None
+    asked = {k: getattr(arguments, k) for k in ("layers", "few_shot") if getattr(arguments, k)}
+    try:
+        probe = Probe.model_validate(study.probe.model_dump() | asked)
+        model = Model(name=arguments.model, options=arguments.options)
+    except ValidationError as error:
+        reasons = [e["msg"].removeprefix("Value error, ") for e in error.errors()]
+        raise ValueError("; ".join(reasons)) from None
+    study = study.model_copy(update={"probe": probe})
+    if (arguments.mean is None) != (arguments.std is None):
+        raise ValueError("--mean and --std go together")
+    if arguments.mean is not None:
+        pixels = Pixels(arguments.mean, arguments.std, study.compute.channels_last)
+    images = steps.open_images(study)
+    table = probing.probe_weights(study, images, model, arguments.weights, pixels)
+    print(probing.told(table))
+    return 0
+
+
+def _add_probe(commands: Any) -> None:
+    probe = commands.add_parser("probe", help="probe a weight file from outside, print a table")
+    probe.add_argument("study", help="study file, such as params/cifar10.yaml: images and settings")
+    probe.add_argument("--weights", type=Path, required=True, help="safetensors or a checkpoint")
+    probe.add_argument("--model", required=True, help="network of the weights, as in a study")
+    probe.add_argument("--options", type=json.loads, default={}, help="its options, as JSON")
+    probe.add_argument("--mean", type=float, nargs="+", help="of each channel, as it was trained")
+    probe.add_argument("--std", type=float, nargs="+", help="likewise; else those of the study")
+    probe.add_argument("--layers", nargs="+", help="features stage1 ...; else the study's")
+    probe.add_argument("--few-shot", type=int, nargs="+", help="examples of each class")
+    probe.set_defaults(run=_probe)
+
+
 def _add_step(commands: Any) -> None:
     step = commands.add_parser(
         "step", help="make one teacher or student; under torchrun, by several processes"
@@ -207,6 +248,7 @@ def main() -> int:
     record.add_argument("--part", required=True, help="seed=S, fold=K or threshold=K")
     record.set_defaults(run=_record)
     _add_step(commands)
+    _add_probe(commands)
     _add_cache(commands)
     arguments, further = parser.parse_known_args()
     if further and arguments.run is not _study:

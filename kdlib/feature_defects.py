@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib import checks, features, probe
+from kdlib import checks, diagnostics, features
 from kdlib.exhibits import BRIEF, C_GRID, Bench, Exhibit, judged, mean, refused
 from kdlib.objectives import Distiller, build_distiller
 from kdlib.params import Augment, Objective
@@ -289,7 +289,7 @@ def alarm_out_of_reach(bench: Bench) -> Exhibit:
         rows = rng.normal(size=(256, n_features))
         unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         wrong.append(unit.var(axis=0).mean() < threshold)
-        ours.append(probe.collapse(unit.astype(np.float32)).collapsed)
+        ours.append(diagnostics.collapse(unit.astype(np.float32)).collapsed)
     constant = np.repeat(unit[:1], len(unit), axis=0).astype(np.float32)
     return Exhibit(
         study="B",
@@ -299,13 +299,13 @@ def alarm_out_of_reach(bench: Bench) -> Exhibit:
         measure="isotropic random features called collapsed",
         defect=mean(wrong),
         honest=mean(ours),
-        tripwire="probe.collapse",
+        tripwire="diagnostics.collapse",
         sentence=f"the largest variance that unit vectors of {n_features} features can have is "
         f"{1 / n_features:.4f}, below the alarm's {threshold}; effective rank calls "
         f"{sum(ours)} of {len(ours)} isotropic draws collapsed, and constant features "
-        f"{'collapsed' if probe.collapse(constant).collapsed else 'sound'}",
+        f"{'collapsed' if diagnostics.collapse(constant).collapsed else 'sound'}",
         caught=1 / n_features < threshold and all(wrong),
-        quiet=not any(ours) and probe.collapse(constant).collapsed,
+        quiet=not any(ours) and diagnostics.collapse(constant).collapsed,
     )
 
 

@@ -5,7 +5,7 @@ A test finds each of these tests. Leaves to others: the defects themselves (`sub
 """
 
 _T = {m: f"tests/test_{m}.py::test_" for m in (
-    "audit", "building", "cache", "checks", "compare", "dynamics", "evaluation",
+    "audit", "building", "cache", "checks", "compare", "diagnostics", "dynamics", "evaluation",
     "features", "loading", "losses", "models", "params", "pipeline", "probe",
     "sampling", "seeds", "selection", "states", "steps", "structure", "teacher",
     "trainer",
@@ -65,7 +65,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     )),
     ("B", "train and test features are of the same weights; no probe below its floor", (
         _T["steps"] + "test_features_of_an_untrained_network_are_refused",
-        _T["probe"] + "both_probes_refuse_features_that_do_not_belong_together",
+        _T["probe"] + "all_probes_refuse_features_that_do_not_belong_together",
         _T["checks"] + "each_lie_is_stopped_by_its_tripwire_alone",
     )),
     ("B", "permuting teacher rows raises the loss, the gradient reaches the student, a copy is the "
@@ -94,7 +94,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _T["features"] + "identical_views_are_refused",
     )),
     ("B", "isotropic features pass as such, constant ones fail", (
-        _T["probe"] + "isotropic_random_features_pass_and_constant_ones_fail",
+        _T["diagnostics"] + "isotropic_random_features_pass_and_constant_ones_fail",
     )),
     ("B", "the test features choose nothing: noise labels give chance", (
         _T["probe"] + "probing_noise_labels_gives_chance_on_test",

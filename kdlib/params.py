@@ -183,6 +183,14 @@ class Data(Settings):
         return self
 
 
+def cache_folder(data: Data) -> Path:
+    """Folder of the cache of these images, wherever they are asked for."""
+    content = data.model_dump(exclude={"n_validation", "split_seed", "part"})
+    if content["relabel"] is None:  # as before there was such a key
+        del content["relabel"]
+    return workspace() / "cache" / f"{data.source}-{fingerprint(content)[:8]}"
+
+
 def parse_part(part: str) -> tuple[int, int]:
     """`i/k` as (i, k), with 1 <= i <= k.
 
@@ -624,14 +632,33 @@ class Probe(Settings):
     fraction: float = Field(gt=0, le=1)
     objective: tuple[str, ...] = Field(min_length=1)
     k: int = Field(20, ge=1)  # neighbours
-    c_grid: tuple[float, ...] = (
-        0.01,
-        0.1,
-        1.0,
-        10.0,
-        100.0,
-    )  # inverse regularisation, on standardised features
+    # inverse regularisation, on standardised features: 45 values from 1e-6 to 1e5
+    c_grid: tuple[float, ...] = tuple(10.0 ** (k / 4) for k in range(-24, 21))
+    # labelled examples of each class, for probes of few; each drawn so many times
+    few_shot: tuple[int, ...] = ()
+    few_shot_draws: int = Field(5, ge=1)
+    # `features`, what the last layer reads (of a transformer what timm hands its classifier), and
+    # the mean of a stage's grid, `stage1`, ...
+    layers: tuple[str, ...] = ("features",)
+    others: dict[str, Data] = {}  # further data sets on which the same networks are probed
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "Probe":
+        for name in self.others:
+            if not _NAME.fullmatch(name) or name == "own":
+                raise ValueError(
+                    f"{name!r} names rows and a folder; expected letters, digits, _, - or ., and "
+                    "not `own`, which is the study's data"
+                )
+        strange = [x for x in self.layers if not re.fullmatch(r"features|stage[1-9]\d*", x)]
+        if strange or "features" not in self.layers or len(set(self.layers)) < len(self.layers):
+            raise ValueError(
+                f"layers are {self.layers}; expected features, and stage1, stage2, ..., each once"
+            )
+        if any(n < 1 for n in self.few_shot) or len(set(self.few_shot)) < len(self.few_shot):
+            raise ValueError(f"few_shot is {self.few_shot}; expected different integers >= 1")
+        return self
 
 
 class Compare(Settings):
@@ -805,10 +832,7 @@ class Study(Settings):
     @property
     def cache(self) -> Path:
         """Folder of the image cache; studies that ask for the same images share it."""
-        content = self.data.model_dump(exclude={"n_validation", "split_seed", "part"})
-        if content["relabel"] is None:  # as before there was such a key
-            del content["relabel"]
-        return workspace() / "cache" / f"{self.data.source}-{fingerprint(content)[:8]}"
+        return cache_folder(self.data)
 
     @property
     def upstream(self) -> "Study":
@@ -987,7 +1011,11 @@ class Study(Settings):
             "scores": {"scoring": scoring, "recordings": dump["recordings"]},
             "noise": {"scoring": scoring, "recordings": dump["recordings"]},
             "probe": {
-                **{key: dump["probe"][key] for key in ("k", "c_grid", "seed")},
+                **{
+                    key: value
+                    for key, value in dump["probe"].items()
+                    if key not in ("strategy", "fraction", "objective")
+                },
                 "compute": dump["compute"],
             },
             "compare": {k: v for k, v in dump.items() if k not in ("recordings", "audit")},

@@ -53,6 +53,16 @@ STRATEGIES = {
 }
 OTHER_COLOURS = (SKY, GREEN, BLUE, VERMILLION, PURPLE)
 REFERENCES = ("teacher", "untrained")
+# Diagnostics of features: column, title, the level of theory (None: it depends on the network) and
+# what it is the level of.
+DIAGNOSTICS = (
+    ("effective_rank", "effective rank", None, "isotropic"),
+    ("mean_cosine", "mean cosine, centred", 0.0, "isotropic"),
+    ("unit_variance", "variance of a unit feature", None, "at most 1 / D"),
+    ("alignment", "alignment within classes", 2.0, "isotropic"),
+    ("uniformity", "uniformity", None, "evenly spread"),
+    ("cka_teacher", "linear CKA with the teacher", 1.0, "the teacher itself"),
+)
 
 VERDICTS = {
     "better": (BLUE, "^"),
@@ -156,6 +166,8 @@ def in_words(name: str) -> str:
     stem, _, end = name.rpartition("_")
     if stem and end in ("top", "bottom", "corner"):
         return f"{in_words(stem)} ({end})"
+    if stem == "few_shot":
+        return f"{end}-shot"
     return WORDS.get(name, name.replace("_", " "))
 
 
@@ -182,23 +194,37 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
     return ax
 
 
-def probe_curves(ax: Axes, probes: pd.DataFrame, probe: str = "linear") -> Axes:
+def probe_curves(
+    ax: Axes,
+    probes: pd.DataFrame,
+    probe: str = "linear",
+    on: str = "own",
+    layer: str = "features",
+) -> Axes:
     """Probe accuracy over optimiser steps, with the untrained student and the teacher as levels.
 
     Args:
         ax: The axis.
         probes: The axes of the study, `seed`, `step`, `probe`, `accuracy` in [0, 1]; rows whose
             `strategy` is `untrained` or `teacher` become horizontal lines at their mean.
-        probe: Which rows: `linear` or `knn`.
+        probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
+        on: On which data set; `own` is the study's.
+        layer: Of which layer. The teacher's level is that of its last one.
 
     Returns: `ax`.
     Raises: ValueError for missing columns, a probe that is not there, or a cell whose seeds were
         not all probed at the same steps.
     """
-    demand(probes, (*AXES, "seed", "step", "probe", "accuracy"), "probes")
-    rows = probes[probes["probe"] == probe]
-    if rows.empty:
-        raise ValueError(f"no rows of probe {probe!r}; {nearest(probe, set(probes['probe']))}")
+    demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
+    rows = probes
+    for column, wanted in (("on", on), ("layer", layer), ("probe", probe)):
+        of_teacher = (column == "layer") & (rows["strategy"] == "teacher")
+        kept = rows[(rows[column] == wanted) | of_teacher]
+        if kept[kept["strategy"] != "teacher"].empty:
+            raise ValueError(
+                f"no rows of {column} {wanted!r}; {nearest(wanted, set(rows[column]))}"
+            )
+        rows = kept
     is_reference = rows["strategy"].isin(REFERENCES)
     trained = rows[~is_reference]
     ends = _draw_cells(ax, trained, "accuracy", "strategy")
@@ -215,18 +241,61 @@ def probe_curves(ax: Axes, probes: pd.DataFrame, probe: str = "linear") -> Axes:
             label = f"{name}, {in_words(student)}" if several else name
             ends.append((level, label, BLACK, None))
     ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
-    held = f"{in_words(probe)} probe, {_held(trained, 'strategy')}"
+    told = [f"{in_words(probe)} probe", _held(trained, "strategy")]
+    told += [f"on {on}"] * (on != "own") + [layer] * (layer != "features")
+    held = ", ".join(told)
     ax.set_title(f"{held}; {_seeds(trained)}", fontsize=TEXT_PT)
     _finish_lines(ax, ends)
     return ax
+
+
+def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
+    """The shape of the features over optimiser steps, a panel for each diagnostic, with what theory
+    says of features without structure, or the most there can be.
+
+    Args:
+        fig: An empty figure.
+        probes: The axes of the study, `seed`, `step`, `on`, `layer`, `probe`, and the diagnostics;
+            rows of the study's own data and the last layer are drawn.
+
+    Returns: `fig`.
+    Raises: ValueError for missing columns or a table without such rows.
+    """
+    columns = [name for name, *_ in DIAGNOSTICS]
+    needed = (*AXES, "seed", "step", "on", "layer", "probe", *columns)
+    demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
+    own = (probes["on"] == "own") & (probes["layer"] == "features")
+    rows = probes[own & ~probes["strategy"].isin(REFERENCES)]
+    demand(rows, (), "probes")
+    rows = rows[rows["probe"] == rows["probe"].iloc[0]]  # they are the same in every probe's row
+    levels = {
+        "effective_rank": rows["effective_rank"] / rows["rank_ratio"],
+        "unit_variance": 1 / rows["n_features"],
+        "uniformity": rows["uniformity_even"],
+    }
+    axs = fig.subplots(2, 3, sharex=True)
+    for ax, (name, label, level, told) in zip(axs.flat, DIAGNOSTICS, strict=True):
+        _draw_cells(ax, rows, name, "strategy", scale=1)
+        for height in sorted(set(levels[name].round(9)) if level is None else [level]):
+            ax.axhline(height, color=BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
+        ax.set_xlim(0, max(1, rows["step"].max()))
+        ax.set_title(f"{label}\n(dotted: {told})", fontsize=TEXT_PT)
+    for ax in axs[1]:
+        ax.set_xlabel("optimiser steps")
+    handles, labels = axs.flat[0].get_legend_handles_labels()
+    title = f"{_held(rows, 'strategy')}; {_seeds(rows)}"
+    fig.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), title=title)
+    return fig
 
 
 # The end of a line: height in %, label, colour, and last step (None: it runs over the whole axis).
 End = tuple[float, str, str, float | None]
 
 
-def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]:
-    """One line with a band for each cell; returns where the lines end."""
+def _draw_cells(
+    ax: Axes, table: pd.DataFrame, value: str, by: str, scale: float = 100
+) -> list[End]:
+    """One line with a band for each cell, in % or times `scale`; returns where the lines end."""
     if by not in AXES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(AXES)}")
     looks = line_looks(table[by].unique())
@@ -245,7 +314,7 @@ def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]
         if others:
             dash = DASHES[turns[key[0]] % len(DASHES)]
             turns[key[0]] += 1
-        mean = 100 * grid.mean(axis=1)
+        mean = scale * grid.mean(axis=1)
         label = ", ".join(_told(value) for value in key)
         marker = "o" if len(mean) <= 12 else None  # few steps: show where something was measured
         ax.plot(
@@ -253,7 +322,7 @@ def _draw_cells(ax: Axes, table: pd.DataFrame, value: str, by: str) -> list[End]
             clip_on=False,
         )  # fmt: skip
         if grid.shape[1] > 1:
-            sd = 100 * grid.std(axis=1, ddof=1)
+            sd = scale * grid.std(axis=1, ddof=1)
             ax.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
         ends.append((float(mean.iloc[-1]), label, colour, float(mean.index[-1])))
     return ends

@@ -1,7 +1,9 @@
-"""Step 05: probes of every kept checkpoint of a cell, beside the teacher's.
+"""Step 05: probes and diagnostics of every kept checkpoint of a cell, beside the teacher's.
 
-Leaves to others: probes and diagnostics themselves (probe), where students and stored outputs are
-(steps).
+Every row says which data it is `on` (`own`: the study's, or one of `probe.others`) and of which
+`layer`. The tripwires judge the study's own data and the last layer. Leaves to others: probes and
+diagnostics themselves (probe, diagnostics), where features come from (extracting), where students
+and stored outputs are (steps).
 """
 
 from collections.abc import Iterator
@@ -11,10 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from threadpoolctl import threadpool_limits
 
-from kdlib import checks, files, params, probe, runs
-from kdlib.evaluation import all_outputs
+from kdlib import checks, diagnostics, files, params, probe, runs
+from kdlib.augment import Pixels
+from kdlib.extracting import Examples, layer_features, other_examples
+from kdlib.models import Network
 from kdlib.params import Cell, Study
+from kdlib.seeds import generator
 from kdlib.steps import (
     Images,
     labelled_features,
@@ -24,36 +30,47 @@ from kdlib.steps import (
     probe_examples,
     student_folder,
     teacher_features,
+    teacher_folder,
+    teacher_network,
+    teacher_pixels,
     use,
 )
 from kdlib.tables import read_parquet, write_parquet
+from kdlib.weights import load_weights, weights_fingerprint
+
+OWN, LAST = "own", "features"  # what the tripwires judge
 
 
 def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
-    """Step 05: linear and k-NN probes of every kept checkpoint of a cell, and of the teacher.
+    """Step 05: probes and diagnostics of every kept checkpoint of a cell, and of the teacher.
 
-    Returns: One row per seed, step and probe; the teacher's rows have strategy `teacher`.
+    Returns: One row per seed, step, data set, layer and probe; the teacher's rows have strategy
+        `teacher`. Diagnostics are of the training features, the same in every row of one network,
+        data set and layer; `cka_teacher` is NaN on other data.
     Raises: TripwireError when features are collapsed, or a trained probe lies below the random
         initialisation's: both say that something is wrong with the features, not with the subset.
     """
     device = use(study.compute)
     evidences = {s: open_student(study, cell, s) for s in study.seeds}
     teacher = open_teacher(study)
+    others = {name: other_examples(data) for name, data in study.probe.others.items()}
     settings = {
         "own": study.step_settings("probe", cell),
         "inputs": images.fingerprints
         | {"students": {str(s): e["checkpoints"]["last"] for s, e in evidences.items()}}
         | {"series": {str(s): e["series"] for s, e in evidences.items()}}
-        | {"teacher": teacher["outputs"]},
+        | {"teacher": teacher["outputs"]}
+        | ({"others": _fingerprints(others)} if others else {}),
     }
     folder = probe_folder(study, cell)
     with runs.open_run(study, folder, settings) as run:
         if not run.finished:
             for cache in (images.train, images.test):
                 cache.verify()
+            heard = _teacher_pair(study, images, teacher)
             table = pd.DataFrame(
-                [*_probe_students(study, images, cell, evidences, device),
-                 *_probe_teacher(study, images, cell, teacher)]
+                [*_probe_students(study, images, cell, evidences, heard[0], others, device),
+                 *_probe_teacher(study, images, cell, heard, others, device)]
             )  # fmt: skip
             write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
             evidence = _probe_evidence(table, images) | {
@@ -72,8 +89,11 @@ def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
 
     Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
     """
-    folder = probe_folder(study, cell)
-    evidence = runs.read_evidence(folder, study.step_settings("probe"))
+    return _open_table(probe_folder(study, cell), study.step_settings("probe"))
+
+
+def _open_table(folder: Path, own: dict[str, Any]) -> pd.DataFrame:
+    evidence = runs.read_evidence(folder, own)
     table, _ = read_parquet(folder / "probes.parquet", "notebooks/05_probe.ipynb")
     if files.sha256_file(folder / "probes.parquet") != evidence["table_sha256"]:
         raise ValueError(f"{folder / 'probes.parquet'} differs from its evidence; run 05 again")
@@ -85,50 +105,207 @@ def probe_folder(study: Study, cell: Cell) -> Path:
     return study.runs / "probe" / cell.path
 
 
+def probe_weights(
+    study: Study, images: Images, model: params.Model, path: Path, pixels: Pixels | None = None
+) -> pd.DataFrame:
+    """Probes and diagnostics of a weight file that no study has made, on a study's images.
+
+    Args:
+        model: The network the weights are of, for images and classes like the study's.
+        path: Where the file is.
+        pixels: The normalisation it was trained with; None: the study's.
+
+    Returns: One row per data set, layer and probe, as of `probe_cell`, without the axes.
+    Raises: FileNotFoundError or ValueError for a file that is not there or fits another network.
+    """
+    device = use(study.compute)
+    network = images.network(model, 0, device)
+    weights = load_weights(network, path)
+    places = {OWN: probe_examples(images)}
+    places |= {name: other_examples(data) for name, data in study.probe.others.items()}
+    rows = []
+    for on, examples in places.items():
+        rows += _probe_network(
+            {}, on, examples, network, weights, pixels or images.pixels, images.image_shape,
+            study.probe,
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def told(table: pd.DataFrame) -> str:
+    """What `probe_weights` found, as Markdown: accuracies in %, then diagnostics beside theory."""
+    first = table.iloc[0]
+    lines = [
+        f"weights {first['weights_sha256'][:12]}, {first['n_test']:,} test images on own data",
+        "",
+        f"| on | layer | D | {' | '.join(table['probe'].unique())} |",
+        f"| --- | --- | ---: |{' ---: |' * table['probe'].nunique()}",
+    ]
+    networks = table.groupby(["on", "layer"], sort=False)
+    for (on, layer), rows in networks:
+        cells = [
+            f"{100 * row.accuracy:.2f}{'' if row.converged else ' (not converged)'}"
+            for row in rows.itertuples()
+        ]
+        lines.append(f"| {on} | {layer} | {rows['n_features'].iloc[0]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "| on | layer | effective rank (isotropic) | mean cosine (0) | unit variance (1 / D) "
+        "| alignment (2) | uniformity (even) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (on, layer), rows in networks:
+        row = rows.iloc[0]
+        lines.append(
+            f"| {on} | {layer} | {row['effective_rank']:.1f} "
+            f"({row['effective_rank'] / row['rank_ratio']:.1f}) | {row['mean_cosine']:.4f} | "
+            f"{row['unit_variance']:.3g} ({1 / row['n_features']:.3g}) | {row['alignment']:.3f} | "
+            f"{row['uniformity']:.3f} ({row['uniformity_even']:.3f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _fingerprints(others: dict[str, Examples]) -> dict[str, list[str]]:
+    return {
+        name: [cache.fingerprint for cache, _ in examples] + [files.sha256_array(examples[0][1])]
+        for name, examples in others.items()
+    }
+
+
 def _probe_students(
-    study: Study, images: Images, cell: Cell, evidences: dict[int, dict], device: str
+    study: Study,
+    images: Images,
+    cell: Cell,
+    evidences: dict[int, dict],
+    teacher: probe.Features,
+    others: dict[str, Examples],
+    device: str,
 ) -> Iterator[dict[str, Any]]:
     network = images.network(study.students[cell.student].model, 0, device)
+    own = diagnostics.shared(teacher.values, teacher.values)
     for seed, evidence in evidences.items():
         for step in evidence["series"]:
             weights = load_step(network, student_folder(study, cell, seed), evidence, step)
-            pair = []
-            for cache, ids in probe_examples(images):
-                pixels = torch.from_numpy(cache.read("images", ids)).to(device)
-                (features,) = all_outputs(network, images.pixels, pixels, ("features",))
-                pair.append(labelled_features(cache, ids, features.cpu().numpy(), weights))
             row = dict(cell.items()) | {"seed": seed, "step": int(step)}
-            yield from _probe_pair(row, *pair, study.probe)
+            for on, examples in ({OWN: probe_examples(images)} | others).items():
+                yield from _probe_network(
+                    row, on, examples, network, weights, images.pixels, images.image_shape,
+                    study.probe, (teacher.values, own) if on == OWN else None,
+                )  # fmt: skip
+
+
+def _teacher_pair(
+    study: Study, images: Images, teacher: dict[str, Any]
+) -> tuple[probe.Features, probe.Features]:
+    train, test = (
+        labelled_features(
+            cache, ids, teacher_features(study, cache, ids), teacher["weights_sha256"]
+        )
+        for cache, ids in probe_examples(images)
+    )
+    return train, test
 
 
 def _probe_teacher(
-    study: Study, images: Images, cell: Cell, teacher: dict[str, Any]
+    study: Study,
+    images: Images,
+    cell: Cell,
+    pair: tuple[probe.Features, probe.Features],
+    others: dict[str, Examples],
+    device: str,
 ) -> Iterator[dict[str, Any]]:
-    pair = []
-    for cache, ids in probe_examples(images):
-        values = teacher_features(study, cache, ids)
-        pair.append(labelled_features(cache, ids, values, teacher["weights_sha256"]))
+    """The teacher's rows: of its stored features, and once per study of each other data set."""
     row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
-    yield from _probe_pair(row, *pair, study.probe)
+    yield from _probe_pair(row | {"on": OWN, "layer": LAST}, *pair, study.probe)
+    for name, examples in others.items():
+        table = _teacher_elsewhere(study, images, name, examples, device)
+        yield from (row | found for found in table.to_dict("records"))
+
+
+def _teacher_elsewhere(
+    study: Study, images: Images, name: str, examples: Examples, device: str
+) -> pd.DataFrame:
+    """Probes of the teacher's features on another data set: one pass, whatever the cells."""
+    evidence = runs.read_evidence(teacher_folder(study.upstream))
+    teacher = evidence["teacher"]["weights_sha256"]
+    settings = {
+        "own": study.step_settings("probe"),
+        "inputs": _fingerprints({name: examples}) | {"teacher": teacher},
+    }
+    folder = study.runs / "probe" / f"on={name}"
+    with runs.open_run(study, folder, settings) as run:
+        if not run.finished:
+            network = teacher_network(study, images, device)
+            if study.teacher.training is not None:
+                file = evidence["checkpoints"]["last"]["file"]
+                load_weights(network, teacher_folder(study.upstream) / file)
+            if weights_fingerprint(network) != teacher:
+                raise ValueError(
+                    f"the teacher's weights are not those of {teacher_folder(study.upstream)}; run "
+                    "notebooks/02_teacher.ipynb again"
+                )
+            last = study.probe.model_copy(update={"layers": (LAST,)})
+            table = pd.DataFrame(
+                _probe_network(
+                    {}, name, examples, network, teacher, teacher_pixels(study, images),
+                    images.image_shape, last,
+                )
+            )  # fmt: skip
+            write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
+            sha256 = files.sha256_file(folder / "probes.parquet")
+            run.finish({"step": "probe", "study": study.name, "table_sha256": sha256}, device)
+    return _open_table(folder, settings["own"])
+
+
+def _probe_network(
+    row: dict[str, Any],
+    on: str,
+    examples: Examples,
+    network: Network,
+    weights: str,
+    pixels: Pixels,
+    image_shape: tuple[int, int, int],
+    settings: params.Probe,
+    teacher: tuple[np.ndarray, float] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """The rows of every layer of one network on one data set, in one pass over each split."""
+    place, pair = next(network.parameters()).device, []
+    for cache, ids in examples:
+        seen = torch.from_numpy(cache.read("images", ids)).to(place)
+        found = layer_features(network, pixels, seen, image_shape, settings.layers)
+        pair.append({k: labelled_features(cache, ids, v, weights) for k, v in found.items()})
+    for layer in settings.layers:
+        yield from _probe_pair(
+            row | {"on": on, "layer": layer}, pair[0][layer], pair[1][layer], settings, teacher
+        )
 
 
 def _probe_pair(
-    row: dict[str, Any], train: probe.Features, test: probe.Features, settings: params.Probe
+    row: dict[str, Any],
+    train: probe.Features,
+    test: probe.Features,
+    settings: params.Probe,
+    teacher: tuple[np.ndarray, float] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    spread = probe.collapse(train.values)
-    for result in (
+    with threadpool_limits(1, user_api="blas"):  # sums depend on the number of threads
+        shape = _diagnostics(train, settings.seed, teacher)
+    results = [
         probe.linear_probe(train, test, settings.c_grid, settings.seed),
         probe.knn_probe(train, test, settings.k),
-    ):
+    ]
+    for n_shots in settings.few_shot:
+        results.append(
+            probe.few_shot_probe(train, test, n_shots, settings.few_shot_draws, settings.seed)
+        )
+    for result in results:
         yield row | {
             "probe": result.probe,
             "accuracy": result.accuracy,
-            "chosen": result.chosen,
+            "chosen": float(result.chosen),
             "converged": result.converged,
-            "effective_rank": spread.effective_rank,
-            "rank_ratio": spread.ratio,
-            "rank_threshold": spread.threshold_rank / spread.isotropic_rank,
+            **shape,
             "n_features": train.values.shape[1],
+            "n_train": result.n_train,
             "n_test": result.n_test,
             "train_weights": train.weights_sha256,
             "test_weights": test.weights_sha256,
@@ -136,9 +313,33 @@ def _probe_pair(
         }
 
 
+def _diagnostics(
+    train: probe.Features, seed: int, teacher: tuple[np.ndarray, float] | None
+) -> dict[str, float]:
+    """Columns of one network, data set and layer; `teacher` is its features of the same examples
+    and their `shared` with themselves."""
+    values, spread = train.values, diagnostics.collapse(train.values)
+    rows = generator(seed, "probe", 0, 0).permutation(len(values))[: diagnostics.PAIRED]
+    return {
+        "effective_rank": spread.effective_rank,
+        "rank_ratio": spread.ratio,
+        "rank_threshold": spread.threshold_rank / spread.isotropic_rank,
+        "mean_cosine": diagnostics.mean_cosine(values),
+        "unit_variance": diagnostics.unit_variance(values),
+        "alignment": diagnostics.alignment(values, train.labels),
+        "uniformity": diagnostics.uniformity(values, rows),
+        "uniformity_even": diagnostics.even_uniformity(values.shape[1]),
+        "cka_teacher": float("nan")
+        if teacher is None
+        else diagnostics.linear_cka(values, teacher[0], teacher[1]),
+    }
+
+
 def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
-    students = table[table["strategy"] != "teacher"]
-    linear = students[students["probe"] == "linear"]
+    """What the tripwires judge: the study's own data and the last layer alone; that training and
+    test features are of the same weights, everywhere."""
+    students = table[(table["strategy"] != "teacher") & (table["on"] == OWN)]
+    linear = students[(students["probe"] == "linear") & (students["layer"] == LAST)]
     by_step = linear.groupby("step")["accuracy"].mean()
     floor, trained = by_step.iloc[0], by_step.iloc[-1]
     last = linear[linear["step"] == by_step.index[-1]]

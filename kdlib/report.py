@@ -117,7 +117,7 @@ def with_untrained(table: pd.DataFrame) -> pd.DataFrame:
     untrained = table[table["step"] == 0].assign(strategy="untrained")
     whole = pd.concat([table, untrained], ignore_index=True)
     is_reference = whole["strategy"].isin(["untrained", "teacher"])
-    keys = ["student", "strategy", "objective", "seed", "probe"]
+    keys = ["student", "strategy", "objective", "seed", "on", "layer", "probe"]
     return whole[~(is_reference & whole.duplicated(keys))].reset_index(drop=True)
 
 
@@ -362,6 +362,16 @@ def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, 
         for axis, kind in zip(figures["probes"].subplots(1, 2), ("linear", "knn"), strict=True):
             plots.probe_curves(axis, tables["probes"], probe=kind)
     return _save(study, figures)
+
+
+def draw_diagnostics(study: Study, rows: pd.DataFrame) -> dict[str, Path]:
+    """Draw `diagnostics`: the shape of the features over training, from the table `probes`.
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    with plots.style():
+        figure = plots.diagnostics(Figure(figsize=(plots.WIDE, 4.2)), rows)
+    return _save(study, {"diagnostics": figure})
 
 
 def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Path]:

@@ -1,4 +1,5 @@
-"""`python -m kdlib cache`: caches are built, shown and verified, and an error is one sentence."""
+"""`python -m kdlib cache` builds, shows and verifies caches, `probe` reads weights from outside; an
+error is one sentence."""
 
 import re
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from kdlib import building, files
 from kdlib.__main__ import main
 from kdlib.cache import Cache
-from kdlib.params import Study, load_study
+from kdlib.params import Model, Study, load_study
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -316,3 +317,52 @@ def test_cores_are_two_unless_told_or_left_to_a_profile(study, run, monkeypatch,
     assert run("study", "params/tiny.yaml", *asked)[0] == 1
     after = commands[0].index("study=params/tiny.yaml") + 1
     assert commands[0][after:] == passed_on
+
+
+@pytest.fixture
+def weights(study: Study, home: Path) -> Path:
+    """A weight file of the small network, for a study whose images are cached."""
+    from kdlib import steps
+    from kdlib.weights import save_weights
+
+    images = steps.cache_images(study)
+    network = images.network(Model(name="tiny_cnn", options={"width": 6}), 3, "cpu")
+    save_weights(network, home / "outside.safetensors", {})
+    return home / "outside.safetensors"
+
+
+OPTIONS = ("--options", '{"width": 6}')
+
+
+def test_probe_prints_a_table_of_weights_from_outside(run: Run, weights: Path):
+    command = ("probe", "params/tiny.yaml", "--weights", weights, "--model", "tiny_cnn", *OPTIONS)
+    code, told, complaint = run(*command, "--layers", "features", "stage1", "--few-shot", "2")
+    assert (code, complaint) == (0, "")
+    assert "| on | layer | D | linear | knn | few_shot_2 |" in told
+    found = re.search(r"\| own \| features \| 12 \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|", told)
+    assert all(10 < float(accuracy) <= 100 for accuracy in found.groups())
+    assert "| own | stage1 | 6 |" in told
+    assert "effective rank (isotropic)" in told
+    other = run(*command, "--mean", "0", "--std", "0.02")
+    assert other[0] == 0
+    assert other[1] != told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"--options": '{"width": 8}'}, r"does not fit this TinyCNN; in \d+ keys"),
+        ({"--weights": "absent.safetensors"}, "there is no weight file absent.safetensors"),
+        ({"--model": "tiny_cn"}, "unknown model 'tiny_cn'; did you mean 'tiny_cnn'"),
+        ({"--layers": "stage9", "--mean": "0"}, "expected features, and stage1"),
+        ({"--mean": "0"}, "--mean and --std go together"),
+    ],
+)
+def test_probe_refuses_foreign_weights_in_one_sentence(run: Run, weights: Path, changes, said):
+    options = {"--weights": weights, "--model": "tiny_cnn", "--options": OPTIONS[1]} | changes
+    code, told, complaint = run(
+        "probe", "params/tiny.yaml", *(part for pair in options.items() for part in pair)
+    )
+    assert (code, told) == (1, "")
+    assert re.search(said, complaint)
+    assert complaint.count("\n") == 1

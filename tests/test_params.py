@@ -21,6 +21,7 @@ from kdlib.params import (
     Study,
     StudyError,
     Training,
+    cache_folder,
     data_path,
     load_study,
     open_point,
@@ -622,6 +623,10 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "probe.k": {"probe"},
     "probe.c_grid": {"probe"},
     "probe.seed": {"probe"},
+    "probe.few_shot": {"probe"},
+    "probe.few_shot_draws": {"probe"},
+    "probe.layers": {"probe"},
+    "probe.others": {"probe"},
     "probe.strategy": set(),
     "compare.margin": set(),
     "axes.fraction": set(),
@@ -638,6 +643,9 @@ NEW = {
     "teacher.training.augment.flip": True,
     "students.tiny.model.name": "cifar_resnet8",
     "probe.c_grid": [1.0],
+    "probe.few_shot": [1, 5],
+    "probe.layers": ["features", "stage1"],
+    "probe.others": {"more": {"source": "digits", "n_validation": 9}},
     "probe.strategy": ["full"],
     "axes.fraction": [0.33, 0.1, 0.5],
     "audit": True,
@@ -699,6 +707,38 @@ def test_a_feature_objective_asks_the_teacher_for_more():
 
 def test_every_part_of_a_study_is_in_the_table_of_readers():
     assert {path.split(".")[0] for path in READERS} == set(Study.model_fields) - {"name"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("layers", ["stage1"], "expected features, and stage1"),
+        ("layers", ["features", "stage0"], "expected features, and stage1"),
+        ("layers", ["features", "features"], "each once"),
+        ("layers", ["features", "logits"], "expected features, and stage1"),
+        ("few_shot", [0], "expected different integers >= 1"),
+        ("few_shot", [5, 5], "expected different integers >= 1"),
+        ("few_shot_draws", 0, "greater than or equal to 1"),
+        ("others", {"own": {"source": "digits", "n_validation": 9}}, "not `own`"),
+        ("others", {"a/b": {"source": "digits", "n_validation": 9}}, "names rows and a folder"),
+        ("others", {"more": {"source": "digts", "n_validation": 9}}, "did you mean 'digits'"),
+    ],
+)
+def test_probes_that_cannot_be_meant_are_refused(key, value, message):
+    with pytest.raises(ValueError, match=message):
+        validated(changed(f"probe.{key}", value))
+
+
+def test_the_default_grid_of_c_is_that_of_public_linear_probes():
+    grid = validated(STUDY).probe.c_grid
+    assert len(grid) == 45
+    assert (grid[0], grid[-1]) == pytest.approx((1e-6, 1e5))
+
+
+def test_other_data_to_probe_on_share_the_cache_of_a_study_of_them():
+    content = changed("probe.others", {"more": STUDY["data"] | {"split_seed": 3}})
+    study = validated(content)
+    assert cache_folder(study.probe.others["more"]) == study.cache
 
 
 OWN = {

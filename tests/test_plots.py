@@ -65,10 +65,20 @@ def probe_table(**axes):
     teacher = table.iloc[:1].assign(strategy="teacher", seed=-1, step=-1, accuracy=0.97)
     untrained = table[table["step"] == 0].assign(strategy="untrained", accuracy=0.1)
     table = pd.concat([table, teacher, untrained], ignore_index=True)
+    table = table.assign(on="own", layer="features")
     return pd.concat(
         [table.assign(probe="linear"), table.assign(probe="knn", accuracy=table["accuracy"] / 2)],
         ignore_index=True,
     )
+
+
+def diagnostics_table():
+    """Diagnostics of features that are isotropic, but for their rank."""
+    table = probe_table()
+    d = 16
+    shape = {"effective_rank": 7.5, "rank_ratio": 0.5, "mean_cosine": 0.01, "unit_variance": 1 / d}
+    shape |= {"alignment": 1.5, "uniformity": -3.0, "uniformity_even": -3.6, "cka_teacher": 0.4}
+    return table.assign(**shape, n_features=d)
 
 
 def compared(results):
@@ -106,6 +116,8 @@ def draw(name):
             plots.paired_differences(fig.subplots(), compared(result_table()), margin=MARGIN)
         elif name == "curves":
             plots.learning_curves(fig.subplots(), curve_table())
+        elif name == "diagnostics":
+            plots.diagnostics(fig, diagnostics_table())
         elif name == "probes":
             for ax, kind in zip(fig.subplots(1, 2), ("linear", "knn"), strict=True):
                 plots.probe_curves(ax, probe_table(), probe=kind)
@@ -116,7 +128,7 @@ def draw(name):
     return fig
 
 
-FIGURES = ("accuracy", "differences", "curves", "probes", "regions", "defects")
+FIGURES = ("accuracy", "differences", "curves", "probes", "diagnostics", "regions", "defects")
 
 
 def words(where):
@@ -265,6 +277,55 @@ def test_probe_curves_label_every_line_and_both_references():
     assert "k-NN probe, KD, 33 % of the data; mean ± s.d., S = 5" in words(ax)
     with pytest.raises(ValueError, match="no rows of probe 'lineal'; did you mean 'linear'"):
         plots.probe_curves(axis(), table, probe="lineal")
+
+
+def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
+    own = probe_table()
+    rows = own[own["probe"] == "linear"]
+    shots = rows.assign(probe="few_shot_5", accuracy=0.3)
+    elsewhere = rows.assign(on="mnist", accuracy=0.6)
+    stage = rows[rows["strategy"] != "teacher"].assign(layer="stage1", accuracy=0.2)
+    table = pd.concat([own, shots, elsewhere, stage], ignore_index=True)
+    same = plots.probe_curves(axis(), table), plots.probe_curves(axis(), own)
+    heights = [[list(line.get_ydata()) for line in ax.lines] for ax in same]
+    assert heights[0] == heights[1]
+    for asked, level, told in (
+        ({"on": "mnist"}, 60, "linear probe, KD, 33 % of the data, on mnist"),
+        ({"layer": "stage1"}, 20, "linear probe, KD, 33 % of the data, stage1"),
+        ({"probe": "few_shot_5"}, 30, "5-shot probe, KD, 33 % of the data"),
+    ):
+        ax = plots.probe_curves(axis(), table, **asked)
+        curves = [line for line in ax.lines if len(line.get_ydata()) == 4]
+        assert curves
+        assert all(np.allclose(line.get_ydata(), level) for line in curves)
+        assert title_of(ax).startswith(told)
+        assert "teacher" in words(ax)
+    for asked, told in (({"on": "mnst"}, "did you mean 'mnist'"), ({"layer": "stage2"}, "stage1")):
+        with pytest.raises(ValueError, match=told):
+            plots.probe_curves(axis(), table, **asked)
+
+
+def test_diagnostics_have_a_panel_each_with_the_level_of_theory():
+    fig = draw("diagnostics")
+    assert len(fig.axes) == 6
+    for ax, (name, label, level, told) in zip(fig.axes, plots.DIAGNOSTICS, strict=True):
+        theory = {"effective_rank": 15, "unit_variance": 1 / 16, "uniformity": -3.6}.get(
+            name, level
+        )
+        flat = [line.get_ydata() for line in ax.lines if len(line.get_ydata()) == 2]
+        assert [list(y) for y in flat] == [pytest.approx([theory, theory])]
+        curves = [line for line in ax.lines if len(line.get_ydata()) == 4]
+        assert len(curves) == diagnostics_table()["strategy"].nunique() - 2  # and the references
+        assert all(line.get_ydata()[0] == diagnostics_table()[name].iloc[0] for line in curves)
+        assert ax.get_title(loc="left") == f"{label}\n(dotted: {told})"
+    (legend,) = fig.legends
+    assert {"full set", "random"} <= {text.get_text() for text in legend.get_texts()}
+    assert legend.get_title().get_text() == "KD, 33 % of the data; mean ± s.d., S = 5"
+    table = diagnostics_table()
+    with pytest.raises(ValueError, match=r"lacks the columns \['alignment'\]"):
+        plots.diagnostics(Figure(), table.drop(columns="alignment"))
+    with pytest.raises(ValueError, match="no rows"):
+        plots.diagnostics(Figure(), table[table["strategy"] == "teacher"])
 
 
 def test_each_untrained_student_has_a_level_of_its_own():

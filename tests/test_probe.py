@@ -1,23 +1,13 @@
-"""Probes read the test features once, and only features of the same weights; collapse is judged
-against theory."""
+"""Probes read the test features once, and only features of the same weights."""
 
 import dataclasses
 import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from kdlib import probe
-from kdlib.probe import (
-    Features,
-    collapse,
-    effective_rank,
-    isotropic_rank,
-    knn_probe,
-    linear_probe,
-)
+from kdlib.probe import Features, few_shot_probe, knn_probe, linear_probe
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 A, B = "a" * 64, "b" * 64
@@ -195,10 +185,74 @@ def test_a_nearer_neighbour_outvotes_two_far_ones():
     assert knn_probe(train, test, 3).chosen == 3
 
 
+def test_knn_finds_what_a_full_sort_finds_among_many_and_among_hardly_different_examples():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 800)
+    for values in (rng.normal(size=(800, 6)), 1 + 1e-4 * rng.normal(size=(800, 6))):
+        values = values.astype(np.float32)
+        train = Features(values, labels, rng.permutation(800), "train", A)
+        test = Features(values[:20] + np.float32(1e-3), labels[:20], np.arange(20), "test", A)
+        for k in (1, 20):
+            assert knn_probe(train, test, k).accuracy == knn_by_loops(train, test, k)
+
+
+def test_few_shots_are_drawn_by_class_and_tell_more_the_more_there_are():
+    train, test = clouds(0, 400), clouds(1, 500, "test")
+    found = [few_shot_probe(train, test, n, 5, seed=0) for n in (1, 5, 50)]
+    accuracies = [result.accuracy for result in found]
+    assert 0.25 < accuracies[0] < accuracies[1] < accuracies[2]
+    assert accuracies[2] < linear_probe(train, test, GRID, seed=0).accuracy + 0.03
+    assert [result.n_train for result in found] == [4, 20, 200]
+    assert [result.probe for result in found] == ["few_shot_1", "few_shot_5", "few_shot_50"]
+    assert all(result.converged and result.weights_sha256 == A for result in found)
+
+
+def test_a_few_shot_probe_is_the_mean_of_its_draws_whatever_the_order():
+    train, test = clouds(0, 200), clouds(1, 100, "test")
+    whole = few_shot_probe(train, test, 2, 3, seed=4)
+    drawn = []
+    for n_draws in (1, 2, 3):  # the sum over draws grows by what each draw adds
+        drawn.append(n_draws * few_shot_probe(train, test, 2, n_draws, seed=4).accuracy)
+    assert len(set(np.diff([0, *drawn]).round(9))) > 1
+    assert whole.accuracy == pytest.approx(drawn[-1] / 3)
+    shuffled = reordered(train, np.random.default_rng(3).permutation(200))
+    assert few_shot_probe(shuffled, test, 2, 3, seed=4) == whole
+    assert few_shot_probe(train, test, 2, 3, seed=5) != whole
+
+
+def test_few_shots_see_only_the_examples_they_draw():
+    train, test = clouds(0, 200), clouds(1, 100, "test")
+    before = few_shot_probe(train, test, 1, 1, seed=0)
+    order = np.argsort(train.example_ids)
+    order = order[np.argsort(train.labels[order], kind="stable")]
+    used = []
+    for i in order:  # an example matters when its absence from the values changes the answer
+        values = train.values.copy()
+        values[i] = -50 * values[i]
+        changed = few_shot_probe(dataclasses.replace(train, values=values), test, 1, 1, seed=0)
+        if changed != before:
+            used.append(train.labels[i])
+    assert 1 <= len(used) <= 4
+    assert len(set(used)) == len(used)
+
+
+def test_few_shots_of_a_class_that_has_fewer_are_refused():
+    train, test = clouds(0, 40), clouds(1, 20, "test")
+    least = np.bincount(train.labels).min()
+    for n_shots, n_draws in ((least + 1, 1), (0, 1), (1, 0)):
+        with pytest.raises(ValueError, match=rf"expected at least one draw of 1 to {least}"):
+            few_shot_probe(train, test, int(n_shots), n_draws, seed=0)
+
+
 @pytest.mark.parametrize(
-    "run", [lambda a, b: linear_probe(a, b, GRID, 0), lambda a, b: knn_probe(a, b, 1)]
+    "run",
+    [
+        lambda a, b: linear_probe(a, b, GRID, 0),
+        lambda a, b: few_shot_probe(a, b, 1, 1, 0),
+        lambda a, b: knn_probe(a, b, 1),
+    ],
 )
-def test_both_probes_refuse_features_that_do_not_belong_together(run):
+def test_all_probes_refuse_features_that_do_not_belong_together(run):
     train, test = clouds(0, 40), clouds(1, 20, "test")
     with pytest.raises(ValueError, match="other weights, made an earlier study measure nothing"):
         run(train, dataclasses.replace(test, weights_sha256=B))
@@ -253,59 +307,3 @@ def test_a_class_that_training_lacks_is_counted_as_wrong():
     train, test = clouds(0, 100, spread=0.05), clouds(1, 50, "test", spread=0.05)
     unseen = dataclasses.replace(test, labels=test.labels + 10)
     assert [r.accuracy for r in both(train, unseen)] == [0.0, 0.0]
-
-
-def test_effective_rank_of_known_spectra():
-    rng = np.random.default_rng(0)
-    left = np.linalg.qr(rng.normal(size=(30, 3)))[0]
-    right = np.linalg.qr(rng.normal(size=(6, 3)))[0]
-
-    def with_spectrum(*singular):
-        return left @ np.diag(singular) @ right.T
-
-    assert effective_rank(with_spectrum(5, 5, 5)) == pytest.approx(3)
-    assert effective_rank(with_spectrum(7, 0, 0)) == pytest.approx(1)
-    # p = 1/2, 1/4, 1/4: entropy 1.5 ln 2.
-    assert effective_rank(with_spectrum(2, 1, 1)) == pytest.approx(2**1.5)
-    assert effective_rank(np.full((20, 5), 0.1, np.float32)) == pytest.approx(1, abs=1e-5)
-    assert effective_rank(np.zeros((4, 3))) == 0
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(2, 20), st.integers(2, 12), st.floats(1e-3, 1e3), st.integers(0, 99))
-def test_effective_rank_is_bounded_and_ignores_scale_and_rotation(n, d, scale, seed):
-    rng = np.random.default_rng(seed)
-    values = rng.normal(size=(n, d))
-    rank = effective_rank(values)
-    assert 1 <= rank <= min(n, d) + 1e-9
-    rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
-    assert effective_rank(scale * values @ rotation) == pytest.approx(rank)
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (1100, 32), (40, 200), (300, 64)])
-def test_isotropic_rank_is_what_random_features_reach(shape):
-    rng = np.random.default_rng(0)
-    ranks = [effective_rank(rng.normal(size=shape)) for _ in range(10)]
-    assert np.mean(ranks) == pytest.approx(isotropic_rank(*shape), rel=0.02)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(8, 60), st.integers(4, 60), st.floats(1e-3, 1e3), st.integers(0, 99))
-def test_isotropic_random_features_pass_and_constant_ones_fail(n, d, scale, seed):
-    rng = np.random.default_rng(seed)
-    passed = collapse((scale * rng.normal(size=(n, d))).astype(np.float32))
-    assert not passed.collapsed
-    assert 0.8 < passed.ratio < 1.2
-    row = (scale * rng.normal(size=(1, d))).astype(np.float32)
-    failed = collapse(np.repeat(row, n, axis=0))
-    assert failed.collapsed
-    assert failed.ratio == pytest.approx(1 / failed.isotropic_rank, rel=1e-4)
-    assert collapse(np.zeros((n, d))).collapsed
-
-
-def test_collapse_needs_two_examples_two_features_and_finite_values():
-    for shape in ((1, 8), (8, 1)):
-        with pytest.raises(ValueError, match="at least 2 examples and 2 features"):
-            collapse(np.ones(shape))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        effective_rank(np.array([[1.0, np.nan]]))

@@ -400,6 +400,118 @@ def test_probes_stand_beside_an_untrained_student_and_the_teacher(home):
     }  # fmt: skip
 
 
+PLACES = {
+    "few_shot": [1, 3],
+    "few_shot_draws": 2,
+    "layers": ["features", "stage1"],
+    # the same digits at twice the size: what is learnt of 8 pixels is not lost on the way back
+    "others": {"large": {"source": "digits", "n_validation": 797, "image_size": 16}},
+}
+
+
+@pytest.fixture(scope="module")
+def probed_once(made, tmp_path_factory):
+    """The tiny study, its first cell probed in every way."""
+    home = tmp_path_factory.mktemp("probed")
+    shutil.copytree(made, home, dirs_exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        _probed(home)
+    return home
+
+
+@pytest.fixture
+def probed(probed_once, tmp_path, monkeypatch):
+    """A copy of it, to break."""
+    shutil.copytree(probed_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return tmp_path
+
+
+def _probed(home):
+    study = _study(home, probe=yaml.safe_load(TINY.read_text())["probe"] | PLACES)
+    images = steps.open_images(study)
+    cell = study.probed_cells()[0]
+    return study, images, cell, probing.probe_cell(study, images, cell)
+
+
+def test_probes_of_layers_and_of_other_data_stand_in_rows_of_their_own(probed):
+    study, _, _, table = _probed(probed)
+    students = table[table["strategy"] != "teacher"]
+    per_place = students.groupby(["on", "layer"]).size()
+    # 2 seeds, 3 checkpoints, 2 probes and 2 numbers of shots
+    assert per_place.to_dict() == {
+        (on, layer): 24 for on in ("own", "large") for layer in ("features", "stage1")
+    }
+    assert set(students["probe"]) == {"linear", "knn", "few_shot_1", "few_shot_3"}
+    teacher = table[table["strategy"] == "teacher"]
+    assert teacher.groupby(["on", "layer"]).size().to_dict() == {
+        ("own", "features"): 4, ("large", "features"): 4,
+    }  # fmt: skip
+    assert set(students["n_features"][students["layer"] == "stage1"]) == {8}
+    linear = table[(table["probe"] == "linear") & (table["layer"] == "features")]
+    mean = linear.groupby(["strategy", "on"])["accuracy"].mean()
+    assert (mean > 0.5).all()
+    for strategy in ("full", "teacher"):  # the same images but for their size
+        assert abs(mean[strategy, "own"] - mean[strategy, "large"]) < 0.15
+    assert set(students.loc[students["on"] == "large", "n_train"][students["probe"] == "knn"]) == {
+        500
+    }
+    assert students.loc[students["on"] == "own", "cka_teacher"].between(0, 1).all()
+    assert students.loc[students["on"] == "large", "cka_teacher"].isna().all()
+    shape = ["effective_rank", "alignment", "uniformity", "weights_sha256"]
+    assert (table.groupby(["seed", "step", "on", "layer"])[shape].nunique() == 1).all(axis=None)
+    last = study.cells()[0]
+    evidence = steps.open_student(study, last, 0)["checkpoints"]["last"]
+    rows = students[(students["seed"] == 0) & (students["step"] == 60)]
+    assert set(rows["weights_sha256"]) == {evidence["weights_sha256"]}
+
+
+def test_the_tripwires_judge_the_study_s_own_data_and_the_last_layer(probed):
+    _, images, _, table = _probed(probed)
+    before = probing._probe_evidence(table, images)
+    elsewhere = (table["on"] != "own") | (table["layer"] != "features")
+    table.loc[elsewhere, ["accuracy", "rank_ratio"]] = 0.0
+    assert probing._probe_evidence(table, images) == before
+    table.loc[~elsewhere, "accuracy"] = 0.0
+    assert probing._probe_evidence(table, images) != before
+
+
+def test_the_teacher_is_seen_on_other_data_once_whatever_the_cells(probed, monkeypatch):
+    study, images, _, table = _probed(probed)
+    monkeypatch.setattr(probing, "teacher_network", None)  # its rows are there
+    other = study.probed_cells()[1]
+    again = probing.probe_cell(study, images, other)
+    columns = ["on", "probe", "accuracy", "effective_rank"]
+    rows = [t[t["strategy"] == "teacher"][columns].reset_index(drop=True) for t in (table, again)]
+    pd.testing.assert_frame_equal(*rows)
+    whole = report.with_untrained(pd.concat([table, again], ignore_index=True))
+    assert (whole["strategy"] == "teacher").sum() == 8
+    assert (whole["strategy"] == "untrained").sum() == 2 * 2 * 2 * 4  # seeds, data, layers, probes
+
+
+def test_features_of_the_same_weights_give_the_same_bytes_again(probed):
+    study, images, cell, _ = _probed(probed)
+    folder = probing.probe_folder(study, cell)
+    before = (folder / "probes.parquet").read_bytes()
+    (folder / "evidence.json").unlink()
+    probing.probe_cell(study, images, cell)
+    assert (folder / "probes.parquet").read_bytes() == before
+
+
+def test_a_weight_file_from_outside_is_probed_as_a_checkpoint_of_the_study_is(probed):
+    study, images, cell, table = _probed(probed)
+    evidence = steps.open_student(study, cell, 0)
+    path = steps.student_folder(study, cell, 0) / evidence["checkpoints"]["last"]["file"]
+    found = probing.probe_weights(study, images, study.students["tiny"].model, path)
+    kept = table[(table["seed"] == 0) & (table["step"] == 60)].reset_index(drop=True)
+    same = [c for c in found.columns if c != "cka_teacher"]
+    pd.testing.assert_frame_equal(found[same], kept[same])
+    told = probing.told(found)
+    assert f"{100 * found['accuracy'].iloc[0]:.2f}" in told
+    assert "| large | stage1 | 8 |" in told
+
+
 def test_a_gpu_that_is_not_there_is_not_replaced_by_the_cpu(home, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     study = _study(home, compute={"device": "cuda"})

@@ -44,7 +44,9 @@ ALLOWED = {
     "gradients": "augment models",
     "variants": "cartography dynamics",
     "noise": "cartography dynamics params",
-    "probe": "seeds",
+    "linear": "",
+    "diagnostics": "",
+    "probe": "diagnostics linear seeds",
     "compare": "files",
     "checks": "files seeds",
     "dynamics": "files tables",
@@ -63,7 +65,9 @@ ALLOWED = {
     "steps": "augment building cache cartography checks coresets data dynamics evaluation files "
     "gradients loading models objectives params pretrained probe ranks runs sampling seeds "
     "selection states teacher tracking trainer weights",
-    "probing": "checks evaluation files params probe runs steps tables",
+    "extracting": "augment building cache data evaluation files models params sampling",
+    "probing": "augment checks diagnostics extracting files models params probe runs seeds steps "
+    "tables weights",
     "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables",
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
     "variants",
@@ -73,14 +77,15 @@ ALLOWED = {
     "probe runs sampling seeds selection steps teacher trainer weights",
     "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer "
     "weights",
-    "feature_defects": "checks exhibits features objectives params probe runs sampling seeds "
-    "teacher tracking trainer weights",
+    "feature_defects": "checks diagnostics exhibits features objectives params probe runs sampling "
+    "seeds teacher tracking trainer weights",
     "invariants": "",
     "audit": "exhibits feature_defects files invariants params plots runs steps subset_defects "
     "tables",
     "picking": "__init__ files params runs selection steps",
     "explorer": "params picking plots report",
-    "__main__": "audit cache files inspecting params ranks recordings report runs scorecard steps",
+    "__main__": "audit augment cache files inspecting params probing ranks recordings report runs "
+    "scorecard steps",
 }
 NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
 SLOW = {
