@@ -1,6 +1,7 @@
 # make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another;
 # STEP=scores, noise or audit makes those figures without training a study's student;
-# PROFILE=profiles/slurm sends each notebook to a cluster as a job)
+# PROFILE=profiles/slurm sends each notebook to a cluster as a job; figures
+# without STUDY redraws those of every study)
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
@@ -20,7 +21,7 @@ lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_cache.ipynb
 
 figures: .venv/installed
-	@$(BIN)/python -m kdlib figures $(STUDY)
+	@$(BIN)/python -m kdlib figures $(if $(filter file,$(origin STUDY)),all,$(STUDY))
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -66,20 +66,56 @@ def _tell_failures(study: Study) -> None:
 
 
 def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
-    """Redraw every figure of a study whose records are there."""
+    """Redraw every figure of a study from its records, or from its committed tables; of all studies
+    that have either, when none is named."""
+    if arguments.study != "all":
+        _redraw(load_study(arguments.study))
+        return 0
+    code = 0
+    for path in sorted((files.workspace() / "params").glob("*.yaml")):
+        try:
+            if _drawable(study := load_study(path)):
+                _redraw(study)
+        except (ValueError, OSError, RuntimeError) as error:  # says so, and draws the others
+            print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
+            code = 1
+    return code
+
+
+def _drawable(study: Study) -> bool:
+    made = [study.runs / step / "evidence.json" for step in ("compare", *STEPS)]
+    return _committed(study) or any(path.is_file() for path in made)
+
+
+def _redraw(study: Study) -> None:
+    """Redraw what a study has records or committed tables of; say what it lacks."""
     from kdlib import audit, report, scorecard, steps  # matplotlib, pandas: only where they draw
 
-    study = load_study(arguments.study)
-    drawn = scorecard.redraw(study, steps.open_images(study)) | audit.redraw(study)
-    if not drawn or (study.runs / "compare" / "evidence.json").is_file():
-        tables = report.compile_tables(study)
-        drawn |= report.draw_shard_visits(study) | report.draw_datamap(study)
-        drawn |= report.draw_comparison(study, tables)
-        drawn |= report.draw_diagnostics(study, tables["probes"])
-        report.summary(study, tables)
-        report.objective_table(study, tables)
+    drawn, missing = audit.redraw(study), []
+    made = [(study.runs / step / "evidence.json").is_file() for step in STEPS]
+    if any(made[:2]):  # of the recordings
+        drawn |= scorecard.redraw(study, steps.open_images(study))
+    if not drawn or (study.runs / "compare" / "evidence.json").is_file() or _committed(study):
+        of_comparison, origin = report.redraw(study)
+        drawn |= of_comparison | report.draw_shard_visits(study)
+        print(f"{study.name}: the comparison is drawn from {origin}")
+        if (study.runs / "datamap" / "evidence.json").is_file():
+            drawn |= report.draw_datamap(study)
+        elif study.shares is None:  # else they are the other study's
+            missing += ["datamap", "forming", "regions"]
     print(f"{', '.join(drawn)} drawn in {study.figures}")
-    return 0
+    if study.recordings is not None and not made[0]:
+        missing.append("those of notebook 07")
+    if study.recordings is not None and study.data.relabel is not None and not made[1]:
+        missing.append("those of notebook 08")
+    if study.audit and not made[2]:
+        missing.append("audit")
+    if missing:
+        print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
+
+
+def _committed(study: Study) -> bool:
+    return (study.figures / "tables").is_dir()
 
 
 def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
@@ -239,8 +275,10 @@ def main() -> int:
     study.add_argument("--cores", type=int, help="at once; 2 where no profile is given")
     study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
     study.set_defaults(run=_study)
-    figures = commands.add_parser("figures", help="redraw all figures from the run records")
-    figures.add_argument("study", help="study file, such as params/digits.yaml")
+    described = "redraw all figures, from the run records or from committed tables"
+    figures = commands.add_parser("figures", help=described)
+    of = "study file, such as params/digits.yaml; without one, all studies that have either"
+    figures.add_argument("study", nargs="?", default="all", help=of)
     figures.set_defaults(run=_figures)
     record = commands.add_parser("record", help="make one further recording (study: recordings)")
     record.add_argument("study", help="study file, such as params/digits.yaml")

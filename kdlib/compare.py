@@ -2,7 +2,7 @@
 and how many seeds would settle an open question.
 
 Seed s means the same draws in every cell, so runs are compared seed by seed. Leaves to others:
-compiling the results table and refusing its rows, and drawing.
+compiling the results table and refusing its rows, wording (telling), and drawing.
 
 Sources:
     [Student1908] Student. The Probable Error of a Mean. Biometrika 6, 1908.
@@ -12,8 +12,11 @@ Sources:
         Biopharm. 15, 1987. DOI 10.1007/BF01068419.
     [Holm1979] Holm. A Simple Sequentially Rejective Multiple Test Procedure. Scand. J. Stat. 6,
         1979. https://www.jstor.org/stable/4615733.
+    [Efron1979] Efron. Bootstrap Methods: Another Look at the Jackknife. Ann. Stat. 7, 1979.
+        DOI 10.1214/aos/1176344552.
 """
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,22 +25,26 @@ import pandas as pd
 from scipy.special import nctdtr, stdtr, stdtrit
 
 from kdlib.files import nearest
+from kdlib.seeds import generator
 
 AXES = ["student", "strategy", "fraction", "objective"]
 AGAINST = ["against_strategy", "against_fraction", "against_objective"]
 COLUMNS = [
     *AXES, *AGAINST, "budget", "n_seeds", "n_refused", "mean", "sd", "against_mean", "against_sd",
-    "difference", "sd_difference", "low", "high", "low90", "high90", "p_value", "p_holm", "verdict",
-    "seeds_needed", "margin", "level",
+    "difference", "sd_difference", "low", "high", "low90", "high90", "boot_low", "boot_high",
+    "p_value", "p_holm", "verdict", "seeds_needed", "best_mean", "best_difference",
+    "inflation_mean", "inflation_max", "n_inflation", "measure", "margin", "level",
 ]  # fmt: skip
 VERDICTS = ("better", "worse", "equivalent", "inconclusive")
 EQUIVALENCE_LEVEL = 0.90  # two one-sided tests at 5 % each
+RESAMPLES = 10_000
+OWN_HEAD = "test_accuracy"  # the measure that has a best epoch
 
 Cell = tuple[str, str, float, str]  # values of AXES
 
 
 def paired_differences(
-    results: pd.DataFrame, baseline: str, margin: float, level: float
+    results: pd.DataFrame, baseline: str, margin: float, level: float, measure: str = OWN_HEAD
 ) -> pd.DataFrame:
     """Every strategy minus the baseline strategy at the same student, fraction and objective.
 
@@ -45,26 +52,31 @@ def paired_differences(
     baseline's fractions: `against_fraction` says which.
 
     Args:
-        results: One row per run: the four axes, `seed`, `test_accuracy` in [0, 1], `steps`,
-            `samples`, `unique_examples`, `refused`.
+        results: One row per run: the four axes, `seed`, the measure in [0, 1], `steps`, `samples`,
+            `unique_examples`, `refused`; and `test_accuracy_best`, of the best epoch, if it is
+            known.
         baseline: Strategy to compare with.
         margin: Smallest difference of accuracy that matters, in (0, 1).
         level: Confidence level of `low` and `high`, in (0, 1).
+        measure: Column that is compared.
 
     Returns: The comparison, sorted by the axes: the four axes; `against_...`, the cell compared
         with; `budget` (equal_steps | equal_epochs); `n_seeds`, the pairs of accepted runs;
         `n_refused`, the refused rows of both cells; mean and sample standard deviation (ddof=1) of
         both cells over the paired seeds; `difference` and `sd_difference`; the interval at `level`
-        (`low`, `high`) and at 90 % (`low90`, `high90`); `p_value`, two-sided, and `p_holm`, the
-        same corrected for all rows [Holm1979]; `verdict`; `seeds_needed` where the verdict is
-        inconclusive and at least two pairs give a spread; `margin`; `level`. Accuracies are in
-        [0, 1]; a seed that one cell lacks is left out. With fewer than two pairs the interval is
-        NaN and the verdict inconclusive.
+        (`low`, `high`) and at 90 % (`low90`, `high90`); `boot_low` and `boot_high`, at `level` from
+        `bootstrap_interval`; `p_value`, two-sided, and `p_holm`, the same corrected for all rows
+        [Holm1979]; `verdict`; `seeds_needed` where the verdict is inconclusive and at least two
+        pairs give a spread; `best_mean` and `best_difference`, the same at the best epoch, NaN
+        where one of its runs reports none, and, over the `n_inflation` runs of all rows that report
+        one, by how much it lies above the last (`inflation_mean`, `inflation_max`); `measure`;
+        `margin`; `level`. Accuracies are in [0, 1]; a seed that one cell lacks is left out. With
+        fewer than two pairs the intervals are NaN and the verdict inconclusive.
     Raises: ValueError for missing columns, a baseline that is not there, two rows of one cell and
         seed, an accepted row whose accuracy is not in [0, 1], budgets that may not be compared, or
         a margin or level out of range.
     """
-    runs = _Runs(results)
+    runs = _Runs(results, measure)
     runs.check_known("strategy", baseline)
     fractions = sorted({cell[2] for cell in runs.cells if cell[1] == baseline})
     pairs = []
@@ -78,21 +90,22 @@ def paired_differences(
 
 
 def objective_differences(
-    results: pd.DataFrame, reference: str, margin: float, level: float
+    results: pd.DataFrame, reference: str, margin: float, level: float, measure: str = OWN_HEAD
 ) -> pd.DataFrame:
     """Every objective minus the reference objective at the same student, strategy and fraction:
-    what distillation adds to the same subset.
+    what distillation adds to the same subset, or what another weight, temperature or teacher does.
 
     Args:
         results: As for `paired_differences`.
         reference: Objective to compare with, such as the one without a teacher.
         margin: Smallest difference of accuracy that matters, in (0, 1).
         level: Confidence level of `low` and `high`, in (0, 1).
+        measure: Column that is compared.
 
     Returns: The comparison, as from `paired_differences`.
     Raises: ValueError as `paired_differences`.
     """
-    runs = _Runs(results)
+    runs = _Runs(results, measure)
     runs.check_known("objective", reference)
     pairs = [(cell, (*cell[:3], reference)) for cell in runs.cells if cell[3] != reference]
     return runs.compared(pairs, margin, level)
@@ -115,11 +128,7 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
     >>> mean, round(low, 3), round(high, 3), round(p, 3)  # t = 4.303, standard error 1 / sqrt(3)
     (2.0, -0.484, 4.484, 0.074)
     """
-    differences = np.asarray(differences, np.float64)
-    if differences.ndim != 1 or not np.isfinite(differences).all():
-        raise ValueError(f"differences are {differences}; expected finite numbers of shape (S,)")
-    _check_fraction("level", level, "params: compare.confidence_level")
-    n = len(differences)
+    differences, n = _checked(differences, level), len(differences)
     mean = float(differences.mean()) if n else np.nan
     if n < 2:
         return mean, np.nan, np.nan, np.nan
@@ -130,6 +139,43 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
     half = stdtrit(n - 1, (1 + level) / 2) * error
     p_value = 2 * stdtr(n - 1, -abs(mean) / error)
     return mean, float(mean - half), float(mean + half), float(p_value)
+
+
+def bootstrap_interval(differences: np.ndarray, level: float) -> tuple[float, float]:
+    """Percentile interval of the mean of paired differences, over 10,000 resamples of the pairs.
+
+    It assumes no shape of the differences, and with few seeds it is too narrow: the resampled means
+    spread like the standard error times sqrt((S - 1) / S), and their tails end at the extremes. Of
+    20,000 sets of S = 5 normal differences the interval at 95 % held the true mean in 84 %, the t
+    interval in 95 %; of 4,000 sets of S = 3 it did in 75 %, of S = 10 in 91 % (a test measures
+    this on fewer). So it stands beside the t interval and decides no verdict.
+
+    Args:
+        differences: shape (S,), finite, one per seed.
+        level: Confidence level, in (0, 1).
+
+    Returns: (low, high); NaN without two pairs. The resamples are drawn from a generator of their
+        own, the same for every row of S pairs, so that a row does not depend on its neighbours.
+    Raises: ValueError as `paired_interval`.
+    Source: [Efron1979]; the percentile method.
+
+    >>> low, high = bootstrap_interval(np.array([1.0, 2.0, 3.0]), 0.95)
+    >>> low, high  # each extreme alone is drawn in 1 of 27 resamples, more often than 2.5 %
+    (1.0, 3.0)
+    """
+    differences = _checked(differences, level)
+    if len(differences) < 2:
+        return np.nan, np.nan
+    # sorted: seeds have names, and names must change nothing
+    means = np.sort(differences)[_resamples(len(differences))].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=8)
+def _resamples(n: int) -> np.ndarray:
+    """Which pairs each resample draws: (10,000, n) int64 in [0, n)."""
+    return generator(0, "bootstrap", n).integers(0, n, (RESAMPLES, n))
 
 
 def verdict(low: float, high: float, low90: float, high90: float, margin: float) -> str:
@@ -207,70 +253,13 @@ def seeds_needed(sd: float, margin: float, level: float = 0.95, power: float = 0
     return enough
 
 
-def summary_lines(comparison: pd.DataFrame) -> list[str]:
-    """What was found, in plain sentences: the counts first, then better, worse, equivalent and
-    inconclusive, the largest differences first.
-
-    Args:
-        comparison: From `paired_differences` or `objective_differences`.
-
-    Returns: One sentence per element; accuracies and differences in percentage points.
-    """
-    if comparison.empty:
-        return ["There is nothing to compare: no cell but those to compare with."]
-    first = comparison.iloc[0]
-    counts = comparison["verdict"].value_counts()
-    told = ", ".join(f"{counts.get(name, 0)} {name}" for name in VERDICTS)
-    lines = [
-        f"{_count(len(comparison), 'comparison')} at {first.budget.replace('_', ' ')} with a "
-        f"margin of {_count(100 * first.margin, 'point')}: {told}."
-    ]
-    settled = comparison[comparison["verdict"].isin(["better", "worse"])]
-    if len(settled):
-        kept = int((settled["p_holm"] < 1 - settled["level"]).sum())
-        lines.append(
-            f"Of the {len(settled)} better or worse, {kept} stay significant after Holm's "
-            f"correction for {_count(int(comparison['p_value'].notna().sum()), 'test')}."
-        )
-    order = comparison.assign(
-        rank=comparison["verdict"].map(VERDICTS.index), size=-comparison["difference"].abs()
-    ).sort_values(["rank", "size", *AXES, *AGAINST], kind="stable")
-    several = comparison["student"].nunique() > 1
-    return lines + [_sentence(row, several) for row in order.itertuples()]
-
-
-def to_markdown(comparison: pd.DataFrame) -> str:
-    """The comparison as a Markdown table: accuracies in %, mean ± sd (ddof=1) over paired seeds.
-
-    Args:
-        comparison: From `paired_differences` or `objective_differences`.
-
-    Returns: Lines joined by newlines, without one at the end; a number that is not there is "-".
-    """
-    head = (
-        "student", "objective", "fraction", "strategy", "accuracy (%)", "against",
-        "its accuracy (%)", "difference (points)", "seeds", "verdict",
-    )  # fmt: skip
-    lines = [head, ["---"] * len(head)]
-    for row in comparison.itertuples():
-        interval = f"({100 * row.level:g} %: {_points(row.low, '+')} to {_points(row.high, '+')})"
-        lines.append(
-            (
-                row.student, row.objective, f"{100 * row.fraction:.4g} %", row.strategy,
-                f"{_points(row.mean)} ± {_points(row.sd)}", _against(row),
-                f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
-                f"{_points(row.difference, '+')} {interval}", str(row.n_seeds), row.verdict,
-            )
-        )  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 class _Runs:
     """The results table, checked and keyed by cell: accepted accuracies by seed, and how many rows
     were refused."""
 
-    def __init__(self, results: pd.DataFrame) -> None:
-        needed = {*AXES, "seed", "test_accuracy", "steps", "samples", "unique_examples", "refused"}
+    def __init__(self, results: pd.DataFrame, measure: str) -> None:
+        self.measure = measure
+        needed = {*AXES, "seed", measure, "steps", "samples", "unique_examples", "refused"}
         missing = sorted(needed - set(results.columns))
         if missing:
             raise ValueError(f"results lack the columns {missing}; got {list(results.columns)}")
@@ -283,20 +272,25 @@ class _Runs:
                 f"{twice.iloc[0].seed}; expected one run per cell and seed: results of one study"
             )
         accepted = results[~results["refused"]]
-        wrong = accepted[~accepted["test_accuracy"].between(0, 1)]
+        wrong = accepted[~accepted[measure].between(0, 1)]
         if len(wrong):
             raise ValueError(
-                f"test_accuracy is {wrong.iloc[0].test_accuracy} in {_named(wrong.iloc[0])}, seed "
+                f"{measure} is {wrong.iloc[0][measure]} in {_named(wrong.iloc[0])}, seed "
                 f"{wrong.iloc[0].seed}; expected a number in [0, 1], or a refused row"
             )
         self.budget = _budget(accepted)
         self.cells: list[Cell] = sorted(set(_keys(results)))
         self.accuracy: dict[Cell, dict[int, float]] = {cell: {} for cell in self.cells}
+        self.best: dict[Cell, dict[int, float]] = {cell: {} for cell in self.cells}
         self.n_refused = dict.fromkeys(self.cells, 0)
-        for cell, seed, accuracy, refused in zip(
+        best = np.full(len(results), np.nan)
+        if measure == OWN_HEAD and "test_accuracy_best" in results:
+            best = results["test_accuracy_best"].to_numpy(np.float64)
+        for cell, seed, accuracy, of_best, refused in zip(
             _keys(results),
             results["seed"].tolist(),
-            results["test_accuracy"].tolist(),
+            results[measure].tolist(),
+            best.tolist(),
             results["refused"].tolist(),
             strict=True,
         ):
@@ -304,6 +298,7 @@ class _Runs:
                 self.n_refused[cell] += 1
             else:
                 self.accuracy[cell][seed] = accuracy
+                self.best[cell][seed] = of_best
 
     def check_known(self, axis: str, name: str) -> None:
         """Raise ValueError when no row has `name` on `axis`."""
@@ -324,8 +319,21 @@ class _Runs:
             for cell, against in pairs
         ]
         table = pd.DataFrame(rows, columns=COLUMNS)
+        inflations = self._inflations({cell for pair in pairs for cell in pair})
+        if len(inflations):
+            table["inflation_mean"], table["inflation_max"] = inflations.mean(), inflations.max()
+        table["n_inflation"] = len(inflations)
         table["p_holm"] = _holm(table["p_value"].to_numpy(np.float64))
         return table.astype({"seeds_needed": "Int64"})
+
+    def _inflations(self, cells: set[Cell]) -> np.ndarray:
+        """Best epoch minus last of each run that reports one, in the order of the cells."""
+        found = [
+            self.best[cell][seed] - accuracy
+            for cell in sorted(cells & set(self.cells))
+            for seed, accuracy in sorted(self.accuracy[cell].items())
+        ]
+        return np.array([x for x in found if np.isfinite(x)])
 
     def _statistics(self, cell: Cell, against: Cell, margin: float, level: float) -> dict:
         ours, theirs = self.accuracy[cell], self.accuracy.get(against, {})
@@ -333,6 +341,9 @@ class _Runs:
         a, b = np.array([ours[s] for s in seeds]), np.array([theirs[s] for s in seeds])
         mean, low, high, p_value = paired_interval(a - b, level)
         _, low90, high90, _ = paired_interval(a - b, EQUIVALENCE_LEVEL)
+        boot_low, boot_high = bootstrap_interval(a - b, level)
+        best = np.array([self.best[cell][s] for s in seeds])
+        best_against = np.array([self.best[against][s] for s in seeds])
         said, sd = verdict(low, high, low90, high90, margin), _sd(a - b)
         is_open = said == "inconclusive" and len(seeds) > 1
         return {
@@ -349,9 +360,14 @@ class _Runs:
             "high": high,
             "low90": low90,
             "high90": high90,
+            "boot_low": boot_low,
+            "boot_high": boot_high,
             "p_value": p_value,
             "verdict": said,
             "seeds_needed": seeds_needed(sd, margin, level) if is_open else None,
+            "best_mean": best.mean() if seeds else np.nan,
+            "best_difference": (best - best_against).mean() if seeds else np.nan,
+            "measure": self.measure,
             "margin": margin,
             "level": level,
         }
@@ -430,62 +446,14 @@ def _holm(p_values: np.ndarray) -> np.ndarray:
     return adjusted
 
 
+def _checked(differences: np.ndarray, level: float) -> np.ndarray:
+    differences = np.asarray(differences, np.float64)
+    if differences.ndim != 1 or not np.isfinite(differences).all():
+        raise ValueError(f"differences are {differences}; expected finite numbers of shape (S,)")
+    _check_fraction("level", level, "params: compare.confidence_level")
+    return differences
+
+
 def _check_fraction(name: str, value: float, hint: str) -> None:
     if not 0 < value < 1:
         raise ValueError(f"{name} is {value}; expected a number in (0, 1) ({hint})")
-
-
-def _points(accuracy: float, sign: str = "") -> str:
-    """An accuracy or a difference in percent, "-" for NaN."""
-    rounded = round(100 * accuracy, 1)
-    if rounded == 0:
-        return "0.0"  # neither +0.0 nor -0.0
-    return "-" if np.isnan(rounded) else f"{rounded:{sign}.1f}"
-
-
-def _count(n: float, thing: str) -> str:
-    return f"{n:g} {thing}" if n == 1 else f"{n:g} {thing}s"
-
-
-def _against(row: Any) -> str:
-    """What a row is compared with: only what differs from its own cell."""
-    parts = [row.against_strategy] if row.against_strategy != row.strategy else []
-    if row.against_objective != row.objective:
-        parts.append(f"with {row.against_objective}")
-    if row.against_fraction != row.fraction:
-        parts.append(f"at {100 * row.against_fraction:.4g} %")
-    return " ".join(parts)
-
-
-def _sentence(row: Any, name_student: bool) -> str:
-    """One row of a comparison in words; the student is named where there are several."""
-    is_full = row.strategy == "full"
-    subject = (
-        f"With {row.objective}, the full set"
-        if is_full
-        else f"At {100 * row.fraction:.4g} % with {row.objective}, {row.strategy}"
-    )
-    level, ends = row.level, (row.low, row.high)
-    if row.verdict == "equivalent":
-        level, ends = EQUIVALENCE_LEVEL, (row.low90, row.high90)
-    facts = [f"{100 * level:g} % interval {_points(ends[0])} to {_points(ends[1])}"]
-    facts = [] if np.isnan(row.low) else facts
-    facts.append(_count(row.n_seeds, "paired seed"))
-    if row.n_refused:
-        facts.append(f"{_count(row.n_refused, 'refused run')} left out")
-    if name_student:
-        facts.append(f"student {row.student}")
-    told, after = f"({', '.join(facts)})", _against(row)
-    if row.verdict in ("better", "worse"):
-        size = _points(abs(row.difference))
-        return f"{subject} is {row.verdict} than {after} by {size} points {told}."
-    if row.verdict == "equivalent":
-        margin, size = _count(100 * row.margin, "point"), _points(row.difference, "+")
-        return f"{subject} is as good as {after} within {margin}: it differs by {size} {told}."
-    if row.n_seeds < 2:
-        return f"{subject} cannot be compared with {after}: two paired seeds are needed {told}."
-    ending = "the difference may lie between 0 and the margin, where seeds tell least"
-    if row.seeds_needed > row.n_seeds:
-        ending = f"about {row.seeds_needed} paired seeds would settle it"
-    size = _points(row.difference, "+")
-    return f"{subject} cannot be told from {after}: {size} points {told}; {ending}."

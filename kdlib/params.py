@@ -100,6 +100,10 @@ def _strategy(name: str, selections: Iterable[str]) -> None:
         _known(name, (*STRATEGIES, *EXHIBITS, *selections, f"{PICKED}<name>"), "strategy")
 
 
+def _listed(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
+
 def _known(value: str, known: Sequence[str], what: str) -> str:
     if value not in known:
         raise ValueError(f"unknown {what} {value!r}; {nearest(value, known)}")
@@ -661,10 +665,18 @@ class Probe(Settings):
         return self
 
 
-class Compare(Settings):
-    """Against what, and how small a difference counts as none."""
+# What a study compares, and the column of the results table that holds it.
+MEASURES = {"accuracy": "test_accuracy", "linear": "linear_accuracy", "knn": "knn_accuracy"}
 
+
+class Compare(Settings):
+    """What, against what, and how small a difference counts as none."""
+
+    # test accuracy of the student's own last layer, or of a probe of its features at the last step
+    measure: Literal["accuracy", "linear", "knn"] = "accuracy"
     baseline: str = "random"
+    # each objective of the axis minus this one, beside each minus the one without a teacher
+    objective: str | None = None
     margin: float = Field(0.01, gt=0, lt=1)  # accuracy; differences inside +-margin are equivalent
     confidence_level: float = Field(0.95, gt=0.5, lt=1)
 
@@ -764,6 +776,10 @@ class Study(Settings):
                 f"probe.fraction is {self.probe.fraction}; expected one of axes.fraction"
             )
         _known(self.compare.baseline, self.axes.strategy, "baseline strategy")
+        if self.compare.objective is not None:
+            _known(self.compare.objective, self.axes.objective, "objective to compare with")
+        if self.compare.measure != "accuracy":
+            self._all_probed()
         if len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds are {self.seeds}; expected distinct integers >= 0")
         if self.teacher.training is None and self.dynamics.model is None:
@@ -808,6 +824,25 @@ class Study(Settings):
         for name, objective in self.objectives.items():
             if objective.teacher is not None:
                 _known(objective.teacher, tuple(self.teachers), f"teacher of objective {name}")
+
+    def _all_probed(self) -> None:
+        """A probe can be compared only where every cell has one."""
+        wanted = {
+            "strategy": {"full", *self.axes.strategy},
+            "objective": set(self.axes.objective),
+            "fraction": set(self.axes.fraction),
+        }
+        probed = {a: {*_listed(getattr(self.probe, a))} for a in wanted}
+        if lacking := {a: sorted(v - probed[a]) for a, v in wanted.items() if v - probed[a]}:
+            raise ValueError(
+                f"compare.measure is {self.compare.measure}, but not every cell is probed: "
+                f"probe lacks {lacking}; add them, or compare accuracy"
+            )
+        if picked := [s for s in self.axes.strategy if s.startswith(PICKED)]:
+            raise ValueError(
+                f"compare.measure is {self.compare.measure}, but {picked} have fractions of their "
+                "own, which are not probed: compare accuracy"
+            )
 
     def _seen_alike(self, name: str) -> None:
         """Grids of features must be of the view the student sees: they cannot be augmented

@@ -26,6 +26,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.textpath import TextPath
+from matplotlib.ticker import NullLocator
 
 from kdlib.files import nearest, write_atomic
 
@@ -87,6 +88,14 @@ WORDS = {
     "tdds_still_window": "TDDS (still window)",
 }  # fmt: skip
 AXES = ("student", "strategy", "fraction", "objective")
+
+MEASURED = {  # column of results -> what it is called on an axis
+    "test_accuracy": "test accuracy at the last step",
+    "linear_accuracy": "linear probe's test accuracy",
+    "knn_accuracy": "k-NN probe's test accuracy",
+}
+TALL = 9.2  # inches: what a page leaves a figure
+PANELS = 3  # beside each other
 
 RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
@@ -352,10 +361,11 @@ def label_ends(ax: Axes, ends: Sequence[End]) -> None:
         ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
     ):
         start = 1.0 if step is None else (step - first) / (last - first)
-        ax.plot(
-            [start, 1.02, 1.05], [level, place, place], color=colour, lw=0.7, clip_on=False,
-            transform=ax.transAxes, scalex=False, scaley=False,
-        )  # fmt: skip
+        leader = {"color": colour, "lw": 0.7, "clip_on": False, "transform": ax.transAxes}
+        leader |= {"scalex": False, "scaley": False}
+        if start < 0.98:  # a way to the label that is not taken for a part of the line
+            ax.plot([start, 1.0], [level, level], ls=(0, (0.6, 2.4)), **leader)
+        ax.plot([1.0, 1.02, 1.05], [level, place, place], **leader)
         ax.text(1.06, place, label, transform=ax.transAxes, va="center_baseline", fontsize=TEXT_PT)
 
 
@@ -382,22 +392,25 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     return [round(place + i * gap, 6) for i, place in enumerate(free)]
 
 
-def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.DataFrame) -> Figure:
-    """Test accuracy at the last step: a panel for each fraction, a row of panels for each student.
+def accuracy_by_strategy(
+    fig: Figure, results: pd.DataFrame, comparison: pd.DataFrame, measure: str = "test_accuracy"
+) -> Figure:
+    """Accuracy of every strategy: a panel for each student and fraction.
 
     A small dot is one seed, a large marker the mean, a vertical line the mean of the full set; the
     sign at the right is the verdict of the paired comparison.
 
     Args:
-        fig: An empty figure; `WIDE` by about 4.5 in for nine strategies.
-        results: Accepted runs: the axes of the study, `seed`, `test_accuracy` in [0, 1].
+        fig: An empty figure; its height is set to what the rows need.
+        results: Accepted runs: the axes of the study, `seed`, the measure in [0, 1].
         comparison: From `compare.paired_differences`, for the verdicts.
+        measure: Column that is drawn.
 
-    Returns: `fig`, one axis per student and fraction.
+    Returns: `fig`, one axis per student and fraction; those of one student share their x-axis.
     Raises: ValueError for missing columns, an empty table, refused rows, or more objectives than
         there are markers.
     """
-    demand(results, (*AXES, "seed", "test_accuracy"), "results")
+    demand(results, (*AXES, "seed", measure), "results")
     demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
     if "refused" in results and results["refused"].any():
         raise ValueError(
@@ -418,10 +431,17 @@ def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.Data
             f"{len(OBJECTIVES)}: draw some of them"
         )
     baseline = next(iter(comparison["against_strategy"]), None)
-    axs = fig.subplots(len(students), len(fractions), sharex=True, sharey=True, squeeze=False)
+    panels = [(student, fraction) for student in students for fraction in fractions]
+    n_columns = len(fractions) if 1 < len(fractions) <= PANELS else min(len(panels), PANELS)
+    n_columns = 2 if len(panels) == 4 else n_columns
+    row_in = len(strategies) * (0.09 + 0.1 * len(objectives)) + 0.4
+    axs = _grid(fig, len(panels), n_columns, row_in)
     offsets = (np.arange(len(objectives)) - (len(objectives) - 1) / 2) * 0.7 / len(objectives)
-    for (i, j), ax in np.ndenumerate(axs):
-        student, fraction = students[i], fractions[j]
+    first = {}
+    for ax, (student, fraction) in zip(axs, panels, strict=True):
+        if student in first:
+            ax.sharex(first[student])
+        first.setdefault(student, ax)
         if baseline in strategies:
             y = strategies.index(baseline)
             ax.axhspan(y - 0.5, y + 0.5, color="#F0F0F0", lw=0, zorder=0)
@@ -429,11 +449,11 @@ def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.Data
             colour, marker = OBJECTIVES[k]
             of_full = full[(full["student"] == student) & (full["objective"] == objective)]
             if len(of_full):
-                level = 100 * of_full["test_accuracy"].mean()
+                level = 100 * of_full[measure].mean()
                 ax.axvline(level, color=colour, ls=DASHES[k], lw=1, zorder=1)
             for y, strategy in enumerate(strategies):
                 cell = (student, strategy, fraction, objective)
-                values = 100 * _of_cell(subsets, cell)["test_accuracy"]
+                values = 100 * _of_cell(subsets, cell)[measure]
                 row = y + offsets[k]
                 below = row + 0.25 / len(objectives)  # where the mean does not cover the seeds
                 ax.plot(values, [below] * len(values), "o", ms=2.6, color=colour, alpha=0.6, mew=0)
@@ -444,56 +464,58 @@ def accuracy_by_strategy(fig: Figure, results: pd.DataFrame, comparison: pd.Data
                     )  # fmt: skip
                 for verdict in _of_cell(comparison, cell)["verdict"]:
                     _verdict_mark(ax, 1.035, row, verdict, transform=ax.get_yaxis_transform())
-        ax.set_yticks(range(len(strategies)), [in_words(name) for name in strategies])
-        ax.set_ylim(len(strategies) - 0.5, -0.5)
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="x", color="#DDDDDD", lw=0.5)
-        ax.set_axisbelow(True)
+        _name_rows(ax, [in_words(name) for name in strategies], 0.5)
         title = f"{_percent(fraction)} of the data"
         ax.set_title(f"{in_words(student)}, {title}" if len(students) > 1 else title)
-        if i == len(students) - 1:
-            ax.set_xlabel("test accuracy at the last step (%)")
+    for ax in axs[-n_columns:]:
+        ax.set_xlabel(f"{MEASURED[measure]} (%)")
     _legend_in_rows(fig, _objective_handles(objectives, full), _verdict_handles(baseline))
     return fig
 
 
-def accuracy_by_objective(fig: Figure, results: pd.DataFrame, objectives: Sequence[str]) -> Figure:
-    """Test accuracy of every objective, a panel for each subset: for studies of many objectives.
+def accuracy_by_objective(
+    fig: Figure, results: pd.DataFrame, objectives: Sequence[str], measure: str = "test_accuracy"
+) -> Figure:
+    """Accuracy of every objective, a panel for each student and subset: for studies of many
+    objectives.
 
     A small dot is one seed, a large marker the mean; the vertical line is the mean of the first
     objective.
 
     Args:
-        fig: An empty figure; `WIDE` by about 0.25 in for each objective.
-        results: Accepted runs of one student: the axes of the study, `seed`, `test_accuracy`.
+        fig: An empty figure; its height is set to what the rows need.
+        results: Accepted runs: the axes of the study, `seed`, the measure in [0, 1].
         objectives: From top to bottom.
+        measure: Column that is drawn.
 
-    Returns: `fig`, one axis per strategy and fraction.
-    Raises: ValueError for missing columns, an empty table, or several students.
+    Returns: `fig`, one axis per student, strategy and fraction.
+    Raises: ValueError for missing columns or an empty table.
     """
-    demand(results, (*AXES, "seed", "test_accuracy"), "results")
-    if results["student"].nunique() > 1:
-        raise ValueError("the results are of several students; draw one of them")
-    subsets = list(dict.fromkeys(zip(results["strategy"], results["fraction"], strict=True)))
-    for ax, (strategy, fraction) in zip(
-        fig.subplots(1, len(subsets), sharey=True, squeeze=False)[0], subsets, strict=True
-    ):
-        chosen = results[(results["strategy"] == strategy) & (results["fraction"] == fraction)]
+    demand(results, (*AXES, "seed", measure), "results")
+    several = results["student"].nunique() > 1
+    columns = (results["student"], results["strategy"], results["fraction"])
+    subsets = list(dict.fromkeys(zip(*columns, strict=True)))
+    n_columns = min(len(subsets), PANELS)
+    axs = _grid(fig, len(subsets), n_columns, 0.21 * len(objectives) + 0.4)
+    for ax, (student, strategy, fraction) in zip(axs, subsets, strict=True):
+        chosen = results[
+            (results["student"] == student)
+            & (results["strategy"] == strategy)
+            & (results["fraction"] == fraction)
+        ]
         for y, objective in enumerate(objectives):
-            values = 100 * chosen[chosen["objective"] == objective]["test_accuracy"]
+            values = 100 * chosen[chosen["objective"] == objective][measure]
             ax.plot(values, [y + 0.25] * len(values), "o", ms=2.6, color=BLUE, alpha=0.6, mew=0)
             if len(values):
                 ax.plot(values.mean(), y, "o", ms=5.5, color=BLUE, mec="white", mew=0.7, zorder=4)
                 if y == 0:
                     ax.axvline(values.mean(), color=GREY, lw=1, ls=DASHES[1], zorder=1)
-        ax.set_yticks(range(len(objectives)), [in_words(name) for name in objectives])
-        ax.set_ylim(len(objectives) - 0.4, -0.6)
-        ax.tick_params(axis="y", length=0)
-        ax.grid(axis="x", color="#DDDDDD", lw=0.5)
-        ax.set_axisbelow(True)
-        named = in_words(strategy)
-        ax.set_title(named if strategy == "full" else f"{named}, {_percent(fraction)} of the data")
-        ax.set_xlabel("test accuracy at the last step (%)")
+        _name_rows(ax, [in_words(name) for name in objectives], 0.6)
+        title = in_words(strategy)
+        title += "" if strategy == "full" else f", {_percent(fraction)} of the data"
+        ax.set_title(f"{in_words(student)}, {title}" if several else title)
+    for ax in axs[-n_columns:]:
+        ax.set_xlabel(f"{MEASURED[measure]} (%)")
     n_seeds = results["seed"].nunique()
     marks = [
         _handle(f"mean of {n_seeds} seeds", color=BLUE, marker="o", ms=5.5, mew=0),
@@ -502,6 +524,128 @@ def accuracy_by_objective(fig: Figure, results: pd.DataFrame, objectives: Sequen
     ]
     _legend_in_rows(fig, marks)
     return fig
+
+
+def accuracy_by_fraction(
+    fig: Figure, results: pd.DataFrame, measure: str = "test_accuracy"
+) -> Figure:
+    """Accuracy over the fraction of the data, on a logarithmic axis: mean and standard deviation
+    over seeds.
+
+    With one strategy a panel for each student and a line for each objective, which ends at the full
+    set; with several a panel for each student and objective, a line for each strategy, and a level
+    for the full set.
+
+    Args:
+        fig: An empty figure; its height is set to what the panels need.
+        results: Accepted runs: the axes of the study, `seed`, the measure in [0, 1].
+        measure: Column that is drawn.
+
+    Returns: `fig`.
+    Raises: ValueError for missing columns or an empty table.
+    """
+    demand(results, (*AXES, "seed", measure), "results")
+    strategies = sorted(set(results["strategy"]) - {"full"}, key=_rank)
+    objectives = list(dict.fromkeys(results["objective"]))
+    students = list(dict.fromkeys(results["student"]))
+    by_strategy = len(strategies) > 1
+    panels = [(s, [o]) for s in students for o in objectives] if by_strategy else [
+        (s, objectives) for s in students
+    ]  # fmt: skip
+    if by_strategy:
+        looks = {s: (*line_looks(strategies)[s], "o") for s in strategies}
+    elif len(objectives) <= len(OBJECTIVES):
+        looks = {o: (c, DASHES[i], m) for i, (o, (c, m)) in
+                 enumerate(zip(objectives, OBJECTIVES, strict=False))}  # fmt: skip
+    else:
+        looks = {o: (*look, "o") for o, look in line_looks(objectives).items()}
+    n_lines = len(strategies) if by_strategy else len(objectives)
+    axs = _grid(fig, len(panels), min(len(panels), 2), max(2.6, 0.5 + 0.14 * n_lines), sharey=False)
+    is_full = results["strategy"] == "full"
+    ticks = sorted(set(results[~is_full if by_strategy else slice(None)]["fraction"]))
+    for ax, (student, shown) in zip(axs, panels, strict=True):
+        of_student = results[(results["student"] == student) & results["objective"].isin(shown)]
+        ends = []
+        for strategy, objective in ((s, o) for o in shown for s in strategies):
+            wanted = [strategy] if by_strategy else [strategy, "full"]
+            rows = of_student[
+                of_student["strategy"].isin(wanted) & (of_student["objective"] == objective)
+            ]
+            if rows.empty:
+                continue
+            values = 100 * rows.groupby("fraction")[measure].agg(["mean", "std"])
+            colour, dash, marker = looks[strategy if by_strategy else objective]
+            label = in_words(strategy if by_strategy else objective)
+            ax.errorbar(
+                values.index, values["mean"], values["std"].fillna(0), color=colour, ls=dash,
+                marker=marker, ms=4, capsize=2, elinewidth=0.8, label=label, clip_on=False,
+            )  # fmt: skip
+            ends.append((float(values["mean"].iloc[-1]), label, colour, None))
+        full = of_student[of_student["strategy"] == "full"]
+        if by_strategy and len(full):
+            level = 100 * full[measure].mean()
+            ax.axhline(level, color=BLACK, lw=1)
+            ends.append((level, in_words("full"), BLACK, None))
+        ax.set_xscale("log")
+        ax.set_xlim(0.9 * ticks[0], ticks[-1])
+        ax.set_xticks(_apart(ticks), [f"{100 * t:.4g}" for t in _apart(ticks)], minor=False)
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.grid(color="#DDDDDD", lw=0.5)
+        ax.set_axisbelow(True)
+        told = [in_words(student)] if len(students) > 1 else []
+        told += [in_words(strategies[0])] if not by_strategy else []
+        told += [in_words(shown[0])] if by_strategy and len(objectives) > 1 else []
+        ax.set_title(f"{', '.join(told)}; {_seeds(of_student)}", fontsize=TEXT_PT)
+        label_ends(ax, ends)
+    fig.supxlabel("fraction of the data (%)", fontsize=RC["axes.labelsize"])
+    fig.supylabel(f"{MEASURED[measure]} (%)", fontsize=RC["axes.labelsize"])
+    return fig
+
+
+def _apart(ticks: Sequence[float]) -> list[float]:
+    """Of ascending ticks on a logarithmic axis those whose labels have room, the last one always.
+
+    >>> _apart([0.1, 0.3, 0.33, 1.0])
+    [0.1, 0.33, 1.0]
+    """
+    kept = [ticks[-1]]
+    for tick in reversed(ticks[:-1]):
+        if kept[-1] / tick >= 1.3:
+            kept.append(tick)
+    return kept[::-1]
+
+
+def learning_curves_by_student(fig: Figure, curves: pd.DataFrame, by: str = "strategy") -> Figure:
+    """`learning_curves`, a panel for each student, with its name where there are several."""
+    demand(curves, AXES, "curves")
+    students = list(dict.fromkeys(curves["student"]))
+    axs = _grid(fig, len(students), min(len(students), 2), 2.8, sharey=False)
+    for ax, student in zip(axs, students, strict=True):
+        learning_curves(ax, curves[curves["student"] == student], by)
+        if len(students) > 1:
+            ax.set_title(f"{in_words(student)}\n{ax.get_title(loc='left')}", fontsize=TEXT_PT)
+    return fig
+
+
+def _grid(
+    fig: Figure, n_panels: int, n_columns: int, row_in: float, sharey: bool = True
+) -> list[Axes]:
+    """Panels row by row, at most so many beside each other, in a figure as high as they need."""
+    n_rows = -(-n_panels // n_columns)
+    fig.set_figheight(min(n_rows * row_in + 0.75, TALL))
+    axs = fig.subplots(n_rows, n_columns, sharey=sharey, squeeze=False).ravel()
+    for ax in axs[n_panels:]:
+        ax.remove()
+    return list(axs[:n_panels])
+
+
+def _name_rows(ax: Axes, names: Sequence[str], below: float) -> None:
+    """Rows from top to bottom with their names, and light lines to read values by."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 1 + below, -below)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#DDDDDD", lw=0.5)
+    ax.set_axisbelow(True)
 
 
 def _objective_handles(objectives: Sequence[str], full: pd.DataFrame) -> list[Line2D]:
@@ -551,7 +695,40 @@ def _verdict_mark(ax: Axes, x: float, y: float, verdict: str, **where: Any) -> N
     )
 
 
-def paired_differences(ax: Axes, comparison: pd.DataFrame, margin: float) -> Axes:
+def differences(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
+    """`paired_differences`, a panel for each student, with names and legend once.
+
+    Args:
+        fig: An empty figure; its height is set to what the rows need.
+        comparison, margin: As for `paired_differences`.
+
+    Returns: `fig`.
+    """
+    demand(comparison, (*AXES, "verdict"), "comparison")
+    students = list(dict.fromkeys(comparison["student"]))
+    rows = comparison.groupby("student").size().max()
+    groups = comparison["strategy"].nunique()
+    fig.set_figheight(min(1.15 + 0.125 * rows + 0.075 * groups, TALL))
+    axs = fig.subplots(1, len(students), squeeze=False)[0]
+    for i, (ax, student) in enumerate(zip(axs, students, strict=True)):
+        of_student = comparison[comparison["student"] == student]
+        paired_differences(ax, of_student, margin, named=i == 0, legend=False)
+        if len(students) > 1:
+            ax.set_title(in_words(student))
+    fig.supxlabel(axs[0].get_xlabel(), fontsize=RC["axes.labelsize"])
+    for ax in axs:
+        ax.set_xlabel("")
+    handles = [*_verdict_handles(None), *_interval_handles(margin, comparison["level"].iloc[0])]
+    fig.legend(
+        handles=handles, loc="outside upper right", ncols=len(handles), columnspacing=1,
+        handletextpad=0.5, handlelength=1.3,
+    )  # fmt: skip
+    return fig
+
+
+def paired_differences(
+    ax: Axes, comparison: pd.DataFrame, margin: float, named: bool = True, legend: bool = True
+) -> Axes:
     """Forest plot: each cell minus the cell it is paired with, in percentage points.
 
     The thin line is the interval at the study's level, the thick one that at 90 %, which must lie
@@ -561,6 +738,8 @@ def paired_differences(ax: Axes, comparison: pd.DataFrame, margin: float) -> Axe
         ax: The axis; about 0.12 in high for each row.
         comparison: From `compare.paired_differences` or `compare.objective_differences`.
         margin: Smallest difference of accuracy that matters, in (0, 1): the one of the comparison.
+        named: Whether the rows are named at the left.
+        legend: Whether there is one.
 
     Returns: `ax`, a row for each comparison, strategy by strategy. A row without a pair of seeds
         says so.
@@ -603,34 +782,42 @@ def paired_differences(ax: Axes, comparison: pd.DataFrame, margin: float) -> Axe
         y += 0.6
     ax.axvspan(-100 * margin, 100 * margin, color="#DDDDDD", lw=0, zorder=0)
     ax.axvline(0, color=BLACK, lw=0.8, zorder=1)
-    ax.set_yticks(places, labels)
+    ax.set_yticks(places, labels if named else [""] * len(places))
     ax.tick_params(axis="y", length=0)
     pad = max(map(_width_pt, labels)) + 12  # strategies stand left of the row labels
     for strategy, (top, bottom) in groups.items():
-        ax.annotate(
-            in_words(strategy), xy=(0, (top + bottom) / 2), xycoords=ax.get_yaxis_transform(),
-            xytext=(-pad, 0), textcoords="offset points", ha="right", va="center",
-            annotation_clip=False,
-        )  # fmt: skip
+        if named:
+            ax.annotate(
+                in_words(strategy), xy=(0, (top + bottom) / 2), xycoords=ax.get_yaxis_transform(),
+                xytext=(-pad, 0), textcoords="offset points", ha="right", va="center",
+                annotation_clip=False,
+            )  # fmt: skip
         ax.axhspan(top, bottom, color="#F5F5F5", lw=0, zorder=-1)
     ax.set_ylim(y - 1.1, -0.9)
     ax.spines["left"].set_visible(False)
     subtraction, held = _subtraction(comparison)
     held = f"\n{held}" if held else ""
-    ax.set_xlabel(f"test accuracy, {subtraction}, seed by seed (points){held}")
-    level = 100 * comparison["level"].iloc[0]
+    measured = "test accuracy"
+    if "measure" in comparison:
+        measured = MEASURED[comparison["measure"].iloc[0]].removesuffix(" at the last step")
+    ax.set_xlabel(f"{measured}, {subtraction}, seed by seed (points){held}")
+    if legend:
+        level = comparison["level"].iloc[0]
+        handles = [*_verdict_handles(None), *_interval_handles(margin, level)]
+        ax.legend(
+            handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles),
+            columnspacing=1, handletextpad=0.5, handlelength=1.3, borderaxespad=0.2,
+        )  # fmt: skip
+    return ax
+
+
+def _interval_handles(margin: float, level: float) -> list[Any]:
     size = "1 point" if margin == 0.01 else f"{100 * margin:g} points"
-    handles = [
-        *_verdict_handles(None),
+    return [
         Patch(color="#DDDDDD", lw=0, label=f"margin, ±{size}"),
-        _handle(f"{level:g} % interval", color=BLACK, ls="-", lw=0.8),
+        _handle(f"{100 * level:g} % interval", color=BLACK, ls="-", lw=0.8),
         _handle("90 %", color=BLACK, ls="-", lw=2.2),
     ]
-    ax.legend(
-        handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles),
-        columnspacing=1, handletextpad=0.5, handlelength=1.3, borderaxespad=0.2,
-    )  # fmt: skip
-    return ax
 
 
 def _subtraction(comparison: pd.DataFrame) -> tuple[str, str]:

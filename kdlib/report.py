@@ -1,11 +1,14 @@
-"""Every table and figure of a study, from its run records alone.
+"""Every table and figure of a study, from its run records, or from the tables of them that are
+committed.
 
 What the notebooks show and what `make figures` redraws is the same call. A row that fails a
 tripwire stays in the table as refused, with the reason. Leaves to others: drawing (`plots`),
-statistics (`compare`).
+statistics (`compare`, `ledger`), wording (`telling`), what is committed (`published`).
 """
 
+import shlex
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,23 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib import cartography, checks, compare, files, maps, plots, probing, runs, steps
+from kdlib import (
+    cartography,
+    checks,
+    compare,
+    files,
+    ledger,
+    maps,
+    plots,
+    probing,
+    published,
+    runs,
+    steps,
+    telling,
+)
 from kdlib.dynamics import DynamicsLog
-from kdlib.objectives import KINDS
-from kdlib.params import Study
+from kdlib.objectives import KINDS, needs_teacher
+from kdlib.params import EXHIBITS, MEASURES, PICKED, SHARD_POLICIES, Cell, Study
 from kdlib.sampling import Plan, fixed_shards
 from kdlib.seeds import generator
 
@@ -27,28 +43,40 @@ FACTORS = (
 )  # fmt: skip
 
 LARGEST = 10  # sentences of a summary: two of counts, then the largest differences
+MOST_LINES = 20  # strategies that can be told apart over the fractions
+PROBED = {measure: column for measure, column in MEASURES.items() if measure != "accuracy"}
+CIRCUMSTANCES = ("device", "threads", "git_commit", "code_sha256")
+
+Tables = dict[str, pd.DataFrame]
 
 
 def results(study: Study) -> pd.DataFrame:
     """One row per declared run of the study, accepted or refused.
 
-    Returns: Columns `student strategy fraction objective seed test_accuracy test_accuracy_best
-        best_step steps samples unique_examples budget refused reason run weights_sha256`;
-        accuracies in [0, 1], NaN where there is no evidence, and at the best epoch also where the
-        teacher has learnt from the images it was chosen on.
+    Returns: The four axes, `seed`, `test_accuracy` of the last step, `test_accuracy_best` and
+        `best_step` of the best epoch, `linear_accuracy` and `knn_accuracy` of the last step's
+        probes; the budget, recorded (`steps samples unique_examples`), `declared_...`, and its kind
+        (`budget`); `refused`, `reason`; `run`, its folder, and `command`, which makes it again;
+        hashes of what it was made from and of what it left; device and versions. Accuracies are in
+        [0, 1], NaN where there is no evidence, and at the best epoch also where the teacher has
+        learnt from the images it was chosen on.
     """
     rows, evidences = [], {}
     reference: dict[str, Any] | None = None
+    probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
     for cell in study.cells():
         for seed in study.seeds:
             folder = steps.student_folder(study, cell, seed)
             row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
+            row["command"] = command(study, cell)
             try:
                 evidence = steps.open_student(study, cell, seed)
                 settings = files.read_json(folder / "settings.json")
                 reference = reference or settings
                 row |= _measured(evidence)
                 reasons = _reasons(folder, evidence, settings, reference)
+                found = probed.get(cell, f"{cell.path} is not probed")
+                reasons += _add_probes(row, found, study.compare.measure)
                 evidences[cell, seed] = (len(rows), evidence)
             except (FileNotFoundError, KeyError, ValueError) as error:
                 reasons = [str(error)]
@@ -63,23 +91,76 @@ def results(study: Study) -> pd.DataFrame:
                 rows[index]["reason"] = "; ".join(
                     filter(None, [rows[index]["reason"], check.sentence])
                 )
-    table = pd.DataFrame(rows)
+    here = f"{files.workspace()}/"  # a table says the same wherever the study lies
+    table = pd.DataFrame([row | {"reason": row["reason"].replace(here, "")} for row in rows])
+    for column in ("test_accuracy", "test_accuracy_best", *PROBED.values()):
+        if column not in table:  # no run has it
+            table[column] = np.nan
     return table.assign(refused=table["reason"] != "")
+
+
+def command(study: Study, cell: Cell) -> str:
+    """The one command that makes a cell's runs again, from the repository's folder."""
+    axes = dict(cell.items()) | {"fraction": repr(cell.fraction)}
+    given = {"study": f"params/{study.name}.yaml"} | axes
+    told = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in given.items())
+    return f"papermill notebooks/04_distill.ipynb out.ipynb {told}"
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
     last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
     heard = evidence["selection"]["teacher_overlap"] > 0
+    budget, made, teacher = evidence["budget"], evidence["made"], evidence["teacher"]
     return {
         "test_accuracy": last["test_accuracy"],
         # an epoch chosen on images of which the student has heard is not reported
         "test_accuracy_best": float("nan") if heard else best["test_accuracy"],
         "best_step": best["step"],
-        **evidence["budget"]["recorded"],
-        "budget": evidence["budget"]["comparison"],
+        **budget["recorded"],
+        **{f"declared_{key}": value for key, value in budget["declared"].items()},
+        "budget": budget["comparison"],
         "weights_sha256": last["weights_sha256"],
-        "code_sha256": evidence["made"]["code_sha256"],
+        "checkpoint_sha256": last["file_sha256"],
+        "subset_sha256": evidence["subset"]["sha256"],
+        "teacher_sha256": teacher["weights_sha256"] if teacher else "",
+        **{f"data_{part}": value for part, value in evidence["data"].items()},
+        "settings_sha256": evidence["settings_sha256"],
+        **{key: str(made[key]) for key in CIRCUMSTANCES},
+        "versions": ", ".join(f"{name} {found}" for name, found in made["versions"].items()),
     }
+
+
+def _last_probes(study: Study, cell: Cell) -> pd.DataFrame | str:
+    """Probe rows of a cell, or why there are none that count."""
+    try:
+        evidence = runs.read_evidence(probing.probe_folder(study, cell))
+        judged = checks.run_all(checks.PROBE, evidence)
+        if failed := [f"{check.name}: {check.sentence}" for check in judged if not check.passed]:
+            return "; ".join(failed)
+        return probing.open_probes(study, cell)
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        return str(error)
+
+
+def _add_probes(row: dict[str, Any], found: pd.DataFrame | str, measure: str) -> list[str]:
+    """Add the probes of a run's last step to its row; why the row lacks the compared one."""
+    lacking = {measure: found} if isinstance(found, str) else {}
+    for probe, column in PROBED.items() if not lacking else ():
+        last = found[
+            (found["strategy"] == row["strategy"])
+            & (found["seed"] == row["seed"])
+            & (found["step"] == row["steps"])
+            & (found["probe"] == probe)
+            & (found["on"] == "own")
+            & (found["layer"] == "features")
+        ]
+        if len(last) != 1:
+            lacking[probe] = f"{len(last)} {probe} probes of its last step; expected one"
+        elif last["weights_sha256"].iloc[0] != row["weights_sha256"]:
+            lacking[probe] = f"its {probe} probe is of other weights: run notebook 05 again"
+        else:
+            row[column] = float(last["accuracy"].iloc[0])
+    return [lacking[measure]] if measure in PROBED and measure in lacking else []
 
 
 def _reasons(folder: Path, evidence: dict, settings: dict, reference: dict) -> list[str]:
@@ -121,78 +202,210 @@ def with_untrained(table: pd.DataFrame) -> pd.DataFrame:
     return whole[~(is_reference & whole.duplicated(keys))].reset_index(drop=True)
 
 
-def compile_tables(study: Study) -> dict[str, pd.DataFrame]:
-    """All tables of a study, written to `runs/<study>/compare/` as parquet.
+def costs(study: Study) -> pd.DataFrame:
+    """What took how long: one row for each finished run of a student, and one each for `cache`,
+    `teacher` (its training, if any, and its stored outputs), `dynamics` (where it is a training of
+    its own), `datamap` and each further teacher, or all those of it that learn from a subset alone.
 
-    Returns: `results`, `curves`, `probes`, `strategies` (each strategy minus the baseline) and
-        `objectives` (each objective minus the plain one, when the study has one).
+    Returns: `what`, the axes and `seed` ("", 0 and -1 where there are none), `wall_s` of the
+        process that finished it, `steps` of optimisation, and the circumstances.
+    """
+    made, nowhere = study.upstream.runs, {"student": "", "strategy": "", "fraction": 0.0}
+    nowhere |= {"objective": "", "seed": -1}
+    folders = {what: [made / what] for what in ("cache", "teacher")}
+    if study.dynamics.model is not None:
+        folders["dynamics"] = [study.recorded_run]
+    folders["datamap"] = [made / "datamap"]
+    for name in study.teachers:
+        found = sorted(steps.teacher_folder(study, name).glob("**/evidence.json"))
+        folders[f"teacher {name}"] = [path.parent for path in found]
+    rows = []
+    for what, places in folders.items():
+        spent = [_cost(e) for e in map(_finished, places) if e is not None]
+        if spent:
+            total = {key: sum(one[key] for one in spent) for key in ("wall_s", "steps")}
+            rows.append({"what": what} | nowhere | spent[0] | total)
+    for cell in study.cells():
+        for seed in study.seeds:
+            evidence = _finished(steps.student_folder(study, cell, seed))
+            if evidence is not None:
+                row = {"what": "student"} | dict(cell.items()) | {"seed": seed}
+                rows.append(row | _cost(evidence))
+    return pd.DataFrame(rows)
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    try:
+        return runs.read_evidence(folder)
+    except (FileNotFoundError, ValueError):  # not made, or refused with its row
+        return None
+
+
+def _cost(evidence: dict[str, Any]) -> dict[str, Any]:
+    made, recorded = evidence["made"], evidence.get("budget", {}).get("recorded", {})
+    told = {key: str(made[key]) for key in CIRCUMSTANCES}
+    return {"wall_s": made["wall_s"], "steps": recorded.get("steps", 0)} | told
+
+
+def selection_s(study: Study, spent: pd.DataFrame, strategy: str, objective: str) -> float:
+    """Seconds before the first subset of a strategy was there, that a student on the full set would
+    not have needed.
+
+    A strategy that reads the datamap needs it and the training recorded for it; where the teacher's
+    own training was recorded, a student with that teacher would have needed it anyway. Further
+    teachers are needed for the full set as well, and a subset's own one is charged to nobody.
+
+    Args:
+        spent: From `costs`.
+    """
+    if strategy in ("full", *SHARD_POLICIES, *EXHIBITS):
+        return 0.0
+    if not strategy.startswith(PICKED) and study.selection(strategy).kind == "random":
+        return 0.0
+    needed = {"datamap"}
+    if study.dynamics.model is not None:
+        needed.add("dynamics")
+    elif not needs_teacher(heard := study.objectives[objective]) or heard.teacher is not None:
+        needed.add("teacher")
+    return float(spent[spent["what"].isin(needed)]["wall_s"].sum())
+
+
+def compile_tables(study: Study) -> Tables:
+    """All tables of a study from its runs, written to `runs/<study>/compare/` as parquet; those
+    from which all others follow are written to `figures/<study>/tables/` too, to be committed.
+
+    Returns: `results`, `curves`, `probes` and `costs`, and what `comparisons` makes of them.
     Raises: checks.TripwireError when no row is left to compare.
     """
     table = results(study)
     if table["refused"].all():
         raise checks.TripwireError(f"every row is refused; the first: {table['reason'].iloc[0]}")
-    settings = study.compare
-    level, margin = settings.confidence_level, settings.margin
-    tables = {
+    found = probes(study)
+    hashes = [name for name in found if name.endswith(("_weights", "weights_sha256"))]
+    records = {
         "results": table,
-        "curves": curves(study, table),
-        "probes": probes(study),
-        "strategies": compare.paired_differences(table, settings.baseline, margin, level),
+        "curves": curves(study, table).drop(columns=["epoch", "learning_rate"]),
+        "probes": found.drop(columns=hashes),  # `results` has those of the last step
+        "costs": costs(study),
     }
-    plain = [n for n in study.axes.objective if study.objectives[n].kind == "cross_entropy"]
-    if plain and len(study.axes.objective) > 1:
-        tables["objectives"] = compare.objective_differences(table, plain[0], margin, level)
+    tables = comparisons(study, published.write(study, records))
     folder = study.runs / "compare"
     for name, content in tables.items():
         files.write_atomic(folder / f"{name}.parquet", lambda f, c=content: c.to_parquet(f))
     return tables
 
 
-def summary(study: Study, tables: dict[str, pd.DataFrame]) -> str:
+def open_tables(study: Study) -> tuple[Tables, str]:
+    """All tables of a study, compiled from its runs where they are compared, else the committed
+    ones; and which of them.
+
+    Raises: FileNotFoundError where there are neither; ValueError for committed tables that were
+        changed or belong to other settings.
+    """
+    compared = (study.runs / "compare" / "evidence.json").is_file()
+    if compared or not published.there(study):
+        if not (study.runs / "distill").is_dir():
+            raise FileNotFoundError(
+                f"{study.name} has neither runs ({study.runs}) nor committed tables "
+                f"({published.folder(study)}); run python -m kdlib study params/{study.name}.yaml"
+            )
+        return compile_tables(study), "its runs"
+    return comparisons(study, published.read(study)), "its committed tables"
+
+
+def comparisons(study: Study, tables: Tables) -> Tables:
+    """The tables, and what follows from them: `strategies` (each strategy minus the baseline),
+    `objectives` (each objective minus the one without a teacher, when the study has one),
+    `controls` (each minus `compare.objective`, when the study names one), `ledger`."""
+    settings, table, names = study.compare, tables["results"], study.axes.objective
+    how = (settings.margin, settings.confidence_level, MEASURES[settings.measure])
+    made = {"strategies": compare.paired_differences(table, settings.baseline, *how)}
+    plain = [n for n in names if study.objectives[n].kind == "cross_entropy"][:1]
+    against = {"objectives": plain[0] if plain else None, "controls": settings.objective}
+    if against["controls"] == against["objectives"]:
+        del against["controls"]
+    for name, reference in against.items():
+        if reference is not None and len(names) > 1:
+            made[name] = compare.objective_differences(table, reference, *how)
+    commands = table.drop_duplicates(compare.AXES).set_index(compare.AXES)["command"]
+    for name, content in made.items():
+        cells = zip(*(content[axis] for axis in compare.AXES), strict=True)
+        made[name] = content.assign(command=[commands[cell] for cell in cells])
+    spent = tables["costs"]
+    made["ledger"] = ledger.ledger(
+        table,
+        tables["curves"],
+        spent[spent["what"] == "student"],
+        settings.margin,
+        lambda strategy, objective: selection_s(study, spent, strategy, objective),
+    )
+    return tables | made
+
+
+def titles(study: Study, tables: Tables) -> dict[str, str]:
+    """Comparison -> its title, of those that there are."""
+    told = {
+        "strategies": f"Every strategy against {study.compare.baseline}",
+        "objectives": "With the teacher against without",
+        "controls": f"Every objective against {study.compare.objective}",
+    }
+    return {name: title for name, title in told.items() if name in tables}
+
+
+def summary(study: Study, tables: Tables) -> str:
     """What was found, in plain sentences, as Markdown; also written to the figures folder."""
     table = tables["results"]
     refused = table[table["refused"]]
     versions = table["code_sha256"].nunique()
-    inflation = (table["test_accuracy_best"] - table["test_accuracy"])[~table["refused"]].mean()
-    best = (
-        f"the best validation epoch would change them by {100 * inflation:+.2f} points on average"
-    )
-    if pd.isna(inflation):
-        best = "the best epoch is not reported: the teacher has learnt from the validation images"
     lines = [
         f"# {study.name}: what was found",
         "",
         f"{len(table) - len(refused)} of {len(table)} runs accepted, {len(study.seeds)} paired "
-        f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the last "
-        f"step on the test split; {best}.",
+        f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the "
+        f"{telling.MEASURED[MEASURES[study.compare.measure]]}. {_best_epoch(study, tables)}",
         "",
     ]
     if versions > 1:
         lines += [f"The runs were made by {versions} versions of the code.", ""]
     for row in refused.to_dict("records"):
-        lines.append(f"- refused: {row['run']}: {row['reason']}")
-    for name, title in (
-        ("strategies", f"Every strategy against {study.compare.baseline}"),
-        ("objectives", "With the teacher against without"),
-    ):
-        if name in tables:
-            lines += [f"## {title}", ""]
-            told = compare.summary_lines(tables[name])
-            lines += [f"- {line}" for line in told[:LARGEST]]
-            if len(told) > LARGEST:
-                lines.append(f"- The other {len(told) - LARGEST} comparisons are in the table.")
-            lines += ["", compare.to_markdown(tables[name]), ""]
-    text = "\n".join(lines).rstrip() + "\n"
-    files.write_atomic(study.figures / "summary.md", lambda file: file.write(text.encode()))
-    return text
+        found = row[MEASURES[study.compare.measure]]
+        told = "" if pd.isna(found) else f" ({100 * found:.1f} %, which enters no mean)"
+        lines.append(f"- refused: {row['run']}{told}: {row['reason']}")
+    lines += [""] if len(refused) else []
+    for name, title in titles(study, tables).items():
+        lines += [f"## {title}", ""]
+        told = telling.summary_lines(tables[name])
+        lines += [f"- {line}" for line in told[:LARGEST]]
+        if len(told) > LARGEST:
+            lines.append(f"- The other {len(told) - LARGEST} comparisons are in the table.")
+        lines += ["", telling.to_markdown(tables[name]), ""]
+    lines += [telling.bootstrap_line(tables["strategies"]), ""]
+    lines += ["## Any cell again", "", telling.cell_table(_commands(table))]
+    return _tell(study, "summary.md", lines)
 
 
-def objective_table(study: Study, tables: dict[str, pd.DataFrame]) -> str:
+def _best_epoch(study: Study, tables: Tables) -> str:
+    if study.compare.measure != "accuracy":
+        return "Only the last step is probed for the comparison."
+    accepted = tables["results"].query("not refused")
+    if accepted["test_accuracy_best"].isna().all():
+        return "The best epoch is not reported: the teacher has learnt from the validation images."
+    gains = (accepted["test_accuracy_best"] - accepted["test_accuracy"]).dropna()
+    return telling.inflation_line(gains.mean(), gains.max(), len(gains))
+
+
+def _commands(table: pd.DataFrame) -> Iterator[tuple[str, ...]]:
+    for row in table.drop_duplicates(compare.AXES).to_dict("records"):
+        fraction = f"{100 * row['fraction']:.4g} %"
+        yield row["student"], row["strategy"], fraction, row["objective"], row["command"]
+
+
+def objective_table(study: Study, tables: Tables) -> str:
     """Every objective of the axis with its formula, paper, test and accuracies, as Markdown; also
     written to the figures folder.
 
-    Accuracies are means and standard deviations over seeds (ddof=1), in %, of the accepted runs of
-    the study's first student.
+    Accuracies, by the measure of the study, are means and standard deviations over seeds (ddof=1),
+    in %, of the accepted runs of its first student.
     """
     accepted = tables["results"].query("not refused")
     accepted = accepted[accepted["student"] == study.axes.student[0]]
@@ -211,17 +424,66 @@ def objective_table(study: Study, tables: dict[str, pd.DataFrame]) -> str:
         for strategy, fraction in subsets:
             point = {"strategy": strategy, "fraction": fraction, "objective": name}
             rows = accepted[np.all([accepted[axis] == v for axis, v in point.items()], axis=0)]
-            found = 100 * rows["test_accuracy"]
+            found = 100 * rows[MEASURES[study.compare.measure]]
             cells.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}" if len(found) else "-")
         loss = kind.formula.replace("|", "\\|") + (f" ({told})" if told else "")
         test = f"`{kind.test.removeprefix('tests/')}`"
         lines.append(f"| {name} | {loss} | {kind.paper} | {test} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    files.write_atomic(study.figures / "objectives.md", lambda file: file.write(text.encode()))
+    return _tell(study, "objectives.md", lines)
+
+
+def comparison_texts(study: Study, tables: Tables) -> list[Path]:
+    """Write the tables of the comparison alone: `comparison.md` and, for a paper, `comparison.tex`.
+
+    Returns: Their paths.
+    """
+    markdown, latex = [], [r"% \usepackage{booktabs,longtable}; from the run records"]
+    for name, title in titles(study, tables).items():
+        markdown += [f"**{title}**", "", telling.to_markdown(tables[name]), ""]
+        told = telling.MEASURED[MEASURES[study.compare.measure]]
+        caption = f"{study.name}: {title[0].lower()}{title[1:]}; {told}, in %."
+        latex += ["", telling.to_latex(tables[name], caption, f"{study.name}-{name}")]
+    _tell(study, "comparison.md", markdown)
+    _tell(study, "comparison.tex", latex)
+    return [study.figures / f"comparison.{kind}" for kind in ("md", "tex")]
+
+
+def ledger_text(study: Study, tables: Tables) -> str:
+    """What each selection costs and when it has paid for itself, as Markdown; also written to the
+    figures folder."""
+    spent = tables["costs"]
+    lines = [
+        f"# {study.name}: what a selection costs, and when it has paid",
+        "",
+        "| what | wall time (s) | steps | device |",
+        "| --- | ---: | ---: | --- |",
+    ]
+    students = spent[spent["what"] == "student"]
+    for row in spent[spent["what"] != "student"].to_dict("records"):
+        lines.append(f"| {row['what']} | {row['wall_s']:.3g} | {row['steps']} | {row['device']} |")
+    told = f"{students['wall_s'].median():.3g} | {students['steps'].median():.0f}"
+    lines += [
+        f"| a student (median of {len(students)}) | {told} | {students['device'].iloc[0]} |",
+        "",
+        "A student is charged the steps after which the mean validation curve of its cell is first "
+        f"within {telling.count(100 * study.compare.margin, 'point')} of where the full set's "
+        "students end, on either side, at the median time of a step; at equal steps a subset by "
+        "itself saves nothing. A selection is charged the datamap and the training recorded for "
+        "it, unless a teacher was needed anyway. Times are those of the process that finished a "
+        "run, on machines that may have done other things.",
+        "",
+        ledger.to_markdown(tables["ledger"]),
+    ]
+    return _tell(study, "ledger.md", lines)
+
+
+def _tell(study: Study, name: str, lines: Iterable[str]) -> str:
+    text = "\n".join(lines).rstrip() + "\n"
+    files.write_atomic(study.figures / name, lambda file: file.write(text.encode()))
     return text
 
 
-def finish(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+def finish(study: Study, tables: Tables) -> dict[str, Any]:
     """Mark the comparison made: what it was compiled from and how many rows it holds."""
     folder = study.runs / "compare"
     table = tables["results"]
@@ -327,51 +589,106 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
     return _save(study, {"shard_visits": fig})
 
 
-def draw_comparison(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, Path]:
-    """Draw `accuracy`, `differences`, `curves` and `probes`.
+def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
+    """Draw `accuracy`, `differences` (of strategies, or of objectives where there are many),
+    `objective_differences` and `control_differences` where there are such, `fractions` where there
+    are three or more, `curves`, `probes` and, of the first student, `diagnostics`.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
     accepted = tables["results"][~tables["results"]["refused"]]
-    figures = {}
+    figures, names = {}, study.axes.objective
+    measure, margin = MEASURES[study.compare.measure], study.compare.margin
+    kinds = {"differences": "strategies", "objective_differences": "objectives",
+             "control_differences": "controls"}  # fmt: skip
     with plots.style():
         figures["accuracy"] = Figure(figsize=(plots.WIDE, 4.4))
-        names, differences = study.axes.objective, tables["strategies"]
-        if len(names) <= len(plots.OBJECTIVES):
-            plots.accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"])
+        if len(names) <= len(plots.OBJECTIVES) and set(accepted["strategy"]) != {"full"}:
+            plots.accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"], measure)
         else:
-            of_first = accepted[accepted["student"] == study.axes.student[0]]
-            plots.accuracy_by_objective(figures["accuracy"], of_first, names)
-            differences = tables.get("objectives", differences)
-        figures["differences"] = Figure(figsize=(plots.WIDE, 5.0))
-        axis = figures["differences"].subplots()
-        plots.paired_differences(axis, differences, margin=study.compare.margin)
+            plots.accuracy_by_objective(figures["accuracy"], accepted, names, measure)
+            if "objectives" in tables:
+                kinds = {"differences": "objectives", "control_differences": "controls"}
+        for name, kind in kinds.items():
+            if len(tables.get(kind, ())):
+                figures[name] = Figure(figsize=(plots.WIDE, 5.0))
+                plots.differences(figures[name], _in_order(study, tables[kind]), margin)
+        subsets = accepted[accepted["strategy"] != "full"]
+        if subsets["fraction"].nunique() >= 3 and subsets["strategy"].nunique() <= MOST_LINES:
+            figures["fractions"] = Figure(figsize=(plots.WIDE, 3.2))
+            plots.accuracy_by_fraction(figures["fractions"], accepted, measure)
         figures["curves"] = Figure(figsize=(plots.WIDE, 3.4))
-        rows = tables["curves"]
-        shown = [s for s in study.probe.strategy if s != "full"]
-        full = rows["strategy"] == "full"
-        if shown:
-            of_subsets = rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction)
-            of_objective = rows["objective"] == study.probe.objective[0]
-            plots.learning_curves(
-                figures["curves"].subplots(), rows[of_objective & (full | of_subsets)]
-            )
-        else:  # nothing but the full set is probed: with the teacher against without
-            plots.learning_curves(figures["curves"].subplots(), rows[full], by="objective")
-        figures["probes"] = Figure(figsize=(plots.WIDE, 3.4))
-        for axis, kind in zip(figures["probes"].subplots(1, 2), ("linear", "knn"), strict=True):
-            plots.probe_curves(axis, tables["probes"], probe=kind)
+        rows, by = _shown_curves(study, _common(study, tables["curves"], ["objective"]))
+        plots.learning_curves_by_student(figures["curves"], rows, by)
+        probed = _judged(tables["probes"], tables["results"])
+        probed = _common(study, probed, ["objective", "probe"])
+        students = list(dict.fromkeys(probed["student"]))
+        figures["probes"] = Figure(figsize=(plots.WIDE, 0.6 + 2.8 * len(students)))
+        axs = figures["probes"].subplots(len(students), 2, squeeze=False)
+        for (i, j), ax in np.ndenumerate(axs):
+            of_student = probed[probed["student"] == students[i]]
+            plots.probe_curves(ax, of_student, probe=("linear", "knn")[j])
+            if len(students) > 1:
+                title = f"{plots.in_words(students[i])}\n{ax.get_title(loc='left')}"
+                ax.set_title(title, fontsize=plots.TEXT_PT)
+        figures["diagnostics"] = Figure(figsize=(plots.WIDE, 4.2))
+        plots.diagnostics(figures["diagnostics"], probed[probed["student"] == students[0]])
     return _save(study, figures)
 
 
-def draw_diagnostics(study: Study, rows: pd.DataFrame) -> dict[str, Path]:
-    """Draw `diagnostics`: the shape of the features over training, from the table `probes`.
+def _in_order(study: Study, comparison: pd.DataFrame) -> pd.DataFrame:
+    """The comparison with the students in the order of the study."""
+    place = comparison["student"].map(study.axes.student.index)
+    return comparison.iloc[np.argsort(place.to_numpy(), kind="stable")]
 
-    Returns: Figure name -> its PNG; a PDF lies beside it.
+
+def _judged(probes: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Probe rows of accepted runs; a cell of which every run is refused stays, and is called so."""
+    cell = ["student", "strategy", "fraction", "objective"]
+    marked = results.assign(lost=results.groupby(cell)["refused"].transform("all"))
+    known = marked[[*cell, "seed", "refused", "lost"]]
+    rows = probes.merge(known, on=[*cell, "seed"], how="left")  # references are no runs
+    refused, lost = (rows[name].eq(True) for name in ("refused", "lost"))
+    names = rows["strategy"].where(~lost, rows["strategy"] + "_(refused)")
+    kept = rows.assign(strategy=names)[~refused | lost]
+    return kept.drop(columns=["refused", "lost"])
+
+
+def _common(study: Study, rows: pd.DataFrame, more: list[str]) -> pd.DataFrame:
+    """Of a study whose runs may stop early, the steps that every seed of a cell has reached."""
+    if study.training.early_stopping is None:
+        return rows
+    cell = ["student", "strategy", "fraction", *more]
+    of_step = rows.groupby([*cell, "step"])["seed"].transform("nunique")
+    return rows[of_step == rows.groupby(cell)["seed"].transform("nunique")]
+
+
+def _shown_curves(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The curves of the probed cells of one objective; of all objectives on the full set, where
+    nothing else is probed. And what tells them apart."""
+    full = rows["strategy"] == "full"
+    shown = [s for s in study.probe.strategy if s != "full"]
+    if not shown:
+        return rows[full], "objective"
+    of_subsets = rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction)
+    of_objective = rows["objective"] == study.probe.objective[0]
+    return rows[of_objective & (full | of_subsets)], "strategy"
+
+
+def redraw(study: Study) -> tuple[dict[str, Path], str]:
+    """Every figure and text of the comparison, from the study's runs, or from its committed tables
+    where the runs are elsewhere.
+
+    Returns: Figure name -> its PNG, and what they were drawn from.
+    Raises: As `open_tables`.
     """
-    with plots.style():
-        figure = plots.diagnostics(Figure(figsize=(plots.WIDE, 4.2)), rows)
-    return _save(study, {"diagnostics": figure})
+    tables, origin = open_tables(study)
+    drawn = draw_comparison(study, tables)
+    summary(study, tables)
+    objective_table(study, tables)
+    comparison_texts(study, tables)
+    ledger_text(study, tables)
+    return drawn, origin
 
 
 def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Path]:

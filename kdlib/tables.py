@@ -50,7 +50,9 @@ def _content_sha256(table: pd.DataFrame, metadata: dict) -> str:
     return files.fingerprint([rest, files.sha256_array(*numbers)])
 
 
-def write_parquet(path: Path, table: pd.DataFrame, metadata: dict) -> Path:
+def write_parquet(
+    path: Path, table: pd.DataFrame, metadata: dict, compression: str = "snappy"
+) -> Path:
     """Write a table of numbers, categories and texts with JSON metadata in the file itself.
 
     The file is written atomically; the same content gives the same bytes, and carries a hash.
@@ -60,7 +62,9 @@ def write_parquet(path: Path, table: pd.DataFrame, metadata: dict) -> Path:
     content = content.replace_schema_metadata(
         {**content.schema.metadata, b"kdlib": files.canonical_json(stored).encode()}
     )
-    return files.write_atomic(Path(path), lambda file: pq.write_table(content, file))
+    return files.write_atomic(
+        Path(path), lambda f: pq.write_table(content, f, compression=compression)
+    )
 
 
 # A damaged footer can fail in any of these ways inside pyarrow and pandas.

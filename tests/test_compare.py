@@ -1,6 +1,8 @@
 """Runs are compared seed by seed; refused rows, missing pairs and mixed budgets never reach a
 mean."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,15 +11,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from kdlib.compare import (
-    COLUMNS,
+    bootstrap_interval,
     objective_differences,
     paired_differences,
     paired_interval,
     seeds_needed,
-    summary_lines,
-    to_markdown,
     verdict,
 )
+from kdlib.telling import summary_lines, to_markdown
 
 MARGIN, LEVEL = 0.01, 0.95
 
@@ -309,47 +310,87 @@ def test_seeds_needed_grows_with_noise_and_has_limits():
         seeds_needed(0.01, MARGIN, power=80)
 
 
-def test_summary_says_what_was_found():
-    refused = cell("hard", RANDOM)
-    refused["refused"] = refused["seed"] == 3
-    comparison = compared(
-        cell("random", RANDOM),
-        cell("easy", EASY),
-        refused,
-        cell("full", np.array(RANDOM) + 0.1, fraction=1.0),
-    )
-    assert summary_lines(comparison) == [
-        "3 comparisons at equal steps with a margin of 1 point: 1 better, 1 worse, 1 equivalent, "
-        "0 inconclusive.",
-        "Of the 2 better or worse, 2 stay significant after Holm's correction for 3 tests.",
-        "With kd, the full set is better than random at 33 % by 10.0 points (95 % interval 10.0 to "
-        "10.0, 5 paired seeds).",
-        "At 33 % with kd, easy is worse than random by 3.4 points (95 % interval -4.1 to -2.7, 5 "
-        "paired seeds).",
-        "At 33 % with kd, hard is as good as random within 1 point: it differs by 0.0 (90 % "
-        "interval 0.0 to 0.0, 4 paired seeds, 1 refused run left out).",
+def test_bootstrap_of_two_pairs_is_worked_by_hand():
+    # Means 0, 1/2, 1 in one, two, one of four resamples: the 30th and 70th percent are 1/2.
+    assert bootstrap_interval(np.array([0.0, 1.0]), 0.95) == (0.0, 1.0)
+    assert bootstrap_interval(np.array([0.0, 1.0]), 0.4) == (0.5, 0.5)
+    np.testing.assert_equal(bootstrap_interval(np.array([0.1]), LEVEL), (np.nan, np.nan))
+    assert bootstrap_interval(np.full(4, 0.25), LEVEL) == (0.25, 0.25)
+
+
+def test_bootstrap_is_that_of_all_resamples():
+    differences = np.array([0.3, -0.1, 0.8, 0.2])
+    means = [np.mean(each) for each in itertools.product(differences, repeat=4)]
+    for level in (0.5, 0.8, 0.95):
+        exact = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+        assert bootstrap_interval(differences, level) == pytest.approx(exact, abs=0.026)
+
+
+def test_bootstrap_is_the_same_each_time_and_whatever_the_seeds_are_called():
+    differences = np.array([0.3, -0.1, 0.8, 0.2, 0.4])
+    first = bootstrap_interval(differences, LEVEL)
+    np.random.default_rng(1).shuffle(differences)
+    assert bootstrap_interval(differences, LEVEL) == first
+    row = compared(cell("random", RANDOM), cell("easy", EASY)).iloc[0]
+    assert (row.boot_low, row.boot_high) == bootstrap_interval(np.subtract(EASY, RANDOM), LEVEL)
+
+
+def test_bootstrap_of_five_seeds_covers_less_than_it_says_and_the_t_interval_does_not():
+    rng, held = np.random.default_rng(0), np.zeros(2)
+    n = 800
+    for _ in range(n):
+        differences = rng.normal(size=5)
+        low, high = bootstrap_interval(differences, 0.95)
+        _, t_low, t_high, _ = paired_interval(differences, 0.95)
+        held += [low <= 0 <= high, t_low <= 0 <= t_high]
+    assert 0.80 < held[0] / n < 0.88
+    assert 0.93 < held[1] / n < 0.97
+
+
+def test_the_best_epoch_stands_beside_the_last_with_its_measured_inflation():
+    random = cell("random", RANDOM, test_accuracy_best=np.add(RANDOM, 0.01))
+    easy = cell("easy", EASY, test_accuracy_best=np.add(EASY, [0, 0, 0.05, 0, 0]))
+    row = compared(random, easy).iloc[0]
+    assert row.difference == pytest.approx(-0.034)  # of the last epoch, as ever
+    assert row.best_mean == pytest.approx(0.696)
+    assert row.best_difference == pytest.approx(-0.034)  # +0.01 both
+    # ten runs: five by .01, one by .05, four by 0
+    assert (row.inflation_mean, row.inflation_max) == pytest.approx((0.01, 0.05))
+    assert row.n_inflation == 10
+    easy.loc[2, "test_accuracy_best"] = np.nan
+    row = compared(random, easy).iloc[0]
+    assert np.isnan([row.best_mean, row.best_difference]).all()
+    assert (row.n_inflation, row.inflation_max) == (9, pytest.approx(0.01))
+    row = compared(random.drop(columns="test_accuracy_best"), cell("easy", EASY)).iloc[0]
+    assert row.n_inflation == 0
+    assert np.isnan([row.best_mean, row.inflation_mean]).all()
+
+
+def test_a_probe_is_compared_where_it_is_asked_for_and_has_no_best_epoch():
+    probes = [np.add(RANDOM, 0.1), np.add(RANDOM, 0.2)]
+    cells = [
+        cell(s, a, linear_accuracy=p, test_accuracy_best=a)
+        for s, a, p in zip(("random", "easy"), (RANDOM, EASY), probes, strict=True)
     ]
+    rows = paired_differences(table(*cells), "random", MARGIN, LEVEL, "linear_accuracy")
+    assert rows["difference"].tolist() == pytest.approx([0.1])
+    assert rows["measure"].tolist() == ["linear_accuracy"]
+    assert rows["n_inflation"].tolist() == [0]
+    cells[1].loc[1, "linear_accuracy"] = np.nan
+    with pytest.raises(ValueError, match=r"linear_accuracy is nan in .*easy.*, seed 1"):
+        paired_differences(table(*cells), "random", MARGIN, LEVEL, "linear_accuracy")
+    cells[1].loc[1, "refused"] = True
+    rows = paired_differences(table(*cells), "random", MARGIN, LEVEL, "linear_accuracy")
+    assert (rows["n_seeds"].tolist(), rows["n_refused"].tolist()) == ([4], [1])
 
 
-def test_summary_names_the_student_where_there_are_several_and_an_empty_table():
-    cells = [cell(s, a, student=n) for n in "ab" for s, a in (("random", RANDOM), ("easy", EASY))]
-    lines = summary_lines(compared(*cells))
-    assert [line[-12:] for line in lines[2:]] == [" student a).", " student b)."]
-    nothing = compared(cell("random", RANDOM))
-    assert nothing.columns.tolist() == COLUMNS
-    assert summary_lines(nothing) == [
-        "There is nothing to compare: no cell but those to compare with."
-    ]
-
-
-def test_markdown_table_is_in_percent_with_spread_and_verdict():
-    full = cell("full", np.array(RANDOM) + 0.1, fraction=1.0)
-    text = to_markdown(compared(cell("random", RANDOM), cell("easy", EASY), full))
-    lines = text.splitlines()
-    assert len(lines) == 4
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[2] == (
-        "| tiny | kd | 33 % | easy | 68.6 ± 1.7 | random | 72.0 ± 1.6 | "
-        "-3.4 (95 %: -4.1 to -2.7) | 5 | worse |"
+def test_objectives_are_compared_with_any_named_one():
+    results = table(
+        cell("random", RANDOM, objective="kd"),
+        cell("random", np.add(RANDOM, 0.02), objective="kd_hot"),
+        cell("random", EASY, objective="plain"),
     )
-    assert "| full | 82.0 ± 1.6 | random at 33 % | 72.0 ± 1.6 | +10.0 (" in lines[3]
+    rows = objective_differences(results, "kd", MARGIN, LEVEL)
+    assert rows["objective"].tolist() == ["kd_hot", "plain"]
+    assert rows["against_objective"].tolist() == ["kd", "kd"]
+    assert rows["difference"].tolist() == pytest.approx([0.02, -0.034])

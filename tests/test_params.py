@@ -225,6 +225,7 @@ NAMES = {  # a value that is a name: where, a typo, and the message
     "probe.objective": (["plan"], r"study: unknown objective 'plan'; did you mean 'plain'"),
     "probe.strategy": (["hard"], r"unknown strategy to probe 'hard'; known: easy, full, random"),
     "compare.baseline": ("randm", r"unknown baseline strategy 'randm'; did you mean 'random'"),
+    "compare.objective": ("kdd", r"unknown objective to compare with 'kdd'; did you mean 'kd'"),
 }
 
 
@@ -275,6 +276,7 @@ IMPOSSIBLE = {
     "axes.student": (["tiny", "tiny"], "axis student names a value twice"),
     "students": ({}, "students: Dictionary should have at least 1"),
     "compare.margin": (float("nan"), "margin: Input should be"),
+    "compare.measure": ("lin", "measure: Input should be 'accuracy', 'linear' or 'knn'"),
     "probe.k": (0, "k: Input should be greater"),
     # YAML reads `yes` as true and `no` as false: neither is a number
     "training.batch_size": (True, "batch_size: Input should be a valid integer"),
@@ -629,6 +631,7 @@ READERS = {  # a value, and the steps that read it themselves (distill of which 
     "probe.others": {"probe"},
     "probe.strategy": set(),
     "compare.margin": set(),
+    "compare.objective": set(),
     "axes.fraction": set(),
     "seeds": set(),
     "compute.threads": {"teacher", "record", "audit", "distill", "probe"},
@@ -647,6 +650,7 @@ NEW = {
     "probe.layers": ["features", "stage1"],
     "probe.others": {"more": {"source": "digits", "n_validation": 9}},
     "probe.strategy": ["full"],
+    "compare.objective": "plain",
     "axes.fraction": [0.33, 0.1, 0.5],
     "audit": True,
     "seeds": [0, 1, 2],
@@ -693,6 +697,30 @@ def test_one_value_changes_the_settings_of_exactly_the_steps_that_read_it(path):
     differing = {step for step in before if before[step] != after[step]}
     expected = {s for s in before if s in READERS[path] or s.split()[0] in READERS[path]}
     assert differing == expected | (set() if path in UNSEEN else {"compare"})
+
+
+def test_a_probe_is_compared_only_where_every_cell_has_one():
+    content = changed("compare.measure", "linear")
+    with pytest.raises(ValueError, match="is linear, but not every cell is probed"):
+        validated(content)
+    for path, value in (
+        ("axes.fraction", [0.1]),
+        ("probe.objective", ["kd", "plain"]),
+        ("probe.strategy", ["full", "easy", "random"]),
+    ):
+        with pytest.raises(ValueError, match=rf"probe lacks \{{.*'{path.split('.')[1]}': "):
+            validated(content)
+        content = changed(path, value, content)
+    study = validated(content)
+    assert study.probed_cells() == study.cells()
+    with pytest.raises(ValueError, match=r"\['picked_mine'\] have fractions of their own"):
+        validated(
+            changed(
+                "probe.strategy",
+                ["full", "easy", "random", "picked_mine"],
+                changed("axes.strategy", ["random", "easy", "full", "picked_mine"], content),
+            )
+        )
 
 
 def test_a_feature_objective_asks_the_teacher_for_more():

@@ -37,12 +37,15 @@ def _run(home, *options):
 
 
 def _results(home):
-    """Bytes of everything a study leaves that must not depend on when and how often it ran."""
-    kinds = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md")
+    """Bytes of everything a study leaves that must not depend on when and how often it ran: all but
+    what tells how long it took."""
+    kinds = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md", ".tex")
     return {
         str(path.relative_to(home)): files.sha256_file(path)
         for path in sorted(home.rglob("*"))
-        if path.suffix in kinds and "archive" not in path.parts
+        if path.suffix in kinds
+        and "archive" not in path.parts
+        and path.stem not in ("costs", "ledger")
     }
 
 
@@ -86,7 +89,7 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     expected["07_scores.ipynb"] = 1
     assert Counter(executed) == expected
     pictures = {"01_cache": 2, "02_teacher": 1, "03_datamap": 4, "04_distill": 1, "05_probe": 2}
-    pictures |= {"06_compare": 4, "07_scores": 3}
+    pictures |= {"06_compare": 6, "07_scores": 3}
     for path in (home / "runs").rglob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells
         outputs = [output for cell in cells for output in cell.get("outputs", ())]

@@ -529,10 +529,123 @@ def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
     assert random.get_title() == f"{plots.in_words('random')}, 10 % of the data"
     means = [line.get_xdata()[0] for line in full.lines if len(line.get_xdata()) == 1]
     assert means == pytest.approx([50.1 + i for i in range(7)])
-    with pytest.raises(ValueError, match="several students"):
-        plots.accuracy_by_objective(
-            Figure(), pd.concat([results, results.assign(student="other")]), names
-        )
+    both = pd.concat([results, results.assign(student="other")])
+    fig = plots.accuracy_by_objective(Figure(), both, names)
+    assert [title_of(ax) for ax in fig.axes] == [
+        f"{student}, {subset}"
+        for student in ("tiny", "other")
+        for subset in ("full set", "random, 10 % of the data")
+    ]
+
+
+def test_two_students_share_the_names_and_the_legend_of_their_differences():
+    comparison = compared(result_table(students=("tiny", "wide")))
+    fig = plots.differences(Figure(figsize=(plots.WIDE, 5)), comparison, MARGIN)
+    assert [title_of(ax) for ax in fig.axes] == ["tiny", "wide"]
+    left, right = fig.axes
+    assert left.get_yticks().tolist() == right.get_yticks().tolist()
+    assert {label.get_text() for label in right.get_yticklabels()} == {""}
+    assert left.get_legend() is None
+    (legend,) = fig.legends
+    assert {"better", "worse", "equivalent", "inconclusive", "margin, ±1 point"} <= set(
+        words(legend)
+    )
+    n_marks = [
+        sum(line.get_marker() in {m for _, m in plots.VERDICTS.values()} for line in ax.lines)
+        for ax in fig.axes
+    ]
+    assert n_marks == [len(comparison) // 2] * 2
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "differences", "fractions"])
+def test_large_studies_stay_legible_and_inside_a_page(kind):
+    students = ("resnet8", "mobilenetv2")
+    with plots.style():
+        fig = Figure(figsize=(plots.WIDE, 3.0))
+        if kind == "fractions":
+            fractions = (0.01, 0.05, 0.1, 0.25, 0.33, 0.55)
+            plots.accuracy_by_fraction(fig, result_table(students=students, fractions=fractions))
+        else:
+            parts = [
+                result_table(students=students, fractions=(0.33,)).assign(
+                    strategy=lambda t, i=i: t["strategy"].where(
+                        t["strategy"].isin(["random", "full"]), t["strategy"] + f"_{i}_bottom"
+                    )
+                )
+                for i in range(4)
+            ]
+            results = pd.concat(parts).drop_duplicates([*plots.AXES, "seed"])
+            assert results["strategy"].nunique() == 14
+            if kind == "accuracy":
+                plots.accuracy_by_strategy(fig, results, compared(results))
+            else:
+                plots.differences(fig, compared(results), MARGIN)
+        fig.draw_without_rendering()
+        extent = fig.get_tightbbox()
+        rows = [label.get_window_extent() for label in fig.axes[0].get_yticklabels()]
+    assert fig.get_figheight() <= plots.TALL
+    assert min(extent.x0, extent.y0) >= -0.01
+    assert extent.x1 <= fig.get_figwidth() + 0.01
+    assert extent.y1 <= fig.get_figheight() + 0.01
+    tops = sorted((box.y0, box.y1) for box in rows if box.height)
+    assert all(low[1] <= high[0] + 1 for low, high in pairwise(tops))
+    (below,) = [a for a in [fig.axes[0].get_xlabel() or fig.get_supxlabel()] if a]
+    assert "accuracy" in below or "fraction" in below
+
+
+def test_fractions_show_the_mean_and_spread_of_each_objective_up_to_the_full_set():
+    results = result_table(fractions=(0.1, 0.25, 0.5)).query("strategy in ('full', 'random')")
+    (ax,) = plots.accuracy_by_fraction(Figure(), results).axes
+    assert ax.get_xscale() == "log"
+    drawn = {c.get_label(): c for c in ax.containers}
+    assert set(drawn) == {"KD", "plain"}
+    for name, objective in (("KD", "kd"), ("plain", "plain")):
+        line, _, (bars,) = drawn[name]
+        of = results[results["objective"] == objective].groupby("fraction")["test_accuracy"]
+        x, y = line.get_xydata().T
+        np.testing.assert_allclose(x, [0.1, 0.25, 0.5, 1.0])
+        np.testing.assert_allclose(y, 100 * of.mean())
+        heights = [segment[1][1] - segment[0][1] for segment in bars.get_segments()]
+        np.testing.assert_allclose(heights, 200 * of.std())
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["10", "25", "50", "100"]
+    assert "random; mean ± s.d., S = 5" in words(ax)
+
+
+def test_fractions_of_many_strategies_have_a_level_for_the_full_set():
+    results = result_table(fractions=(0.1, 0.25, 0.5))
+    kd, _ = plots.accuracy_by_fraction(Figure(), results).axes
+    assert {c.get_label() for c in kd.containers} == {
+        "random",
+        "easy",
+        "ambiguous (corner)",
+        "hard",
+    }
+    level = 100 * results.query("strategy == 'full' and objective == 'kd'")["test_accuracy"].mean()
+    assert any(np.allclose(line.get_ydata(), level) for line in kd.lines)
+    assert "full set" in words(kd)
+
+
+def test_a_probe_is_named_where_it_is_what_is_compared():
+    results = result_table().assign(linear_accuracy=lambda t: t["test_accuracy"] / 2)
+    fig = plots.accuracy_by_strategy(Figure(), results, compared(results), "linear_accuracy")
+    assert fig.axes[0].get_xlabel() == "linear probe's test accuracy (%)"
+    seen = np.concatenate([x.get_xdata() for x in fig.axes[0].lines if x.get_markersize() == 2.6])
+    assert seen.max() < 50
+    rows = paired_differences(results, "random", MARGIN, 0.95, "linear_accuracy")
+    ax = plots.paired_differences(axis(), rows, MARGIN)
+    assert ax.get_xlabel().startswith("linear probe's test accuracy, strategy minus random")
+
+
+def test_the_way_from_a_short_line_to_its_label_is_level_and_dotted():
+    table = curve_table()
+    short = table[(table["strategy"] != "easy") | (table["step"] <= 100)]
+    ax = plots.learning_curves(axis(), short)
+    dotted = [x for x in ax.lines if not x.get_label().startswith(("easy", "full")) and
+              x.get_linestyle() == "--" and x.get_transform() == ax.transAxes]  # fmt: skip
+    (leader,) = dotted
+    (start, end), (low, high) = leader.get_xdata(), leader.get_ydata()
+    assert (start, end) == (pytest.approx(1 / 3), 1.0)
+    assert low == high
 
 
 def test_defects_stand_beside_honest_numbers_with_their_tripwires():

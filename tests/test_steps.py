@@ -1,6 +1,7 @@
 """The steps of a study in one process: what is reused, what is refused, what a lie runs into."""
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -237,7 +238,10 @@ def test_a_row_with_another_budget_is_refused_and_shown(home):
     assert "steps: 60 -> 156" in refused["reason"].iloc[0]
     full = tables["strategies"].query("strategy == 'full' and objective == 'kd'").iloc[0]
     assert (full["n_seeds"], full["n_refused"]) == (1, 1)
-    assert "refused: distill" in report.summary(study, tables)
+    told = (
+        f"{refused['run'].item()} ({100 * refused['test_accuracy'].item():.1f} %, which enters no"
+    )
+    assert f"- refused: {told} mean): budget: " in report.summary(study, tables)
 
 
 def test_a_number_without_its_checkpoint_is_refused(home):
@@ -585,16 +589,184 @@ def test_a_loaded_teacher_s_outputs_can_be_stored_in_parts_from_the_command_line
         assert path.read_bytes() == (folder / path.name).read_bytes()
 
 
+def _files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(home):
     study = _study(home)
-    tables = report.compile_tables(study)
-    drawn = report.draw_datamap(study) | report.draw_comparison(study, tables)
+    drawn = report.draw_datamap(study) | report.redraw(study)[0]
     names = {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
-    assert {path.name for path in study.figures.iterdir()} == names
-    first = {path.name: path.read_bytes() for path in study.figures.iterdir()}
+    names |= {"summary.md", "objectives.md", "ledger.md", "comparison.md", "comparison.tex"}
+    first = _files(study.figures)
+    tables = {f"tables/{name}.parquet" for name in ("results", "curves", "probes", "costs")}
+    assert set(first) == names | tables
+    assert sum(len(first[name]) for name in tables) < 300_000
     report.draw_datamap(study)
-    report.draw_comparison(study, report.compile_tables(study))
-    assert {path.name: path.read_bytes() for path in study.figures.iterdir()} == first
+    report.redraw(study)
+    assert _files(study.figures) == first
+
+
+def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
+    home, monkeypatch, capsys
+):
+    study = _study(home)
+    report.draw_datamap(study)
+    report.finish(study, report.compile_tables(study))
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures", str(home / "params" / "tiny.yaml")])
+    assert __main__.main() == 0
+    assert "the comparison is drawn from its runs" in capsys.readouterr().out
+    first = _files(study.figures)
+    shutil.rmtree(study.runs)
+    shutil.rmtree(study.cache)
+    for path in study.figures.glob("*.*"):
+        if path.stem not in ("datamap", "forming", "regions"):
+            path.unlink()
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures"])  # all studies that have tables
+    assert __main__.main() == 0
+    told = capsys.readouterr().out
+    assert "tiny: the comparison is drawn from its committed tables" in told
+    assert "not drawn, since their records are not in" in told
+    assert "datamap, forming, regions" in told
+    assert _files(study.figures) == first
+
+
+def test_changed_or_foreign_tables_draw_nothing_and_stop_no_other_study(home, monkeypatch, capsys):
+    study = _study(home)
+    report.compile_tables(study)
+    shutil.copytree(study.figures, home / "figures" / "twin")
+    shutil.copy(home / "params" / "tiny.yaml", home / "params" / "twin.yaml")
+    shutil.rmtree(study.runs)
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures"])
+    assert __main__.main() == 1
+    told = capsys.readouterr()
+    assert "tiny: the comparison is drawn from its committed tables" in told.out
+    assert "twin.yaml: ValueError" in told.err
+    assert "study: tiny -> twin" in told.err
+    path = study.figures / "tables" / "results.parquet"
+    path.write_bytes(path.read_bytes().replace(b"tiny", b"tiney"[:4], 1)[:-1])
+    before = (study.figures / "summary.md").read_bytes()
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures", "params/tiny.yaml"])
+    assert __main__.main() == 1
+    assert "cut or damaged" in capsys.readouterr().err
+    assert (study.figures / "summary.md").read_bytes() == before
+    shutil.rmtree(study.figures / "tables")
+    assert __main__.main() == 1
+    assert "has neither runs" in capsys.readouterr().err
+
+
+def test_every_row_says_the_command_that_makes_its_cell_again(home):
+    study = _study(home)
+    tables = report.compile_tables(study)
+    summary = report.summary(study, tables)
+    for name in ("results", "strategies", "objectives"):
+        for row in tables[name].to_dict("records"):
+            program, notebook, _, *options = shlex.split(row["command"])
+            assert (program, notebook) == ("papermill", "notebooks/04_distill.ipynb")
+            assert options[::3] == ["-p"] * 5
+            given = dict(zip(options[1::3], options[2::3], strict=True))
+            assert load_study(given.pop("study")) == study
+            cell = study.cell(**given)
+            assert dict(cell.items()) == {axis: row[axis] for axis in dict(cell.items())}
+            assert f"`{row['command']}`" in summary
+
+
+def test_run_tables_say_what_each_number_was_made_from(home):
+    study = _study(home)
+    table = report.compile_tables(study)["results"]
+    for row in table.to_dict("records"):
+        evidence = runs.read_evidence(study.runs / row["run"])
+        assert row["checkpoint_sha256"] == evidence["checkpoints"]["last"]["file_sha256"]
+        assert row["subset_sha256"] == evidence["subset"]["sha256"]
+        teacher = evidence["teacher"]
+        assert row["teacher_sha256"] == (teacher["weights_sha256"] if teacher else "")
+        assert (row["data_train"], row["data_split"]) == (
+            evidence["data"]["train"], evidence["data"]["split"],
+        )  # fmt: skip
+        assert row["declared_steps"] == row["steps"] == 60
+        assert row["settings_sha256"] == evidence["settings_sha256"]
+        assert f"torch {evidence['made']['versions']['torch']}" in row["versions"]
+    assert not table.isna().drop(columns=["linear_accuracy", "knn_accuracy"]).any(axis=None)
+    assert str(home) not in table.to_csv()
+    shutil.rmtree(_first_run(study))
+    refused = report.compile_tables(study)["results"].iloc[0]
+    assert refused["refused"]
+    assert refused["reason"].startswith("runs/tiny/distill/student=tiny")
+    assert str(home) not in report.summary(study, report.compile_tables(study))
+
+
+def test_a_study_of_features_compares_the_probe_of_the_last_step(home):
+    study = _study(
+        home, compare={"baseline": "random", "margin": 0.02, "measure": "linear"},
+        probe={"strategy": ["full", "random", "easy"], "fraction": 0.33, "k": 5,
+               "objective": ["kd", "plain"], "c_grid": [0.1, 10.0]},
+    )  # fmt: skip
+    table = report.results(study)
+    lacking = ~(table["strategy"].isin(["full", "easy"]) & (table["objective"] == "kd"))
+    assert table["refused"].tolist() == lacking.tolist()
+    assert "holds no finished run" in table[lacking]["reason"].iloc[0]
+    images = steps.open_images(study)
+    for cell in study.cells():
+        probing.probe_cell(study, images, cell)
+    tables = report.compile_tables(study)
+    assert not tables["results"]["refused"].any()
+    by_hand = probing.open_probes(study, study.cell(strategy="easy"))
+    last = by_hand.query("step == 60 and probe == 'linear' and seed == 1")["accuracy"].item()
+    row = tables["results"].query("strategy == 'easy' and objective == 'kd' and seed == 1")
+    assert row["linear_accuracy"].item() == last
+    assert row["test_accuracy"].item() != last
+    [compared] = tables["strategies"].query("strategy == 'easy' and objective == 'kd'").index
+    pair = tables["results"].query("objective == 'kd'").groupby("strategy")["linear_accuracy"]
+    wanted = pair.mean()["easy"] - pair.mean()["random"]
+    assert tables["strategies"].loc[compared, "difference"] == pytest.approx(wanted)
+    assert "linear probe of the last step's features" in report.summary(study, tables)
+    assert set(report.redraw(study)[0]) >= {"accuracy", "differences"}
+    path = probing.probe_folder(study, study.cell(strategy="easy"))
+    _forge(path, lambda e: e["floor"].update(untrained=0.999))
+    found = report.results(study)
+    assert found[found["refused"]]["reason"].str.contains("probe_floor").tolist() == [True] * 2
+
+
+def test_probes_of_refused_runs_are_left_out_or_called_so(home):
+    study = _study(home)
+    cell = study.cell(strategy="easy")
+    _forge(steps.student_folder(study, cell, 0), lambda e: e["budget"]["recorded"].update(steps=9))
+    tables = report.compile_tables(study)
+    shown = report._judged(tables["probes"], tables["results"]).query("strategy == 'easy'")
+    assert set(shown["seed"]) == {1}
+    _forge(steps.student_folder(study, cell, 1), lambda e: e["budget"]["recorded"].update(steps=9))
+    tables = report.compile_tables(study)
+    shown = report._judged(tables["probes"], tables["results"])
+    assert set(shown["strategy"]) == {"full", "easy_(refused)", "untrained", "teacher"}
+    assert len(shown) == len(tables["probes"])
+    assert "probes" in report.draw_comparison(study, tables)
+
+
+def test_a_probe_of_other_weights_is_no_measure(home):
+    study = _study(
+        home, compare={"baseline": "random", "margin": 0.02, "measure": "knn"},
+        probe={"strategy": ["full", "random", "easy"], "fraction": 0.33, "k": 5,
+               "objective": ["kd", "plain"], "c_grid": [0.1, 10.0]},
+    )  # fmt: skip
+    folder = steps.student_folder(study, study.cell(strategy="easy"), 0)
+    _forge(folder, lambda e: e["checkpoints"]["last"].update(weights_sha256="0" * 64))
+    row = report.results(study).query("strategy == 'easy' and objective == 'kd' and seed == 0")
+    assert "its knn probe is of other weights" in row["reason"].item()
+
+
+def test_the_ledger_charges_what_the_study_recorded(home):
+    study = _study(home)
+    tables = report.compile_tables(study)
+    spent = tables["costs"].set_index("what")["wall_s"]
+    evidence = runs.read_evidence(study.runs / "teacher")
+    assert spent["teacher"] == evidence["made"]["wall_s"]
+    table = tables["ledger"].set_index(["strategy", "objective"])["selection_s"]
+    assert table["random"].tolist() == [0, 0]
+    assert table["easy", "kd"] == pytest.approx(spent["datamap"])
+    # without a teacher its training was for the map alone
+    assert table["easy", "plain"] == pytest.approx(spent["datamap"] + spent["teacher"])
+    text = report.ledger_text(study, tables)
+    assert f"| teacher | {spent['teacher']:.3g} | 86 |" in text
 
 
 # --- shards, views, parts --------------------------------------------------------------------
@@ -973,6 +1145,7 @@ def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(home):
     tables = report.compile_tables(study)
     assert set(tables["strategies"]["budget"]) == {"early_stopping"}
     assert "early stopping" in report.summary(study, tables)
+    assert "curves" in report.draw_comparison(study, tables)
     assert report.objective_table(study, tables).count("\n| ") == 3  # kd and plain below the line
 
 

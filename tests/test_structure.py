@@ -47,7 +47,11 @@ ALLOWED = {
     "linear": "",
     "diagnostics": "",
     "probe": "diagnostics linear seeds",
-    "compare": "files",
+    "compare": "files seeds",
+    "telling": "compare",
+    "ledger": "",
+    "published": "files params tables",
+    "sql": "files",
     "checks": "files seeds",
     "dynamics": "files tables",
     "cartography": "dynamics tables",
@@ -71,8 +75,8 @@ ALLOWED = {
     "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables",
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
     "variants",
-    "report": "cartography checks compare dynamics files maps objectives params plots probing runs "
-    "sampling seeds steps",
+    "report": "cartography checks compare dynamics files ledger maps objectives params plots "
+    "probing published runs sampling seeds steps telling",
     "exhibits": "cache cartography checks dynamics evaluation loading models objectives params "
     "probe runs sampling seeds selection steps teacher trainer weights",
     "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer "
@@ -96,6 +100,7 @@ SLOW = {
     "sklearn",
     "PIL",
     "numba",
+    "duckdb",
 }  # a kernel's start counts
 DRAWING = {"plots", "maps", "report", "scorecard", "audit"}
 WIDGETS = "explorer"  # imported by notebooks alone
