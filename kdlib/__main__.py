@@ -1,4 +1,4 @@
-"""Command line: `python -m kdlib study | figures | record | step | probe | cache`.
+"""Command line: `python -m kdlib study | figures | findings | record | step | probe | cache`.
 
 Commands import what they need when they run, so that help and errors come at once.
 """
@@ -116,6 +116,14 @@ def _redraw(study: Study) -> None:
 
 def _committed(study: Study) -> bool:
     return (study.figures / "tables").is_dir()
+
+
+def _findings(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Say what the studies found whose tables are committed."""
+    from kdlib.findings import findings
+
+    print(*findings(), sep="\n")
+    return 0
 
 
 def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
@@ -280,6 +288,8 @@ def main() -> int:
     of = "study file, such as params/digits.yaml; without one, all studies that have either"
     figures.add_argument("study", nargs="?", default="all", help=of)
     figures.set_defaults(run=_figures)
+    described = "what the studies found whose tables are committed, a line each"
+    commands.add_parser("findings", help=described).set_defaults(run=_findings)
     record = commands.add_parser("record", help="make one further recording (study: recordings)")
     record.add_argument("study", help="study file, such as params/digits.yaml")
     record.add_argument("--model", required=True, help="one of recordings.models")

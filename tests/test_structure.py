@@ -86,10 +86,11 @@ ALLOWED = {
     "invariants": "",
     "audit": "exhibits feature_defects files invariants params plots runs steps subset_defects "
     "tables",
+    "findings": "compare files params published report telling",
     "picking": "__init__ files params runs selection steps",
     "explorer": "params picking plots report",
-    "__main__": "audit augment cache files inspecting params probing ranks recordings report runs "
-    "scorecard steps",
+    "__main__": "audit augment cache files findings inspecting params probing ranks recordings "
+    "report runs scorecard steps",
 }
 NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
 SLOW = {
@@ -102,7 +103,7 @@ SLOW = {
     "numba",
     "duckdb",
 }  # a kernel's start counts
-DRAWING = {"plots", "maps", "report", "scorecard", "audit"}
+DRAWING = {"plots", "maps", "report", "scorecard", "audit", "findings"}
 WIDGETS = "explorer"  # imported by notebooks alone
 ENGINE = "engine"  # papermill loads it, by its entry point; no module imports it
 EXECUTING = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}  # run code on loading

@@ -1,0 +1,82 @@
+"""What the studies found, a line each, from their committed tables alone: the lines of the README.
+
+Leaves to others: the comparisons (report), and their every row in words (telling).
+"""
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from kdlib import published, report
+from kdlib.compare import VERDICTS
+from kdlib.files import workspace
+from kdlib.params import Study, load_study
+from kdlib.telling import count
+
+NAMED = 3  # rows of one verdict that a line names
+ASKS = "# Study "  # how the first line of a study file begins that asks a question of the paper
+
+
+def findings() -> list[str]:
+    """One Markdown line for each study of the two questions whose tables are committed, in the
+    order of what their files ask first.
+
+    Raises: ValueError for tables that were changed or belong to other settings.
+    """
+    asked = []
+    for path in (workspace() / "params").glob("*.yaml"):
+        first = path.read_text().splitlines()[0]
+        if first.startswith(ASKS) and published.there(study := load_study(path)):
+            asked.append((first, finding(study, first)))
+    return [line for _, line in sorted(asked)]
+
+
+def finding(study: Study, first: str) -> str:
+    """What one study found.
+
+    Args:
+        first: The first line of its file: a comment that begins with its question.
+    """
+    tables = report.comparisons(study, published.read(study))
+    kind = "strategies" if study.compare.objective is None else "controls"
+    table, name = tables[kind], study.name
+    against = study.compare.objective or study.compare.baseline
+    question = first.removeprefix("# ").split("?")[0] + "?"
+    picture = "differences" if kind == "strategies" else "control_differences"
+    links = (
+        f"[figure](figures/{name}/{picture}.png), [table](figures/{name}/comparison.md), "
+        f"[study](params/{name}.yaml), {count(len(study.seeds), 'seed')}"
+    )
+    told = "; ".join(_groups(table, kind))
+    refused = tables["results"]["refused"]
+    lost = f"; {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
+    return f"- **{question}** Against {against}, {told}{lost} ({links})."
+
+
+def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:
+    """The verdicts of each student, and objective or fraction, in words."""
+    by = ["student", "objective"] if kind == "strategies" else ["student", "fraction"]
+    table = table[table["strategy"] != "full"] if kind == "strategies" else table
+    several = table["student"].nunique() > 1
+    for (student, part), rows in table.groupby(by, sort=False):
+        label = part if kind == "strategies" else f"at {100 * part:.4g} %"
+        said = [_verdict(rows, verdict, kind) for verdict in VERDICTS]
+        yield f"{f'{student} ' if several else ''}{label}: {', '.join(filter(None, said))}"
+
+
+def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:
+    """How many rows have a verdict, and those of the largest difference by name."""
+    some = rows[rows["verdict"] == verdict]
+    if some.empty:
+        return ""
+    order = some.reindex(some["difference"].abs().sort_values(ascending=False, kind="stable").index)
+    names = []
+    for row in order.head(NAMED).itertuples():
+        name = row.strategy if kind == "strategies" else row.objective
+        if kind == "strategies" and rows["fraction"].nunique() > 1:
+            name += f" at {100 * row.fraction:.4g} %"
+        ends = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
+        more = "" if pd.isna(row.seeds_needed) else f", about {row.seeds_needed:.0f} seeds"
+        names.append(f"{name} {100 * row.difference:+.1f} ({ends}{more})")
+    rest = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""
+    return f"{len(some)} {verdict}: {', '.join(names)}{rest}"

@@ -1,0 +1,64 @@
+"""`kdlib.findings`: the README says what the committed tables say, and nothing else."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from kdlib import findings, params
+
+ROOT = Path(params.__file__).resolve().parents[1]
+
+
+def row(strategy, difference, verdict, seeds_needed=None, **more):
+    ends = {"low": difference - 0.01, "high": difference + 0.01}
+    fixed = {"student": "small", "objective": "kd", "fraction": 0.33, "seeds_needed": seeds_needed}
+    return (
+        fixed | {"strategy": strategy, "difference": difference, "verdict": verdict} | ends | more
+    )
+
+
+def told(rows, kind="strategies"):
+    return list(findings._groups(pd.DataFrame(rows), kind))
+
+
+def test_verdicts_are_counted_and_the_largest_differences_named():
+    rows = [row("easy", 0.02, "better"), row("hard", -0.05, "worse")]
+    rows += [row(f"s{k}", -0.001 * k - 0.01, "worse") for k in range(4)]
+    (line,) = told(rows)
+    assert line == (
+        "kd: 1 better: easy +2.0 (+1.0 to +3.0), 5 worse: hard -5.0 (-6.0 to -4.0), "
+        "s3 -1.3 (-2.3 to -0.3), s2 -1.2 (-2.2 to -0.2) and 2 more"
+    )
+
+
+def test_what_is_inconclusive_says_how_many_seeds_would_settle_it():
+    (line,) = told([row("easy", 0.004, "inconclusive", seeds_needed=17)])
+    assert line == "kd: 1 inconclusive: easy +0.4 (-0.6 to +1.4, about 17 seeds)"
+
+
+def test_students_and_objectives_are_told_apart_and_the_full_set_left_out():
+    rows = [row("full", 0.02, "better"), row("easy", 0.02, "better")]
+    rows += [row("easy", 0.03, "better", objective="plain", student="large")]
+    assert [line.split(":")[0] for line in told(rows)] == ["small kd", "large plain"]
+
+
+def test_controls_are_told_by_fraction_and_objective():
+    rows = [row("random", 0.02, "better", objective="hot", fraction=0.1)]
+    assert told(rows, "controls") == ["at 10 %: 1 better: hot +2.0 (+1.0 to +3.0)"]
+
+
+def test_the_readme_says_what_the_tables_say():
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"<!-- findings -->\n(.*?)<!-- /findings -->", readme, re.DOTALL)
+    assert block.splitlines() == findings.findings()
+    assert len(block.splitlines()) <= 10
+
+
+@pytest.mark.parametrize("line", findings.findings(), ids=lambda line: line[4:24])
+def test_every_finding_links_to_what_is_there(line):
+    paths = re.findall(r"\]\(([^)]+)\)", line)
+    assert len(paths) == 3
+    assert all((ROOT / path).is_file() for path in paths)
+    assert re.search(r"\d+ seeds?\b", line)
