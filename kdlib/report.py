@@ -33,8 +33,7 @@ from kdlib import (
 from kdlib.dynamics import DynamicsLog
 from kdlib.objectives import KINDS, needs_teacher
 from kdlib.params import EXHIBITS, MEASURES, PICKED, SHARD_POLICIES, Cell, Study
-from kdlib.sampling import Plan, fixed_shards
-from kdlib.seeds import generator
+from kdlib.sampling import CUT, Plan, fixed_shards
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
@@ -573,15 +572,13 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
     visits[f"random, {drawn} a pass"] = Plan(
         ids, batch, n_steps, 0, shard_size=size, shards_per_pass=drawn
     ).shard_visits()
-    # how much of each of its sorted shards a pass that is cut short gets through
-    share = np.clip(n_batches * batch / size - np.arange(drawn), 0, 1)
-    first, random = np.zeros(n_shards), np.zeros(n_shards)
-    first[:drawn] = n_passes * share
-    for number in range(n_passes):
-        rng = generator(0, "shards", number)
-        random[np.sort(rng.choice(n_shards, drawn, replace=False))] += share
+    biased = {"order": "sequential", "shard_size": size, "cut": CUT}
+    first = np.zeros(n_shards)
+    first[:drawn] = Plan(ids[: drawn * size], batch, n_steps, 0, **biased).shard_visits()
     visits["earlier scheme (sorted, cut short), fixed"] = first
-    visits["earlier scheme (sorted, cut short), random"] = random
+    visits["earlier scheme (sorted, cut short), random"] = Plan(
+        ids, batch, n_steps, 0, shards_per_pass=drawn, **biased
+    ).shard_visits()
     with plots.style():
         fig = Figure(figsize=(plots.WIDE, 5.6))
         title = f"{n_steps:,} batches of {batch} from {n_shards} shards of {size:,} images"

@@ -76,7 +76,7 @@ ALLOWED = {
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
     "variants",
     "report": "cartography checks compare dynamics files ledger maps objectives params plots "
-    "probing published runs sampling seeds steps telling",
+    "probing published runs sampling steps telling",
     "exhibits": "cache cartography checks dynamics evaluation loading models objectives params "
     "probe runs sampling seeds selection steps teacher trainer weights",
     "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer "
