@@ -199,7 +199,7 @@ def test_a_study_on_gpus_asks_for_one_and_its_threads_for_each_process(home):
     ):
         assert f"threads: {threads}\n" in told[rule]
         assert f"gpu={gpus}\n" in told[rule]
-    assert "gpu" not in told["cache"] + told["compare"]
+    assert "gpu" not in told["compare"]
 
 
 def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
