@@ -444,6 +444,7 @@ def damaged_files(folder: Path, sums: Mapping[str, str], n_threads: int | None =
         unit="B",
         unit_scale=True,
         leave=False,
+        delay=1,  # seconds: what is read in less needs no bar
     ) as progress:
         try:
             for name, whole in zip(sums, pool.map(matches, sums), strict=True):
