@@ -3,6 +3,7 @@
 Leaves to others: the comparisons (report), and their every row in words (telling).
 """
 
+import itertools
 from collections.abc import Iterator
 
 import pandas as pd
@@ -13,8 +14,8 @@ from kdlib.files import workspace
 from kdlib.params import Study, load_study
 from kdlib.telling import count
 
-NAMED = 3  # rows of one verdict that a line names
-ASKS = "# Study "  # how the first line of a study file begins that asks a question of the paper
+NAMED = 2  # rows of one verdict that a line names
+ASKS = "Study "  # how the first comment of a study file begins that asks a question of the paper
 
 
 def findings() -> list[str]:
@@ -25,23 +26,20 @@ def findings() -> list[str]:
     """
     asked = []
     for path in (workspace() / "params").glob("*.yaml"):
-        first = path.read_text().splitlines()[0]
-        if first.startswith(ASKS) and published.there(study := load_study(path)):
-            asked.append((first, finding(study, first)))
+        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
+        told = " ".join(line.removeprefix("#").strip() for line in lines)
+        if told.startswith(ASKS) and published.there(study := load_study(path)):
+            question = told.split("?")[0] + "?"
+            asked.append((question, finding(study, question)))
     return [line for _, line in sorted(asked)]
 
 
-def finding(study: Study, first: str) -> str:
-    """What one study found.
-
-    Args:
-        first: The first line of its file: a comment that begins with its question.
-    """
+def finding(study: Study, question: str) -> str:
+    """What one study found, after what it asked."""
     tables = report.comparisons(study, published.read(study))
     kind = "strategies" if study.compare.objective is None else "controls"
     table, name = tables[kind], study.name
     against = study.compare.objective or study.compare.baseline
-    question = first.removeprefix("# ").split("?")[0] + "?"
     picture = "differences" if kind == "strategies" else "control_differences"
     links = (
         f"[figure](figures/{name}/{picture}.png), [table](figures/{name}/comparison.md), "
@@ -50,7 +48,12 @@ def finding(study: Study, first: str) -> str:
     told = "; ".join(_groups(table, kind))
     refused = tables["results"]["refused"]
     lost = f"; {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
-    return f"- **{question}** Against {against}, {told}{lost} ({links})."
+    training = study.training
+    budget = "at equal epochs" if training.steps is None else f"{training.steps:,} steps"
+    return (
+        f"- **{question}** {budget} of {training.batch_size} images, against {against}: "
+        f"{told}{lost} ({links})."
+    )
 
 
 def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:

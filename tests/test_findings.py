@@ -29,7 +29,7 @@ def test_verdicts_are_counted_and_the_largest_differences_named():
     (line,) = told(rows)
     assert line == (
         "kd: 1 better: easy +2.0 (+1.0 to +3.0), 5 worse: hard -5.0 (-6.0 to -4.0), "
-        "s3 -1.3 (-2.3 to -0.3), s2 -1.2 (-2.2 to -0.2) and 2 more"
+        "s3 -1.3 (-2.3 to -0.3) and 3 more"
     )
 
 
