@@ -59,6 +59,7 @@ def finding(study: Study, question: str) -> str:
 def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:
     """The verdicts of each student, and objective or fraction, in words."""
     by = ["student", "objective"] if kind == "strategies" else ["student", "fraction"]
+    table = table[table["difference"].notna()]  # the others have no pair: they are refused
     table = table[table["strategy"] != "full"] if kind == "strategies" else table
     several = table["student"].nunique() > 1
     for (student, part), rows in table.groupby(by, sort=False):

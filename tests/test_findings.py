@@ -40,6 +40,7 @@ def test_what_is_inconclusive_says_how_many_seeds_would_settle_it():
 
 def test_students_and_objectives_are_told_apart_and_the_full_set_left_out():
     rows = [row("full", 0.02, "better"), row("easy", 0.02, "better")]
+    rows += [row("refused", float("nan"), "inconclusive")]
     rows += [row("easy", 0.03, "better", objective="plain", student="large")]
     assert [line.split(":")[0] for line in told(rows)] == ["small kd", "large plain"]
 
