@@ -26,9 +26,9 @@ from kdlib.objectives import Distiller, build_distiller, student_outputs, teache
 from kdlib.params import Augment, Model, Objective, Training
 from kdlib.runs import Run
 from kdlib.sampling import Plan
-from kdlib.seeds import PURPOSES, derive, generator
+from kdlib.seeds import derive, generator
 from kdlib.selection import budget, select
-from kdlib.steps import CROSS_ENTROPY, Images
+from kdlib.steps import CROSS_ENTROPY, Images, training_evidence
 from kdlib.teacher import store_outputs
 from kdlib.trainer import Task, Trained, train
 from kdlib.weights import weights_fingerprint
@@ -103,6 +103,7 @@ class Fit:
 
     Attributes:
         plan: What it was meant to see.
+        validation_ids: From which its best epoch was chosen.
         accuracy: On the test images, of the last step.
     """
 
@@ -111,34 +112,15 @@ class Fit:
     trained: Trained
     accuracy: float
     folder: Path
+    validation_ids: np.ndarray
 
     @property
     def evidence(self) -> checks.Evidence:
-        """What the tripwires of a training read, declared by the plan."""
-        plan, trained, seed = self.plan, self.trained, self.task.seed
-        planned = plan.visits()
-        coverage = checks.coverage_evidence(trained.visits, plan.example_ids, planned)
-        return {
-            "seeds": {"requested": seed, "resolved": {p: derive(seed, p) for p in PURPOSES}},
-            "budget": {
-                "declared": {
-                    "unique_examples": int((planned > 0).sum()),
-                    "samples": plan.n_steps * plan.batch_size,
-                    "steps": plan.n_steps,
-                },
-                "recorded": {
-                    "unique_examples": coverage["unique"],
-                    "samples": int(trained.visits.sum()),
-                    "steps": trained.last_step,
-                },
-            },
-            "coverage": coverage,
-            "subset": {"n_examples": len(plan.example_ids)},
-            "initialisation": {"weights_sha256": trained.evidence["initial_weights_sha256"]},
-            "order_sha256": trained.evidence["order_sha256"],
-            "gradient": trained.evidence["gradient"],
-            "pairing": trained.evidence["pairing"],
-        }
+        """What the tripwires of a training read; that it may stop early is declared nowhere."""
+        declared = self.task.training.model_copy(update={"early_stopping": None})
+        return training_evidence(
+            self.validation_ids, declared, self.plan, self.trained, self.task.seed
+        )
 
 
 class Bench:
@@ -240,7 +222,8 @@ class Bench:
         see."""
         folder = folder or self.place()
         trained = train(Run(folder, {}), task, describe=None)
-        return Fit(task, plan or task.loader.plan, trained, self.accuracy(task.network), folder)
+        plan, accuracy = plan or task.loader.plan, self.accuracy(task.network)
+        return Fit(task, plan, trained, accuracy, folder, self.images.validation_ids)
 
     def student(self, ids: np.ndarray, seed: int, **options: Any) -> Fit:
         """A student of some examples."""

@@ -20,7 +20,7 @@ from kdlib.objectives import Distiller, build_distiller
 from kdlib.params import Augment, Objective
 from kdlib.probe import Features, linear_probe
 from kdlib.runs import Run
-from kdlib.sampling import Plan
+from kdlib.sampling import EARLIER_DRAWN, EARLIER_SHARDS, EARLIER_SIZE, Plan, earlier_plan
 from kdlib.seeds import PURPOSES, derive, generator, torch_seeded
 from kdlib.teacher import open_outputs
 from kdlib.tracking import Tracker
@@ -185,26 +185,18 @@ def truncated_patches(bench: Bench) -> Exhibit:
 
 def biased_shards(bench: Bench) -> Exhibit:
     """25 of 122 shards a pass, sorted, cut after 500 of 800 batches: at that study's own size."""
-    n_shards, size, drawn, n_passes, n_batches, batch = 122, 2048, 25, 200, 500, 64
-    ids = np.arange(n_shards * size)
-    plan = Plan(ids, batch, n_passes * n_batches, 0, shard_size=size, shards_per_pass=drawn)
-    planned, wrong = plan.visits(), np.zeros(len(ids), np.int64)
-    by_shard = wrong.reshape(n_shards, size)
-    for number in range(n_passes):
-        # wrong: in sorted order, and no further than the batches reach
-        rng, left = generator(0, "shards", number), n_batches * batch
-        for shard in np.sort(rng.choice(n_shards, drawn, replace=False)):
-            by_shard[shard, : max(0, min(size, left))] += 1
-            left -= size
+    plans = [earlier_plan(200, biased=biased) for biased in (True, False)]  # wrong: the first
+    wrong, planned = (plan.visits() for plan in plans)
+    ids = plans[1].example_ids
     evidence = [
         {
-            "coverage": checks.coverage_evidence(visits, ids, planned, drawn),
+            "coverage": checks.coverage_evidence(visits, ids, planned, EARLIER_DRAWN),
             "subset": {"n_examples": len(ids)},
             "budget": {"declared": {"unique_examples": int((planned > 0).sum())}},
         }
         for visits in (wrong, planned)
     ]
-    last = slice(-(n_shards // 3) * size, None)
+    last = slice(-(EARLIER_SHARDS // 3) * EARLIER_SIZE, None)
     return Exhibit(
         study="B",
         name="shards sorted and cut short",

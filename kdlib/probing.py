@@ -6,7 +6,8 @@ diagnostics themselves (probe, diagnostics), where features come from (extractin
 and stored outputs are (steps).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,11 @@ from kdlib.steps import (
     teacher_pixels,
     use,
 )
-from kdlib.tables import read_parquet, write_parquet
+from kdlib.tables import write_parquet
 from kdlib.weights import load_weights, weights_fingerprint
 
 OWN, LAST = "own", "features"  # what the tripwires judge
+MAKER = "notebooks/05_probe.ipynb"
 
 
 def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
@@ -89,15 +91,8 @@ def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
 
     Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
     """
-    return _open_table(probe_folder(study, cell), study.step_settings("probe"))
-
-
-def _open_table(folder: Path, own: dict[str, Any]) -> pd.DataFrame:
-    evidence = runs.read_evidence(folder, own)
-    table, _ = read_parquet(folder / "probes.parquet", "notebooks/05_probe.ipynb")
-    if files.sha256_file(folder / "probes.parquet") != evidence["table_sha256"]:
-        raise ValueError(f"{folder / 'probes.parquet'} differs from its evidence; run 05 again")
-    return table
+    path = probe_folder(study, cell) / "probes.parquet"
+    return runs.read_table(path, study.step_settings("probe"), MAKER)
 
 
 def probe_folder(study: Study, cell: Cell) -> Path:
@@ -126,8 +121,7 @@ def probe_weights(
     rows = []
     for on, examples in places.items():
         rows += _probe_network(
-            {}, on, examples, network, weights, pixels or images.pixels, images.image_shape,
-            study.probe,
+            on, examples, network, weights, pixels or images.pixels, images.image_shape, study.probe
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -183,15 +177,26 @@ def _probe_students(
 ) -> Iterator[dict[str, Any]]:
     network = images.network(study.students[cell.student].model, 0, device)
     own = diagnostics.shared(teacher.values, teacher.values)
+    places = {OWN: probe_examples(images)} | others
+    inputs = images.fingerprints | {"teacher": teacher.weights_sha256}
+    inputs |= {"others": _fingerprints(others)} if others else {}
+
+    def rows(evidence: dict, seed: int, step: str) -> Iterator[dict[str, Any]]:
+        weights = load_step(network, student_folder(study, cell, seed), evidence, step)
+        for on, examples in places.items():
+            yield from _probe_network(
+                on, examples, network, weights, images.pixels, images.image_shape, study.probe,
+                (teacher.values, own) if on == OWN else None,
+            )  # fmt: skip
+
     for seed, evidence in evidences.items():
+        untrained = evidence["initialisation"]["weights_sha256"]
         for step in evidence["series"]:
-            weights = load_step(network, student_folder(study, cell, seed), evidence, step)
             row = dict(cell.items()) | {"seed": seed, "step": int(step)}
-            for on, examples in ({OWN: probe_examples(images)} | others).items():
-                yield from _probe_network(
-                    row, on, examples, network, weights, images.pixels, images.image_shape,
-                    study.probe, (teacher.values, own) if on == OWN else None,
-                )  # fmt: skip
+            found = partial(rows, evidence, seed, step)
+            if step == "0":  # the same network in every cell
+                found = partial(_once, study, inputs | {"weights": untrained}, found, device)
+            yield from (row | of for of in found())
 
 
 def _teacher_pair(
@@ -214,51 +219,62 @@ def _probe_teacher(
     others: dict[str, Examples],
     device: str,
 ) -> Iterator[dict[str, Any]]:
-    """The teacher's rows: of its stored features, and once per study of each other data set."""
+    """The teacher's rows: of its stored features, and of other data."""
     row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
-    yield from _probe_pair(row | {"on": OWN, "layer": LAST}, *pair, study.probe)
+    inputs = {"weights": pair[0].weights_sha256}
+    found = _once(
+        study, inputs | images.fingerprints,
+        lambda: _probe_pair({"on": OWN, "layer": LAST}, *pair, study.probe), device,
+    )  # fmt: skip
     for name, examples in others.items():
-        table = _teacher_elsewhere(study, images, name, examples, device)
-        yield from (row | found for found in table.to_dict("records"))
+        found += _once(
+            study, inputs | _fingerprints({name: examples}),
+            partial(_teacher_elsewhere, study, images, name, examples, device), device,
+        )  # fmt: skip
+    yield from (row | of for of in found)
 
 
 def _teacher_elsewhere(
     study: Study, images: Images, name: str, examples: Examples, device: str
-) -> pd.DataFrame:
-    """Probes of the teacher's features on another data set: one pass, whatever the cells."""
-    evidence = runs.read_evidence(teacher_folder(study.upstream))
-    teacher = evidence["teacher"]["weights_sha256"]
-    settings = {
-        "own": study.step_settings("probe"),
-        "inputs": _fingerprints({name: examples}) | {"teacher": teacher},
-    }
-    folder = study.runs / "probe" / f"on={name}"
-    with runs.open_run(study, folder, settings) as run:
+) -> Iterator[dict[str, Any]]:
+    """Probes of the teacher's features on another data set."""
+    folder, network = teacher_folder(study.upstream), teacher_network(study, images, device)
+    evidence = runs.read_evidence(folder)
+    if study.teacher.training is not None:
+        load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
+    weights = weights_fingerprint(network)
+    if weights != evidence["teacher"]["weights_sha256"]:
+        raise ValueError(
+            f"the teacher's weights are not those of {folder}; run notebooks/02_teacher.ipynb again"
+        )
+    last = study.probe.model_copy(update={"layers": (LAST,)})
+    yield from _probe_network(
+        name, examples, network, weights, teacher_pixels(study, images), images.image_shape, last
+    )
+
+
+def _once(
+    study: Study,
+    inputs: dict[str, Any],
+    make: Callable[[], Iterator[dict[str, Any]]],
+    device: str,
+) -> list[dict[str, Any]]:
+    """Rows of a network that many cells show, made by the first of them.
+
+    Args:
+        inputs: All that determines the rows, beside the study's own settings of probes.
+    """
+    own, folder = study.step_settings("probe"), study.runs / "probe" / "once"
+    path = folder / files.fingerprint(inputs)[:12] / "probes.parquet"
+    with runs.open_run(study, path.parent, {"own": own, "inputs": inputs}) as run:
         if not run.finished:
-            network = teacher_network(study, images, device)
-            if study.teacher.training is not None:
-                file = evidence["checkpoints"]["last"]["file"]
-                load_weights(network, teacher_folder(study.upstream) / file)
-            if weights_fingerprint(network) != teacher:
-                raise ValueError(
-                    f"the teacher's weights are not those of {teacher_folder(study.upstream)}; run "
-                    "notebooks/02_teacher.ipynb again"
-                )
-            last = study.probe.model_copy(update={"layers": (LAST,)})
-            table = pd.DataFrame(
-                _probe_network(
-                    {}, name, examples, network, teacher, teacher_pixels(study, images),
-                    images.image_shape, last,
-                )
-            )  # fmt: skip
-            write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
-            sha256 = files.sha256_file(folder / "probes.parquet")
+            write_parquet(path, pd.DataFrame(make()), {"settings": run.settings_sha256})
+            sha256 = files.sha256_file(path)
             run.finish({"step": "probe", "study": study.name, "table_sha256": sha256}, device)
-    return _open_table(folder, settings["own"])
+    return runs.read_table(path, own, MAKER).to_dict("records")
 
 
 def _probe_network(
-    row: dict[str, Any],
     on: str,
     examples: Examples,
     network: Network,
@@ -276,7 +292,7 @@ def _probe_network(
         pair.append({k: labelled_features(cache, ids, v, weights) for k, v in found.items()})
     for layer in settings.layers:
         yield from _probe_pair(
-            row | {"on": on, "layer": layer}, pair[0][layer], pair[1][layer], settings, teacher
+            {"on": on, "layer": layer}, pair[0][layer], pair[1][layer], settings, teacher
         )
 
 

@@ -30,7 +30,7 @@ from kdlib.steps import (
     train_run,
     use,
 )
-from kdlib.tables import read_parquet, write_parquet
+from kdlib.tables import write_parquet
 
 
 def recording_folder(study: Study, model: str, part: str) -> Path:
@@ -190,11 +190,8 @@ def open_gradients(study: Study, model: str, part: str) -> pd.DataFrame | None:
     own, folder = recording_settings(study, model, part), recording_folder(study, model, part)
     if own["gradient_epoch"] is None:
         return None
-    evidence, path = runs.read_evidence(folder, own), folder / "gradients.parquet"
-    table, _ = read_parquet(path, f"recording {model}/{part}")
-    if files.sha256_file(path) != evidence["gradients_sha256"]:
-        raise ValueError(f"{path} differs from its evidence; delete {folder} and record it again")
-    return table
+    path, maker = folder / "gradients.parquet", f"recording {model}/{part}"
+    return runs.read_table(path, own, maker, "gradients_sha256")
 
 
 def open_held_out(study: Study, images: Images) -> pd.DataFrame:
@@ -208,16 +205,10 @@ def open_held_out(study: Study, images: Images) -> pd.DataFrame:
     model = next(iter(study.recordings.models))
     parts = []
     for fold in range(1, study.recordings.folds + 1):
-        folder = recording_folder(study, model, f"fold={fold}")
-        own = recording_settings(study, model, f"fold={fold}")
-        evidence = runs.read_evidence(folder, own)
-        table, _ = read_parquet(folder / "held_out.parquet", f"recording {model}/fold={fold}")
-        if files.sha256_file(folder / "held_out.parquet") != evidence["held_out_sha256"]:
-            raise ValueError(
-                f"{folder / 'held_out.parquet'} differs from its evidence; delete {folder} and "
-                "record it again"
-            )
-        parts.append(table)
+        part = f"fold={fold}"
+        path = recording_folder(study, model, part) / "held_out.parquet"
+        own, maker = recording_settings(study, model, part), f"recording {model}/{part}"
+        parts.append(runs.read_table(path, own, maker, "held_out_sha256"))
     whole = pd.concat(parts).sort_index()
     if not np.array_equal(whole.index, images.train_ids):
         raise ValueError("the folds do not make up this study's training images; record them again")

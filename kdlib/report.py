@@ -33,7 +33,15 @@ from kdlib import (
 from kdlib.dynamics import DynamicsLog
 from kdlib.objectives import KINDS, needs_teacher
 from kdlib.params import EXHIBITS, MEASURES, PICKED, SHARD_POLICIES, Cell, Study
-from kdlib.sampling import CUT, Plan, fixed_shards
+from kdlib.sampling import (
+    EARLIER_BATCH,
+    EARLIER_BATCHES,
+    EARLIER_DRAWN,
+    EARLIER_SHARDS,
+    EARLIER_SIZE,
+    earlier_plan,
+    fixed_shards,
+)
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
@@ -561,28 +569,29 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
-    n_shards, size, drawn, n_passes, n_batches, batch = 122, 2048, 25, 200, 500, 64
-    ids, n_steps = np.arange(n_shards * size), n_passes * n_batches
-    chosen = fixed_shards(ids, size, drawn, seed=0)
-    fixed = np.zeros(n_shards)
-    fixed[np.unique(chosen // size)] = Plan(
-        chosen, batch, n_steps, 0, shard_size=size
-    ).shard_visits()
-    visits = {"all": Plan(ids, batch, n_steps, 0, shard_size=size).shard_visits(), "fixed": fixed}
-    visits[f"random, {drawn} a pass"] = Plan(
-        ids, batch, n_steps, 0, shard_size=size, shards_per_pass=drawn
-    ).shard_visits()
-    biased = {"order": "sequential", "shard_size": size, "cut": CUT}
-    first = np.zeros(n_shards)
-    first[:drawn] = Plan(ids[: drawn * size], batch, n_steps, 0, **biased).shard_visits()
-    visits["earlier scheme (sorted, cut short), fixed"] = first
-    visits["earlier scheme (sorted, cut short), random"] = Plan(
-        ids, batch, n_steps, 0, shards_per_pass=drawn, **biased
-    ).shard_visits()
+    n_passes, size, ids = 200, EARLIER_SIZE, np.arange(EARLIER_SHARDS * EARLIER_SIZE)
+
+    def visits(shards: np.ndarray | None = None, **how: bool) -> np.ndarray:
+        """Of each shard; of none but `shards`, whose examples every pass has."""
+        if shards is None:
+            return earlier_plan(n_passes, **how).shard_visits()
+        found, own = np.zeros(EARLIER_SHARDS), ids[np.isin(ids // size, shards)]
+        found[shards] = earlier_plan(n_passes, drawn=False, example_ids=own, **how).shard_visits()
+        return found
+
+    chosen = np.unique(fixed_shards(ids, size, EARLIER_DRAWN, seed=0) // size)
+    told = {
+        "all": visits(drawn=False),
+        "fixed": visits(chosen),
+        f"random, {EARLIER_DRAWN} a pass": visits(),
+        "earlier scheme (sorted, cut short), fixed": visits(np.arange(EARLIER_DRAWN), biased=True),
+        "earlier scheme (sorted, cut short), random": visits(biased=True),
+    }
     with plots.style():
         fig = Figure(figsize=(plots.WIDE, 5.6))
-        title = f"{n_steps:,} batches of {batch} from {n_shards} shards of {size:,} images"
-        plots.shard_visits(fig, visits, title)
+        n_batches = n_passes * EARLIER_BATCHES
+        title = f"{n_batches:,} batches of {EARLIER_BATCH} from {EARLIER_SHARDS} shards of {size:,}"
+        plots.shard_visits(fig, told, f"{title} images")
     return _save(study, {"shard_visits": fig})
 
 

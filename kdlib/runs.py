@@ -21,6 +21,7 @@ import torch
 from kdlib import files
 from kdlib.params import Study
 from kdlib.states import delete_states
+from kdlib.tables import read_parquet
 
 FORMAT = 2  # 1 had no seal
 
@@ -152,6 +153,28 @@ def read_metrics(folder: Path) -> pd.DataFrame:
             "notebook that makes it again"
         )
     return pd.read_parquet(path, partitioning=None)
+
+
+def read_table(
+    path: Path, own: dict[str, Any], maker: str, key: str = "table_sha256"
+) -> pd.DataFrame:
+    """A table of a finished run, in its folder.
+
+    Args:
+        own: What the study now asks of the step.
+        maker: What makes it, for the messages.
+        key: Where the evidence holds the hash of the file.
+
+    Raises: As `read_evidence` and `tables.read_parquet`; ValueError for a table that differs from
+        the evidence.
+    """
+    evidence = read_evidence(path.parent, own)
+    table, _ = read_parquet(path, maker)
+    if files.sha256_file(path) != evidence[key]:
+        raise ValueError(
+            f"{path} differs from its evidence; delete {path.parent} and run {maker} again"
+        )
+    return table
 
 
 def code_sha256() -> str:

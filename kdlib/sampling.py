@@ -15,9 +15,11 @@ import numpy as np
 from kdlib.seeds import generator
 
 ORDERS = ("shuffled", "windowed", "sequential")
-# How much of each pass the scheme of an earlier study got through: 500 batches of the 800 that 25
-# shards hold. Its shards were sorted, so that the last of them were never reached.
-CUT = 0.625
+# The scheme of an earlier study: 25 of 122 shards of 2,048 images a pass, of which it took 500
+# batches of 64. The drawn shards were sorted, so that the last of them were never reached.
+EARLIER_SHARDS, EARLIER_SIZE, EARLIER_DRAWN = 122, 2048, 25
+EARLIER_BATCHES, EARLIER_BATCH = 500, 64
+CUT = EARLIER_BATCHES * EARLIER_BATCH / (EARLIER_DRAWN * EARLIER_SIZE)  # of each pass
 
 
 def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np.ndarray, ...]:
@@ -62,6 +64,34 @@ def fixed_shards(example_ids: np.ndarray, shard_size: int, n: int, seed: int) ->
         raise ValueError(f"{n} fixed shards of {len(known)}; expected 1 to {len(known)}")
     chosen = generator(seed, "subset").choice(known, n, replace=False)
     return np.asarray(example_ids)[np.isin(shards, chosen)]
+
+
+def earlier_plan(
+    n_passes: int,
+    *,
+    biased: bool = False,
+    drawn: bool = True,
+    example_ids: np.ndarray | None = None,
+) -> "Plan":
+    """What a training at the size of the earlier study sees.
+
+    Args:
+        n_passes: Of that study's cut passes: the budget.
+        biased: As it read them; else every pass is whole and in a random order.
+        drawn: Each pass draws 25 shards; else it has all that are given.
+        example_ids: Of some of the shards; None: of all.
+    """
+    ids = np.arange(EARLIER_SHARDS * EARLIER_SIZE) if example_ids is None else example_ids
+    return Plan(
+        ids,
+        EARLIER_BATCH,
+        n_passes * EARLIER_BATCHES,
+        0,
+        order="sequential" if biased else "shuffled",
+        shard_size=EARLIER_SIZE,
+        shards_per_pass=EARLIER_DRAWN if drawn else None,
+        cut=CUT if biased else 1.0,
+    )
 
 
 class Plan:

@@ -705,7 +705,8 @@ def train_run(
             "test_accuracy": accuracy,
             "test_loss": loss,
         }
-    evidence = _training_evidence(images, training, declared or plan, trained, seed, card)
+    held_out = images.validation_ids
+    evidence = training_evidence(held_out, training, declared or plan, trained, seed, card)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
     if "logits" in reads:  # read past the loader, for the tripwire to compare
         read = stored_accuracy(teacher, images.train, plan.example_ids)
@@ -713,17 +714,24 @@ def train_run(
     return evidence | {"checkpoints": measured}
 
 
-def _training_evidence(
-    images: Images,
+def training_evidence(
+    validation_ids: np.ndarray,
     training: params.Training,
     plan: Plan,
     trained: Trained,
     seed: int,
-    card: dict[str, Any] | None,
+    card: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
+    """What the tripwires read of a finished training.
+
+    Args:
+        validation_ids: From which its best epoch was chosen.
+        training, plan: As they were declared; where they say so, a run may stop early.
+        card: Of the teacher it heard.
+    """
     n_steps, kept = plan.n_steps, checkpoint_steps(training, plan.n_steps)
     series = [s for s in sorted(trained.checkpoints) if s in kept or s == trained.last_step]
-    if trained.last_step < n_steps and trained.evidence["stopped_early"]:
+    if training.early_stopping is not None and trained.evidence["stopped_early"]:
         n_steps = trained.last_step
     planned = plan.visits(n_steps)
     coverage = checks.coverage_evidence(
@@ -757,10 +765,10 @@ def _training_evidence(
         "pairing": trained.evidence["pairing"],
         "selection": {
             "best_epoch_by": "validation",
-            "overlap": int((trained.visits[images.validation_ids] > 0).sum()),
+            "overlap": int((trained.visits[validation_ids] > 0).sum()),
             "steers": training.selects,
             # validation images of which the student has heard through its teacher
-            "teacher_overlap": len(images.validation_ids)
+            "teacher_overlap": len(validation_ids)
             if card is not None and card["trained_on"] == "train"
             else 0,
         },

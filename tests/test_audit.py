@@ -18,6 +18,7 @@ import yaml
 from kdlib import audit, checks, exhibits, feature_defects, files, steps, subset_defects
 from kdlib.invariants import INVARIANTS
 from kdlib.params import load_study
+from kdlib.tables import write_parquet
 
 ROOT = Path(audit.__file__).resolve().parents[1]
 QUICK = (
@@ -219,7 +220,7 @@ def test_our_tables_stand_beside_theirs_where_they_are(home):
     assert "ours:" not in text.split("\n\n")[1]
     path = home / "figures" / "subsets" / "tables" / "results.parquet"
     path.parent.mkdir(parents=True)
-    _rows(seed=[0, 1], test_accuracy=[0.5, 0.52]).to_parquet(path)
+    write_parquet(path, _rows(seed=[0, 1], test_accuracy=[0.5, 0.52]), {})
     text = audit.describe_published()
     assert "ours: subsets, tiny" in text
     assert "| easy, 33 % | 71.9 | 61.9 | 49.0 | kd 51.0 ± 1.4 |" in text

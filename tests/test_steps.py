@@ -481,11 +481,19 @@ def test_the_tripwires_judge_the_study_s_own_data_and_the_last_layer(probed):
     assert probing._probe_evidence(table, images) != before
 
 
-def test_the_teacher_is_seen_on_other_data_once_whatever_the_cells(probed, monkeypatch):
+def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probed, monkeypatch):
     study, images, _, table = _probed(probed)
+    seen, probe_network = [], probing._probe_network
     monkeypatch.setattr(probing, "teacher_network", None)  # its rows are there
+    monkeypatch.setattr(
+        probing, "_probe_network", lambda *given: seen.append(given[3]) or probe_network(*given)
+    )
     other = study.probed_cells()[1]
     again = probing.probe_cell(study, images, other)
+    assert len(seen) == 2 * 2 * 2  # seeds, steps after 0, data
+    at_start = [t[t["step"] == 0]["weights_sha256"].unique().tolist() for t in (table, again)]
+    assert at_start[0] == at_start[1]
+    assert not set(at_start[0]) & set(seen)
     columns = ["on", "probe", "accuracy", "effective_rank"]
     rows = [t[t["strategy"] == "teacher"][columns].reset_index(drop=True) for t in (table, again)]
     pd.testing.assert_frame_equal(*rows)

@@ -63,7 +63,7 @@ ALLOWED = {
     "loading": "augment cache files fused params sampling teacher",
     "evaluation": "augment models",
     "teacher": "augment building cache evaluation models params weights",
-    "runs": "files params states",
+    "runs": "files params states tables",
     "trainer": "augment dynamics evaluation files loading models objectives optimising params "
     "ranks runs seeds states tracking weights",
     "steps": "augment building cache cartography checks coresets data dynamics evaluation files "
