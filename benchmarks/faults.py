@@ -434,13 +434,18 @@ def kill(shop: Shop, step: Killed, n: int, rng: np.random.Generator) -> Row:
             else:
                 row.detected += seen.ours
                 row.notes[f"{seen.error}: {seen.message[:160]}"] += not seen.ours
-            again = attempt(step.make, limit_s=5 * HANGS_S)
-            row.tried += 1
-            row.recovered += again.how == "value" and results(home) == expected
-            row.lost += lost_bytes(home, done)
-            if again.how != "value":
-                row.notes[f"not recovered: {again.error} {again.message[:160]}"] += 1
+            _again(row, home, step.make, expected, done)
     return row
+
+
+def _again(row: Row, home: Path, make: Callable[[], None], expected: dict, done: dict) -> None:
+    """Do a step again after its fault: does it end with the results of one that had none?"""
+    again = attempt(make, limit_s=5 * HANGS_S)
+    row.tried += 1
+    row.recovered += again.how == "value" and results(home) == expected
+    row.lost += lost_bytes(home, done)
+    if again.how != "value":
+        row.notes[f"not recovered: {again.error} {again.message[:200]}"] += 1
 
 
 def _pipeline(home: Path) -> subprocess.Popen:
@@ -778,12 +783,7 @@ def fill_disk(shop: Shop, step: str, make: Callable[[], None], n: int) -> Row:
                     row.detected += clear
                     if not clear:
                         row.notes[f"{seen.how} {seen.error} {seen.message[:200]}"] += 1
-                again = attempt(make)
-                row.tried += 1
-                row.recovered += again.how == "value" and results(home) == expected
-                row.lost += lost_bytes(home, done)
-                if again.how != "value":
-                    row.notes[f"not recovered: {again.error} {again.message[:200]}"] += 1
+                _again(row, home, make, expected, done)
     return row
 
 
