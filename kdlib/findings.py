@@ -1,4 +1,4 @@
-"""What the studies found, a line each, from their committed tables alone: the lines of the README.
+"""What the studies found, from their committed tables alone: the list in the README.
 
 Leaves to others: the comparisons (report), and their every row in words (telling).
 """
@@ -19,8 +19,8 @@ ASKS = "Study "  # how the first comment of a study file begins that asks a ques
 
 
 def findings() -> list[str]:
-    """One Markdown line for each study of the two questions whose tables are committed, in the
-    order of what their files ask first.
+    """One item of a Markdown list for each study of the two questions whose tables are committed,
+    in the order of what their files ask first.
 
     Raises: ValueError for tables that were changed or belong to other settings.
     """
@@ -35,7 +35,8 @@ def findings() -> list[str]:
 
 
 def finding(study: Study, question: str) -> str:
-    """What one study found, after what it asked."""
+    """What one study found, after what it asked: an item of a list, and one below it for each
+    student, and objective or fraction."""
     tables = report.comparisons(study, published.read(study))
     kind = "strategies" if study.compare.objective is None else "controls"
     table, name = tables[kind], study.name
@@ -45,14 +46,14 @@ def finding(study: Study, question: str) -> str:
         f"[figure](figures/{name}/{picture}.png), [table](figures/{name}/comparison.md), "
         f"[study](params/{name}.yaml), {count(len(study.seeds), 'seed')}"
     )
-    told = "; ".join(_groups(table, kind))
+    told = "".join(f"\n  - {line}." for line in _groups(table, kind))
     refused = tables["results"]["refused"]
-    lost = f"; {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
+    lost = f", {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
     training = study.training
     budget = "at equal epochs" if training.steps is None else f"{training.steps:,} steps"
     return (
-        f"- **{question}** {budget} of {training.batch_size} images, against {against}: "
-        f"{told}{lost} ({links})."
+        f"- **{question}** {budget} of {training.batch_size} images, against {against}{lost} "
+        f"({links}).{told}"
     )
 
 
@@ -63,9 +64,9 @@ def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:
     table = table[table["strategy"] != "full"] if kind == "strategies" else table
     several = table["student"].nunique() > 1
     for (student, part), rows in table.groupby(by, sort=False):
-        label = part if kind == "strategies" else f"at {100 * part:.4g} %"
+        label = part if kind == "strategies" else f"{100 * part:.4g} % of the images"
         said = [_verdict(rows, verdict, kind) for verdict in VERDICTS]
-        yield f"{f'{student} ' if several else ''}{label}: {', '.join(filter(None, said))}"
+        yield f"{f'{student}, ' if several else ''}{label}: {'; '.join(filter(None, said))}"
 
 
 def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:

@@ -11,6 +11,7 @@ Sources:
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,60 @@ def probe_curves(
     ax.set_title(f"{held}; {_seeds(trained)}", fontsize=TEXT_PT)
     _finish_lines(ax, ends)
     return ax
+
+
+def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Figure:
+    """What the features of every layer know of every data set, a panel for each set: those of the
+    last step, between the untrained student's and the teacher's.
+
+    Args:
+        fig: An empty figure; its height is set to what the rows need.
+        probes: As of `probe_curves`.
+        probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
+
+    Returns: `fig`, one axis per data set; a small dot is one seed, a large marker the mean.
+    Raises: ValueError for missing columns, or a table without such a probe.
+    """
+    demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
+    rows = probes[probes["probe"] == probe]
+    demand(rows, (), f"probes, {probe}")
+    reference = rows["strategy"].isin(REFERENCES)
+    trained = rows[~reference & (rows["step"] == rows["step"].max())]
+    others = _varying(trained, "strategy")
+    networks = {}  # what it is called -> its rows
+    for (student,), of in rows[rows["strategy"] == "untrained"].groupby(["student"], sort=False):
+        several = rows["student"].nunique() > 1
+        networks[f"untrained, {in_words(student)}" if several else "untrained"] = of
+    cells = trained.groupby(["strategy", *others], sort=False)
+    for key, of in sorted(cells, key=lambda cell: tuple(_rank(part) for part in cell[0])):
+        networks[", ".join(map(_told, key))] = of
+    networks["teacher"] = rows[rows["strategy"] == "teacher"]
+    places, layers = list(dict.fromkeys(rows["on"])), list(dict.fromkeys(rows["layer"]))
+    n_columns = min(len(places), PANELS)
+    axs = _grid(fig, len(places), n_columns, 0.21 * len(networks) + 0.4)
+    shift = 0.5 / len(layers)
+    for ax, place in zip(axs, places, strict=True):
+        for y, of in enumerate(networks.values()):
+            for i, layer in enumerate(layers):
+                here = of[(of["on"] == place) & (of["layer"] == layer)]
+                values = 100 * here.drop_duplicates(["seed", "accuracy"])["accuracy"]
+                colour, marker = OBJECTIVES[i % len(OBJECTIVES)]
+                at = y + shift * (i - (len(layers) - 1) / 2)
+                ax.plot(values, [at] * len(values), "o", ms=2, color=colour, alpha=0.5, mew=0)
+                if len(values):
+                    ax.plot(values.mean(), at, marker, ms=4.5, color=colour, mec="white", mew=0.6)
+        _name_rows(ax, list(networks), 0.6)
+        ax.set_title("own data" if place == "own" else f"on {in_words(place)}")
+    for ax in axs[-n_columns:]:
+        ax.set_xlabel(f"test accuracy of a {in_words(probe)} probe (%)")
+    marks = [
+        _handle("last layer" if layer == "features" else layer, color=colour, marker=marker,
+                ms=4.5, mew=0)
+        for layer, (colour, marker) in zip(layers, itertools.cycle(OBJECTIVES), strict=False)
+    ]  # fmt: skip
+    few = _handle(f"one seed of {trained['seed'].nunique()}", color=GREY, marker="o", ms=2, mew=0)
+    _legend_in_rows(fig, [*marks, few])
+    return fig
 
 
 def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:

@@ -598,7 +598,8 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
 def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
     """Draw `accuracy`, `differences` (of strategies, or of objectives where there are many),
     `objective_differences` and `control_differences` where there are such, `fractions` where there
-    are three or more, `curves`, `probes` and, of the first student, `diagnostics`.
+    are three or more, `curves`, `probes`, of the first student `diagnostics`, and `places` where
+    probes are of several layers or data sets.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
@@ -639,6 +640,9 @@ def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
                 ax.set_title(title, fontsize=plots.TEXT_PT)
         figures["diagnostics"] = Figure(figsize=(plots.WIDE, 4.2))
         plots.diagnostics(figures["diagnostics"], probed[probed["student"] == students[0]])
+        if len(probed[["on", "layer"]].drop_duplicates()) > 1:
+            figures["places"] = Figure(figsize=(plots.WIDE, 3.0))
+            plots.probe_places(figures["places"], probed)
     return _save(study, figures)
 
 

@@ -72,6 +72,14 @@ def probe_table(**axes):
     )
 
 
+def places_table():
+    """Linear probes of two layers on own data, and of the last one on MNIST."""
+    own = probe_table()
+    own = own[own["probe"] == "linear"]
+    stage = own[own["strategy"] != "teacher"].assign(layer="stage1", accuracy=0.2)
+    return pd.concat([own, stage, own.assign(on="mnist", accuracy=0.6)], ignore_index=True)
+
+
 def diagnostics_table():
     """Diagnostics of features that are isotropic, but for their rank."""
     table = probe_table()
@@ -118,6 +126,8 @@ def draw(name):
             plots.learning_curves(fig.subplots(), curve_table())
         elif name == "diagnostics":
             plots.diagnostics(fig, diagnostics_table())
+        elif name == "places":
+            plots.probe_places(fig, places_table())
         elif name == "probes":
             for ax, kind in zip(fig.subplots(1, 2), ("linear", "knn"), strict=True):
                 plots.probe_curves(ax, probe_table(), probe=kind)
@@ -128,7 +138,9 @@ def draw(name):
     return fig
 
 
-FIGURES = ("accuracy", "differences", "curves", "probes", "diagnostics", "regions", "defects")
+FIGURES = (
+    "accuracy", "differences", "curves", "probes", "diagnostics", "places", "regions", "defects",
+)  # fmt: skip
 
 
 def words(where):
@@ -303,6 +315,32 @@ def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
     for asked, told in (({"on": "mnst"}, "did you mean 'mnist'"), ({"layer": "stage2"}, "stage1")):
         with pytest.raises(ValueError, match=told):
             plots.probe_curves(axis(), table, **asked)
+
+
+def test_places_have_a_panel_for_each_data_set_and_a_marker_for_each_layer():
+    fig, own = draw("places"), places_table()
+    own = own[(own["on"] == "own") & (own["layer"] == "features")]
+    here, there = fig.axes
+    assert [title_of(ax) for ax in fig.axes] == ["own data", "on mnist"]
+    names = [label.get_text() for label in here.get_yticklabels()]
+    assert (names[0], names[-1]) == ("untrained", "teacher")
+    assert names[1:-1] == ["full set", "random", "easy", "ambiguous (corner)", "hard"]
+    means = {
+        (names[round(line.get_ydata()[0])], line.get_marker()): line.get_xdata()[0]
+        for line in here.lines
+        if line.get_markersize() == 4.5
+    }
+    last = own[own["step"] == 300].groupby("strategy")["accuracy"].mean()
+    assert means["random", "o"] == pytest.approx(100 * last["random"])
+    assert means["random", "D"] == pytest.approx(20)
+    assert means["teacher", "o"] == pytest.approx(97)
+    assert means["untrained", "o"] == pytest.approx(10)
+    assert ("teacher", "D") not in means
+    assert {line.get_xdata()[0] for line in there.lines if len(line.get_xdata())} == {60}
+    (legend,) = fig.legends
+    assert {"last layer", "stage1"} <= {text.get_text() for text in legend.get_texts()}
+    with pytest.raises(ValueError, match="no rows"):
+        plots.probe_places(Figure(), places_table(), probe="knn")
 
 
 def test_diagnostics_have_a_panel_each_with_the_level_of_theory():
