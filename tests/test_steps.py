@@ -500,6 +500,7 @@ def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probe
     whole = report.with_untrained(pd.concat([table, again], ignore_index=True))
     assert (whole["strategy"] == "teacher").sum() == 8
     assert (whole["strategy"] == "untrained").sum() == 2 * 2 * 2 * 4  # seeds, data, layers, probes
+    assert "places" in report.draw_comparison(study, report.compile_tables(study))
 
 
 def test_features_of_the_same_weights_give_the_same_bytes_again(probed):
