@@ -97,6 +97,7 @@ MEASURED = {  # column of results -> what it is called on an axis
 }
 TALL = 9.2  # inches: what a page leaves a figure
 PANELS = 3  # beside each other
+BESIDE_LABEL = 40  # points that a mark and the gaps around it take in a legend
 
 RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
@@ -346,9 +347,10 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
         ax.set_title(f"{label}\n(dotted: {told})", fontsize=TEXT_PT)
     for ax in axs[1]:
         ax.set_xlabel("optimiser steps")
-    handles, labels = axs.flat[0].get_legend_handles_labels()
+    handles, _ = axs.flat[0].get_legend_handles_labels()
     title = f"{_held(rows, 'strategy')}; {_seeds(rows)}"
-    fig.legend(handles, labels, loc="outside lower center", ncols=min(5, len(labels)), title=title)
+    n_rows = _legend_in_rows(fig, handles, title=title, handlelength=3.5)  # dashes are told apart
+    fig.set_figheight(4.0 + 0.2 * n_rows)
     return fig
 
 
@@ -731,14 +733,30 @@ def _face(verdict: str) -> str:
     return "white" if verdict == "inconclusive" else VERDICTS[verdict][0]
 
 
-def _legend_in_rows(fig: Figure, *rows: Sequence[Line2D]) -> None:
-    """One legend below the panels, each group of handles a row."""
-    n = max(map(len, rows))
+def _legend_in_rows(fig: Figure, *rows: Sequence[Line2D], **more: Any) -> int:
+    """One legend below the panels, each group of handles a row, or more where it is too wide;
+    returns how many rows it has."""
+    n = _most_columns(rows)
+    rows = [row[i : i + n] for row in rows for i in range(0, len(row), n)]
     padded = [[*row, *[_handle("")] * (n - len(row))] for row in rows]
     handles = [handle for column in zip(*padded, strict=True) for handle in column]
     fig.legend(
-        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5
-    )
+        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5,
+        **more,
+    )  # fmt: skip
+    return len(rows)
+
+
+def _most_columns(rows: Sequence[Sequence[Any]]) -> int:
+    """In how many columns a legend of these rows, wrapped, fits into a wide figure."""
+    for n in range(max(map(len, rows)), 1, -1):
+        widths = np.zeros(n)
+        for row in rows:
+            for i, handle in enumerate(row):
+                widths[i % n] = max(widths[i % n], _width_pt(handle.get_label()))
+        if widths.sum() + n * BESIDE_LABEL < 72 * WIDE:
+            return n
+    return 1
 
 
 def _verdict_mark(ax: Axes, x: float, y: float, verdict: str, **where: Any) -> None:

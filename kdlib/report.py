@@ -629,17 +629,20 @@ def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
         plots.learning_curves_by_student(figures["curves"], rows, by)
         probed = _judged(tables["probes"], tables["results"])
         probed = _common(study, probed, ["objective", "probe"])
-        students = list(dict.fromkeys(probed["student"]))
-        figures["probes"] = Figure(figsize=(plots.WIDE, 0.6 + 2.8 * len(students)))
-        axs = figures["probes"].subplots(len(students), 2, squeeze=False)
+        # lines are strategies, or, where nothing but the full set is probed, objectives
+        several = probed[~probed["strategy"].isin(plots.REFERENCES)]["strategy"].nunique() > 1
+        panels = list(probed.groupby(["student", "objective"][: 1 + several], sort=False))
+        figures["probes"] = Figure(figsize=(plots.WIDE, 0.6 + 2.8 * len(panels)))
+        axs = figures["probes"].subplots(len(panels), 2, squeeze=False)
         for (i, j), ax in np.ndenumerate(axs):
-            of_student = probed[probed["student"] == students[i]]
-            plots.probe_curves(ax, of_student, probe=("linear", "knn")[j])
-            if len(students) > 1:
-                title = f"{plots.in_words(students[i])}\n{ax.get_title(loc='left')}"
+            (student, *_), rows = panels[i]
+            plots.probe_curves(ax, rows, probe=("linear", "knn")[j])
+            if probed["student"].nunique() > 1:
+                title = f"{plots.in_words(student)}\n{ax.get_title(loc='left')}"
                 ax.set_title(title, fontsize=plots.TEXT_PT)
         figures["diagnostics"] = Figure(figsize=(plots.WIDE, 4.2))
-        plots.diagnostics(figures["diagnostics"], probed[probed["student"] == students[0]])
+        first = probed["student"] == probed["student"].iloc[0]
+        plots.diagnostics(figures["diagnostics"], probed[first])
         if len(probed[["on", "layer"]].drop_duplicates()) > 1:
             figures["places"] = Figure(figsize=(plots.WIDE, 3.0))
             plots.probe_places(figures["places"], probed)

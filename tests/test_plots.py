@@ -170,6 +170,24 @@ def test_all_text_is_legible_and_inside_the_figure(name):
     assert extent.y1 <= fig.get_figheight()
 
 
+def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
+    names = {"random": "random_shards_cut_(refused)", "easy": "fixed_shards_cut_(refused)"}
+    table = diagnostics_table()
+    table["strategy"] = table["strategy"].replace(names)
+    many = pd.concat([table, table.assign(objective="features")], ignore_index=True)
+    objectives = ("kd", "a_smaller_teacher", "a_teacher_of_the_subset")
+    results = result_table(objectives=objectives)
+    with plots.style():
+        figures = [Figure(figsize=(plots.WIDE, 4.4)) for _ in range(2)]
+        plots.diagnostics(figures[0], many)
+        plots.accuracy_by_strategy(figures[1], results, compared(results))
+        for fig in figures:
+            fig.draw_without_rendering()
+            extent = fig.get_tightbbox()
+            assert extent.x0 >= 0
+            assert extent.x1 <= fig.get_figwidth()
+
+
 @pytest.mark.parametrize("name", ["accuracy", "curves", "regions"])
 def test_the_same_tables_give_the_same_bytes(name, tmp_path):
     again = draw(name)
