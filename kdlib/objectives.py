@@ -5,14 +5,17 @@ Projectors stand on the student's side alone; no parameter with a gradient lies 
 tensor. Leaves to others: the terms themselves (`losses`, `features`).
 """
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib import features, losses
+from kdlib.files import sha256_file, workspace
 from kdlib.params import UNTAUGHT, Objective
 from kdlib.seeds import torch_seeded
 
@@ -93,6 +96,11 @@ KINDS = {
         "barlow: Zbontar et al. 2021, arXiv 2103.03230",
         _F + "tokens_worked_by_hand",
     ),
+    "own": Kind(
+        "the study's own code",
+        "-",
+        "tests/test_objectives.py::test_an_own_objective_is_what_its_file_says",
+    ),
 }
 
 
@@ -113,7 +121,7 @@ def teacher_columns(objective: Objective, n_stages: int) -> tuple[str, ...]:
         return tuple(f"attention{k}" for k in range(1, n_stages + 1))
     if kind == "tokens":
         return ("features", f"stage{_stage(objective, n_stages, 'teacher')}")
-    return ()
+    return objective.reads or ()
 
 
 def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
@@ -124,7 +132,7 @@ def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
     if objective.kind in ("kd", "mse", "dkd", "dist"):
         return ("logits",)
     read = teacher_columns(objective, n_stages) if needs_teacher(objective) else ()
-    return ("logits", *read)
+    return tuple(dict.fromkeys(("logits", *read)))
 
 
 def _stage(objective: Objective, n_stages: int, whose: str) -> int:
@@ -141,7 +149,7 @@ def _stage(objective: Objective, n_stages: int, whose: str) -> int:
 
 def needs_teacher(objective: Objective) -> bool:
     """Whether the objective reads teacher outputs."""
-    return objective.kind not in UNTAUGHT
+    return objective.kind not in UNTAUGHT and objective.reads != ()
 
 
 class Distiller(nn.Module):
@@ -188,6 +196,8 @@ class Distiller(nn.Module):
         o, logits = self.objective, _full(projected["logits"])
         if o.kind == "label_smoothing":
             return F.cross_entropy(logits, labels, label_smoothing=o.smoothing)
+        if o.kind == "own":
+            return self.soft_term(projected, teacher, labels)
         hard = F.cross_entropy(logits, labels)
         if o.kind == "cross_entropy":
             return hard
@@ -215,7 +225,7 @@ class Distiller(nn.Module):
         """The part of the loss that hears the teacher, before the weight of its whole.
 
         Args:
-            labels: (B,) int64, for `dkd` and `crd`, which tell classes apart.
+            labels: (B,) int64, for `dkd`, `crd` and `own`, which tell classes apart.
         """
         o = self.objective
         heard = {name: _full(value).detach() for name, value in teacher.items()}
@@ -226,6 +236,13 @@ class Distiller(nn.Module):
                 f"the {o.kind} objective needs teacher {', '.join(missing)}; run "
                 "notebooks/02_teacher.ipynb"
             )
+        if o.kind == "own":
+            found = self.code.loss(student, heard, labels, **(o.options or {}))
+            if not isinstance(found, Tensor) or found.ndim:
+                raise ValueError(
+                    f"{o.code}: loss gave {_seen(found)}; expected a tensor of no axis"
+                )
+            return found
         if o.kind in ("kd", "mse", "dkd", "dist"):
             return self._of_logits(student["logits"], heard["logits"], labels)
         if o.kind == "attention":
@@ -299,6 +316,13 @@ def build_distiller(
                 f"{len(teacher_shapes)}; take networks with as many, or objective similarity"
             )
     with torch_seeded(seed, "projector"):
+        if kind == "own":
+            made.code = _run(objective)
+            if hasattr(made.code, "projectors"):
+                given = objective.options or {}
+                made.projectors.update(
+                    made.code.projectors(student_shapes, teacher_shapes, **given)
+                )
         if kind in ("hint", "tokens"):
             n_in, n_out = student_shapes[made._grid][0], teacher_shapes[made._target][0]
             projectors[made._grid] = nn.Conv2d(n_in, n_out, 1, bias=False)
@@ -326,6 +350,32 @@ def build_distiller(
             drawn, _ = torch.linalg.qr(torch.randn(n_teacher, width))
             made.register_buffer("teacher_projection", drawn)
     return made
+
+
+def _run(objective: Objective) -> ModuleType:
+    """The file of an objective of the study's own, run.
+
+    Raises: ValueError for a file that was changed since the study was read, that fails, or that has
+        no function `loss`.
+    """
+    path = workspace() / objective.code
+    if sha256_file(path) != objective.code_sha256:
+        raise ValueError(f"{path} was changed while the study runs; start it again")
+    spec = importlib.util.spec_from_file_location(f"objective_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not callable(getattr(module, "loss", None)):
+        raise ValueError(
+            f"{path} has no function `loss`; expected loss(student, teacher, labels, **options)"
+        )
+    return module
+
+
+def _seen(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _full(value: Tensor) -> Tensor:

@@ -21,12 +21,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PrivateAttr,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
-from kdlib.files import data_root, difference, fingerprint, nearest, workspace
+from kdlib.files import data_root, difference, fingerprint, nearest, sha256_file, workspace
 
 # Every score, and which end of it is difficult: 1 the high one, -1 the low one, 0 neither.
 DIFFICULTY = {
@@ -507,9 +509,11 @@ OBJECTIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "similarity": (("weight",), ("stage",)),
     "crd": (("weight", "temperature"), ("width",)),
     "tokens": (("cls_weight", "patch_weight"), ("barlow_weight",)),
+    "own": (("code", "trust_code", "reads"), ("code_sha256", "options")),
 }
 
 
+_OUTPUTS = r"logits|features|(stage|attention)[1-9]\d*"  # of a network
 UNTAUGHT = ("cross_entropy", "label_smoothing")  # objectives that read no teacher
 
 
@@ -522,7 +526,7 @@ class Objective(Settings):
 
     kind: Literal[
         "cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist", "hint", "attention", "rkd",
-        "similarity", "crd", "tokens",
+        "similarity", "crd", "tokens", "own",
     ]  # fmt: skip
     alpha: float | None = Field(None, ge=0, le=1)
     temperature: float | None = Field(None, gt=0)
@@ -543,6 +547,34 @@ class Objective(Settings):
     patch_weight: float | None = Field(None, ge=0)
     barlow_weight: float | None = Field(None, gt=0)  # None: no second view
     teacher: str | None = None  # one of the study's `teachers`; None: its `teacher`
+    # of `own`: a Python file with the loss (relative to the workspace), which runs here; what it
+    # reads of the networks; numbers for its functions
+    code: str | None = None
+    code_sha256: str | None = None  # None: that of the file as it is
+    trust_code: Literal[True] | None = None
+    reads: tuple[str, ...] | None = None
+    options: dict[str, float] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_code(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("code"), str):
+            return content
+        path = workspace() / content["code"]
+        if not path.is_file():
+            raise ValueError(f"no file {path}; expected the objective's Python file (study: code)")
+        found = sha256_file(path)
+        if content.get("code_sha256", found) != found:
+            raise ValueError(
+                f"{path} has sha256 {found}; expected {content['code_sha256']}: read what it does "
+                "now, then write its new sha256, or leave `code_sha256` out"
+            )
+        return content | {"code_sha256": found}
+
+    @model_serializer(mode="wrap")
+    def _without_code(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        code = ("code", "code_sha256", "trust_code", "reads", "options")  # of `own` alone
+        return {k: v for k, v in dump(self).items() if k not in code or v is not None}
 
     @model_validator(mode="after")
     def _fitting(self) -> "Objective":
@@ -555,6 +587,12 @@ class Objective(Settings):
             raise ValueError(
                 f"{self.kind} takes {sorted(needs) or 'no numbers'}{may}; "
                 f"got {sorted(given) or 'none'}"
+            )
+        wrong = [n for n in self.reads or () if not re.fullmatch(_OUTPUTS, n)]
+        if wrong or len(set(self.reads or ())) < len(self.reads or ()):
+            raise ValueError(
+                f"reads are {self.reads}; expected logits, features, stage1, attention1, ..., each "
+                "once, or none"
             )
         return self
 
@@ -1006,11 +1044,12 @@ class Study(Settings):
         keys = ("el2n_epoch", "window", "clusters")
         scoring = {key: dump["dynamics"].pop(key) for key in keys}
         reads = {
-            f"{o.kind} {o.stage or ''}".strip()
+            f"{o.kind} {o.stage or ' '.join(o.reads or ())}".strip()
             for o in self.objectives.values()
             if o.teacher == teacher
         }
-        logits_alone = {"cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist"}
+        logits_alone = {"cross_entropy", "label_smoothing", "kd", "mse", "dkd", "dist", "own",
+                        "own logits"}  # fmt: skip
         if step == "distill":
             named = cell.strategy in self.selections
             own = self.teachers.get(self.objectives[cell.objective].teacher)

@@ -425,7 +425,8 @@ def objective_table(study: Study, tables: Tables) -> str:
     for name in study.axes.objective:
         settings = study.objectives[name]
         kind = KINDS[settings.kind]
-        numbers = settings.model_dump(exclude={"kind"}, exclude_none=True)
+        numbers = settings.model_dump(exclude={"kind", "trust_code"}, exclude_none=True)
+        numbers |= numbers.pop("options", {})
         told = ", ".join(f"{key} {value}" for key, value in numbers.items())
         cells = []
         for strategy, fraction in subsets:

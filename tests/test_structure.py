@@ -29,7 +29,7 @@ ALLOWED = {
     "models": "files params seeds",
     "losses": "",
     "features": "",
-    "objectives": "features losses params seeds",
+    "objectives": "features files losses params seeds",
     "optimising": "params",
     "states": "files",
     "ranks": "",
