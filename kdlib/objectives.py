@@ -5,17 +5,14 @@ Projectors stand on the student's side alone; no parameter with a gradient lies 
 tensor. Leaves to others: the terms themselves (`losses`, `features`).
 """
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdlib import features, losses
-from kdlib.files import sha256_file, workspace
+from kdlib import features, losses, own
 from kdlib.params import UNTAUGHT, Objective
 from kdlib.seeds import torch_seeded
 
@@ -317,7 +314,7 @@ def build_distiller(
             )
     with torch_seeded(seed, "projector"):
         if kind == "own":
-            made.code = _run(objective)
+            made.code = own.run(objective, "loss", "loss(student, teacher, labels, **options)")
             if hasattr(made.code, "projectors"):
                 given = objective.options or {}
                 made.projectors.update(
@@ -350,28 +347,6 @@ def build_distiller(
             drawn, _ = torch.linalg.qr(torch.randn(n_teacher, width))
             made.register_buffer("teacher_projection", drawn)
     return made
-
-
-def _run(objective: Objective) -> ModuleType:
-    """The file of an objective of the study's own, run.
-
-    Raises: ValueError for a file that was changed since the study was read, that fails, or that has
-        no function `loss`.
-    """
-    path = workspace() / objective.code
-    if sha256_file(path) != objective.code_sha256:
-        raise ValueError(f"{path} was changed while the study runs; start it again")
-    spec = importlib.util.spec_from_file_location(f"objective_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
-    if not callable(getattr(module, "loss", None)):
-        raise ValueError(
-            f"{path} has no function `loss`; expected loss(student, teacher, labels, **options)"
-        )
-    return module
 
 
 def _seen(value: object) -> str:

@@ -53,12 +53,13 @@ CORESETS: dict[str, tuple[str, ...]] = {
     "k_center": (),
     "herding": (),
     "dual_beta": ("concentration", "exponent"),
+    "own": ("code", "trust_code", "code_sha256", "options"),
 }
 SELECTIONS = (  # subsets of an exact number of examples that need no `selections` in the study
     "full",
     *RANKINGS,
     "random_balanced",
-    *(name for name in CORESETS if name != "mixture"),
+    *(name for name in CORESETS if name not in ("mixture", "own")),
 )
 STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
 # The biased scheme of an earlier study, to be shown: passes over the shards in sorted order, cut
@@ -495,6 +496,36 @@ class Student(Settings):
     model: Model
 
 
+class Code(Settings):
+    """What may come from a Python file of the study's own, as `kind: own`; `kdlib.own` runs it."""
+
+    code: str | None = None  # the file, relative to the workspace
+    code_sha256: str | None = None  # None: that of the file as it is
+    trust_code: Literal[True] | None = None  # the file runs here, as the user who runs the study
+    options: dict[str, float] | None = None  # numbers for its functions
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_code(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or not isinstance(content.get("code"), str):
+            return content
+        path = workspace() / content["code"]
+        if not path.is_file():
+            raise ValueError(f"no file {path}; expected a Python file (study: code)")
+        found = sha256_file(path)
+        if content.get("code_sha256", found) != found:
+            raise ValueError(
+                f"{path} has sha256 {found}; expected {content['code_sha256']}: read what it does "
+                "now, then write its new sha256, or leave `code_sha256` out"
+            )
+        return content | {"code_sha256": found}
+
+    @model_serializer(mode="wrap")
+    def _without_code(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        code = (*Code.model_fields, "reads")
+        return {k: v for k, v in dump(self).items() if k not in code or v is not None}
+
+
 # What each objective takes: numbers that must be given, and those that have a default.
 OBJECTIVES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "cross_entropy": ((), ()),
@@ -517,7 +548,7 @@ _OUTPUTS = r"logits|features|(stage|attention)[1-9]\d*"  # of a network
 UNTAUGHT = ("cross_entropy", "label_smoothing")  # objectives that read no teacher
 
 
-class Objective(Settings):
+class Objective(Code):
     """What a student minimises; `kdlib.objectives` has formula and paper of each.
 
     `alpha` weights the soft loss: (1 - alpha) * CE + alpha * temperature**2 * KL. All others add
@@ -547,34 +578,7 @@ class Objective(Settings):
     patch_weight: float | None = Field(None, ge=0)
     barlow_weight: float | None = Field(None, gt=0)  # None: no second view
     teacher: str | None = None  # one of the study's `teachers`; None: its `teacher`
-    # of `own`: a Python file with the loss (relative to the workspace), which runs here; what it
-    # reads of the networks; numbers for its functions
-    code: str | None = None
-    code_sha256: str | None = None  # None: that of the file as it is
-    trust_code: Literal[True] | None = None
-    reads: tuple[str, ...] | None = None
-    options: dict[str, float] | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_code(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or not isinstance(content.get("code"), str):
-            return content
-        path = workspace() / content["code"]
-        if not path.is_file():
-            raise ValueError(f"no file {path}; expected the objective's Python file (study: code)")
-        found = sha256_file(path)
-        if content.get("code_sha256", found) != found:
-            raise ValueError(
-                f"{path} has sha256 {found}; expected {content['code_sha256']}: read what it does "
-                "now, then write its new sha256, or leave `code_sha256` out"
-            )
-        return content | {"code_sha256": found}
-
-    @model_serializer(mode="wrap")
-    def _without_code(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        code = ("code", "code_sha256", "trust_code", "reads", "options")  # of `own` alone
-        return {k: v for k, v in dump(self).items() if k not in code or v is not None}
+    reads: tuple[str, ...] | None = None  # of `own`: outputs of student and teacher
 
     @model_validator(mode="after")
     def _fitting(self) -> "Objective":
@@ -597,7 +601,7 @@ class Objective(Settings):
         return self
 
 
-class Selection(Settings):
+class Selection(Code):
     """A way to choose a subset, where a built-in name does not say enough.
 
     `kind` is a ranking of the datamap (such as `random`, `easy`, `aum_bottom`) or a rule of its
@@ -626,6 +630,10 @@ class Selection(Settings):
             raise ValueError(f"{self.kind} takes {list(takes) or 'no numbers'}; got {stray}")
         if self.score is not None:
             _known(self.score, [s for s, sign in DIFFICULTY.items() if sign], "score of difficulty")
+        if (self.kind == "own") != bool(self.code and self.trust_code):
+            raise ValueError(
+                "a selection of one's own needs `code`, a file, and `trust_code: true`"
+            )
         if (self.kind == "mixture") != bool(self.shares):
             raise ValueError("a mixture needs `shares`: rankings and their parts of the budget")
         for ranking in self.shares or ():

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlib import coresets, files
+from kdlib import coresets, files, own
 from kdlib.params import DIFFICULTY, SELECTIONS, Selection, built_in_rule
 from kdlib.seeds import hashed
 from kdlib.tables import check_provenance, read_parquet, write_parquet
@@ -149,6 +149,8 @@ class _Chooser:
             chosen = coresets.beta_sampling(dual, confidence, m, ties, **numbers)
         elif kind in ("d2", "k_center", "herding"):
             chosen = self._by_features(table, self._features(positions), m, ties)
+        elif kind == "own":
+            chosen = coresets.lowest(_own_cost(table, rule), m, ties)
         else:
             chosen = coresets.lowest(_cost(table, kind), m, ties)
         return positions[chosen]
@@ -206,6 +208,18 @@ def _cost(table: pd.DataFrame, ranking: str) -> np.ndarray:
     column, end = ranking.rsplit("_", 1)
     score = _score(table, column, ranking)
     return -score if end == "top" else score
+
+
+def _own_cost(table: pd.DataFrame, rule: Selection) -> np.ndarray:
+    """What the study's own rule wants least of, per example: (N,) float64."""
+    module = own.run(rule, "cost", "cost(table, **options), the least of which are chosen")
+    found = np.asarray(module.cost(table.copy(), **(rule.options or {})), dtype=np.float64)
+    if found.shape != (len(table),) or not np.isfinite(found).all():
+        raise ValueError(
+            f"{rule.code}: cost gave shape {found.shape}, finite: {bool(np.isfinite(found).all())};"
+            f" expected a finite number for each of {len(table)} examples"
+        )
+    return found
 
 
 def _difficulty(table: pd.DataFrame, column: str, strategy: str) -> np.ndarray:
