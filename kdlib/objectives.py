@@ -194,7 +194,7 @@ class Distiller(nn.Module):
         if o.kind == "label_smoothing":
             return F.cross_entropy(logits, labels, label_smoothing=o.smoothing)
         if o.kind == "own":
-            return self.soft_term(projected, teacher, labels)
+            return self._own("loss", projected, teacher, labels)
         hard = F.cross_entropy(logits, labels)
         if o.kind == "cross_entropy":
             return hard
@@ -219,12 +219,16 @@ class Distiller(nn.Module):
         teacher: Mapping[str, Tensor],
         labels: Tensor | None = None,
     ) -> Tensor:
-        """The part of the loss that hears the teacher, before the weight of its whole.
+        """The part of the loss that hears the teacher, before the weight of its whole; of `own` its
+        file's `term`, or else the loss.
 
         Args:
             labels: (B,) int64, for `dkd`, `crd` and `own`, which tell classes apart.
         """
         o = self.objective
+        if o.kind == "own":
+            part = "term" if hasattr(self.code, "term") else "loss"
+            return self._own(part, projected, teacher, labels)
         heard = {name: _full(value).detach() for name, value in teacher.items()}
         student = {name: _full(value) for name, value in projected.items()}
         missing = [n for n in self.reads if n not in heard]
@@ -233,13 +237,6 @@ class Distiller(nn.Module):
                 f"the {o.kind} objective needs teacher {', '.join(missing)}; run "
                 "notebooks/02_teacher.ipynb"
             )
-        if o.kind == "own":
-            found = self.code.loss(student, heard, labels, **(o.options or {}))
-            if not isinstance(found, Tensor) or found.ndim:
-                raise ValueError(
-                    f"{o.code}: loss gave {_seen(found)}; expected a tensor of no axis"
-                )
-            return found
         if o.kind in ("kd", "mse", "dkd", "dist"):
             return self._of_logits(student["logits"], heard["logits"], labels)
         if o.kind == "attention":
@@ -260,6 +257,23 @@ class Distiller(nn.Module):
             return features.crd(own, embedded, labels, o.temperature, self.n_examples)
         distance, angle = features.rkd(own, heard[name])
         return o.distance_weight * distance + o.angle_weight * angle
+
+    def _own(
+        self,
+        function: str,
+        projected: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor],
+        labels: Tensor,
+    ) -> Tensor:
+        """What a function of the study's own file gives."""
+        o = self.objective
+        heard = {name: _full(value).detach() for name, value in teacher.items()}
+        student = {name: _full(value) for name, value in projected.items()}
+        found = getattr(self.code, function)(student, heard, labels, **(o.options or {}))
+        if not isinstance(found, Tensor) or found.ndim:
+            seen = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"{o.code}: {function} gave {seen}; expected a tensor of no axis")
+        return found
 
     def _of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
         o = self.objective
@@ -347,10 +361,6 @@ def build_distiller(
             drawn, _ = torch.linalg.qr(torch.randn(n_teacher, width))
             made.register_buffer("teacher_projection", drawn)
     return made
-
-
-def _seen(value: object) -> str:
-    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _full(value: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """Distillation that listens where the teacher is sure: the soft loss of each image is weighted by
-the probability the teacher gives its label. Used by photos.yaml."""
+the teacher's largest probability. Used by photos.yaml."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ def loss(
     """`student` and `teacher` hold what the study `reads`, (B, ...) float32; labels are (B,)."""
     soft = F.log_softmax(teacher["logits"] / temperature, dim=1)
     own = F.log_softmax(student["logits"] / temperature, dim=1)
-    sure = F.softmax(teacher["logits"], dim=1).gather(1, labels[:, None]).squeeze(1)  # (B,)
+    sure = F.softmax(teacher["logits"], dim=1).amax(dim=1)  # (B,)
     distance = F.kl_div(own, soft, log_target=True, reduction="none").sum(dim=1)  # (B,)
     hard = F.cross_entropy(student["logits"], labels)
     return (1 - alpha) * hard + alpha * temperature**2 * (sure * distance).mean()

@@ -70,6 +70,16 @@ def test_an_own_objective_is_what_its_file_says(home):
     assert made.loss(projected, labels, teacher).item() == pytest.approx(expected.item())
 
 
+def test_what_must_rise_with_foreign_rows_may_be_said_apart_from_the_loss(home):
+    code = "def loss(student, teacher, labels): return student['logits'].sum()"
+    (home / "mine.py").write_text(f"{code}\ndef term(*all): return all[1]['features'].sum()")
+    made = distiller(own(options=None))
+    given = {"logits": torch.ones(2, 2), "features": torch.ones(2, 5)}
+    teacher, labels = {"features": torch.ones(2, 3)}, torch.zeros(2, dtype=torch.int64)
+    assert made.loss(given, labels, teacher).item() == 4
+    assert made.soft_term(given, teacher, labels).item() == 6
+
+
 def test_no_code_runs_before_it_is_trusted_and_none_when_a_study_is_read(home):
     (home / "mine.py").write_text("raise SystemExit('ran')")
     assert own().code_sha256  # read, not run
@@ -101,7 +111,7 @@ def test_changed_missing_and_wrong_code_is_refused_with_what_to_do(home):
     (home / "mine.py").write_text("def loss(student, teacher, labels): return student['logits']")
     made = distiller(own(options=None))
     projected = {"logits": torch.zeros(2, 2), "features": torch.zeros(2, 5)}
-    with pytest.raises(ValueError, match=r"loss gave shape \(2, 2\); expected a tensor of no axis"):
+    with pytest.raises(ValueError, match=r"loss gave \(2, 2\); expected a tensor of no axis"):
         made.loss(projected, torch.zeros(2, dtype=torch.int64), {"features": torch.zeros(2, 3)})
 
 
