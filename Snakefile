@@ -25,14 +25,14 @@ CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]
 RUNS_OF_SUBSET = [f"objective={o}/{seed}" for o in study.axes.objective for seed in SEEDS]
 PAPERMILL = (
-    "papermill --engine ipc --log-output --no-progress-bar {input.notebook} {log.notebook}"
+    "papermill --engine ipc --log-output --no-progress-bar {input.notebook:q} {log.notebook:q}"
     " -p study {STUDY:q}"
 )
 AXES = (
     " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
     " -p fraction {wildcards.fraction}"
 )
-LOG = " > {log.text} 2>&1"
+LOG = " > {log.text:q} 2>&1"
 
 
 # What a job asks of a cluster beside its threads; memory and time are the profile's (profiles/slurm).
@@ -53,6 +53,8 @@ def settings(step):
     def of(wildcards):
         if step == "further_teacher":
             return files.fingerprint(study.step_settings("teacher", teacher=wildcards.teacher))
+        if step in ("cache", "teacher", "datamap"):
+            return files.fingerprint(study.upstream.step_settings(step))
         if step != "distill":
             return files.fingerprint(study.step_settings(step))
         fraction = float(wildcards.fraction)
@@ -172,6 +174,7 @@ rule datamap:
         text=f"{UPSTREAM}/datamap/03_datamap.log",
     params:
         settings=settings("datamap"),
+    threads: study.compute.threads
     resources:
         gpu=min(GPUS, 1),
     shell:

@@ -15,7 +15,9 @@ from kdlib import files
 from kdlib.params import AXES, Model, Probe, Study, load_study, parse_part
 
 STEPS = ("scores", "noise", "audit")  # of the pipeline, that can be asked for by name
-PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "-n"}  # may compare nothing
+# options of Snakemake after which there may be no comparison
+PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "--touch", "-t",
+          "--summary", "-S", "--forcerun", "-R"}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
 
@@ -39,7 +41,7 @@ def _study(arguments: argparse.Namespace, further: list[str]) -> int:
     if code:
         _tell_failures(study)
         return code
-    if arguments.step is None and not PARTLY & set(further):
+    if arguments.step is None and not PARTLY & {option.split("=")[0] for option in further}:
         told = (study.figures / "summary.md").read_text().splitlines()
         print(*[line for line in told if not line.startswith("|")], sep="\n")
     print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
@@ -58,7 +60,7 @@ def _wait(process: subprocess.Popen) -> int:
 def _tell_failures(study: Study) -> None:
     from kdlib import runs
 
-    failed = runs.failed_notebooks(study) + runs.failed_recordings(study)
+    failed = runs.failed_notebooks(study) + runs.failed_logs(study)
     print(f"\nThe study is not complete. {len(failed)} step(s) failed:", file=sys.stderr)
     for path, message in failed:
         print(f"  {path}\n    {message}", file=sys.stderr)
@@ -76,6 +78,8 @@ def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
         try:
             if _drawable(study := load_study(path)):
                 _redraw(study)
+            else:
+                print(f"{study.name}: neither runs nor tables are here")
         except (ValueError, OSError, RuntimeError) as error:  # says so, and draws the others
             print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
             code = 1

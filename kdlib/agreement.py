@@ -77,7 +77,9 @@ def between_runs(runs: np.ndarray) -> dict[str, float]:
     Args:
         runs: (R, N) the score in each of R >= 2 runs.
 
-    Returns: `correlation`, the mean over pairs of runs; `low`, `high`, the extremes of the pairs.
+    Returns: `correlation`, the mean over pairs of runs; `low`, `high`, the extremes of the pairs;
+        all NaN where the score is constant in a run.
+    Raises: ValueError for fewer than two runs, or scores that are not finite.
     """
     if np.ndim(runs) != 2 or len(runs) < 2:
         raise ValueError(

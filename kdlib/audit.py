@@ -4,6 +4,7 @@ the tripwire that catches it, and the test that holds each invariant: what noteb
 Leaves to others: the defects (`subset_defects`, `feature_defects`), drawing (`plots`).
 """
 
+import contextlib
 import dataclasses
 import re
 import tempfile
@@ -16,11 +17,12 @@ import torch
 from matplotlib.figure import Figure
 
 from kdlib import feature_defects, files, plots, runs, subset_defects
+from kdlib import published as committed
 from kdlib.exhibits import Bench, Exhibit
 from kdlib.invariants import INVARIANTS
-from kdlib.params import Study
+from kdlib.params import Study, load_study
 from kdlib.steps import Images
-from kdlib.tables import read_parquet, write_parquet
+from kdlib.tables import write_parquet
 
 MAKER = "notebooks/09_audit.ipynb"
 PUBLISHED = Path(__file__).resolve().parents[1] / "params" / "published.csv"
@@ -93,11 +95,14 @@ def ours(table: pd.DataFrame, strategy: str, fraction: float) -> str:
 
 
 def results_beside() -> dict[str, pd.DataFrame]:
-    """Run tables of our own studies of these questions, those that are there, by study."""
-    folder = files.workspace() / "figures"
-    paths = {name: folder / name / "tables" / "results.parquet" for name in BESIDE}
-    made_by = "notebooks/06_compare.ipynb"
-    return {name: read_parquet(path, made_by)[0] for name, path in paths.items() if path.is_file()}
+    """Run tables of our own studies of these questions, by study; those that are not there, or
+    belong to other settings of the study, are left out."""
+    found = {}
+    for name in BESIDE:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # of the study, or its tables
+            study = load_study(files.workspace() / "params" / f"{name}.yaml")
+            found[name] = committed.read(study)["results"]
+    return found
 
 
 def describe_published() -> str:
@@ -132,8 +137,9 @@ def describe_published() -> str:
         lines += ["", f"{name}: {steps} steps, {table['seed'].nunique()} seeds."]
     missing = [name for name in BESIDE if name not in beside]
     if missing:
-        lines += ["", "No run table here of " + " and ".join(f"`{m}`" for m in missing) + ": "
-                  "`make study STUDY=params/" + missing[0] + ".yaml` makes it."]  # fmt: skip
+        told = " and ".join(f"`{name}`" for name in missing)
+        lines += ["", f"No run table here that belongs to {told}: `make study STUDY=params/"
+                  f"{missing[0]}.yaml` makes it."]  # fmt: skip
     lines += [
         "",
         "Study B printed: probe of the teacher on CIFAR-10 98.71, of a random projection of the "

@@ -2,7 +2,7 @@
 
 Scores are pure functions on arrays, computed in float64 over blocks of examples, so that memory
 stays bounded whatever N is. Leaves to others: which examples to keep (selection), when to record
-(trainer), drawing (plots), the log itself (dynamics).
+(trainer), drawing (maps), the log itself (dynamics).
 
 [Swayamdipta2020] Swayamdipta et al., Dataset Cartography, 2020, arXiv 2009.10795
 [Toneva2019] Toneva et al., An Empirical Study of Example Forgetting, 2019, arXiv 1812.05159

@@ -61,8 +61,8 @@ def paired_differences(
         measure: Column that is compared.
 
     Returns: The comparison, sorted by the axes: the four axes; `against_...`, the cell compared
-        with; `budget` (equal_steps | equal_epochs); `n_seeds`, the pairs of accepted runs;
-        `n_refused`, the refused rows of both cells; mean and sample standard deviation (ddof=1) of
+        with; `budget`, its kind; `n_seeds`, the pairs of accepted runs; `n_refused`, the refused
+        rows of both cells; mean and sample standard deviation (ddof=1) of
         both cells over the paired seeds; `difference` and `sd_difference`; the interval at `level`
         (`low`, `high`) and at 90 % (`low90`, `high90`); `boot_low` and `boot_high`, at `level` from
         `bootstrap_interval`; `p_value`, two-sided, and `p_holm`, the same corrected for all rows

@@ -6,7 +6,7 @@ first, so that a choice is deterministic and permuting the examples permutes not
 (to that end the greedy methods work in the order of `ties`). Functions that choose return (n,)
 int64 positions, sorted and distinct. All raise ValueError for shapes and values out of range.
 Leaves to others: ids, budgets and names of strategies (selection), scores of the training dynamics
-(cartography), the making of features (features).
+(cartography), the making of features (teacher).
 
 [Xia2023] Xia et al., Moderate Coreset: A Universal Method of Data Selection for Real-world
     Data-efficient Deep Learning, ICLR 2023

@@ -347,7 +347,8 @@ def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> No
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
             with open(temporary, "r+b") as file:
                 # a mapped page for which the disk has no room would end the process: take it now
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         array[...] = -1 if dtype == np.int8 else np.nan
         array.flush()
         os.replace(temporary, path)

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm.auto import tqdm
 
 from kdlib.augment import Pixels
 from kdlib.models import Network
@@ -48,16 +47,9 @@ def all_outputs(
     pixels: Pixels,
     images: torch.Tensor,
     wanted: Sequence[str] = ("features", "logits"),
-    describe: str | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Outputs of all images, one (N, ...) float32 tensor for each name; `describe` shows
-    progress."""
-    progress = tqdm(total=len(images), desc=describe, unit="img", leave=False, disable=not describe)
-    parts = []
-    for part in outputs(network, pixels, images, wanted):
-        parts.append(part)
-        progress.update(len(part[0]))
-    progress.close()
+    """Outputs of all images, one (N, ...) float32 tensor for each name."""
+    parts = list(outputs(network, pixels, images, wanted))
     return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
 
@@ -69,6 +61,7 @@ def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarra
         labels: (N,) int64.
 
     Returns: In [0, 1].
+    Raises: ValueError for no rows, or another number of labels.
 
     >>> accuracy(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1]))
     0.5

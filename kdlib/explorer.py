@@ -66,7 +66,7 @@ def explore(
 
 def still_map(study: Study) -> Path:
     """The datamap as a picture, drawn when there is none or an older one."""
-    path, table = study.figures / "datamap.png", study.runs / "datamap" / "datamap.parquet"
+    path, table = study.figures / "datamap.png", study.upstream.runs / "datamap/datamap.parquet"
     if path.exists() and path.stat().st_mtime > table.stat().st_mtime:
         return path
     from kdlib import report  # matplotlib

@@ -101,7 +101,7 @@ def layer_features(
     """
     parts: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
     for chunk in torch.split(images, BATCH):
-        found = outputs(network, pixels, adapted(chunk, image_shape), layers, BATCH)
+        found = outputs(network, pixels, adapted(chunk, image_shape), layers)
         for batch in found:
             for layer, values in zip(layers, batch, strict=True):
                 pooled = values.float().flatten(2).mean(2) if values.ndim > 2 else values.float()

@@ -405,7 +405,7 @@ def keyed_by_pixels(bench: Bench) -> Exhibit:
         defect=hits / n,
         honest=found / n,
         tripwire="teacher.open_outputs",
-        sentence=" ".join(sentence.split()).replace(str(bench.folder), "..."),
+        sentence=sentence,
         caught=bool(sentence) and hits == 0,
         quiet=not refused(lambda: open_outputs(folder, images, mine)),
     )
@@ -473,7 +473,7 @@ def resumed_elsewhere(bench: Bench) -> Exhibit:
     }
     told = judged((checks.coverage,), wrong, resumed.evidence)
     told["tripwire"] += ", states.read_state"
-    told["sentence"] += "; of another experiment: " + other.replace(str(bench.folder), "...")
+    told["sentence"] += "; of another experiment: " + other
     told["caught"] &= bool(other)
     told["quiet"] &= same[0] == 1.0
     return Exhibit(

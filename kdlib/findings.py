@@ -39,9 +39,12 @@ def finding(study: Study, question: str) -> str:
     student, and objective or fraction."""
     tables = report.comparisons(study, published.read(study))
     kind = "strategies" if study.compare.objective is None else "controls"
+    kind = kind if kind in tables else "objectives"  # the control is the plain training itself
     table, name = tables[kind], study.name
     against = study.compare.objective or study.compare.baseline
-    picture = "differences" if kind == "strategies" else "control_differences"
+    pictures = {"strategies": "differences", "controls": "control_differences",
+                "objectives": "objective_differences"}  # fmt: skip
+    picture = pictures[kind]
     links = (
         f"[figure](figures/{name}/{picture}.png), [table](figures/{name}/comparison.md), "
         f"[study](params/{name}.yaml), {count(len(study.seeds), 'seed')}"
@@ -81,6 +84,7 @@ def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:
         if kind == "strategies" and rows["fraction"].nunique() > 1:
             name += f" at {100 * row.fraction:.4g} %"
         ends = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
+        ends = "one seed" if pd.isna(row.low) else ends
         more = "" if pd.isna(row.seeds_needed) else f", about {row.seeds_needed:.0f} seeds"
         names.append(f"{name} {100 * row.difference:+.1f} ({ends}{more})")
     rest = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""

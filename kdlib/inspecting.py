@@ -23,7 +23,7 @@ from kdlib.cache import (
 )
 from kdlib.data import SPLITS, open_source
 from kdlib.files import workspace
-from kdlib.params import Study, load_study, parse_part
+from kdlib.params import Study, cache_folder, load_study, parse_part
 
 MOST_RANGES = 6  # more runs of shards are counted, not listed
 
@@ -43,7 +43,8 @@ def find_caches(path: str) -> list[Path]:
         study = load_study(path)
         outputs = sorted((study.upstream.runs / "teacher").glob("outputs-*"))
         outputs += sorted((study.runs / "teachers").glob("**/outputs-*"))
-        candidates = [*(study.cache / split for split in SPLITS), *outputs]
+        images = [study.data, *study.probe.others.values()]
+        candidates = [cache_folder(data) / split for data in images for split in SPLITS] + outputs
     else:
         raise FileNotFoundError(f"{path} is neither a cache folder nor a study file")
     found = [c for c in candidates if index_paths(c) or building.journal_paths(c)]
@@ -57,7 +58,8 @@ def find_caches(path: str) -> list[Path]:
 def build(
     study: Study, split: str | None = None, part: str | None = None, n_workers: int | None = None
 ) -> None:
-    """Build the image cache of a study, and print what is there now.
+    """Build the image cache of a study, and those of the data sets it probes on, and print what is
+    there now.
 
     Args:
         split: None: both, but with `part` the training split alone.
@@ -65,12 +67,14 @@ def build(
         n_workers: As in `building.build_images`.
     """
     splits = (split,) if split else ("train",) if part else SPLITS
-    for name in splits:
-        mine = part or (study.data.part if name == "train" else "1/1")
-        wanted = parse_part(mine)
-        source, folder = open_source(study.data, name), study.cache / name
-        building.build_images(source, folder, study.data.shard_size, wanted, n_workers)
-        print(state(Cache(folder)))
+    # what is probed beside is small: whole, where nothing else was asked for
+    others = () if split or part else study.probe.others.values()
+    for data in (study.data, *others):
+        for name in splits:
+            mine = part or (data.part if name == "train" else "1/1")
+            source, folder = open_source(data, name), cache_folder(data) / name
+            building.build_images(source, folder, data.shard_size, parse_part(mine), n_workers)
+            print(state(Cache(folder)))
 
 
 def state(cache: Cache) -> str:
@@ -158,6 +162,8 @@ def verify(folder: Path, repair: bool = False, study: str = "STUDY") -> bool:
     again = f"run `python -m kdlib cache build {study}`"
     if folder.name.startswith("outputs-"):
         again = "run notebooks/02_teacher.ipynb"
+        if "subset=" in str(folder):  # of a teacher that learns from a subset alone
+            again = "run notebooks/04_distill.ipynb"
     print(f"whole shards are kept; {again} to make the others")
     return False
 

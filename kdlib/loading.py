@@ -5,7 +5,9 @@ nothing is done per image in Python. Where pixels are kept changes no byte of an
 others: which examples a step sees (`sampling`), what a view is (`augment`, `fused`).
 """
 
+import contextlib
 import ctypes
+import math
 import mmap
 import os
 import sys
@@ -406,11 +408,28 @@ def _agreeing_views(teacher: Cache, view: View | None) -> bool:
     return True
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device without pushing anything out."""
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on a device without pushing anything out, or over the limit of
+    the job this process belongs to."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if not Path("/proc/meminfo").exists():  # where only the memory in all is known
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(known["MemAvailable"].split()[0]) * 1024
+    return min(int(known["MemAvailable"].split()[0]) * 1024, _allowed())
+
+
+def _allowed(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that the limit of this process's group (a Slurm job, a container) leaves; infinity
+    where there is none that can be read."""
+    left = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        lines = [line.split(":", 2) for line in own.read_text().splitlines()]
+        (path,) = [Path(part[2]) for part in lines if part[0] == "0"]  # version 2 has one
+        for group in (path, *path.parents):
+            folder = root / group.relative_to("/")
+            most = folder / "memory.max"
+            if most.is_file() and most.read_text().strip() != "max":
+                used = int((folder / "memory.current").read_text())
+                left = min(left, max(0, int(most.read_text()) - used))
+    return left

@@ -112,12 +112,12 @@ def teacher_columns(objective: Objective, n_stages: int) -> tuple[str, ...]:
     if kind in ("rkd", "crd"):
         return ("features",)
     if kind in ("hint", "similarity"):
-        return (f"stage{_stage(objective, n_stages, 'teacher')}",)
+        return (f"stage{_stage(objective, n_stages)}",)
     if kind == "attention":
-        _stage(objective, n_stages, "teacher")
+        _stage(objective, n_stages)
         return tuple(f"attention{k}" for k in range(1, n_stages + 1))
     if kind == "tokens":
-        return ("features", f"stage{_stage(objective, n_stages, 'teacher')}")
+        return ("features", f"stage{_stage(objective, n_stages)}")
     return objective.reads or ()
 
 
@@ -132,7 +132,7 @@ def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("logits", *read)))
 
 
-def _stage(objective: Objective, n_stages: int, whose: str) -> int:
+def _stage(objective: Objective, n_stages: int) -> int:
     stage = objective.stage
     if stage is None:
         stage = (n_stages + 1) // 2 if objective.kind == "hint" else n_stages
@@ -331,8 +331,11 @@ def build_distiller(
             made.code = own.run(objective, "loss", "loss(student, teacher, labels, **options)")
             if hasattr(made.code, "projectors"):
                 given = objective.options or {}
-                made.projectors.update(
-                    made.code.projectors(student_shapes, teacher_shapes, **given)
+                projectors.update(made.code.projectors(student_shapes, teacher_shapes, **given))
+            if strange := set(projectors) - set(student_shapes):
+                raise ValueError(
+                    f"{objective.code}: projectors stand behind {sorted(strange)}; expected some "
+                    f"of {sorted(student_shapes)}"
                 )
         if kind in ("hint", "tokens"):
             n_in, n_out = student_shapes[made._grid][0], teacher_shapes[made._target][0]

@@ -5,11 +5,28 @@ its bytes are others than those named. Leaves to others: what its functions are 
 selection).
 """
 
+import hashlib
+import importlib.abc
 import importlib.util
+import sys
+from pathlib import Path
 from types import ModuleType
 
-from kdlib.files import sha256_file, workspace
+from kdlib.files import workspace
 from kdlib.params import Code
+
+
+class _Source(importlib.abc.SourceLoader):
+    """The very bytes that were hashed: no bytecode beside the file is read or written."""
+
+    def __init__(self, path: Path, content: bytes) -> None:
+        self.path, self.content = path, content
+
+    def get_filename(self, name: str) -> str:
+        return str(self.path)
+
+    def get_data(self, path: str) -> bytes:
+        return self.content
 
 
 def run(code: Code, function: str, call: str) -> ModuleType:
@@ -24,14 +41,19 @@ def run(code: Code, function: str, call: str) -> ModuleType:
         lacks the function.
     """
     path = workspace() / code.code
-    if not path.is_file() or sha256_file(path) != code.code_sha256:
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != code.code_sha256:
         raise ValueError(f"{path} was changed while the study runs; start it again")
-    spec = importlib.util.spec_from_file_location(f"own_{path.stem}", path)
+    name = f"own_{path.stem}_{code.code_sha256[:16]}"
+    spec = importlib.util.spec_from_loader(name, _Source(path, content))
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and the like look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise ValueError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    finally:
+        del sys.modules[name]
     if not callable(getattr(module, function, None)):
         raise ValueError(f"{path} has no function `{function}`; expected {call}")
     return module

@@ -6,6 +6,7 @@ fraction, objective) with all its seeds. Leaves to others: what the settings do.
 """
 
 import ast
+import contextlib
 import itertools
 import math
 import re
@@ -232,7 +233,9 @@ class Model(Settings):
 def parse_hub(name: str) -> tuple[str, str]:
     """`hub/<owner>/<repository>:<ref>/<entry>` as (`owner/repository:ref`, entry).
 
-    Raises: ValueError for anything else; a commit or tag is needed, since branches move.
+    A commit stays what it is; a branch or tag runs whatever it names on that day.
+
+    Raises: ValueError for anything else.
 
     >>> parse_hub("hub/facebookresearch/dinov2:main/dinov2_vits14")
     ('facebookresearch/dinov2:main', 'dinov2_vits14')
@@ -240,8 +243,8 @@ def parse_hub(name: str) -> tuple[str, str]:
     found = re.fullmatch(r"hub/([\w.-]+/[\w.-]+:[\w.-]+)/(\w+)", name, re.ASCII)
     if not found:
         raise ValueError(
-            f"{name!r} is no torch.hub network; expected hub/<owner>/<repository>:<commit or "
-            "tag>/<entry>"
+            f"{name!r} is no torch.hub network; expected hub/<owner>/<repository>:<commit, "
+            "tag or branch>/<entry>"
         )
     return found[1], found[2]
 
@@ -302,7 +305,8 @@ class Training(Settings):
     momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(5e-4, ge=0)
     # after the warm-up; `step` multiplies by `decay` at each of `milestones`, `plateau` when the
-    # validation loss has not fallen for `patience` evaluations, `one_cycle` falls linearly to 0
+    # validation loss has not fallen for more than `patience` evaluations, `one_cycle` falls to 0 in
+    # a line
     schedule: Literal["cosine", "constant", "step", "one_cycle", "plateau"] = "cosine"
     warmup_steps: int = Field(0, ge=0)  # the learning rate rises linearly over them
     milestones: tuple[float, ...] = ()  # of `step`, as fractions of the budget
@@ -314,8 +318,8 @@ class Training(Settings):
     accumulate: int = Field(1, ge=1)
     # students are measured and kept with the running mean of their weights, whose decay this is
     ema: float | None = Field(None, gt=0, lt=1)
-    # stop when the validation loss has not fallen for so many evaluations; the budget is then a
-    # bound, and runs that used other parts of it are compared as `early_stopping`
+    # stop when the validation loss has not fallen for more than so many evaluations; the budget is
+    # then a bound, and runs that used other parts of it are compared as `early_stopping`
     early_stopping: int | None = Field(None, ge=1)
     augment: Augment = Augment()
     # of each pass: `shuffled` draws from the whole training set; `windowed` permutes the shards and
@@ -432,6 +436,15 @@ class Teacher(Settings):
             raise ValueError(f"{self.model.name} has no published weights; give `weights`")
         if (self.mean is None) != (self.std is None):
             raise ValueError("`mean` and `std` go together")
+        if self.mean is not None and self.training is not None:
+            raise ValueError(
+                "`mean` and `std` are of a teacher that was trained elsewhere; one that is trained "
+                "here sees pixels normalised as its students'"
+            )
+        if self.std is not None and (len(self.mean) != len(self.std) or min(self.std) <= 0):
+            raise ValueError(
+                f"mean is {self.mean}, std is {self.std}; expected a number per channel, std > 0"
+            )
         if self.learns_from == "subset" and self.training is None:
             raise ValueError("a teacher of the subset alone is trained here: give `training`")
         return self
@@ -456,6 +469,8 @@ class Dynamics(Settings):
 
     @model_validator(mode="after")
     def _whole(self) -> "Dynamics":
+        if self.logits and self.window < 3:
+            raise ValueError("`tdds`, of kept logits, needs a `window` of at least 3 epochs")
         if (self.model is None) != (self.training is None):
             raise ValueError("`model` and `training` of dynamics go together")
         return self
@@ -495,6 +510,14 @@ class Student(Settings):
 
     model: Model
 
+    @model_validator(mode="after")
+    def _trainable(self) -> "Student":
+        if self.model.name.startswith("hub/"):
+            raise ValueError(
+                f"{self.model.name} comes with its weights; a student begins from none"
+            )
+        return self
+
 
 class Code(Settings):
     """What may come from a Python file of the study's own, as `kind: own`; `kdlib.own` runs it."""
@@ -510,10 +533,14 @@ class Code(Settings):
         if not isinstance(content, dict) or not isinstance(content.get("code"), str):
             return content
         path = workspace() / content["code"]
-        if not path.is_file():
-            raise ValueError(f"no file {path}; expected a Python file (study: code)")
-        found = sha256_file(path)
-        if content.get("code_sha256", found) != found:
+        try:
+            found = sha256_file(path)
+        except OSError as error:
+            raise ValueError(
+                f"no file {_short(str(path))} can be read ({error.strerror}); expected a Python "
+                "file (study: code)"
+            ) from None
+        if (content.get("code_sha256") or found) != found:
             raise ValueError(
                 f"{path} has sha256 {found}; expected {content['code_sha256']}: read what it does "
                 "now, then write its new sha256, or leave `code_sha256` out"
@@ -584,7 +611,7 @@ class Objective(Code):
     def _fitting(self) -> "Objective":
         needs, takes = OBJECTIVES[self.kind]
         given = {k for k, v in self if k not in ("kind", "teacher") and v is not None}
-        if self.teacher is not None and self.kind in UNTAUGHT:
+        if self.teacher is not None and (self.kind in UNTAUGHT or self.reads == ()):
             raise ValueError(f"{self.kind} hears no teacher, and names {self.teacher!r}")
         if not set(needs) <= given <= {*needs, *takes}:
             may = f", and may have {sorted(takes)}" if takes else ""
@@ -678,7 +705,7 @@ class Axes(Settings):
 class Probe(Settings):
     """Which cells are probed, and how."""
 
-    strategy: tuple[str, ...] = ("full", "random")
+    strategy: tuple[str, ...] = Field(("full", "random"), min_length=1)
     fraction: float = Field(gt=0, le=1)
     objective: tuple[str, ...] = Field(min_length=1)
     k: int = Field(20, ge=1)  # neighbours
@@ -701,6 +728,8 @@ class Probe(Settings):
                     f"{name!r} names rows and a folder; expected letters, digits, _, - or ., and "
                     "not `own`, which is the study's data"
                 )
+        if not self.c_grid or min(self.c_grid) <= 0:
+            raise ValueError(f"c_grid is {self.c_grid}; expected numbers > 0")
         strange = [x for x in self.layers if not re.fullmatch(r"features|stage[1-9]\d*", x)]
         if strange or "features" not in self.layers or len(set(self.layers)) < len(self.layers):
             raise ValueError(
@@ -809,14 +838,18 @@ class Study(Settings):
         for name in self.axes.student:
             _known(name, tuple(self.students), "student on the axis")
         for name in self.selections:
-            if name in STRATEGIES or name.startswith(PICKED):
+            if name in (*STRATEGIES, *EXHIBITS) or name.startswith(PICKED):
                 raise ValueError(f"selection {name!r} has the name of a built-in strategy")
         for name in self.axes.strategy:
             _strategy(name, self.selections)
-        for name in (*self.axes.objective, *self.probe.objective):
+        for name in self.axes.objective:
             _known(name, tuple(self.objectives), "objective")
+        for name in self.probe.objective:
+            _known(name, self.axes.objective, "objective to probe")
         for name in self.probe.strategy:
             _known(name, ("full", *self.axes.strategy), "strategy to probe")
+            if name.startswith(PICKED):
+                raise ValueError(f"{name} has a fraction of its own and cannot be probed")
         if self.probe.fraction not in self.axes.fraction:
             raise ValueError(
                 f"probe.fraction is {self.probe.fraction}; expected one of axes.fraction"
@@ -832,6 +865,16 @@ class Study(Settings):
             raise ValueError(
                 "a loaded teacher has no recorded training: give `dynamics` a model and a training"
             )
+        trained = [self.training, self.dynamics.training, self.teacher.training]
+        trained += [teacher.training for teacher in self.teachers.values()]
+        for training in filter(None, trained):
+            pieces = training.accumulate * self.compute.processes
+            if training.batch_size % pieces:
+                raise ValueError(
+                    f"batch_size {training.batch_size} cannot be split among "
+                    f"{self.compute.processes} processes, each in {training.accumulate} pieces; "
+                    f"expected a multiple of {pieces}"
+                )
         recorded = self.dynamics.training or self.teacher.training
         if recorded.early_stopping is not None:
             raise ValueError(
@@ -984,7 +1027,8 @@ class Study(Settings):
                 subsets += itertools.product([strategy], axes.fraction)
             else:
                 subsets += [(strategy, own)]
-                subsets += [(self.compare.baseline, own)] if strategy != "full" else []
+                if self._own_fraction(self.compare.baseline) is None and strategy != "full":
+                    subsets += [(self.compare.baseline, own)]
         subsets = list(dict.fromkeys(subsets))
         return [
             Cell(st, s, f, o) for st in axes.student for s, f in subsets for o in axes.objective
@@ -1070,15 +1114,18 @@ class Study(Settings):
                 "training": dump["training"],
                 "compute": dump["compute"],
             } | ({"teacher": own.model_dump(mode="json")} if of_subset else {})
+        # replayed views are those of the students' augmentation
+        views = {"augment": dump["training"]["augment"]} if self.teacher.outputs.views else {}
         if teacher is not None:
-            return {
+            return views | {
                 "teacher": dump["teachers"][teacher],
                 "compute": dump["compute"],
                 "features_for": sorted(reads - logits_alone),
             }
         return {
             "cache": {"data": dump["data"]},
-            "teacher": {
+            "teacher": views
+            | {
                 **{key: dump[key] for key in ("teacher", "dynamics", "compute")},
                 "features_for": sorted(reads - logits_alone),
             },
@@ -1086,7 +1133,9 @@ class Study(Settings):
             "record": {
                 "recordings": dump["recordings"],
                 "training": dump["dynamics"]["training"] or dump["teacher"]["training"],
-                "dynamics": {key: dump["dynamics"][key] for key in ("observed", "logits")},
+                "dynamics": {
+                    key: dump["dynamics"][key] for key in ("observed", "logits", "gradient_epoch")
+                },
                 "compute": dump["compute"],
             },
             "audit": {"compute": dump["compute"]},
@@ -1200,6 +1249,21 @@ def load_study(path: str | Path) -> Study:
         raise FileNotFoundError(
             f"no study file {str(path)!r}; params/ has {', '.join(there) or 'none'}"
         )
+    study = _validated(found)
+    if study.shares is None:
+        return study
+    beside = [found.parent / study.shares, workspace() / "params" / study.shares]
+    with contextlib.suppress(OSError):  # a name too long, say
+        for other in beside:
+            if other.is_file() and not other.samefile(found):
+                return study.share(_validated(other))
+    raise StudyError(
+        f"{found}: `shares` names {_short(study.shares)!r}; expected another study file beside it"
+    )
+
+
+def _validated(found: Path) -> Study:
+    """The study of a file by itself, whatever it shares."""
     try:
         content = _read_yaml(found, ())
     except RecursionError:  # two mappings that contain themselves, laid over each other
@@ -1215,15 +1279,7 @@ def load_study(path: str | Path) -> Study:
         if len(lines) > _MOST_LINES:
             lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
         raise StudyError(f"{found} is not a valid study:\n" + "\n".join(lines)) from None
-    if study.shares is None:
-        return study
-    beside = [found.parent / study.shares, workspace() / "params" / study.shares]
-    other = next((path for path in beside if path.is_file()), None)
-    if other is None or other.samefile(found):
-        raise StudyError(
-            f"{found}: `shares` names {study.shares!r}; expected another study file beside it"
-        )
-    return study.share(load_study(other))
+    return study
 
 
 def open_point(history: Sequence[str], study: str, **axes: str | float) -> tuple[Study, Cell]:

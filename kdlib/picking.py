@@ -7,6 +7,7 @@ selection is (selection), the training itself (`notebooks/04_distill.ipynb`).
 
 import atexit
 import base64
+import contextlib
 import html
 import io
 import re
@@ -243,7 +244,7 @@ class Explorer:
                 f"{name!r} already names another selection, of {len(there):,} examples, which "
                 "stays as it is; choose another name."
             )
-        parent = runs.read_evidence(self.study.runs / "datamap")["datamap_sha256"]
+        parent = runs.read_evidence(self.study.upstream.runs / "datamap")["datamap_sha256"]
         data = files.fingerprint(self.images.fingerprints)
         fraction = len(ids) / len(self.images.train_ids)
         return Subset(ids, PICKED + name, fraction, 0, parent, data).save(path)
@@ -290,8 +291,14 @@ class Explorer:
     def trained(self, name: str) -> tuple[int, int]:
         """How many of the students of `commands` are done, and how many there will be."""
         wanted = [(c, seed) for *pair, seed in self._students(name) for c in pair]
-        folders = [steps.student_folder(self.study, cell, seed) for cell, seed in wanted]
-        return sum((folder / "evidence.json").exists() for folder in folders), len(folders)
+        done = 0
+        for cell, seed in wanted:
+            with contextlib.suppress(
+                FileNotFoundError, ValueError
+            ):  # not there, or of old settings
+                steps.open_student(self.study, cell, seed)
+                done += 1
+        return done, len(wanted)
 
     def results(self, name: str) -> pd.DataFrame:
         """Test accuracies of the last step: objective, seed, picked, random, difference.

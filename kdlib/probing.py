@@ -67,12 +67,15 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     folder = probe_folder(study, cell)
     with runs.open_run(study, folder, settings) as run:
         if not run.finished:
-            for cache in (images.train, images.test):
+            further = (cache for examples in others.values() for cache, _ in examples)
+            for cache in (images.train, images.test, *further):
                 cache.verify()
             heard = _teacher_pair(study, images, teacher)
             table = pd.DataFrame(
-                [*_probe_students(study, images, cell, evidences, heard[0], others, device),
-                 *_probe_teacher(study, images, cell, heard, others, device)]
+                [*_probe_students(
+                    study, images, cell, evidences, heard[0], teacher["outputs"], others, device
+                 ),
+                 *_probe_teacher(study, images, cell, heard, teacher["outputs"], others, device)]
             )  # fmt: skip
             write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
             evidence = _probe_evidence(table, images) | {
@@ -172,13 +175,14 @@ def _probe_students(
     cell: Cell,
     evidences: dict[int, dict],
     teacher: probe.Features,
+    outputs: dict[str, str],
     others: dict[str, Examples],
     device: str,
 ) -> Iterator[dict[str, Any]]:
     network = images.network(study.students[cell.student].model, 0, device)
     own = diagnostics.shared(teacher.values, teacher.values)
     places = {OWN: probe_examples(images)} | others
-    inputs = images.fingerprints | {"teacher": teacher.weights_sha256}
+    inputs = images.fingerprints | {"teacher": outputs}
     inputs |= {"others": _fingerprints(others)} if others else {}
 
     def rows(evidence: dict, seed: int, step: str) -> Iterator[dict[str, Any]]:
@@ -216,12 +220,13 @@ def _probe_teacher(
     images: Images,
     cell: Cell,
     pair: tuple[probe.Features, probe.Features],
+    outputs: dict[str, str],
     others: dict[str, Examples],
     device: str,
 ) -> Iterator[dict[str, Any]]:
     """The teacher's rows: of its stored features, and of other data."""
     row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
-    inputs = {"weights": pair[0].weights_sha256}
+    inputs = {"weights": pair[0].weights_sha256, "outputs": outputs}
     found = _once(
         study, inputs | images.fingerprints,
         lambda: _probe_pair({"on": OWN, "layer": LAST}, *pair, study.probe), device,
@@ -356,16 +361,15 @@ def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
     test features are of the same weights, everywhere."""
     students = table[(table["strategy"] != "teacher") & (table["on"] == OWN)]
     linear = students[(students["probe"] == "linear") & (students["layer"] == LAST)]
-    by_step = linear.groupby("step")["accuracy"].mean()
-    floor, trained = by_step.iloc[0], by_step.iloc[-1]
-    last = linear[linear["step"] == by_step.index[-1]]
+    steps = linear.groupby("seed")["step"]  # seeds that stop early have a last step of their own
+    first, last = linear.loc[steps.idxmin()], linear.loc[steps.idxmax()]
+    floor, trained = first["accuracy"].mean(), last["accuracy"].mean()
     worst = last.loc[last["rank_ratio"].idxmin()]
     pairs = table[["train_weights", "test_weights"]].drop_duplicates()
     return {
         "floor": {
             "trained": float(trained),
             "untrained": float(floor),
-            "untrained_step": int(by_step.index[0]),
             "slack": float(2 * np.sqrt(floor * (1 - floor) / images.test.n_examples)),
         },
         "collapse": {

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,9 @@ def joined(device: str) -> Iterator[Ranks]:
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    kind = "nccl" if device.startswith("cuda") else "gloo"
+    # the others wait while the first one waits for a lock, or stores a teacher's outputs
+    dist.init_process_group(kind, timeout=timedelta(days=7))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -152,7 +155,9 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
-        return scaled.to(x.dtype)
+        scaled = scaled.to(x.dtype)
+        # timm's BatchNormAct2d drops and activates within
+        return self.act(self.drop(scaled)) if hasattr(self, "act") else scaled
 
 
 def synchronised(module: nn.Module, ranks: Ranks) -> nn.Module:

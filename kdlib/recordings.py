@@ -16,7 +16,6 @@ from kdlib import checks, files, runs
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import all_outputs
 from kdlib.params import Study, StudyError, Training
-from kdlib.ranks import Ranks
 from kdlib.seeds import derive, hashed
 from kdlib.steps import (
     CROSS_ENTROPY,
@@ -25,12 +24,12 @@ from kdlib.steps import (
     keep_epoch,
     load_checked,
     load_step,
-    open_shared_run,
     plan_run,
     train_run,
     use,
 )
 from kdlib.tables import write_parquet
+from kdlib.trainer import ALONE
 
 
 def recording_folder(study: Study, model: str, part: str) -> Path:
@@ -95,7 +94,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
     if (model, part) not in asked:
         told = ", ".join("/".join(run) for run in asked) or "none (study: recordings)"
         raise StudyError(f"no recording {model}/{part} in this study; it has {told}")
-    device, ranks = use(study.compute), Ranks()
+    device = use(study.compute)
     own = recording_settings(study, model, part)
     kind, number = part.split("=")
     training, seed, epoch = _training(study), own["seed"], own["gradient_epoch"]
@@ -107,7 +106,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
         pretending = threshold_samples(ids, images.n_classes, int(number))
         labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
     settings = {"own": own, "inputs": images.fingerprints}
-    with open_shared_run(study, recording_folder(study, model, part), settings, ranks) as run:
+    with runs.open_run(study, recording_folder(study, model, part), settings) as run:
         if run.finished:
             return runs.read_evidence(run.folder)
         network = images.network(
@@ -129,7 +128,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
             )
         evidence = train_run(
             run, study, images, network, training, plan, CROSS_ENTROPY, seed, f"{model} {part}",
-            ranks, log=log, labels=labels,
+            ALONE, log=log, labels=labels,
         )  # fmt: skip
         if log is not None:
             log.finish()

@@ -6,6 +6,7 @@ tripwire stays in the table as refused, with the reason. Leaves to others: drawi
 statistics (`compare`, `ledger`), wording (`telling`), what is committed (`published`).
 """
 
+import functools
 import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ from kdlib.sampling import (
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
-    "own.seed", "own.subset.", "own.objective.", "own.student.", "inputs.subset",
+    "own.seed", "own.subset.", "own.objective.", "own.student.", "own.teacher", "inputs.subset",
     "inputs.teacher_outputs",
 )  # fmt: skip
 
@@ -68,7 +69,7 @@ def results(study: Study) -> pd.DataFrame:
         [0, 1], NaN where there is no evidence, and at the best epoch also where the teacher has
         learnt from the images it was chosen on.
     """
-    rows, evidences = [], {}
+    rows, evidences, made_from = [], {}, _MadeFrom(study)
     reference: dict[str, Any] | None = None
     probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
     for cell in study.cells():
@@ -82,6 +83,7 @@ def results(study: Study) -> pd.DataFrame:
                 reference = reference or settings
                 row |= _measured(evidence)
                 reasons = _reasons(folder, evidence, settings, reference)
+                reasons += made_from.otherwise(cell, evidence)
                 found = probed.get(cell, f"{cell.path} is not probed")
                 reasons += _add_probes(row, found, study.compare.measure)
                 evidences[cell, seed] = (len(rows), evidence)
@@ -104,6 +106,34 @@ def results(study: Study) -> pd.DataFrame:
         if column not in table:  # no run has it
             table[column] = np.nan
     return table.assign(refused=table["reason"] != "")
+
+
+class _MadeFrom:
+    """What the study's runs must be made from, as it is now."""
+
+    def __init__(self, study: Study) -> None:
+        up = study.upstream
+        runs.read_evidence(up.runs / "cache", up.step_settings("cache"))  # refuses a changed split
+        made = {
+            step: runs.read_evidence(up.runs / step, up.step_settings(step))
+            for step in ("teacher", "datamap")
+        }
+        self.study, self.data = study, made["teacher"]["data"]
+        self.datamap = made["datamap"]["datamap_sha256"]
+        self.card = functools.cache(lambda name: steps.open_teacher(study, name))
+
+    def otherwise(self, cell: Cell, evidence: dict[str, Any]) -> list[str]:
+        """Of what else a run was made."""
+        found, parent = [], evidence["subset"]["parent_datamap"]
+        name = self.study.objectives[cell.objective].teacher
+        of_subset = name is not None and self.study.teachers[name].learns_from == "subset"
+        if evidence["data"] != self.data:
+            found.append("images")
+        if evidence["teacher"] and not of_subset and evidence["teacher"] != self.card(name):
+            found.append("teacher outputs")
+        if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
+            found.append("datamap")
+        return [f"made of another study's {', '.join(found)}: run notebook 04 again"] * bool(found)
 
 
 def command(study: Study, cell: Cell) -> str:

@@ -8,6 +8,7 @@ settings is never reused and never overwritten: it moves to the study's `archive
 import contextlib
 import hashlib
 import importlib.metadata
+import itertools
 import platform
 import subprocess
 import time
@@ -218,17 +219,24 @@ def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
     for path in sorted(study.runs.glob("**/*.ipynb")):
         if "archive" in path.parts:
             continue
-        for cell in files.read_json(path)["cells"]:
+        try:
+            cells = files.read_json(path)["cells"]
+        except (ValueError, KeyError, TypeError) as error:  # cut by a full disk, say
+            failed.append((path, str(error)))
+            continue
+        for cell in cells:
             for output in cell.get("outputs", ()):
                 if output.get("output_type") == "error":
                     failed.append((path, f"{output['ename']}: {output['evalue']}"))
     return failed
 
 
-def failed_recordings(study: Study) -> list[tuple[Path, str]]:
-    """Logs of recordings that have begun and are not finished: (path, last line)."""
+def failed_logs(study: Study) -> list[tuple[Path, str]]:
+    """Logs of recordings and further teachers that have begun and are not finished: (path, last
+    line)."""
     failed = []
-    for path in sorted(study.runs.glob("recorded/model=*/*.log")):
+    logs = (study.runs.glob(where) for where in ("recorded/model=*/*.log", "teachers/*.log"))
+    for path in sorted(itertools.chain(*logs)):
         if not (path.with_suffix("") / "evidence.json").exists():
             lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
             failed.append((path, lines[-1] if lines else "stopped before it said anything"))

@@ -9,6 +9,7 @@ subset smaller than a batch the same example twice. Leaves to others: reading pi
 
 import threading
 from bisect import bisect_right
+from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 
@@ -44,8 +45,11 @@ def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np
 
 
 def shards_in_fraction(example_ids: np.ndarray, shard_size: int, fraction: float) -> int:
-    """How many of the shards that hold these examples a fraction of them is: at least one."""
-    return max(1, round(fraction * len(np.unique(np.asarray(example_ids) // shard_size))))
+    """How many of the shards that hold these examples a fraction of them is, rounded half up: at
+    least one."""
+    n_shards = len(np.unique(np.asarray(example_ids) // shard_size))
+    exact = Decimal(repr(float(fraction))) * n_shards  # 0.145 * 100 is 14.499... as a float
+    return max(1, int(exact.to_integral_value(ROUND_HALF_UP)))
 
 
 def fixed_shards(example_ids: np.ndarray, shard_size: int, n: int, seed: int) -> np.ndarray:
@@ -149,7 +153,8 @@ class Plan:
                 f"{shards_per_pass} shards per pass of {self.n_shards}; expected 1 to "
                 f"{self.n_shards}"
             )
-        if not 0 < cut <= 1 or int(cut * np.diff(self._bounds).min()) == 0:
+        shortest = len(ids) if shards_per_pass is None else int(np.diff(self._bounds).min())
+        if not 0 < cut <= 1 or int(cut * shortest) == 0:
             raise ValueError(
                 f"cut is {cut}; expected a share in (0, 1] that leaves a pass something"
             )

@@ -4,6 +4,7 @@ Leaves to others: the recordings, what agreement and detection mean (agreement, 
 (maps).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,19 @@ DETECTORS = ("aum", "loss", "confidence", "el2n", "forgetting_events", "held-out
 Tables = dict[str, pd.DataFrame]
 
 
-def recorded_scores(study: Study, images: Images) -> dict[str, dict[int, pd.DataFrame]]:
+def recorded_scores(
+    study: Study, images: Images, models: Iterable[str] | None = None
+) -> dict[str, dict[int, pd.DataFrame]]:
     """Every score and variant in every recorded run: model -> seed -> table by example id.
+
+    Args:
+        models: Some of the study's; None: all.
 
     Raises: FileNotFoundError for a recording that is not finished.
     """
     window, epoch = study.dynamics.window, study.dynamics.el2n_epoch
     found: dict[str, dict[int, pd.DataFrame]] = {}
-    for model in study.recordings.models:
+    for model in study.recordings.models if models is None else models:
         for seed in study.recordings.seeds:
             log = open_log(study, images, model, f"seed={seed}")
             table = datamap(log, el2n_epoch=epoch, window=window)
@@ -43,9 +49,9 @@ def recorded_scores(study: Study, images: Images) -> dict[str, dict[int, pd.Data
     return found
 
 
-def _of_each(runs: dict[int, pd.DataFrame], score: str) -> np.ndarray:
+def _of_each(tables: dict[int, pd.DataFrame], score: str) -> np.ndarray:
     """One score in every run, (R, N)."""
-    return np.stack([table[score].to_numpy(np.float64) for table in runs.values()])
+    return np.stack([table[score].to_numpy(np.float64) for table in tables.values()])
 
 
 def _scores_of(table: pd.DataFrame) -> list[str]:
@@ -143,7 +149,9 @@ def describe_scores(study: Study, tables: Tables) -> str:
         others = between[between["score"] == row["score"]]
         told = ", ".join(f"{r.other} {r.correlation:.2f}" for r in others.itertuples()) or "-"
         if np.isnan(row["correlation"]):
-            lines.append(f"| {row['score']} | the same for every example | - | - |")
+            lines.append(
+                f"| {row['score']} | the same for every example, in one run at least | - | - |"
+            )
             continue
         lines.append(
             f"| {row['score']} | {row['correlation']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
@@ -175,7 +183,8 @@ def noise_tables(study: Study, images: Images) -> Tables:
     ids = images.train_ids
     labels, originals = (images.train.read(c, ids) for c in ("labels", "original_labels"))
     wrong = labels != originals
-    scores = next(iter(recorded_scores(study, images).values()))
+    model = next(iter(study.recordings.models))
+    scores = recorded_scores(study, images, [model])[model]
     rows, curves, epochs = [], [], []
 
     def add(name: str, suspicions: list[np.ndarray]) -> None:
@@ -200,7 +209,6 @@ def noise_tables(study: Study, images: Images) -> Tables:
     if study.recordings.threshold_samples:
         rules["AUM below threshold samples"] = _below_threshold(study, images)
     for seed in study.recordings.seeds:
-        model = next(iter(study.recordings.models))
         log = open_log(study, images, model, f"seed={seed}")
         epochs.append(noise.over_epochs(log, wrong))
     judged = {name: noise.Flagged.judged(flags, wrong) for name, flags in rules.items()}

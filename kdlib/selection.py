@@ -109,7 +109,8 @@ def select(
     order = np.argsort(ids, kind="stable")
     table, ids = table.iloc[order], ids[order].astype(np.int64)
     features = None if features is None else np.asarray(features)[order]
-    choose = _Chooser(table, rule, tie_break(ids, seed), features)
+    own_cost = _own_cost(table, rule) if rule.kind == "own" else None
+    choose = _Chooser(table, rule, tie_break(ids, seed), features, own_cost)
     if rule.balanced:
         labels = _labels(table, rule)
         return ids[coresets.per_class(labels, n, choose.ties, choose)]
@@ -124,6 +125,7 @@ class _Chooser:
     rule: Selection
     ties: np.ndarray
     features: np.ndarray | None
+    own_cost: np.ndarray | None
 
     def __call__(self, positions: np.ndarray, m: int) -> np.ndarray:
         """(m,) sorted positions out of `positions`."""
@@ -150,7 +152,7 @@ class _Chooser:
         elif kind in ("d2", "k_center", "herding"):
             chosen = self._by_features(table, self._features(positions), m, ties)
         elif kind == "own":
-            chosen = coresets.lowest(_own_cost(table, rule), m, ties)
+            chosen = coresets.lowest(self.own_cost[positions], m, ties)
         else:
             chosen = coresets.lowest(_cost(table, kind), m, ties)
         return positions[chosen]

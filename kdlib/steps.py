@@ -196,7 +196,8 @@ def make_one_teacher(
     settings = {"own": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
     if teacher.weights is not None:
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
-    if _launch(study, ranks, folder, settings, "teacher"):
+    point = {} if name is None else {"teacher": name}
+    if _launch(study, ranks, folder, settings, "teacher", **point):
         return runs.read_evidence(folder)
     if name is None and study.dynamics.model is not None:
         _record_dynamics(study, images, device, ranks)
@@ -268,7 +269,7 @@ def _subset_teacher(study: Study, images: Images, name: str, subset: Subset, see
             evidence = runs.read_evidence(folder)
             _restore_outputs(study, images, name, folder, evidence, device)
             return
-        network = images.network(teacher.model, derive(requested, "init"), device)
+        network = teacher_network(study, images, device, name, requested)
         plan = plan_run(images, teacher.training, subset.example_ids, requested)
         describe = f"teacher {name} of {subset.strategy} {subset.fraction:g}, seed {seed}"
         trained = train_run(
@@ -287,9 +288,11 @@ def _subset_teacher_folder(study: Study, name: str, subset: Subset, seed: int) -
     return teacher_folder(study, name) / f"subset={subset.sha256[:16]}" / f"seed={seed}"
 
 
-def teacher_network(study: Study, images: Images, device: str, name: str | None = None) -> Network:
+def teacher_network(
+    study: Study, images: Images, device: str, name: str | None = None, seed: int | None = None
+) -> Network:
     """The teacher, or a further one, with its published or loaded weights, or with those its
-    training begins from.
+    training begins from, drawn from its own seed or from another one.
 
     It sees images of `teacher.image_size` where that is set, whatever their size in the cache.
     """
@@ -308,7 +311,7 @@ def teacher_network(study: Study, images: Images, device: str, name: str | None 
             teacher.model,
             n_classes=images.n_classes,
             image_shape=seen,
-            seed=derive(teacher.seed, "init"),
+            seed=derive(teacher.seed if seed is None else seed, "init"),
         )
         if teacher.weights is not None:
             load_weights(network, _weights_file(teacher.weights))
@@ -379,6 +382,7 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
     Returns: What is stored now, restricted to the part.
     Raises: ValueError for a teacher that this study trains: step 02 stores its outputs.
     """
+    study = study.upstream
     if study.teacher.training is not None:
         raise ValueError(
             "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
@@ -494,6 +498,11 @@ def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pix
     teacher = _teacher(study, name)
     if teacher.mean is None:
         return images.pixels
+    if len(teacher.mean) != images.image_shape[0]:
+        raise params.StudyError(
+            f"teacher.mean and std have {len(teacher.mean)} numbers; expected one for each of "
+            f"{images.image_shape[0]} channels"
+        )
     return Pixels(list(teacher.mean), list(teacher.std), study.compute.channels_last)
 
 
@@ -505,7 +514,7 @@ def _record_dynamics(study: Study, images: Images, device: str, ranks: Ranks) ->
     with open_shared_run(study, study.recorded_run, settings, ranks) as run:
         if run.finished:
             return
-        network = images.network(dynamics.model, derive(dynamics.seed, "init"), device)
+        network = recorded_network(study, images, device)
         evidence = {"step": "dynamics", "study": study.name, "data": images.fingerprints}
         trained = _supervise(
             run, study, images, network, dynamics.training, dynamics.seed, True, "dynamics", ranks
@@ -559,13 +568,14 @@ def keep_epoch(training: params.Training, plan: Plan, epoch: int | None) -> para
     """
     if epoch is None:
         return training
-    at = epoch * len(plan.example_ids) / plan.batch_size / plan.n_steps
-    if at > 1:
+    steps_of_epoch = len(plan.example_ids) / plan.batch_size
+    step = round(epoch * steps_of_epoch)  # as those who read it say
+    if step > plan.n_steps:
         raise ValueError(
             f"dynamics.gradient_epoch is {epoch}; the recorded training ends after "
-            f"{epoch / at:g} epochs"
+            f"{plan.n_steps / steps_of_epoch:g} epochs"
         )
-    kept = (*training.checkpoint_fractions, at)
+    kept = (*training.checkpoint_fractions, step / plan.n_steps)
     return training.model_copy(update={"checkpoint_fractions": kept})
 
 
@@ -805,13 +815,11 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     """Step 03: every score of every training example, from the recorded dynamics, the recorded
     network's gradients where the study asks for them, and the teacher's features."""
     study = study.upstream
-    teacher = open_teacher(study)
     recorded = runs.read_evidence(study.recorded_run)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     settings = {
         "own": study.step_settings("datamap"),
-        "inputs": images.fingerprints
-        | {"recorded": recorded["settings_sha256"], "teacher_outputs": teacher["outputs"]["train"]},
+        "inputs": images.fingerprints | _made_from(study),
     }
     path = study.runs / "datamap" / "datamap.parquet"
     with runs.open_run(study, path.parent, settings) as run:
@@ -835,6 +843,14 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
         return open_datamap(study, images)
 
 
+def _made_from(study: Study) -> dict[str, str]:
+    """What a datamap is made from beside images: the recorded training, the teacher's outputs."""
+    return {
+        "recorded": runs.read_evidence(study.recorded_run)["settings_sha256"],
+        "teacher_outputs": open_teacher(study)["outputs"]["train"],
+    }
+
+
 def _further_scores(
     study: Study, images: Images, table: pd.DataFrame, recorded: dict[str, Any]
 ) -> dict[str, np.ndarray]:
@@ -844,7 +860,7 @@ def _further_scores(
     scores = {}
     epoch = study.dynamics.gradient_epoch
     if epoch is not None:
-        network = images.network(study.dynamics.model or study.teacher.model, 0, device)
+        network = recorded_network(study, images, device)
         step = round(epoch * recorded["epochs_in_steps"])
         load_step(network, study.recorded_run, recorded, step)
         scores["grand"], scores["grand_last"] = gradients(images, network, ids, device)
@@ -853,6 +869,13 @@ def _further_scores(
     seed = derive(study.dynamics.seed, "clusters") % 2**32  # scikit-learn takes 32 bits
     scores["prototypicality"] = coresets.prototypicality(features, n_clusters, seed)
     return scores | {"class_distance": coresets.class_distance(features, table["label"].to_numpy())}
+
+
+def recorded_network(study: Study, images: Images, device: str) -> Network:
+    """The network whose dynamics make the datamap, for its weights to be loaded into."""
+    if study.dynamics.model is None:
+        return teacher_network(study, images, device)
+    return images.network(study.dynamics.model, derive(study.dynamics.seed, "init"), device)
 
 
 def gradients(
@@ -876,12 +899,13 @@ def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
 def open_datamap(study: Study, images: Images) -> pd.DataFrame:
     """What step 03 made, checked against the images and the evidence.
 
-    Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images.
+    Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images,
+        another recording or another teacher.
     """
     study = study.upstream
     evidence = runs.read_evidence(study.runs / "datamap", study.step_settings("datamap"))
     path = study.runs / "datamap" / "datamap.parquet"
-    table = read_datamap(path, images.fingerprints)
+    table = read_datamap(path, images.fingerprints | _made_from(study))
     if files.sha256_file(path) != evidence["datamap_sha256"]:
         raise ValueError(f"{path} differs from its evidence; run notebooks/03_datamap.ipynb again")
     return table
@@ -961,7 +985,7 @@ def train_student(
             subset.save(run.folder / "subset.parquet")
         network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
         n_shards = None
-        if cell.strategy.startswith("random_shards"):
+        if cell.strategy in ("random_shards", "random_shards_cut"):
             n_shards = shards_in_fraction(
                 subset.example_ids, images.train.shard_size, cell.fraction
             )

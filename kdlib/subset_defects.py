@@ -148,7 +148,7 @@ def unsaved_subset(bench: Bench) -> Exhibit:
         defect=len(np.intersect1d(*drawn)) / n,
         honest=len(np.intersect1d(*ours)) / n,
         tripwire="selection.Subset.save",
-        sentence=_one_line(sentence),
+        sentence=sentence,
         caught=bool(sentence),
         quiet=not refused(lambda: saved(ours[1]).save(again)),
     )
@@ -250,9 +250,7 @@ def keyed_by_position(bench: Bench) -> Exhibit:
         defect=float(np.isin(places, easiest).mean()),
         honest=float(np.isin(bench.ids[np.searchsorted(bench.ids, easiest)], easiest).mean()),
         tripwire="DynamicsLog.record, DynamicsLog.open",
-        sentence=_one_line(sentence).replace(str(bench.folder), "...")
-        + "; of another split: "
-        + _one_line(split).replace(str(bench.folder), "..."),
+        sentence=f"{sentence}; of another split: {split}",
         caught=bool(sentence) and bool(split),
         quiet=not honest,
     )
@@ -349,7 +347,7 @@ def last_called_best(bench: Bench) -> Exhibit:
         name="last weights called best",
         happened="Numbers of the best epoch stood beside the weights of the last one, and the "
         "best of a glob became the teacher.",
-        measure="validation accuracy of the best weights",
+        measure="validation accuracy told of the kept weights",
         defect=float(rows.max()),
         honest=validation,
         tripwire="checks.checkpoint_hashes",
@@ -404,10 +402,6 @@ def stopped_early(bench: Bench) -> Exhibit:
         honest=honest.trained.last_step / honest.plan.n_steps,
         **judged((checks.budget, checks.coverage), wrong.evidence, honest.evidence),
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 DEFECTS = (

@@ -21,7 +21,7 @@ from kdlib.augment import Pixels, augment
 from kdlib.building import build
 from kdlib.cache import Cache, CacheError
 from kdlib.evaluation import accuracy, all_outputs
-from kdlib.models import Network
+from kdlib.models import Network, Resized
 from kdlib.params import Augment
 from kdlib.weights import weights_fingerprint
 
@@ -64,7 +64,7 @@ def output_header(
         "view": view,
         "n_classes": network.n_classes,
         "top_k": top_k,
-    }
+    } | ({"image_size": network.size} if isinstance(network, Resized) else {})
 
 
 def store_outputs(
@@ -210,6 +210,7 @@ def open_outputs(
     Args:
         images: The image cache they must belong to.
         teacher: Fingerprint of the weights they must come from.
+        part: (i, k): only the i-th of k equal runs of shards; None: all.
 
     Raises: CacheError that says which of the two differs, or that the outputs are unfinished.
     """

@@ -24,15 +24,21 @@ class Tracker:
     def log(self, row: Mapping[str, float], step: int) -> None:
         """Hand one evaluation's metrics on; a sink that fails is dropped with a warning."""
         for name, sink in list(self._sinks.items()):
-            try:
+            with self._stopping_nothing(name):
                 sink(row, step)
-            except Exception as error:  # whatever a tracker raises, training goes on
-                del self._sinks[name]
-                warnings.warn(
-                    f"{name} failed and is off for the rest of this run ({error}); the metrics are "
-                    "in the run's folder",
-                    stacklevel=2,
-                )
+
+    @contextlib.contextmanager
+    def _stopping_nothing(self, name: str) -> Iterator[None]:
+        """Whatever a tracker raises, training goes on without it."""
+        try:
+            yield
+        except Exception as error:
+            self._sinks.pop(name, None)
+            warnings.warn(
+                f"{name} failed and is off for the rest of this run ({error}); the metrics are in "
+                "the run's folder",
+                stacklevel=3,
+            )
 
 
 @contextlib.contextmanager
@@ -63,18 +69,22 @@ def _tensorboard(tracker: Tracker, folder: Path, resumed_step: int) -> Iterator[
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise _missing("tensorboard") from error
-    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+    name = "TensorBoard"
+    with tracker._stopping_nothing(name):
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
-    def sink(row: Mapping[str, float], step: int) -> None:
-        for key, value in row.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
+        def sink(row: Mapping[str, float], step: int) -> None:
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-    tracker._sinks["TensorBoard"] = sink
+        tracker._sinks[name] = sink
     try:
         yield
     finally:
-        writer.close()
+        if name in tracker._sinks:
+            with tracker._stopping_nothing(name):
+                writer.close()
 
 
 @contextlib.contextmanager
@@ -87,15 +97,19 @@ def _wandb(
         raise _missing("wandb") from error
     named = hashlib.sha256(f"{folder} {files.canonical_json(settings)}".encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    run = wandb.init(
-        project=project, name=name, id=named[:16], dir=str(folder), resume="allow",
-        config=dict(settings),
-    )  # fmt: skip
-    tracker._sinks["Weights & Biases"] = lambda row, step: run.log(dict(row), step=step)
+    sink = "Weights & Biases"
+    with tracker._stopping_nothing(sink):
+        run = wandb.init(
+            project=project, name=name, id=named[:16], dir=str(folder), resume="allow",
+            config=dict(settings),
+        )  # fmt: skip
+        tracker._sinks[sink] = lambda row, step: run.log(dict(row), step=step)
     try:
         yield
     finally:
-        run.finish()
+        if sink in tracker._sinks:
+            with tracker._stopping_nothing(sink):
+                run.finish()
 
 
 def _missing(package: str) -> ModuleNotFoundError:

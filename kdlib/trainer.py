@@ -155,7 +155,9 @@ class Step:
         self._call = distributed(learner, task.ranks)
         if task.compute.compile:
             self._call = torch.compile(self._call)
-        self._drops = any("Drop" in type(m).__name__ for m in learner.modules())
+        self._drops = any(
+            "Drop" in type(m).__name__ or getattr(m, "drop_rate", 0) for m in learner.modules()
+        )
         self._cast = task.compute.precision == "bf16"
 
     def __call__(
@@ -239,6 +241,12 @@ def _in_order(pieces: list[Tensor], ranks: Ranks) -> Tensor:
     """Rows of pieces, each gathered over the processes, in the order of the gathered batch."""
     by_rank = [piece.chunk(ranks.n) for piece in pieces]
     return torch.cat([part[rank] for rank in range(ranks.n) for part in by_rank])
+
+
+def _order_sha256(order: np.ndarray) -> str | None:
+    """Of the first pass; None where nothing is drawn, so that all seeds have the same."""
+    drawn = not np.array_equal(order, np.sort(order))
+    return files.sha256_array(order) if drawn else None
 
 
 def train(
@@ -335,7 +343,7 @@ class _Loop:
         self._measured = copy.deepcopy(task.network) if self.ema else task.network
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
-            "order_sha256": files.sha256_array(task.loader.plan.order(0)),
+            "order_sha256": _order_sha256(task.loader.plan.order(0)),
         }
         self._restore()
 
@@ -515,7 +523,8 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, float] | No
     """The objective's teacher term on `n` evenly spaced training examples, teacher rows in place
     and swapped.
 
-    Swapped means that each example gets the row of an example of another class.
+    Swapped means that each example gets the row of an example of another class, as far as no class
+    has more than half of them.
 
     Returns: {"paired", "permuted"}: the terms; "teacher_accuracy": of the logits of all training
         examples as this loader hands them out, against its labels, None when it reads no logits.
@@ -536,12 +545,16 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, float] | No
     learner.eval()
     images = task.pixels.prepare(loader.raw(chosen))
     parts = [learner(some) for some in images.split(128)]
-    projected = {k: torch.cat([p[k] for p in parts]).double() for k in parts[0]}
+    # exact sums tell a loss that hears nothing; code of others may be written for float32 alone
+    exact = torch.float32 if task.objective.kind == "own" else torch.float64
+    projected = {k: torch.cat([p[k] for p in parts]).to(exact) for k in parts[0]}
     for module, training in modes:
         module.training = training
     labels = loader.labels[chosen]
     terms = [
-        float(task.distiller.soft_term(projected, {k: v.double() for k, v in rows.items()}, labels))
+        float(
+            task.distiller.soft_term(projected, {k: v.to(exact) for k, v in rows.items()}, labels)
+        )
         for rows in (teacher, swapped)
     ]
     found = {"paired": terms[0], "permuted": terms[1], "teacher_accuracy": None}

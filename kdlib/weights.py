@@ -97,6 +97,10 @@ def load_weights(network: nn.Module, path: Path) -> str:
     return weights_fingerprint(network)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
@@ -113,7 +117,7 @@ def _checkpoint(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of many kinds, which torch does not name
         raise ValueError(
             f"{path} is cut, or holds more than tensors, which could execute code and is not read "
-            f"({str(error).splitlines()[0]}); save its state_dict alone, or as safetensors"
+            f"({_first_line(error)}); save its state_dict alone, or as safetensors"
         ) from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

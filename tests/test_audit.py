@@ -15,10 +15,18 @@ import pandas as pd
 import pytest
 import yaml
 
-from kdlib import audit, checks, exhibits, feature_defects, files, steps, subset_defects
+from kdlib import (
+    audit,
+    checks,
+    exhibits,
+    feature_defects,
+    files,
+    published,
+    steps,
+    subset_defects,
+)
 from kdlib.invariants import INVARIANTS
 from kdlib.params import load_study
-from kdlib.tables import write_parquet
 
 ROOT = Path(audit.__file__).resolve().parents[1]
 QUICK = (
@@ -216,16 +224,23 @@ def test_ours_are_means_of_accepted_runs_by_objective():
 
 def test_our_tables_stand_beside_theirs_where_they_are(home):
     text = audit.describe_published()
-    assert "No run table here of `subsets` and `fractions`" in text
+    assert "No run table here that belongs to `subsets` and `fractions`" in text
     assert "ours:" not in text.split("\n\n")[1]
-    path = home / "figures" / "subsets" / "tables" / "results.parquet"
-    path.parent.mkdir(parents=True)
-    write_parquet(path, _rows(seed=[0, 1], test_accuracy=[0.5, 0.52]), {})
+    (home / "params").mkdir(exist_ok=True)
+    for name in ("cifar10", "subsets"):
+        shutil.copy(ROOT / "params" / f"{name}.yaml", home / "params")
+    study = load_study(home / "params" / "subsets.yaml")
+    curves = _rows(seed=[0, 1], step=[1, 1], validation_accuracy=[0.5, 0.5])
+    tables = {"results": _rows(seed=[0, 1], test_accuracy=[0.5, 0.52]), "curves": curves}
+    published.write(study, tables | {"probes": curves, "costs": curves})
     text = audit.describe_published()
     assert "ours: subsets, tiny" in text
     assert "| easy, 33 % | 71.9 | 61.9 | 49.0 | kd 51.0 ± 1.4 |" in text
     assert "400 steps, 2 seeds" in text
-    assert "No run table here of `fractions`" in text
+    assert "No run table here that belongs to `fractions`" in text
+    path = home / "params" / "subsets.yaml"
+    path.write_text(path.read_text().replace("steps: 400", "steps: 401"))
+    assert "ours:" not in audit.describe_published().split("\n\n")[1]
 
 
 # --- invariants ----------------------------------------------------------------------------------

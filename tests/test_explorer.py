@@ -465,6 +465,17 @@ def test_a_map_of_other_images_or_without_scores_is_refused(study, made):
         Explorer(study, against=pd.DataFrame({"label": [1]}, index=[0]))
 
 
+def test_the_map_of_a_study_that_shares_another_one_s_is_walked_in(study, made):
+    path = made / "params" / "sharing.yaml"
+    path.write_text(yaml.safe_dump({"base": "tiny.yaml", "shares": "tiny.yaml"}))
+    sharing = load_study(path)
+    assert explorer.still_map(sharing).is_file()
+    walk = Explorer(sharing)
+    walk.select(walk.images.train_ids[:5])
+    saved = Subset.load(walk.save("mine"))
+    assert saved.parent == runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
+
+
 def test_the_commands_train_the_selection_and_as_many_random_examples(state, study):
     state.select(state.table.index[:110])
     state.save("mine")

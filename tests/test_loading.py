@@ -1,5 +1,6 @@
 """`kdlib.loading`: a batch holds what was planned, wherever pixels are kept and whoever made it."""
 
+import math
 import threading
 
 import numpy as np
@@ -304,3 +305,17 @@ def test_loading_leaves_the_global_generators_alone(images):
     Loader(plan_of(), images, view=VIEW).batch(2)
     np.testing.assert_array_equal(np.random.get_state()[1], before)
     assert torch.equal(torch.get_rng_state(), torch_before)
+
+
+def test_the_limit_of_a_job_is_what_it_leaves(tmp_path):
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    own.write_text("1:cpu:/elsewhere\n0::/job/step\n")
+    for group, most, used in (("job", "5000", 1000), ("job/step", "max", 700)):
+        (root / group).mkdir(parents=True)
+        (root / group / "memory.max").write_text(f"{most}\n")
+        (root / group / "memory.current").write_text(f"{used}\n")
+    assert loading._allowed(root, own) == 4000
+    (root / "job" / "memory.max").write_text("max\n")
+    assert loading._allowed(root, own) == math.inf
+    own.write_text("1:cpu:/\n")  # version 1 alone
+    assert loading._allowed(root, own) == math.inf

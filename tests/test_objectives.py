@@ -80,6 +80,12 @@ def test_what_must_rise_with_foreign_rows_may_be_said_apart_from_the_loss(home):
     assert made.soft_term(given, teacher, labels).item() == 6
 
 
+def test_projectors_stand_behind_outputs_that_are_there(home):
+    (home / "mine.py").write_text(CODE.replace('{"features": nn', '{"feature": nn'))
+    with pytest.raises(ValueError, match=r"behind \['feature'\]; expected some of \['features'"):
+        distiller(own())
+
+
 def test_no_code_runs_before_it_is_trusted_and_none_when_a_study_is_read(home):
     (home / "mine.py").write_text("raise SystemExit('ran')")
     assert own().code_sha256  # read, not run

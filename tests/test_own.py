@@ -1,6 +1,8 @@
 """`kdlib.own`: selections from a file of the study's own, and that no code runs unasked; objectives
 are in `test_objectives`."""
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,3 +99,29 @@ def test_code_of_ours_and_of_theirs_share_no_state(home):
     modules = [run(rule(options=None), "cost", "cost(table)") for _ in range(2)]
     assert modules[0].cost(None) == modules[1].cost(None) == [1]
     assert np.asarray(modules[0].seen).tolist() == [1]
+
+
+def test_what_runs_are_the_bytes_that_were_hashed(home):
+    path = home / "mine.py"
+    body = "def cost(table):\n    return {}"
+    for value in (1, 2):  # of one size and one second: bytecode of the first would be taken
+        path.write_text(body.format(value))
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        assert run(rule(options=None), "cost", "cost(table)").cost(None) == value
+    assert not list(home.glob("**/*.pyc"))
+
+
+def test_a_file_may_have_any_name_and_dataclasses(home):
+    (home / "mine").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass A:\n    x: int\ndef cost(table): return A(3).x"
+    )
+    assert run(rule(code="mine", options=None), "cost", "cost(table)").cost(None) == 3
+
+
+def test_costs_are_of_the_whole_datamap_where_classes_are_balanced(home):
+    (home / "mine.py").write_text(
+        "def cost(table):\n    assert len(table) == 6\n    return -table['confidence'].rank()"
+    )
+    # the most confident of each class: 5 (0.9) and 2 (1.0)
+    assert select(table(), 2, rule(options=None, balanced=True), 0).tolist() == [2, 5]

@@ -24,6 +24,11 @@ from kdlib.ranks import distributed, gathered, joined, summed_loss, synchronised
 
 folder = Path(sys.argv[1])
 torch.set_num_threads(1)
+
+class BatchNormAct(nn.BatchNorm2d):  # as timm's BatchNormAct2d
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
+
 if len(sys.argv) > 2:
     with joined("cpu") as r:
         if r.rank == 1:
@@ -32,9 +37,10 @@ if len(sys.argv) > 2:
 torch.manual_seed(0)
 x, y = torch.randn(6, 8, 2, 5, 5), torch.arange(48).reshape(6, 8) % 3
 body = nn.Sequential(
-    nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, momentum=None), nn.ReLU(), nn.Flatten(),
+    nn.Conv2d(2, 4, 3), BatchNormAct(4, momentum=None), nn.ReLU(), nn.Flatten(),
     nn.Linear(36, 6), nn.BatchNorm1d(6), nn.Linear(6, 3),
 )
+body[1].drop, body[1].act = nn.Identity(), nn.Hardtanh(0, 1)
 with joined("cpu") as r:
     module = synchronised(body, r)
     call = distributed(module, r)

@@ -88,16 +88,24 @@ def test_failed_notebooks_are_listed_with_their_error(study):
     files.write_json(study.runs / "a" / "bad.ipynb", notebook([error]))
     files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
     files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
-    assert runs.failed_notebooks(study) == [(study.runs / "a" / "bad.ipynb", "TripwireError: no")]
+    (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
+    bad, cut = runs.failed_notebooks(study)
+    assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
+    assert cut[0].name == "cut.ipynb"
 
 
-def test_recordings_that_are_not_finished_are_listed_with_their_last_line(study):
+def test_logs_of_what_is_not_finished_are_listed_with_their_last_line(study):
     folder = study.runs / "recorded" / "model=a"
     (folder / "seed=0").mkdir(parents=True)
     (folder / "seed=0" / "evidence.json").write_text("{}")
     (folder / "seed=0.log").write_text("fine\n")
     (folder / "seed=1.log").write_text("step 3\nValueError: no\n\n")
-    assert runs.failed_recordings(study) == [(folder / "seed=1.log", "ValueError: no")]
+    teacher = study.runs / "teachers" / "small.log"
+    teacher.parent.mkdir()
+    teacher.write_text("RuntimeError: neither\n")
+    assert runs.failed_logs(study) == [
+        (folder / "seed=1.log", "ValueError: no"), (teacher, "RuntimeError: neither"),
+    ]  # fmt: skip
 
 
 def test_evidence_that_was_changed_is_refused_by_reader_and_step(study):

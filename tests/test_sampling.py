@@ -323,3 +323,17 @@ def test_shards_in_sorted_order_cut_short_starve_the_last_of_them():
 def test_a_cut_that_leaves_nothing_or_more_than_all_is_refused(cut):
     with pytest.raises(ValueError, match=r"expected a share in \(0, 1\]"):
         Plan(np.arange(40), 5, 10, 0, order="sequential", shard_size=8, cut=cut)
+
+
+@pytest.mark.parametrize(
+    ("n_shards", "fraction", "n"), [(5, 0.5, 3), (100, 0.145, 15), (122, 0.2, 24), (3, 0.01, 1)]
+)
+def test_a_fraction_of_shards_is_rounded_half_up(n_shards, fraction, n):
+    assert shards_in_fraction(np.arange(n_shards * 4), 4, fraction) == n
+
+
+def test_a_pass_over_all_shards_may_be_cut_where_one_of_them_has_a_single_example():
+    ids = np.array([0, 4, 5, 6, 7])  # shards of one and of four
+    assert Plan(ids, 1, 4, 0, shard_size=4, cut=0.5, order="sequential").visits().sum() == 4
+    with pytest.raises(ValueError, match="leaves a pass something"):
+        Plan(ids, 1, 4, 0, shard_size=4, cut=0.5, shards_per_pass=1)

@@ -33,6 +33,7 @@ from kdlib.params import Model, load_study
 from kdlib.probe import Features, linear_probe
 from kdlib.seeds import derive
 from kdlib.selection import Subset
+from kdlib.trainer import checkpoint_steps
 from kdlib.weights import load_weights, save_weights, weights_fingerprint
 
 TINY = files.workspace() / "params" / "tiny.yaml"
@@ -355,6 +356,57 @@ def test_rows_made_before_the_study_was_changed_are_refused(home):
     assert "objective.alpha: 0.5 -> 0.9" in table[table["refused"]]["reason"].iloc[0]
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"data__split_seed": 3}, "split_seed: 0 -> 3"),
+        ({"teacher__seed": 7}, "teacher.seed: 0 -> 7"),
+    ],
+)
+def test_a_table_is_of_the_images_and_the_teacher_the_study_has_now(home, changes, told):
+    with pytest.raises(ValueError, match=told):
+        report.results(_study(home, **changes))
+
+
+@pytest.mark.parametrize(
+    ("forge", "told"),
+    [
+        (lambda e: e["data"].update(split="of another seed"), "images"),
+        (lambda e: e["teacher"].update(weights_sha256="0" * 64), "teacher outputs"),
+        (lambda e: e["subset"].update(parent_datamap="0" * 64), "datamap"),
+    ],
+)
+def test_rows_of_another_study_s_making_are_refused(home, forge, told):
+    study = _study(home)
+    folder = steps.student_folder(study, study.cell(strategy="easy", objective="kd"), 0)
+    _forge(folder, forge)
+    table = report.results(study)
+    reason = table[table["refused"]]["reason"].item()
+    assert f"made of another study's {told}: run notebook 04 again" in reason
+
+
+def test_a_datamap_of_another_recording_chooses_nothing(home):
+    study = _study(home)
+    images = steps.open_images(study)
+    folder = study.recorded_run
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["own"]["more"] = 1
+    files.write_json(folder / "settings.json", settings)
+    _forge(folder, lambda e: e.update(settings_sha256=files.fingerprint(settings)))
+    with pytest.raises(ValueError, match=r"recorded: .* -> "):
+        steps.open_datamap(study, images)
+
+
+@pytest.mark.parametrize("epoch", range(1, 8))
+def test_the_kept_epoch_is_the_step_its_readers_ask_for(home, epoch):
+    study = _study(home)
+    training = study.training.model_copy(update={"batch_size": 32, "checkpoint_fractions": (0, 1)})
+    n = 50_000
+    plan = sampling.Plan(np.arange(n), 32, round(7 * n / 32), 0)
+    kept = checkpoint_steps(steps.keep_epoch(training, plan, epoch), plan.n_steps)
+    assert round(epoch * (n / 32)) in kept
+
+
 def test_a_missing_run_is_refused_and_named(home):
     study = _study(home)
     shutil.rmtree(_first_run(study))
@@ -501,6 +553,24 @@ def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probe
     assert (whole["strategy"] == "teacher").sum() == 8
     assert (whole["strategy"] == "untrained").sum() == 2 * 2 * 2 * 4  # seeds, data, layers, probes
     assert "places" in report.draw_comparison(study, report.compile_tables(study))
+
+
+def test_seeds_that_stop_early_are_each_judged_at_their_last_step(probed):
+    _, images, _, table = _probed(probed)
+    first = (table["seed"] == 0) & (table["step"] == 60)
+    table.loc[first, "step"] = 50  # it stopped there, and collapsed
+    table.loc[first, ["accuracy", "rank_ratio"]] = 0.01
+    evidence = probing._probe_evidence(table, images)
+    assert evidence["collapse"]["ratio"] == 0.01
+    assert evidence["floor"]["trained"] < 0.6
+
+
+def test_the_teacher_is_probed_again_when_its_outputs_are_others(probed, monkeypatch):
+    study, images, cell, _ = _probed(probed)
+    pair = probing._teacher_pair(study, images, steps.open_teacher(study))
+    monkeypatch.setattr(probing, "_probe_pair", lambda *_: iter([{"accuracy": 0.5}]))
+    rows = list(probing._probe_teacher(study, images, cell, pair, {"train": "new"}, {}, "cpu"))
+    assert rows[0]["accuracy"] == 0.5
 
 
 def test_features_of_the_same_weights_give_the_same_bytes_again(probed):
@@ -913,6 +983,9 @@ def test_a_teacher_of_the_subset_alone_has_seen_nothing_else(home):
     assert (folder / "evidence.json").read_bytes() == before
     steps.train_student(study, images, cell, 1)
     assert len(list((study.runs / "teachers" / "other").glob("subset=*/seed=*"))) == 2
+    table = report.results(study)
+    mine = (table["strategy"] == "easy") & (table["objective"] == "other")
+    assert not table[mine | (table["objective"] != "other")]["refused"].any()
 
 
 def test_a_study_that_shares_a_teacher_makes_students_alone(home, monkeypatch):

@@ -73,7 +73,7 @@ ALLOWED = {
     "extracting": "augment building cache data evaluation files models params sampling",
     "probing": "augment checks diagnostics extracting files models params probe runs seeds steps "
     "tables weights",
-    "recordings": "checks dynamics evaluation files params ranks runs seeds steps tables",
+    "recordings": "checks dynamics evaluation files params runs seeds steps tables trainer",
     "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
     "variants",
     "report": "cartography checks compare dynamics files ledger maps objectives params plots "
@@ -85,8 +85,8 @@ ALLOWED = {
     "feature_defects": "checks diagnostics exhibits features objectives params probe runs sampling "
     "seeds teacher tracking trainer weights",
     "invariants": "",
-    "audit": "exhibits feature_defects files invariants params plots runs steps subset_defects "
-    "tables",
+    "audit": "exhibits feature_defects files invariants params plots published runs steps "
+    "subset_defects tables",
     "findings": "compare files params published report telling",
     "picking": "__init__ files params runs selection steps",
     "explorer": "params picking plots report",

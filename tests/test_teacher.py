@@ -12,13 +12,14 @@ from kdlib import teacher
 from kdlib.augment import Pixels, augment
 from kdlib.cache import Cache, CacheError
 from kdlib.evaluation import all_outputs, evaluate
-from kdlib.models import Network, build_network
+from kdlib.models import Network, Resized, build_network
 from kdlib.params import Augment, Model
 from kdlib.teacher import (
     Replay,
     decode_logits,
     encoded,
     open_outputs,
+    output_header,
     store_outputs,
     stored_accuracy,
     stored_columns,
@@ -357,3 +358,13 @@ def test_parts_of_outputs_give_the_bytes_of_the_whole(images, stored, tmp_path):
     assert whole.fingerprint == stored.fingerprint
     for path in stored.folder.glob("*.npy"):
         assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+
+
+def test_outputs_of_larger_images_are_others(images):
+    network = network_of()
+    headers = [
+        output_header(n, PIXELS, images, None, None) for n in (network, Resized(network, 12))
+    ]
+    assert headers[0]["teacher"] == headers[1]["teacher"]
+    assert "image_size" not in headers[0]
+    assert headers[1]["image_size"] == 12

@@ -97,3 +97,20 @@ def test_a_tracker_that_fails_says_so_once_and_stops_nothing(tmp_path, monkeypat
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             tracker.log(ROW, 2)
+
+
+@third_party
+def test_a_tracker_that_cannot_be_opened_or_closed_stops_nothing(tmp_path, monkeypatch):
+    import wandb
+
+    def refuse(*_, **__):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.warns(UserWarning, match="Weights & Biases failed and is off .*no API key"):
+        log(Tracking(wandb=True), tmp_path, [1])
+    from torch.utils.tensorboard import SummaryWriter
+
+    monkeypatch.setattr(SummaryWriter, "close", refuse)
+    with pytest.warns(UserWarning, match="TensorBoard failed"):
+        log(Tracking(tensorboard=True), tmp_path, [1])

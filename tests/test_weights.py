@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_models import build, images
+from torch import nn
 
 from kdlib.models import Network
 from kdlib.weights import load_weights, save_weights, weights_fingerprint
@@ -183,3 +184,12 @@ def test_a_foreign_architecture_is_refused_in_a_short_message(saved):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.safetensors"):
         load_weights(build("tiny_cnn"), tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("n_bytes", [0, 40, 300])
+def test_a_cut_checkpoint_is_refused_in_words(tmp_path, n_bytes):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(40)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(ValueError, match="is cut, or holds more than tensors"):
+        load_weights(nn.Linear(1, 1), path)
