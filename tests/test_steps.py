@@ -390,7 +390,7 @@ def test_a_datamap_of_another_recording_chooses_nothing(home):
     images = steps.open_images(study)
     folder = study.recorded_run
     settings = json.loads((folder / "settings.json").read_text())
-    settings["own"]["more"] = 1
+    settings["inputs"]["more"] = 1
     files.write_json(folder / "settings.json", settings)
     _forge(folder, lambda e: e.update(settings_sha256=files.fingerprint(settings)))
     with pytest.raises(ValueError, match=r"recorded: .* -> "):
