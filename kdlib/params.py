@@ -533,13 +533,15 @@ class Code(Settings):
         if not isinstance(content, dict) or not isinstance(content.get("code"), str):
             return content
         path = workspace() / content["code"]
-        try:
-            found = sha256_file(path)
-        except OSError as error:
+        found = None
+        with contextlib.suppress(OSError):  # a name too long, say; a device would never end
+            if path.is_file() and path.stat().st_size <= _MOST_BYTES:
+                found = sha256_file(path)
+        if found is None:
             raise ValueError(
-                f"no file {_short(str(path))} can be read ({error.strerror}); expected a Python "
-                "file (study: code)"
-            ) from None
+                f"no file {_short(str(path))} that can be read; expected a Python file of at most "
+                f"{_MOST_BYTES:,} bytes (study: code)"
+            )
         if (content.get("code_sha256") or found) != found:
             raise ValueError(
                 f"{path} has sha256 {found}; expected {content['code_sha256']}: read what it does "

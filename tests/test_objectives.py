@@ -103,8 +103,10 @@ def test_changed_missing_and_wrong_code_is_refused_with_what_to_do(home):
         own(code_sha256=pinned)
     with pytest.raises(ValueError, match="was changed while the study runs"):
         distiller(objective)
-    with pytest.raises(ValueError, match=r"no file .*gone\.py"):
-        own(code="gone.py")
+    (home / "long.py").write_bytes(b"#" * 2**19)
+    for name in ("gone.py", "/dev/zero", "long.py", "x" * 400, "."):
+        with pytest.raises(ValueError, match=r"no file .* that can be read; expected a Python"):
+            own(code=name)
     with pytest.raises(ValueError, match="expected logits, features, stage1"):
         own(reads=["logit"])
     for code, told in (
