@@ -667,7 +667,7 @@ def damage(
             _judge(row, seen, content, path, told)
             if row.tried < TORN and seen.how == "error":
                 row.tried += 1
-                _mend(kind, path)
+                _mend(kind, path, seen.message)
                 again = _redo(kind)
                 ended = again.how == "value" and results(home) == expected
                 row.recovered += ended
@@ -696,8 +696,10 @@ def _judge(row: Row, seen: Outcome, content: Outcome, path: Path, told: str) -> 
         row.notes[f"{path.name}, {told}: {seen.how} {seen.error} {seen.message[:200]}"] += 1
 
 
-def _mend(kind: Kind, path: Path) -> None:
+def _mend(kind: Kind, path: Path, told: str) -> None:
     """Do what the sentence says."""
+    if not kind.delete and "delete it" in told:
+        path.unlink()
     for name in kind.delete:
         if name == "repair":
             building.repair(path.parent)
