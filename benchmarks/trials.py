@@ -23,7 +23,8 @@ from typing import Any
 from kdlib import files
 
 ROOT = Path(files.__file__).resolve().parents[1]
-RESULTS = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md")
+RESULTS = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md", ".tex")
+TIMES = ("costs", "ledger")  # files that tell how long it took
 HANGS_S = 120.0
 MOST_BYTES = 512 * 2**20  # that a trial may add to the memory of its parent
 SPOKEN = (ValueError, OSError, RuntimeError, ModuleNotFoundError)  # what `python -m kdlib` prints
@@ -159,13 +160,14 @@ def results(home: Path) -> dict[str, str]:
         if "archive" in path.parts or not path.is_file():
             continue
         name = str(path.relative_to(home))
-        if path.suffix in RESULTS:
+        if path.suffix in RESULTS and path.stem not in TIMES:
             found[name] = files.sha256_file(path)
         elif path.name == "evidence.json":
             content = files.read_json(path)
-            found[name] = files.fingerprint(
-                {k: v for k, v in content.items() if k not in ("made", "seal")}
-            )
+            aside = {"made", "seal"}
+            if content.get("step") == "compare":  # its settings name the table of costs
+                aside.add("settings_sha256")
+            found[name] = files.fingerprint({k: v for k, v in content.items() if k not in aside})
     return found
 
 
