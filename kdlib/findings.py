@@ -64,7 +64,9 @@ def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:
     """The verdicts of each student, and objective or fraction, in words."""
     by = ["student", "objective"] if kind == "strategies" else ["student", "fraction"]
     table = table[table["difference"].notna()]  # the others have no pair: they are refused
-    table = table[table["strategy"] != "full"] if kind == "strategies" else table
+    subsets = table[table["strategy"] != "full"]
+    if kind == "strategies" and len(subsets):  # else there is nothing but the full set to compare
+        table = subsets
     several = table["student"].nunique() > 1
     for (student, part), rows in table.groupby(by, sort=False):
         label = part if kind == "strategies" else f"{100 * part:.4g} % of the images"
@@ -81,7 +83,9 @@ def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:
     names = []
     for row in order.head(NAMED).itertuples():
         name = row.strategy if kind == "strategies" else row.objective
-        if kind == "strategies" and rows["fraction"].nunique() > 1:
+        if kind == "strategies" and row.strategy == "full":
+            name = f"full against {100 * row.against_fraction:.4g} %"
+        elif kind == "strategies" and rows["fraction"].nunique() > 1:
             name += f" at {100 * row.fraction:.4g} %"
         ends = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
         ends = "one seed" if pd.isna(row.low) else ends

@@ -44,6 +44,11 @@ def test_students_and_objectives_are_told_apart_and_the_full_set_left_out():
     assert [line.split(":")[0] for line in told(rows)] == ["small, kd", "large, plain"]
 
 
+def test_where_only_the_full_set_is_compared_it_is_told_against_each_fraction():
+    rows = [row("full", 0.04, "better", fraction=1.0, against_fraction=0.01)]
+    assert told(rows) == ["kd: 1 better: full against 1 % +4.0 (+3.0 to +5.0)"]
+
+
 def test_controls_are_told_by_fraction_and_objective():
     rows = [row("random", 0.02, "better", objective="hot", fraction=0.1)]
     assert told(rows, "controls") == ["10 % of the images: 1 better: hot +2.0 (+1.0 to +3.0)"]
