@@ -101,7 +101,9 @@ def _redraw(study: Study) -> None:
         drawn |= scorecard.redraw(study, steps.open_images(study))
     if not drawn or (study.runs / "compare" / "evidence.json").is_file() or _committed(study):
         of_comparison, origin = report.redraw(study)
-        drawn |= of_comparison | report.draw_shard_visits(study)
+        drawn |= of_comparison
+        if study.shares is None:  # else step 01 is the other study's, and its figure
+            drawn |= report.draw_shard_visits(study)
         print(f"{study.name}: the comparison is drawn from {origin}")
         if (study.runs / "datamap" / "evidence.json").is_file():
             drawn |= report.draw_datamap(study)
