@@ -1107,7 +1107,7 @@ def _rank(name: Any) -> tuple:
     if name in known:
         return (known.index(name), "", False)
     stem, _, end = name.rpartition("_")
-    return (len(known), stem or name, end == "bottom")
+    return (len(known), stem if end in ("top", "bottom") else name, end == "bottom")
 
 
 def _varying(table: pd.DataFrame, by: str) -> list[str]:

@@ -170,6 +170,13 @@ def test_all_text_is_legible_and_inside_the_figure(name):
     assert extent.y1 <= fig.get_figheight()
 
 
+def test_no_two_names_share_a_place_in_the_order():
+    names = ["easy_random", "easy_hard", "easy_ambiguous", "aum_top", "aum_bottom", "hard"]
+    order = ["hard", "aum_top", "aum_bottom", "easy_ambiguous", "easy_hard", "easy_random"]
+    assert sorted(names, key=plots._rank) == order
+    assert len({plots._rank(name) for name in names}) == len(names)
+
+
 def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
     names = {"random": "random_shards_cut_(refused)", "easy": "fixed_shards_cut_(refused)"}
     table = diagnostics_table()
