@@ -17,7 +17,7 @@ from kdlib.params import AXES, Model, Probe, Study, load_study, parse_part
 STEPS = ("scores", "noise", "audit")  # of the pipeline, that can be asked for by name
 # options of Snakemake after which there may be no comparison
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "--touch", "-t",
-          "--summary", "-S", "--forcerun", "-R"}  # fmt: skip
+          "--summary", "-S"}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
 

@@ -62,9 +62,9 @@ def paired_differences(
 
     Returns: The comparison, sorted by the axes: the four axes; `against_...`, the cell compared
         with; `budget`, its kind; `n_seeds`, the pairs of accepted runs; `n_refused`, the refused
-        rows of both cells; mean and sample standard deviation (ddof=1) of
-        both cells over the paired seeds; `difference` and `sd_difference`; the interval at `level`
-        (`low`, `high`) and at 90 % (`low90`, `high90`); `boot_low` and `boot_high`, at `level` from
+        rows of both cells; mean and sample standard deviation (ddof=1) of both cells over the
+        paired seeds; `difference` and `sd_difference`; the interval at `level` (`low`, `high`) and
+        at 90 % (`low90`, `high90`); `boot_low` and `boot_high`, at `level`, of
         `bootstrap_interval`; `p_value`, two-sided, and `p_holm`, the same corrected for all rows
         [Holm1979]; `verdict`; `seeds_needed` where the verdict is inconclusive and at least two
         pairs give a spread; `best_mean` and `best_difference`, the same at the best epoch, NaN

@@ -194,7 +194,7 @@ class Distiller(nn.Module):
         if o.kind == "label_smoothing":
             return F.cross_entropy(logits, labels, label_smoothing=o.smoothing)
         if o.kind == "own":
-            return self._own("loss", projected, teacher, labels)
+            return self._own("loss", *_heard(projected, teacher), labels)
         hard = F.cross_entropy(logits, labels)
         if o.kind == "cross_entropy":
             return hard
@@ -226,11 +226,11 @@ class Distiller(nn.Module):
             labels: (B,) int64, for `dkd`, `crd` and `own`, which tell classes apart.
         """
         o = self.objective
+        student, heard = _heard(projected, teacher)
         if o.kind == "own":
-            part = "term" if hasattr(self.code, "term") else "loss"
-            return self._own(part, projected, teacher, labels)
-        heard = {name: _full(value).detach() for name, value in teacher.items()}
-        student = {name: _full(value) for name, value in projected.items()}
+            return self._own(
+                "term" if hasattr(self.code, "term") else "loss", student, heard, labels
+            )
         missing = [n for n in self.reads if n not in heard]
         if missing:
             raise ValueError(
@@ -261,14 +261,12 @@ class Distiller(nn.Module):
     def _own(
         self,
         function: str,
-        projected: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor],
+        student: Mapping[str, Tensor],
+        heard: Mapping[str, Tensor],
         labels: Tensor,
     ) -> Tensor:
         """What a function of the study's own file gives."""
         o = self.objective
-        heard = {name: _full(value).detach() for name, value in teacher.items()}
-        student = {name: _full(value) for name, value in projected.items()}
         found = getattr(self.code, function)(student, heard, labels, **(o.options or {}))
         if not isinstance(found, Tensor) or found.ndim:
             seen = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
@@ -364,6 +362,14 @@ def build_distiller(
             drawn, _ = torch.linalg.qr(torch.randn(n_teacher, width))
             made.register_buffer("teacher_projection", drawn)
     return made
+
+
+def _heard(
+    projected: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The student's and the teacher's outputs as losses take them, the latter without gradient."""
+    student = {name: _full(value) for name, value in projected.items()}
+    return student, {name: _full(value).detach() for name, value in teacher.items()}
 
 
 def _full(value: Tensor) -> Tensor:

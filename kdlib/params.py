@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -527,6 +527,9 @@ class Code(Settings):
     trust_code: Literal[True] | None = None  # the file runs here, as the user who runs the study
     options: dict[str, float] | None = None  # numbers for its functions
 
+    # left out where they are not given: settings written before there were these read the same
+    _OWN: ClassVar[tuple[str, ...]] = ("code", "code_sha256", "trust_code", "options")
+
     @model_validator(mode="before")
     @classmethod
     def _name_the_code(cls, content: Any) -> Any:
@@ -551,8 +554,7 @@ class Code(Settings):
 
     @model_serializer(mode="wrap")
     def _without_code(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        code = (*Code.model_fields, "reads")
-        return {k: v for k, v in dump(self).items() if k not in code or v is not None}
+        return {k: v for k, v in dump(self).items() if k not in self._OWN or v is not None}
 
 
 # What each objective takes: numbers that must be given, and those that have a default.
@@ -608,6 +610,8 @@ class Objective(Code):
     barlow_weight: float | None = Field(None, gt=0)  # None: no second view
     teacher: str | None = None  # one of the study's `teachers`; None: its `teacher`
     reads: tuple[str, ...] | None = None  # of `own`: outputs of student and teacher
+
+    _OWN: ClassVar[tuple[str, ...]] = (*Code._OWN, "reads")
 
     @model_validator(mode="after")
     def _fitting(self) -> "Objective":

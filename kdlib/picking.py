@@ -293,9 +293,8 @@ class Explorer:
         wanted = [(c, seed) for *pair, seed in self._students(name) for c in pair]
         done = 0
         for cell, seed in wanted:
-            with contextlib.suppress(
-                FileNotFoundError, ValueError
-            ):  # not there, or of old settings
+            # not there, or of settings from before the study was changed
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 steps.open_student(self.study, cell, seed)
                 done += 1
         return done, len(wanted)

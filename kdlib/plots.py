@@ -275,8 +275,8 @@ def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Fi
     demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
     rows = probes[probes["probe"] == probe]
     demand(rows, (), f"probes, {probe}")
-    reference = rows["strategy"].isin(REFERENCES)
-    trained = rows[~reference & (rows["step"] == rows["step"].max())]
+    trained = rows[~rows["strategy"].isin(REFERENCES)]
+    trained = trained[trained["step"] == trained.groupby(list(AXES))["step"].transform("max")]
     others = _varying(trained, "strategy")
     networks = {}  # what it is called -> its rows
     for (student,), of in rows[rows["strategy"] == "untrained"].groupby(["student"], sort=False):

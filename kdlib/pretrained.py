@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kdlib.models import Network, TimmNetwork
 from kdlib.params import Model, parse_hub
+from kdlib.weights import first_line
 
 
 def load_pretrained(
@@ -87,11 +88,10 @@ def _fetching(name: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and "offline" not in str(error).lower():
             raise
-        told = (str(error) or "no more is said").splitlines()[0]
         raise RuntimeError(
             f"the weights of {name} are not on this machine and could not be fetched "
-            f"({type(error).__name__}: {told}); run this once where there is "
-            "a network and copy $TORCH_HOME and $HF_HOME, or give a file (teacher.weights)"
+            f"({type(error).__name__}: {first_line(error)}); run this once where "
+            "there is a network and copy $TORCH_HOME and $HF_HOME, or give a file (teacher.weights)"
         ) from error
 
 

@@ -26,18 +26,18 @@ from kdlib.steps import (
     Images,
     labelled_features,
     load_step,
+    made_teacher,
     open_student,
     open_teacher,
     probe_examples,
     student_folder,
     teacher_features,
     teacher_folder,
-    teacher_network,
     teacher_pixels,
     use,
 )
 from kdlib.tables import write_parquet
-from kdlib.weights import load_weights, weights_fingerprint
+from kdlib.weights import load_weights
 
 OWN, LAST = "own", "features"  # what the tripwires judge
 MAKER = "notebooks/05_probe.ipynb"
@@ -243,15 +243,10 @@ def _teacher_elsewhere(
     study: Study, images: Images, name: str, examples: Examples, device: str
 ) -> Iterator[dict[str, Any]]:
     """Probes of the teacher's features on another data set."""
-    folder, network = teacher_folder(study.upstream), teacher_network(study, images, device)
+    folder = teacher_folder(study)
     evidence = runs.read_evidence(folder)
-    if study.teacher.training is not None:
-        load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
-    weights = weights_fingerprint(network)
-    if weights != evidence["teacher"]["weights_sha256"]:
-        raise ValueError(
-            f"the teacher's weights are not those of {folder}; run notebooks/02_teacher.ipynb again"
-        )
+    network = made_teacher(study, images, device, folder, evidence)
+    weights = evidence["teacher"]["weights_sha256"]
     last = study.probe.model_copy(update={"layers": (LAST,)})
     yield from _probe_network(
         name, examples, network, weights, teacher_pixels(study, images), images.image_shape, last

@@ -9,11 +9,11 @@ subset smaller than a batch the same example twice. Leaves to others: reading pi
 
 import threading
 from bisect import bisect_right
-from decimal import ROUND_HALF_UP, Decimal
 
 import numpy as np
 
 from kdlib.seeds import generator
+from kdlib.selection import budget
 
 ORDERS = ("shuffled", "windowed", "sequential")
 # The scheme of an earlier study: 25 of 122 shards of 2,048 images a pass, of which it took 500
@@ -47,9 +47,7 @@ def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np
 def shards_in_fraction(example_ids: np.ndarray, shard_size: int, fraction: float) -> int:
     """How many of the shards that hold these examples a fraction of them is, rounded half up: at
     least one."""
-    n_shards = len(np.unique(np.asarray(example_ids) // shard_size))
-    exact = Decimal(repr(float(fraction))) * n_shards  # 0.145 * 100 is 14.499... as a float
-    return max(1, int(exact.to_integral_value(ROUND_HALF_UP)))
+    return max(1, budget(len(np.unique(np.asarray(example_ids) // shard_size)), fraction))
 
 
 def fixed_shards(example_ids: np.ndarray, shard_size: int, n: int, seed: int) -> np.ndarray:

@@ -319,6 +319,32 @@ def teacher_network(
     return network.to(device, memory_format=images.pixels.memory_format)
 
 
+def made_teacher(
+    study: Study,
+    images: Images,
+    device: str,
+    folder: Path,
+    evidence: dict[str, Any],
+    name: str | None = None,
+) -> Network:
+    """A finished teacher, with the weights its card names.
+
+    Args:
+        folder, evidence: Of its run.
+
+    Raises: ValueError for other weights.
+    """
+    network = teacher_network(study, images, device, name)
+    if _teacher(study, name).training is not None:
+        load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
+    if weights_fingerprint(network) != evidence["teacher"]["weights_sha256"]:
+        raise ValueError(
+            f"the teacher's weights are not those of {folder}; delete it and run the notebook that "
+            "makes it again"
+        )
+    return network
+
+
 def _measured(
     study: Study, images: Images, n_classes: int, stored: dict[str, Cache]
 ) -> dict[str, Any]:
@@ -449,10 +475,7 @@ def _restore_outputs(
             gone.append(which)
     if not gone:
         return
-    network = teacher_network(study, images, device, name)
-    if _teacher(study, name).training is not None:
-        last = evidence["checkpoints"]["last"]
-        load_checked(network, folder, last["file"], last["weights_sha256"])
+    network = made_teacher(study, images, device, folder, evidence, name)
     pixels = teacher_pixels(study, images, name)
     for which in gone:
         of = images.test if which == "test" else images.train

@@ -97,7 +97,8 @@ def load_weights(network: nn.Module, path: Path) -> str:
     return weights_fingerprint(network)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says; its kind where it says nothing."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -117,7 +118,7 @@ def _checkpoint(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of many kinds, which torch does not name
         raise ValueError(
             f"{path} is cut, or holds more than tensors, which could execute code and is not read "
-            f"({_first_line(error)}); save its state_dict alone, or as safetensors"
+            f"({first_line(error)}); save its state_dict alone, or as safetensors"
         ) from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

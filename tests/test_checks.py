@@ -170,6 +170,8 @@ def test_three_seeds_that_are_one_seed_are_noticed():
     same_order = [run(0, "a", "x"), run(1, "b", "x"), run(2, "c", "z")]
     assert [check.passed for check in checks.distinct_seeds(same_order)] == [False, False, True]
     assert "seed [1]" in checks.distinct_seeds(same_order)[0].sentence
+    undrawn = [run(0, "a", None), run(1, "b", None)]  # a sequential order has nothing of the seed
+    assert all(check.passed for check in checks.distinct_seeds(undrawn))
 
 
 def test_settings_that_differ_beside_the_factor_are_named():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from kdlib import building, files
 from kdlib.__main__ import main
@@ -185,6 +186,20 @@ def test_a_study_and_a_folder_of_caches_mean_all_their_caches(study, run):
     _, told, _ = run("cache", "info", study.cache, outputs)
     folders = [line for line in told.splitlines() if not line.startswith(" ")]
     assert folders == [str(study.cache / "test"), str(study.cache / "train"), str(outputs)]
+
+
+def test_the_data_sets_of_probes_are_built_and_found_with_the_study_s_own(study, run, home):
+    path = home / "params" / "tiny.yaml"
+    content = yaml.safe_load(path.read_text())
+    larger = {"source": "digits", "n_validation": 797, "image_size": 16}
+    content["probe"]["others"] = {"large": larger}
+    path.write_text(yaml.safe_dump(content))
+    assert run("cache", "build", "params/tiny.yaml", "--split", "test")[0] == 0
+    assert len(list(home.glob("cache/digits-*/test"))) == 1  # what was asked for, and no more
+    assert run("cache", "build", "params/tiny.yaml")[0] == 0
+    assert len(list(home.glob("cache/digits-*/train"))) == 2
+    _, told, _ = run("cache", "info", "params/tiny.yaml")
+    assert len([line for line in told.splitlines() if not line.startswith(" ")]) == 4
 
 
 def test_verify_reads_every_byte_and_names_what_is_damaged(study, run):

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -52,6 +53,17 @@ class _DropoutNet(Network):
 
     def head(self, features):
         return self.out(features)
+
+
+class _DropRateNet(_DropoutNet):
+    """As timm's networks drop: by a number, without a module for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop, self.drop_rate = nn.Identity(), 0.5
+
+    def features(self, x):
+        return F.dropout(super().features(x), self.drop_rate, self.training)
 
 
 @pytest.fixture
@@ -154,7 +166,7 @@ def _stop_after(monkeypatch, n):
 
 
 @pytest.mark.parametrize("observed", ["train", "eval"])
-@pytest.mark.parametrize("network", [None, _DropoutNet])
+@pytest.mark.parametrize("network", [None, _DropoutNet, _DropRateNet])
 @pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
 def test_stopped_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(
     tmp_path, images, monkeypatch, observed, network, optimiser
@@ -215,7 +227,7 @@ def test_two_seeds_share_neither_initial_weights_nor_order(tmp_path, images):
     assert a["order_sha256"] != b["order_sha256"]
 
 
-@pytest.mark.parametrize("network", [None, _DropoutNet])
+@pytest.mark.parametrize("network", [None, _DropoutNet, _DropRateNet])
 def test_training_leaves_the_global_generators_as_they_were(tmp_path, images, network):
     task = _task(images, network=network() if network else None)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
