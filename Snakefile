@@ -10,11 +10,13 @@
 import os
 from pathlib import Path
 
-from kdlib import files, params
+from kdlib import files, params, processor
 
 # Not a rule's parameter: where the file lies does not change what it asks for.
 STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
 study = params.load_study(STUDY)
+if study.compute.portable:
+    processor.hold_children()
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
 RUNS = os.path.relpath(study.runs)
 UPSTREAM = os.path.relpath(study.upstream.runs)  # images, teacher and datamap may be shared

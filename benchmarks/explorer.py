@@ -18,7 +18,7 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 from test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 
-from kdlib import steps
+from kdlib import dataset, mapping, teaching
 from kdlib.params import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,9 +50,9 @@ def main() -> None:
         shutil.copy(ROOT / "params" / "tiny.yaml", home / "params")
         os.environ["KDLIB_HOME"] = str(home)
         study = load_study("params/tiny.yaml")
-        images = steps.cache_images(study)
-        steps.make_teacher(study, images)
-        steps.make_datamap(study, images)
+        images = dataset.cache_images(study)
+        teaching.make_teacher(study, images)
+        mapping.make_datamap(study, images)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         screen = Screen(browser.new_page(viewport={"width": 1400, "height": 1100}), own)
         print("| points | on the screen after, s | lasso, s | selected |")

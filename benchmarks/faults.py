@@ -55,14 +55,19 @@ from trials import (
 from kdlib import (
     building,
     cartography,
+    compiling,
+    dataset,
+    distilling,
+    drawing,
     dynamics,
     files,
+    mapping,
     params,
     probing,
     recordings,
     report,
     runs,
-    steps,
+    teaching,
     trainer,
 )
 from kdlib.cache import Cache
@@ -134,7 +139,7 @@ def _cell(study: params.Study) -> params.Cell:
 
 
 def make_cache() -> None:
-    steps.cache_images(_study())
+    dataset.cache_images(_study())
 
 
 def make_cache_with_workers() -> None:
@@ -147,46 +152,46 @@ def make_cache_with_workers() -> None:
 
 def make_teacher() -> None:
     study = _study()
-    steps.make_teacher(study, steps.open_images(study))
+    teaching.make_teacher(study, dataset.open_images(study))
 
 
 def make_outputs() -> None:
     study = _study("loaded")
-    steps.store_part(study, steps.cache_images(study), (1, 1))
+    teaching.store_part(study, dataset.cache_images(study), (1, 1))
 
 
 def make_datamap() -> None:
     study = _study()
-    steps.make_datamap(study, steps.open_images(study))
+    mapping.make_datamap(study, dataset.open_images(study))
 
 
 def make_recording() -> None:
     study = _study()
-    recordings.record(study, steps.open_images(study), "tiny", "seed=0")
+    recordings.record(study, dataset.open_images(study), "tiny", "seed=0")
 
 
 def make_student() -> None:
     study = _study()
-    steps.train_student(study, steps.open_images(study), _cell(study), 0)
+    distilling.train_student(study, dataset.open_images(study), _cell(study), 0)
 
 
 def make_students() -> None:
     study = _study()
-    images = steps.open_images(study)
+    images = dataset.open_images(study)
     for cell in study.cells():
         for seed in study.seeds:
-            steps.train_student(study, images, cell, seed)
+            distilling.train_student(study, images, cell, seed)
 
 
 def make_probe() -> None:
     study = _study()
-    probing.probe_cell(study, steps.open_images(study), _cell(study))
+    probing.probe_cell(study, dataset.open_images(study), _cell(study))
 
 
 def make_comparison() -> None:
     study = _study()
-    tables = report.compile_tables(study)
-    report.draw_comparison(study, tables)
+    tables = compiling.compile_tables(study)
+    drawing.draw_comparison(study, tables)
     report.summary(study, tables)
     report.objective_table(study, tables)
     report.finish(study, tables)
@@ -264,7 +269,7 @@ def _evidence(step: str) -> Callable[[], str]:
         study = _study()
         own, folder = study.step_settings(step) if step != "distill" else None, study.runs / step
         if step == "distill":
-            return _without_circumstances(steps.open_student(study, _cell(study), 0))
+            return _without_circumstances(distilling.open_student(study, _cell(study), 0))
         if step == "probe":
             folder = probing.probe_folder(study, _cell(study))
         return _without_circumstances(runs.read_evidence(folder, own))
@@ -273,7 +278,7 @@ def _evidence(step: str) -> Callable[[], str]:
 
 
 def read_cache() -> str:
-    images = steps.open_images(_study())
+    images = dataset.open_images(_study())
     arrays = [
         c.resident(n).numpy() for c in (images.train, images.test) for n in ("images", "labels")
     ]
@@ -284,13 +289,13 @@ def read_teacher() -> list[str]:
     study = _study()
     log = dynamics.DynamicsLog.open(study.recorded_run / "dynamics", verify=True)
     arrays = [log[quantity] for quantity in dynamics.QUANTITIES]
-    return [files.fingerprint(steps.open_teacher(study)), files.sha256_array(*arrays)]
+    return [files.fingerprint(teaching.open_teacher(study)), files.sha256_array(*arrays)]
 
 
 def read_outputs() -> str:
     study, found = _study("loaded"), []
     for which in ("train", "replayed"):
-        stored = Cache(steps.outputs_folder(study, which))
+        stored = Cache(teaching.outputs_folder(study, which))
         found += [stored.resident(column).numpy() for column in sorted(stored.header["columns"])]
     return files.sha256_array(*found)
 
@@ -308,9 +313,9 @@ def learn() -> str:
 def learn_views() -> str:
     """The same from the replayed views of a loaded teacher."""
     study = _study("loaded")
-    images = steps.cache_images(study)
-    steps.make_teacher(study, images)
-    return _without_circumstances(steps.train_student(study, images, _cell(study), 0))
+    images = dataset.cache_images(study)
+    teaching.make_teacher(study, images)
+    return _without_circumstances(distilling.train_student(study, images, _cell(study), 0))
 
 
 def read_probe() -> str:
@@ -323,7 +328,7 @@ def read_comparison() -> str:
 
 def read_datamap() -> str:
     study = _study()
-    return _table(steps.open_datamap(study, steps.open_images(study)))
+    return _table(mapping.open_datamap(study, dataset.open_images(study)))
 
 
 def map_dynamics() -> str:
@@ -333,13 +338,13 @@ def map_dynamics() -> str:
 
 def read_subset() -> str:
     study = _study()
-    subset = Subset.load(steps.student_folder(study, _cell(study), 0) / "subset.parquet")
+    subset = Subset.load(distilling.student_folder(study, _cell(study), 0) / "subset.parquet")
     return files.fingerprint([subset.sha256, subset._metadata()])
 
 
 def read_recording() -> str:
     study = _study()
-    log = recordings.open_log(study, steps.open_images(study), "tiny", "seed=0")
+    log = recordings.open_log(study, dataset.open_images(study), "tiny", "seed=0")
     table = cartography.datamap(log, el2n_epoch=2, window=3)
     return _table(table.join(recordings.open_gradients(study, "tiny", "seed=0")))
 
@@ -352,7 +357,7 @@ class RefusedRow(ValueError):
 
 def _accepted(study: params.Study) -> Any:
     """The table of results, in which no row is refused."""
-    table = report.results(study)
+    table = compiling.results(study)
     for row in table[table["refused"]].to_dict("records"):
         raise RefusedRow(f"{study.runs / row['run']}: {row['reason']}")
     return table
@@ -360,7 +365,7 @@ def _accepted(study: params.Study) -> Any:
 
 def read_metrics() -> str:
     study = _study()
-    return _table(report.curves(study, _accepted(study)))
+    return _table(compiling.curves(study, _accepted(study)))
 
 
 def probe_again() -> str:

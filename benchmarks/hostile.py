@@ -21,7 +21,21 @@ import pyarrow.parquet as pq
 import yaml
 from matplotlib.figure import Figure
 
-from kdlib import cache, files, inspecting, maps, params, picking, plots, runs, states, steps
+from kdlib import (
+    cache,
+    dataset,
+    distilling,
+    files,
+    inspecting,
+    looks,
+    mapping,
+    maps,
+    params,
+    picking,
+    plots,
+    runs,
+    states,
+)
 from kdlib.dynamics import DynamicsLog
 from kdlib.models import build_network
 from kdlib.selection import Subset
@@ -196,7 +210,7 @@ def _read_evidence(home: Path) -> str:
 def _open_again(home: Path) -> str:
     """Do a step again whose record is hostile."""
     study = _study()
-    steps.train_student(study, steps.open_images(study), study.cell(objective="kd"), 0)
+    distilling.train_student(study, dataset.open_images(study), study.cell(objective="kd"), 0)
     return "unharmed"
 
 
@@ -257,16 +271,16 @@ def _in_html(home: Path) -> str:
 def _in_figures(home: Path) -> str:
     """Class names of a source in figures: text, and no mathematics."""
     study = _study()
-    images = steps.open_images(study)
-    table = steps.open_datamap(study, images)
-    with plots.style():
-        figure = Figure(figsize=(plots.WIDE, 4.6))
+    images = dataset.open_images(study)
+    table = mapping.open_datamap(study, images)
+    with looks.style():
+        figure = Figure(figsize=(looks.WIDE, 4.6))
         maps.datamap(figure, table, EVIL, class_names=[EVIL] * 10)
-        grid = Figure(figsize=(plots.WIDE, 3))
+        grid = Figure(figsize=(looks.WIDE, 3))
         pixels = images.train.read("images", images.train_ids[:2])
         plots.region_grid(grid, {EVIL: pixels}, {EVIL: [EVIL, EVIL]})
         for name, drawn in (("map", figure), ("grid", grid)):
-            plots.save_figure(drawn, home / "figures", name)
+            looks.save_figure(drawn, home / "figures", name)
     return "unharmed"
 
 

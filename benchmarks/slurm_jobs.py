@@ -20,7 +20,7 @@ from pathlib import Path
 import slurm
 import yaml
 
-from kdlib import steps
+from kdlib import dataset, mapping, teaching
 from kdlib.params import REGION_STRATEGIES, load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,9 +40,9 @@ def start(home: Path, n_subsets: int) -> None:
     (home / "params" / "jobs.yaml").write_text(yaml.safe_dump(content))
     os.environ["KDLIB_HOME"] = str(home)
     study = load_study("params/jobs.yaml")
-    images = steps.cache_images(study)
-    steps.make_teacher(study, images)
-    steps.make_datamap(study, images)
+    images = dataset.cache_images(study)
+    teaching.make_teacher(study, images)
+    mapping.make_datamap(study, images)
 
 
 def children_s() -> float:

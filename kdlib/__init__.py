@@ -4,7 +4,7 @@ Shape letters used in every docstring: E recorded epochs, N examples, C classes,
 features, S seeds, V teacher views, K steps. Intervals are half-open. Losses and entropies are in
 nats.
 
-Modules are imported one way only, from `files` and `seeds` up to `steps` and `report`;
+Modules are imported one way only, from `files` and `seeds` up to the steps of a study and `report`;
 `tests/test_structure.py` holds every arrow.
 """
 

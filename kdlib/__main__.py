@@ -93,20 +93,20 @@ def _drawable(study: Study) -> bool:
 
 def _redraw(study: Study) -> None:
     """Redraw what a study has records or committed tables of; say what it lacks."""
-    from kdlib import audit, report, scorecard, steps  # matplotlib, pandas: only where they draw
+    from kdlib import audit, dataset, drawing, scorecard
 
     drawn, missing = audit.redraw(study), []
     made = [(study.runs / step / "evidence.json").is_file() for step in STEPS]
     if any(made[:2]):  # of the recordings
-        drawn |= scorecard.redraw(study, steps.open_images(study))
+        drawn |= scorecard.redraw(study, dataset.open_images(study))
     if not drawn or (study.runs / "compare" / "evidence.json").is_file() or _committed(study):
-        of_comparison, origin = report.redraw(study)
+        of_comparison, origin = drawing.redraw(study)
         drawn |= of_comparison
         if study.shares is None:  # else step 01 is the other study's, and its figure
-            drawn |= report.draw_shard_visits(study)
+            drawn |= drawing.draw_shard_visits(study)
         print(f"{study.name}: the comparison is drawn from {origin}")
         if (study.runs / "datamap" / "evidence.json").is_file():
-            drawn |= report.draw_datamap(study)
+            drawn |= drawing.draw_datamap(study)
         elif study.shares is None:  # else they are the other study's
             missing += ["datamap", "forming", "regions"]
     print(f"{', '.join(drawn)} drawn in {study.figures}")
@@ -143,12 +143,12 @@ def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
 
 def _cache_outputs(arguments: argparse.Namespace, further: list[str]) -> int:
     """Store a part of a loaded teacher's outputs."""
-    from kdlib import inspecting, steps
+    from kdlib import dataset, inspecting, teaching
     from kdlib.cache import Cache
 
     study = load_study(arguments.study)
-    images = steps.open_images(study)
-    for stored in steps.store_part(study, images, parse_part(arguments.part)):
+    images = dataset.open_images(study)
+    for stored in teaching.store_part(study, images, parse_part(arguments.part)):
         print(inspecting.state(Cache(stored.folder)))  # all that is there, not the part alone
     return 0
 
@@ -176,29 +176,29 @@ def _cache_verify(arguments: argparse.Namespace, further: list[str]) -> int:
 
 def _step(arguments: argparse.Namespace, further: list[str]) -> int:
     """Make one teacher or student as one of several processes, or alone."""
-    from kdlib import steps
+    from kdlib import dataset, distilling, teaching
     from kdlib.ranks import joined
 
     study = load_study(arguments.study)
-    images = steps.open_images(study)
+    images = dataset.open_images(study)
     with joined(study.compute.device) as ranks:
         if arguments.step == "teacher":
             if arguments.teacher:
-                steps.make_one_teacher(study, images, arguments.teacher, ranks)
+                teaching.make_one_teacher(study, images, arguments.teacher, ranks)
             else:
-                steps.make_teacher(study, images, ranks)
+                teaching.make_teacher(study, images, ranks)
             return 0
         point = {axis: getattr(arguments, axis) for axis in AXES}
-        steps.train_student(study, images, study.cell(**point), arguments.seed, ranks)
+        distilling.train_student(study, images, study.cell(**point), arguments.seed, ranks)
     return 0
 
 
 def _record(arguments: argparse.Namespace, further: list[str]) -> int:
     """Make one further recording of a study's images."""
-    from kdlib import recordings, steps
+    from kdlib import dataset, recordings
 
     study = load_study(arguments.study)
-    recordings.record(study, steps.open_images(study), arguments.model, arguments.part)
+    recordings.record(study, dataset.open_images(study), arguments.model, arguments.part)
     return 0
 
 
@@ -206,7 +206,7 @@ def _probe(arguments: argparse.Namespace, further: list[str]) -> int:
     """Probe a weight file that no study has made, on a study's images."""
     from pydantic import ValidationError
 
-    from kdlib import probing, steps
+    from kdlib import dataset, probing
     from kdlib.augment import Pixels
 
     study, pixels = load_study(arguments.study), None
@@ -222,7 +222,7 @@ def _probe(arguments: argparse.Namespace, further: list[str]) -> int:
         raise ValueError("--mean and --std go together")
     if arguments.mean is not None:
         pixels = Pixels(arguments.mean, arguments.std, study.compute.channels_last)
-    images = steps.open_images(study)
+    images = dataset.open_images(study)
     table = probing.probe_weights(study, images, model, arguments.weights, pixels)
     print(probing.told(table))
     return 0

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from matplotlib.figure import Figure
 
-from kdlib import feature_defects, files, plots, runs, subset_defects
+from kdlib import feature_defects, files, looks, plots, runs, subset_defects
 from kdlib import published as committed
+from kdlib.dataset import Images
 from kdlib.exhibits import Bench, Exhibit
+from kdlib.experiment import use
 from kdlib.invariants import INVARIANTS
 from kdlib.params import Study, load_study
-from kdlib.steps import Images
 from kdlib.tables import write_parquet
 
 MAKER = "notebooks/09_audit.ipynb"
@@ -44,7 +44,7 @@ def make(study: Study, images: Images) -> pd.DataFrame:
     folder = study.runs / "audit"
     with runs.open_run(study, folder, settings) as run:
         if not run.finished:
-            torch.set_num_threads(study.compute.threads)
+            use(study.compute.model_copy(update={"device": "cpu"}))  # small trainings
             table = pd.DataFrame([dataclasses.asdict(e) for e in exhibits(images)])
             write_parquet(folder / "exhibits.parquet", table, {"settings": run.settings_sha256})
             sha256 = files.sha256_file(folder / "exhibits.parquet")
@@ -83,7 +83,7 @@ def ours(table: pd.DataFrame, strategy: str, fraction: float) -> str:
     objective, in %; `-` where there are none.
 
     Args:
-        table: Rows of one student, as `report.results` gives them.
+        table: Rows of one student, as `compiling.results` gives them.
     """
     rows = table[~table["refused"].astype(bool) & (table["strategy"] == strategy)]
     rows = rows[np.isclose(rows["fraction"], fraction)]
@@ -125,7 +125,7 @@ def describe_published() -> str:
     ]
     for row in theirs.to_dict("records"):
         strategy, fraction = row["strategy"], row["fraction"]
-        name = f"{plots.in_words(strategy)}, {100 * fraction:g} %"
+        name = f"{looks.in_words(strategy)}, {100 * fraction:g} %"
         if strategy == "random_as_published":
             name = f"random, {100 * fraction:g} %, as published (in fact the full set)"
         cells = [f"{row[student]:.1f}" for student in STUDENTS]
@@ -206,10 +206,10 @@ def draw(study: Study, table: pd.DataFrame) -> dict[str, Any]:
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
-    with plots.style():
-        fig = Figure(figsize=(plots.WIDE, 0.29 * len(table) + 0.9))
+    with looks.style():
+        fig = Figure(figsize=(looks.WIDE, 0.29 * len(table) + 0.9))
         plots.defects(fig.subplots(), table, f"{study.name}: {len(table)} defects in miniature")
-    return {"audit": plots.save_figure(fig, study.figures, "audit")[1]}
+    return {"audit": looks.save_figure(fig, study.figures, "audit")[1]}
 
 
 def redraw(study: Study) -> dict[str, Any]:

@@ -25,9 +25,9 @@ import pandas as pd
 from scipy.special import nctdtr, stdtr, stdtrit
 
 from kdlib.files import nearest
+from kdlib.params import AXES
 from kdlib.seeds import generator
 
-AXES = ["student", "strategy", "fraction", "objective"]
 AGAINST = ["against_strategy", "against_fraction", "against_objective"]
 COLUMNS = [
     *AXES, *AGAINST, "budget", "n_seeds", "n_refused", "mean", "sd", "against_mean", "against_sd",

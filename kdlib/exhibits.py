@@ -18,8 +18,10 @@ import torch
 from kdlib import checks, probe
 from kdlib.cache import Cache
 from kdlib.cartography import datamap
+from kdlib.dataset import Images
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import all_outputs, evaluate
+from kdlib.experiment import CROSS_ENTROPY, training_evidence
 from kdlib.loading import Loader, View
 from kdlib.models import Network
 from kdlib.objectives import Distiller, build_distiller, student_outputs, teacher_columns
@@ -28,7 +30,6 @@ from kdlib.runs import Run
 from kdlib.sampling import Plan
 from kdlib.seeds import derive, generator
 from kdlib.selection import budget, select
-from kdlib.steps import CROSS_ENTROPY, Images, training_evidence
 from kdlib.teacher import store_outputs
 from kdlib.trainer import Task, Trained, train
 from kdlib.weights import weights_fingerprint

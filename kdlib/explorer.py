@@ -69,9 +69,9 @@ def still_map(study: Study) -> Path:
     path, table = study.figures / "datamap.png", study.upstream.runs / "datamap/datamap.parquet"
     if path.exists() and path.stat().st_mtime > table.stat().st_mtime:
         return path
-    from kdlib import report  # matplotlib
+    from kdlib import drawing
 
-    return report.draw_datamap(study)["datamap"]
+    return drawing.draw_datamap(study)["datamap"]
 
 
 def _kernel() -> Any:
@@ -170,7 +170,7 @@ class _Plot:
     def _colour(self, column: str) -> None:
         import matplotlib as mpl
 
-        from kdlib.plots import STRATEGIES
+        from kdlib.looks import STRATEGIES
 
         values, few = self.frame[column], True
         if isinstance(values.dtype, pd.CategoricalDtype):

@@ -19,7 +19,7 @@ from kdlib.cache import Cache
 from kdlib.data import open_source
 from kdlib.evaluation import outputs
 from kdlib.models import Network
-from kdlib.params import Data, cache_folder, parse_part
+from kdlib.params import Data, cache_folder
 from kdlib.sampling import split_ids
 
 BATCH = 500
@@ -34,7 +34,7 @@ def other_examples(data: Data) -> Examples:
     folder, found = cache_folder(data), []
     with files.locked(folder.parent / f".{folder.name}.lock"):  # cells are probed side by side
         for split in ("train", "test"):
-            part = parse_part(data.part) if split == "train" else (1, 1)
+            part = data.part_of(split)
             found.append(
                 build_images(open_source(data, split), folder / split, data.shard_size, part)
             )

@@ -1,6 +1,6 @@
 """What the studies found, from their committed tables alone: the list in the README.
 
-Leaves to others: the comparisons (report), and their every row in words (telling).
+Leaves to others: the comparisons (compiling), and their every row in words (telling).
 """
 
 import itertools
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from kdlib import published, report
+from kdlib import compiling, published
 from kdlib.compare import VERDICTS
 from kdlib.files import workspace
 from kdlib.params import Study, load_study
@@ -37,7 +37,7 @@ def findings() -> list[str]:
 def finding(study: Study, question: str) -> str:
     """What one study found, after what it asked: an item of a list, and one below it for each
     student, and objective or fraction."""
-    tables = report.comparisons(study, published.read(study))
+    tables = compiling.comparisons(study, published.read(study))
     kind = "strategies" if study.compare.objective is None else "controls"
     kind = kind if kind in tables else "objectives"  # the control is the plain training itself
     table, name = tables[kind], study.name

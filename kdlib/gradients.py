@@ -1,6 +1,6 @@
 """Norms of per-example gradients: how much one example alone would move the weights.
 
-Leaves to others: at which epoch and with which weights (steps), what the norms choose (selection).
+Leaves to others: of which epoch and weights (mapping), what the norms choose (selection).
 
 [Paul2021] Paul et al., Deep Learning on a Data Diet, 2021, arXiv 2107.07075
 """

@@ -5,16 +5,16 @@ A test finds each of these tests. Leaves to others: the defects themselves (`sub
 """
 
 _T = {m: f"tests/test_{m}.py::test_" for m in (
-    "audit", "building", "cache", "checks", "compare", "diagnostics", "dynamics", "evaluation",
-    "features", "loading", "losses", "models", "params", "pipeline", "probe",
-    "sampling", "seeds", "selection", "states", "steps", "structure", "teacher",
-    "trainer",
+    "audit", "building", "cache", "checks", "compare", "compiling", "diagnostics", "distilling",
+    "dynamics", "evaluation", "experiment", "features", "loading", "losses", "models", "params",
+    "pipeline", "probe", "probing", "sampling", "seeds", "selection", "states", "structure",
+    "teacher", "trainer",
 )}  # fmt: skip
 # (study, invariant, names of tests)
 INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("A", "a run whose loader ignores its subset enters no table", (
-        _T["steps"] + "a_loader_that_ignores_its_subset_cannot_finish_a_run",
-        _T["steps"] + "a_row_with_another_budget_is_refused_and_shown",
+        _T["experiment"] + "a_loader_that_ignores_its_subset_cannot_finish_a_run",
+        _T["compiling"] + "a_row_with_another_budget_is_refused_and_shown",
     )),
     ("A", "recording is invisible", (
         _T["trainer"] + "recording_dynamics_leaves_the_weights_as_they_are",
@@ -23,11 +23,11 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("A", "seeds are separate streams, requested = recorded", (
         _T["seeds"] + "seeds_s_and_s_plus_1_are_unrelated",
         _T["trainer"] + "two_seeds_share_neither_initial_weights_nor_order",
-        _T["steps"] + "two_seeds_that_are_one_are_refused",
+        _T["experiment"] + "two_seeds_that_are_one_are_refused",
     )),
     ("A", "a subset is a file of ids with a hash; same seed, same hash", (
         _T["selection"] + "same_seed_gives_the_same_hash_and_other_choices_others",
-        _T["steps"] + "a_saved_subset_is_what_the_student_was_trained_on",
+        _T["distilling"] + "a_saved_subset_is_what_the_student_was_trained_on",
     )),
     ("A", "a selection has exactly its budget, of distinct ids", (
         _T["selection"] + "every_strategy_returns_exactly_its_budget_of_distinct_ids",
@@ -43,7 +43,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _T["selection"] + "a_subset_of_another_data_set_is_refused",
     )),
     ("A", "one factor differs at a time, and what differs is printed", (
-        _T["steps"] + "a_run_that_differs_in_more_than_the_factor_is_refused",
+        _T["compiling"] + "a_run_that_differs_in_more_than_the_factor_is_refused",
         _T["checks"] + "settings_that_differ_beside_the_factor_are_named",
         _T["compare"] + "objectives_are_compared_at_the_same_subset",
     )),
@@ -51,7 +51,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _T["evaluation"] + "first_batch_all_wrong_and_second_all_right_is_one_half",
     )),
     ("A", "the last epoch counts; a number without its checkpoint is refused", (
-        _T["steps"] + "a_number_without_its_checkpoint_is_refused",
+        _T["compiling"] + "a_number_without_its_checkpoint_is_refused",
         _T["checks"] + "a_checkpoint_that_is_missing_or_changed_is_named",
     )),
     ("A", "budgets are exact, unknown keys are refused, seed 0 is a seed", (
@@ -60,11 +60,11 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _T["params"] + "seed_0_is_a_seed_not_an_absent_one",
     )),
     ("A", "small images keep their resolution in the stem", (
-        _T["steps"] + "every_run_says_where_its_weights_began",
+        _T["experiment"] + "every_run_says_where_its_weights_began",
         _T["models"] + "small_images_keep_their_resolution_in_the_stem_and_large_ones_do_not",
     )),
     ("B", "train and test features are of the same weights; no probe below its floor", (
-        _T["steps"] + "test_features_of_an_untrained_network_are_refused",
+        _T["probing"] + "test_features_of_an_untrained_network_are_refused",
         _T["probe"] + "all_probes_refuse_features_that_do_not_belong_together",
         _T["checks"] + "each_lie_is_stopped_by_its_tripwire_alone",
     )),
@@ -83,7 +83,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B", "what is planned is what is seen, of every shard", (
         _T["sampling"] + "random_shards_come_equally_often_over_200_passes",
         _T["sampling"] + "every_planned_example_is_seen_exactly_once_per_pass",
-        _T["steps"] + "a_loader_that_draws_other_shards_than_planned_cannot_finish_a_run",
+        _T["experiment"] + "a_loader_that_draws_other_shards_than_planned_cannot_finish_a_run",
     )),
     ("B", "generators are private; the global ones are left as they were", (
         _T["seeds"] + "global_generators_are_left_as_they_were",

@@ -2,7 +2,7 @@
 
 At equal steps a subset saves nothing: a step costs the same whatever it is drawn from. It saves
 time only where its student gets as far in fewer steps, so that is what is asked of the learning
-curves. Leaves to others: where times and curves come from (report).
+curves. Leaves to others: where times and curves come from (compiling).
 """
 
 import math
@@ -11,7 +11,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-CELL = ["student", "strategy", "fraction", "objective"]
+from kdlib.params import AXES
+
+CELL = list(AXES)
 COLUMNS = [
     "student", "objective", "strategy", "fraction", "full_run_s", "run_s", "target", "full_steps",
     "steps", "s_per_step", "saved_s", "selection_s", "pays_after",

@@ -4,7 +4,7 @@ detection of wrong labels.
 A function takes tables and an axis (or an empty figure where several panels belong together),
 draws, and returns it. Up to `DENSE` examples every one is a point; of more, bins are drawn: the
 colour is the mean of the bin, the opacity the logarithm of its count. Leaves to others: style and
-saving (plots), every number drawn but correlations and fractions of two maps.
+saving (looks), every number drawn but correlations and fractions of two maps.
 
 Sources:
     [Swayamdipta2020] Swayamdipta et al. Dataset Cartography. EMNLP 2020. arXiv 2009.10795.
@@ -22,8 +22,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from kdlib import plots
-from kdlib.plots import BLACK, BLUE, CORRECTNESS, DASHES, GREY, REGIONS, TEXT_PT
+from kdlib import looks
+from kdlib.looks import BLACK, BLUE, CORRECTNESS, DASHES, GREY, REGIONS, TEXT_PT
 
 DENSE = 30_000  # examples; above, points cover each other and bins are drawn
 FAINTEST = 0.25  # opacity of a bin with one example
@@ -31,8 +31,8 @@ MAX_CLASSES = 20  # whose regions are drawn below a map
 MAX_DETECTORS = 8
 HIGHEST = {"confidence": 1.0, "variability": 0.5, "correctness": 1.0}  # all start at 0
 DETECTORS = (
-    (BLUE, "o"), (plots.ORANGE, "D"), (plots.GREEN, "s"), (plots.VERMILLION, "^"),
-    (plots.PURPLE, "v"), (plots.SKY, "P"), (GREY, "X"), (BLUE, "*"),
+    (BLUE, "o"), (looks.ORANGE, "D"), (looks.GREEN, "s"), (looks.VERMILLION, "^"),
+    (looks.PURPLE, "v"), (looks.SKY, "P"), (GREY, "X"), (BLUE, "*"),
 )  # fmt: skip
 
 
@@ -147,8 +147,8 @@ def forming(fig: Figure, snapshots: Mapping[int, pd.DataFrame], title: str) -> F
         _three_ticks(ax, 0.5, 1)
         ax.set_xlim(-0.01, 0.5)  # after one epoch all variability is 0
         ax.tick_params(labelbottom=i + columns >= len(epochs), labelleft=i % columns == 0)
-    fig.supxlabel("variability", fontsize=plots.RC["axes.labelsize"])
-    fig.supylabel("confidence", fontsize=plots.RC["axes.labelsize"])
+    fig.supxlabel("variability", fontsize=looks.RC["axes.labelsize"])
+    fig.supylabel("confidence", fontsize=looks.RC["axes.labelsize"])
     fig.suptitle(_density_said(title, max(sizes)) if sizes else title)
     _colour_bar(fig, fig.add_subplot(grid[:, columns]))
     return fig
@@ -257,7 +257,7 @@ def rank_correlations(
     image = _heat_map(ax, np.where(below, values, np.nan), "PuOr", -1, 1, texts)
     # The first row and the last column are empty.
     ax.set(xlim=(-0.5, n - 1.5), ylim=(n - 0.5, 0.5))
-    words = [plots.in_words(name) for name in names]
+    words = [looks.in_words(name) for name in names]
     ax.set_xticks(range(n - 1), words[:-1], rotation=90)
     ax.set_yticks(range(1, n), words[1:])
     ax.set_aspect("auto")
@@ -288,7 +288,7 @@ def stability(ax: Axes, table: pd.DataFrame) -> Axes:
     Raises: ValueError for missing columns, an empty table, two rows of one score and number of
         runs, or numbers that are not low <= correlation <= high in [-1, 1].
     """
-    plots.demand(table, ("score", "n_runs", "correlation", "low", "high"), "stability")
+    looks.demand(table, ("score", "n_runs", "correlation", "low", "high"), "stability")
     if table.duplicated(["score", "n_runs"]).any():
         raise ValueError(
             "the table `stability` has several rows of one score and n_runs; expected the rows of "
@@ -298,17 +298,17 @@ def stability(ax: Axes, table: pd.DataFrame) -> Axes:
     _within(rising, rising, -1, 1)
     if not (np.diff(rising.to_numpy(float)) >= -1e-9).all() or (table["n_runs"] < 1).any():
         raise ValueError("expected n_runs >= 1 and low <= correlation <= high in every row")
-    looks, ends = plots.line_looks(table["score"].unique()), []
+    lines, ends = looks.line_looks(table["score"].unique()), []
     scores = list(dict.fromkeys(table["score"]))
     shifts = (np.arange(len(scores)) - (len(scores) - 1) / 2) * min(0.05, 0.4 / len(scores))
     for score, shift in zip(scores, shifts, strict=True):
         rows = table[table["score"] == score].sort_values("n_runs")
-        colour, dash = looks[score]
+        colour, dash = lines[score]
         x = rows["n_runs"] + shift  # ranges side by side
         ax.vlines(x, rows["low"], rows["high"], color=colour, lw=0.7, alpha=0.7)
         ax.plot(x, rows["correlation"], color=colour, ls=dash, marker="o", ms=2.8, label=score)
         ends.append(
-            (float(rows["correlation"].iloc[-1]), plots.in_words(score), colour, float(x.iloc[-1]))
+            (float(rows["correlation"].iloc[-1]), looks.in_words(score), colour, float(x.iloc[-1]))
         )
     n_runs = table["n_runs"]
     pad = shifts[-1] + 0.03 * max(1, n_runs.max() - n_runs.min())
@@ -317,7 +317,7 @@ def stability(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="runs averaged", ylabel="Spearman correlation ρ\nof two disjoint averages")
     ax.set_title("mean and range over draws", fontsize=TEXT_PT)
-    plots.label_ends(ax, ends)
+    looks.label_ends(ax, ends)
     return ax
 
 
@@ -347,9 +347,9 @@ def detectors(
         other detectors in the curves than in the summary, or a rate out of its range.
     """
     rates = ("false_positive_rate", "true_positive_rate", "recall", "precision")
-    plots.demand(curves, ("detector", *rates), "curves")
-    plots.demand(summary, ("detector", "auroc", "average_precision"), "summary")
-    plots.demand(over_epochs, ("detector", "epoch", "auroc"), "over_epochs")
+    looks.demand(curves, ("detector", *rates), "curves")
+    looks.demand(summary, ("detector", "auroc", "average_precision"), "summary")
+    looks.demand(over_epochs, ("detector", "epoch", "auroc"), "over_epochs")
     names = list(summary["detector"])
     if len(names) > MAX_DETECTORS or len(set(names)) < len(names):
         raise ValueError(
@@ -368,12 +368,12 @@ def detectors(
     if not 0 < noise_rate < 1:
         raise ValueError(f"noise_rate is {noise_rate:g}; expected a fraction in (0, 1)")
     roc, precision, time = fig.subplots(1, 3)
-    looks, black = zip(DETECTORS, cycle(DASHES)), cycle(DASHES[1:])
+    coloured, black = zip(DETECTORS, cycle(DASHES)), cycle(DASHES[1:])
     for name, auroc, average in zip(
         names, summary["auroc"], summary["average_precision"], strict=True
     ):
         is_reference = str(name).startswith("cleanlab")
-        (colour, marker), dash = ((BLACK, "."), next(black)) if is_reference else next(looks)
+        (colour, marker), dash = ((BLACK, "."), next(black)) if is_reference else next(coloured)
         look = {"color": colour, "ls": dash, "lw": 1.1}
         rows = curves[curves["detector"] == name]
         for ax, x, y in ((roc, *rates[:2]), (precision, *rates[2:])):
@@ -381,7 +381,7 @@ def detectors(
             if ax is precision:  # nothing found yet: 0 or undefined
                 line = line[line["recall"] > 0]
             ax.plot(line[x], line[y], **look)
-        look["label"] = f"{plots.in_words(name)} ({auroc:.3f}, {average:.3f})"
+        look["label"] = f"{looks.in_words(name)} ({auroc:.3f}, {average:.3f})"
         steps = over_epochs[over_epochs["detector"] == name].sort_values("epoch")
         if steps.empty:
             time.axhline(auroc, **look)
@@ -507,7 +507,7 @@ def _scores(
     table: pd.DataFrame, scores: Sequence[str], what: str, more: Sequence[str] = ()
 ) -> list[np.ndarray]:
     """Variability, confidence and what comes after these as float64, checked, rounding cut off."""
-    plots.demand(table, (*scores, *more), what)
+    looks.demand(table, (*scores, *more), what)
     for score in scores:
         _within(table, (score,), 0, HIGHEST[score], "; run notebooks/03_datamap.ipynb again")
     ordered = ("variability", "confidence", *scores[2:])
@@ -578,7 +578,7 @@ def _draw_classes(
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     left = np.zeros(n)
     for width, region in zip(share.T, REGIONS, strict=True):
-        colour, _ = plots.STRATEGIES[region]
+        colour, _ = looks.STRATEGIES[region]
         hatch = "////" if region == "ambiguous" else ""  # the second cue
         bars = ax.barh(
             range(n), width, left=left, height=0.8, color=colour, hatch=hatch, edgecolor="white",

@@ -190,6 +190,10 @@ class Data(Settings):
             raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")
         return self
 
+    def part_of(self, split: str) -> tuple[int, int]:
+        """(i, k): part i of k of a split's shards is learnt from; the test split stays whole."""
+        return parse_part(self.part) if split == "train" else (1, 1)
+
 
 def cache_folder(data: Data) -> Path:
     """Folder of the cache of these images, wherever they are asked for."""
@@ -771,10 +775,29 @@ class Compute(Settings):
     # `bf16` computes the network's passes in bfloat16, weights and losses in float32
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False  # torch.compile; on a CPU it needs a C++ compiler
+    # the same bytes on every x86-64 processor that has AVX2: nothing newer is computed with
+    portable: bool = False
     processes: int = Field(1, ge=1)  # that share each batch, under torchrun
     # where pixels are kept: on the device, or mapped from the disk; `auto` looks at the memory.
     # Changes no result
     images: Literal["auto", "resident", "mapped"] = "auto"
+
+    @model_validator(mode="after")
+    def _refuse_what_is_of_one_machine(self) -> "Compute":
+        asked = {"device": self.device != "cpu", "precision": self.precision != "float32",
+                 "compile": self.compile}  # fmt: skip
+        if self.portable and any(asked.values()):
+            key = next(key for key, is_so in asked.items() if is_so)
+            raise ValueError(
+                f"portable: true and {key}: {getattr(self, key)} exclude each other; the same "
+                "bytes on every processor are those of float32 on a CPU, not compiled"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_portable(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # left out where it is not asked for: settings written before there was it read the same
+        return {k: v for k, v in dump(self).items() if k != "portable" or v}
 
 
 class Tracking(Settings):

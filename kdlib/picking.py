@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 import kdlib
-from kdlib import files, runs, steps
+from kdlib import dataset, distilling, experiment, files, mapping, runs
 from kdlib.params import PICKED, Study
 from kdlib.selection import Subset, tie_break
 
@@ -70,8 +70,8 @@ class Explorer:
     ) -> None:
         if max_points < 1:
             raise ValueError(f"max_points is {max_points}; expected at least 1")
-        self.study, self.images = study, steps.open_images(study)
-        self.table = steps.open_datamap(study, self.images)
+        self.study, self.images = study, dataset.open_images(study)
+        self.table = mapping.open_datamap(study, self.images)
         self.names = [str(name) for name in self.images.train.header["class_names"]]
         self.shown = drawn(self.table, max_points)
         self.other, self.other_name = None, getattr(against, "name", "the other map")
@@ -86,7 +86,7 @@ class Explorer:
     def _checked(self, against: pd.DataFrame | Study) -> pd.DataFrame:
         """The other datamap, which must be of the same images."""
         if isinstance(against, Study):
-            images = steps.open_images(against)
+            images = dataset.open_images(against)
             mine, other = (
                 i.train.header["identity"] | {"relabel": 0} for i in (self.images, images)
             )
@@ -95,12 +95,12 @@ class Explorer:
                     f"{against.name} has other images than {self.study.name}, so that equal ids "
                     "are different images; expected a study of the same data"
                 )
-            return steps.open_datamap(against, images)
+            return mapping.open_datamap(against, images)
         lacking = {"label", *LIMITS, *REGIONS} - set(against.columns)
         if lacking or not against.index.isin(self.table.index).any():
             raise ValueError(
                 f"the other datamap lacks {sorted(lacking) or 'every example of this one'}; "
-                "expected a table as steps.open_datamap returns it, indexed by example id"
+                "expected a table as mapping.open_datamap returns it, indexed by example id"
             )
         return against.sort_index()
 
@@ -261,7 +261,7 @@ class Explorer:
     def commands(self, name: str) -> list[list[str]]:
         """The commands that train the study's students on a saved selection, and on a random one
         of the same size."""
-        path = steps.written(self.study)
+        path = experiment.written(self.study)
         fraction = Subset.load(self._path(name)).fraction
         made = []
         for strategy, more in ((PICKED + name, []), ("random", ["-p", "fraction", repr(fraction)])):
@@ -295,7 +295,7 @@ class Explorer:
         for cell, seed in wanted:
             # not there, or of settings from before the study was changed
             with contextlib.suppress(FileNotFoundError, ValueError):
-                steps.open_student(self.study, cell, seed)
+                distilling.open_student(self.study, cell, seed)
                 done += 1
         return done, len(wanted)
 
@@ -307,7 +307,7 @@ class Explorer:
         rows = []
         for picked, random, seed in self._students(name):
             accuracy = [
-                steps.open_student(self.study, c, seed)["checkpoints"]["last"]["test_accuracy"]
+                distilling.open_student(self.study, c, seed)["checkpoints"]["last"]["test_accuracy"]
                 for c in (picked, random)
             ]
             rows.append((picked.objective, seed, *accuracy, accuracy[0] - accuracy[1]))

@@ -1,70 +1,54 @@
-"""The style of every figure of the lab, and the figures of runs: a function takes tables and an
-axis (or a figure where several panels belong together), draws, and returns it.
+"""Figures of finished runs: accuracies, differences, defects; and of images and shards.
 
-Accuracies are drawn in %, their differences in percentage points. Colours are those of Okabe and
-Ito, safe for colour-blind readers, and each has a second cue: a marker, a dash or a label. Leaves
-to others: every number drawn, and the figures of datamaps and scores (maps).
-
-Sources:
-    [OkabeIto2008] Okabe, Ito. Color Universal Design. 2008. https://jfly.uni-koeln.de/color/.
+A function takes tables and an axis (or a figure where several panels belong together), draws, and
+returns it. Accuracies are drawn in %, their differences in percentage points. Leaves to others:
+how it looks (looks), what changes during training (progress), datamaps and scores (maps), every
+number drawn.
 """
 
-import contextlib
-import functools
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
-import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.textpath import TextPath
 from matplotlib.ticker import NullLocator
 
-from kdlib.files import nearest, write_atomic
-
-NARROW, WIDE = 3.25, 6.75  # inches: one column, two columns
-TEXT_PT = 7  # the smallest text at print size
-DPI = 300  # of the PNG and of what is rasterised inside the PDF
-
-BLACK, GREY = "#000000", "#767676"
-ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
-BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-DASHES = (
-    "-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)), (0, (4, 1, 1, 1, 1, 1)),
-    (0, (10, 1.5)),
-)  # fmt: skip
-OBJECTIVES = ((BLUE, "o"), (ORANGE, "D"), (GREEN, "s"), (PURPLE, "^"))  # colour, marker
-
-# The same strategy looks the same in every figure; those not named here share what is left.
-STRATEGIES = {
-    "full": (BLACK, DASHES[0]),
-    "random": (GREY, DASHES[1]),
-    "easy": (BLUE, DASHES[5]),
-    "ambiguous": (ORANGE, DASHES[3]),
-    "ambiguous_corner": (PURPLE, DASHES[4]),
-    "hard": (VERMILLION, DASHES[2]),
-}
-OTHER_COLOURS = (SKY, GREEN, BLUE, VERMILLION, PURPLE)
-REFERENCES = ("teacher", "untrained")
-# Diagnostics of features: column, title, the level of theory (None: it depends on the network) and
-# what it is the level of.
-DIAGNOSTICS = (
-    ("effective_rank", "effective rank", None, "isotropic"),
-    ("mean_cosine", "mean cosine, centred", 0.0, "isotropic"),
-    ("unit_variance", "variance of a unit feature", None, "at most 1 / D"),
-    ("alignment", "alignment within classes", 2.0, "isotropic"),
-    ("uniformity", "uniformity", None, "evenly spread"),
-    ("cka_teacher", "linear CKA with the teacher", 1.0, "the teacher itself"),
+from kdlib.files import nearest
+from kdlib.looks import (
+    BLACK,
+    BLUE,
+    DASHES,
+    GREEN,
+    GREY,
+    OBJECTIVES,
+    PANELS,
+    RC,
+    REGIONS,
+    TALL,
+    TEXT_PT,
+    VERMILLION,
+    demand,
+    fitted,
+    held_axes,
+    in_words,
+    label_ends,
+    legend_in_rows,
+    line_looks,
+    mark,
+    name_of_spread,
+    name_rows,
+    of_cell,
+    panel_grid,
+    percent,
+    sorting_key,
+    text_width_pt,
+    value_in_words,
 )
+from kdlib.params import AXES
 
 VERDICTS = {
     "better": (BLUE, "^"),
@@ -72,381 +56,11 @@ VERDICTS = {
     "equivalent": (GREEN, "s"),
     "inconclusive": (GREY, "o"),
 }
-REGIONS = {"easy": "easy-to-learn", "ambiguous": "ambiguous", "hard": "hard-to-learn"}
-# Yellow, the bright end of viridis, is lost on white paper.
-_VIRIDIS = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
-CORRECTNESS = LinearSegmentedColormap.from_list("correctness", _VIRIDIS, N=10)
-
-WORDS = {
-    "full": "full set", "kd": "KD", "knn": "k-NN", "aum": "AUM", "el2n": "EL2N", "tdds": "TDDS",
-    "dual": "DUAL", "dyn_unc": "Dyn-Unc", "grand": "GraNd", "grand_last": "GraNd (last layer)",
-    "ccs": "CCS", "d2": "D2", "dual_beta": "DUAL (beta)", "k_center": "k-center",
-    "random_balanced": "random (balanced)", "correctness_half": "correctness (p > 1/2)",
-    "forgetting_unlearned_last": "forgetting (unlearned = E)", "aum_softmax": "AUM (softmax)",
-    "aum_softmax_last": "AUM (softmax, last)", "entropy_last": "entropy (last)",
-    "el2n_first_ten": "EL2N (sum of ten)",
-    "dyn_unc_but_last": "Dyn-Unc (but last)", "tdds_absolute": "TDDS (absolute)",
-    "tdds_still_window": "TDDS (still window)",
-}  # fmt: skip
-AXES = ("student", "strategy", "fraction", "objective")
-
 MEASURED = {  # column of results -> what it is called on an axis
     "test_accuracy": "test accuracy at the last step",
     "linear_accuracy": "linear probe's test accuracy",
     "knn_accuracy": "k-NN probe's test accuracy",
 }
-TALL = 9.2  # inches: what a page leaves a figure
-PANELS = 3  # beside each other
-BESIDE_LABEL = 40  # points that a mark and the gaps around it take in a legend
-
-RC = {
-    "font.family": "DejaVu Sans",  # ships with matplotlib
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": TEXT_PT,
-    "ytick.labelsize": TEXT_PT,
-    "legend.fontsize": TEXT_PT,
-    "legend.title_fontsize": TEXT_PT,
-    "figure.titlesize": 8,
-    "figure.constrained_layout.use": True,
-    "figure.dpi": 120,  # on the screen
-    "savefig.dpi": DPI,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.titlelocation": "left",
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.3,
-    "legend.frameon": False,
-    "pdf.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "kdlib",
-}
-# Dates and versions would make an unchanged figure a changed file.
-METADATA = {
-    "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
-    "png": {"Software": None},
-}
-
-
-@contextlib.contextmanager
-def style() -> Iterator[None]:
-    """The lab's matplotlib settings while the block runs, whatever the user's own are."""
-    with matplotlib.style.context(RC, after_reset=True):
-        yield
-
-
-def save_figure(fig: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Write `<name>.pdf` and `<name>.png` (300 dpi) at the figure's own size, each atomically.
-
-    The files carry no date and no version: the same figure gives the same bytes.
-
-    Args:
-        fig: The figure.
-        folder: Where to; made when it is not there.
-        name: File name without its ending.
-
-    Returns: The paths of the PDF and the PNG.
-    """
-    paths = []
-    with style():
-        for kind, metadata in METADATA.items():
-            # Constrained layout starts from the last layout; bytes are equal from an equal start.
-            for ax in fig.axes:
-                if ax.get_subplotspec() is not None:
-                    ax.set_subplotspec(ax.get_subplotspec())
-            paths.append(
-                write_atomic(
-                    Path(folder) / f"{name}.{kind}",
-                    lambda file, kind=kind, metadata=metadata: fig.savefig(
-                        file, format=kind, dpi=DPI, metadata=metadata
-                    ),
-                )
-            )
-    return tuple(paths)
-
-
-def in_words(name: str) -> str:
-    """The name of a strategy, objective or probe as a reader wants it.
-
-    >>> in_words("ambiguous_corner"), in_words("forgetting_events_top"), in_words("full")
-    ('ambiguous (corner)', 'forgetting events (top)', 'full set')
-    """
-    stem, _, end = name.rpartition("_")
-    if stem and end in ("top", "bottom", "corner"):
-        return f"{in_words(stem)} ({end})"
-    if stem == "few_shot":
-        return f"{end}-shot"
-    return WORDS.get(name, name.replace("_", " "))
-
-
-def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axes:
-    """Validation accuracy over optimiser steps: mean and standard deviation over seeds.
-
-    Each cell (student, strategy, fraction, objective) is one line, named at its end by `by` and by
-    what else tells it from the other cells of the same `by`.
-
-    Args:
-        ax: The axis.
-        curves: The axes of the study, `seed`, `step`, `validation_accuracy` in [0, 1].
-        by: The axis of the study that decides the colour.
-
-    Returns: `ax`.
-    Raises: ValueError for missing columns, an empty table, an unknown `by`, or a cell whose seeds
-        were not all evaluated at the same steps.
-    """
-    demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
-    ends = _draw_cells(ax, curves, "validation_accuracy", by)
-    ax.set(xlabel="optimiser steps", ylabel="validation accuracy (%)")
-    ax.set_title(f"{_held(curves, by)}; {_seeds(curves)}", fontsize=TEXT_PT)
-    _finish_lines(ax, ends)
-    return ax
-
-
-def probe_curves(
-    ax: Axes,
-    probes: pd.DataFrame,
-    probe: str = "linear",
-    on: str = "own",
-    layer: str = "features",
-) -> Axes:
-    """Probe accuracy over optimiser steps, with the untrained student and the teacher as levels.
-
-    Args:
-        ax: The axis.
-        probes: The axes of the study, `seed`, `step`, `probe`, `accuracy` in [0, 1]; rows whose
-            `strategy` is `untrained` or `teacher` become horizontal lines at their mean.
-        probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
-        on: On which data set; `own` is the study's.
-        layer: Of which layer. The teacher's level is that of its last one.
-
-    Returns: `ax`.
-    Raises: ValueError for missing columns, a probe that is not there, or a cell whose seeds were
-        not all probed at the same steps.
-    """
-    demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
-    rows = probes
-    for column, wanted in (("on", on), ("layer", layer), ("probe", probe)):
-        of_teacher = (column == "layer") & (rows["strategy"] == "teacher")
-        kept = rows[(rows[column] == wanted) | of_teacher]
-        if kept[kept["strategy"] != "teacher"].empty:
-            raise ValueError(
-                f"no rows of {column} {wanted!r}; {nearest(wanted, set(rows[column]))}"
-            )
-        rows = kept
-    is_reference = rows["strategy"].isin(REFERENCES)
-    trained = rows[~is_reference]
-    ends = _draw_cells(ax, trained, "accuracy", "strategy")
-    for name, dash in zip(REFERENCES, ((0, (4, 2)), (0, (1, 2))), strict=True):
-        reference = rows[rows["strategy"] == name]
-        # The teacher is the same for all students; an untrained student is its own reference.
-        groups = reference.groupby("student") if name == "untrained" else [("", reference)]
-        for student, group in groups:
-            if group.empty:
-                continue
-            level = 100 * group["accuracy"].mean()
-            ax.axhline(level, color=BLACK, ls=dash, lw=0.9, zorder=1)
-            several = name == "untrained" and reference["student"].nunique() > 1
-            label = f"{name}, {in_words(student)}" if several else name
-            ends.append((level, label, BLACK, None))
-    ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
-    told = [f"{in_words(probe)} probe", _held(trained, "strategy")]
-    told += [f"on {on}"] * (on != "own") + [layer] * (layer != "features")
-    held = ", ".join(told)
-    ax.set_title(f"{held}; {_seeds(trained)}", fontsize=TEXT_PT)
-    _finish_lines(ax, ends)
-    return ax
-
-
-def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Figure:
-    """What the features of every layer know of every data set, a panel for each set: those of the
-    last step, between the untrained student's and the teacher's.
-
-    Args:
-        fig: An empty figure; its height is set to what the rows need.
-        probes: As of `probe_curves`.
-        probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
-
-    Returns: `fig`, one axis per data set; a small dot is one seed, a large marker the mean.
-    Raises: ValueError for missing columns, or a table without such a probe.
-    """
-    demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
-    rows = probes[probes["probe"] == probe]
-    demand(rows, (), f"probes, {probe}")
-    trained = rows[~rows["strategy"].isin(REFERENCES)]
-    trained = trained[trained["step"] == trained.groupby(list(AXES))["step"].transform("max")]
-    others = _varying(trained, "strategy")
-    networks = {}  # what it is called -> its rows
-    for (student,), of in rows[rows["strategy"] == "untrained"].groupby(["student"], sort=False):
-        several = rows["student"].nunique() > 1
-        networks[f"untrained, {in_words(student)}" if several else "untrained"] = of
-    cells = trained.groupby(["strategy", *others], sort=False)
-    for key, of in sorted(cells, key=lambda cell: tuple(_rank(part) for part in cell[0])):
-        networks[", ".join(map(_told, key))] = of
-    networks["teacher"] = rows[rows["strategy"] == "teacher"]
-    places, layers = list(dict.fromkeys(rows["on"])), list(dict.fromkeys(rows["layer"]))
-    n_columns = min(len(places), PANELS)
-    axs = _grid(fig, len(places), n_columns, 0.21 * len(networks) + 0.4)
-    shift = 0.5 / len(layers)
-    for ax, place in zip(axs, places, strict=True):
-        for y, of in enumerate(networks.values()):
-            for i, layer in enumerate(layers):
-                here = of[(of["on"] == place) & (of["layer"] == layer)]
-                values = 100 * here.drop_duplicates(["seed", "accuracy"])["accuracy"]
-                colour, marker = OBJECTIVES[i % len(OBJECTIVES)]
-                at = y + shift * (i - (len(layers) - 1) / 2)
-                ax.plot(values, [at] * len(values), "o", ms=2, color=colour, alpha=0.5, mew=0)
-                if len(values):
-                    ax.plot(values.mean(), at, marker, ms=4.5, color=colour, mec="white", mew=0.6)
-        _name_rows(ax, list(networks), 0.6)
-        ax.set_title("own data" if place == "own" else f"on {in_words(place)}")
-    for ax in axs[-n_columns:]:
-        ax.set_xlabel(f"test accuracy of a {in_words(probe)} probe (%)")
-    marks = [
-        _handle("last layer" if layer == "features" else layer, color=colour, marker=marker,
-                ms=4.5, mew=0)
-        for layer, (colour, marker) in zip(layers, itertools.cycle(OBJECTIVES), strict=False)
-    ]  # fmt: skip
-    few = _handle(f"one seed of {trained['seed'].nunique()}", color=GREY, marker="o", ms=2, mew=0)
-    _legend_in_rows(fig, [*marks, few])
-    return fig
-
-
-def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
-    """The shape of the features over optimiser steps, a panel for each diagnostic, with what theory
-    says of features without structure, or the most there can be.
-
-    Args:
-        fig: An empty figure.
-        probes: The axes of the study, `seed`, `step`, `on`, `layer`, `probe`, and the diagnostics;
-            rows of the study's own data and the last layer are drawn.
-
-    Returns: `fig`.
-    Raises: ValueError for missing columns or a table without such rows.
-    """
-    columns = [name for name, *_ in DIAGNOSTICS]
-    needed = (*AXES, "seed", "step", "on", "layer", "probe", *columns)
-    demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
-    own = (probes["on"] == "own") & (probes["layer"] == "features")
-    rows = probes[own & ~probes["strategy"].isin(REFERENCES)]
-    demand(rows, (), "probes")
-    rows = rows[rows["probe"] == rows["probe"].iloc[0]]  # they are the same in every probe's row
-    levels = {
-        "effective_rank": rows["effective_rank"] / rows["rank_ratio"],
-        "unit_variance": 1 / rows["n_features"],
-        "uniformity": rows["uniformity_even"],
-    }
-    axs = fig.subplots(2, 3, sharex=True)
-    for ax, (name, label, level, told) in zip(axs.flat, DIAGNOSTICS, strict=True):
-        _draw_cells(ax, rows, name, "strategy", scale=1)
-        for height in sorted(set(levels[name].round(9)) if level is None else [level]):
-            ax.axhline(height, color=BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
-        ax.set_xlim(0, max(1, rows["step"].max()))
-        ax.set_title(f"{label}\n(dotted: {told})", fontsize=TEXT_PT)
-    for ax in axs[1]:
-        ax.set_xlabel("optimiser steps")
-    handles, _ = axs.flat[0].get_legend_handles_labels()
-    title = f"{_held(rows, 'strategy')}; {_seeds(rows)}"
-    n_rows = _legend_in_rows(fig, handles, title=title, handlelength=3.5)  # dashes are told apart
-    fig.set_figheight(4.0 + 0.2 * n_rows)
-    return fig
-
-
-# The end of a line: height in %, label, colour, and last step (None: it runs over the whole axis).
-End = tuple[float, str, str, float | None]
-
-
-def _draw_cells(
-    ax: Axes, table: pd.DataFrame, value: str, by: str, scale: float = 100
-) -> list[End]:
-    """One line with a band for each cell, in % or times `scale`; returns where the lines end."""
-    if by not in AXES:
-        raise ValueError(f"by is {by!r}; expected one of {', '.join(AXES)}")
-    looks = line_looks(table[by].unique())
-    ends = []
-    others = _varying(table, by)
-    cells = table.groupby([by, *others], sort=False)
-    turns = dict.fromkeys(looks, 0)
-    for key, runs in sorted(cells, key=lambda cell: tuple(_rank(part) for part in cell[0])):
-        grid = runs.pivot(index="step", columns="seed", values=value)  # (steps, S)
-        if grid.isna().any(axis=None):
-            raise ValueError(
-                f"{', '.join(map(str, key))}: the seeds {list(grid.columns)} were not all "
-                "evaluated at the same steps; expected one row per seed and step"
-            )
-        colour, dash = looks[key[0]]
-        if others:
-            dash = DASHES[turns[key[0]] % len(DASHES)]
-            turns[key[0]] += 1
-        mean = scale * grid.mean(axis=1)
-        label = ", ".join(_told(value) for value in key)
-        marker = "o" if len(mean) <= 12 else None  # few steps: show where something was measured
-        ax.plot(
-            mean.index, mean, color=colour, ls=dash, marker=marker, ms=2.8, label=label, zorder=3,
-            clip_on=False,
-        )  # fmt: skip
-        if grid.shape[1] > 1:
-            sd = scale * grid.std(axis=1, ddof=1)
-            ax.fill_between(mean.index, mean - sd, mean + sd, color=colour, alpha=0.18, lw=0)
-        ends.append((float(mean.iloc[-1]), label, colour, float(mean.index[-1])))
-    return ends
-
-
-def _finish_lines(ax: Axes, ends: Sequence[End]) -> None:
-    """Freeze the limits (x from 0 to the last step, y inside [0, 100]) and name the lines."""
-    ax.set_xlim(0, max((step for *_, step in ends if step is not None), default=1.0))
-    ax.margins(y=0.04)
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, 0), min(high, 100))
-    label_ends(ax, ends)
-
-
-def label_ends(ax: Axes, ends: Sequence[End]) -> None:
-    """Write each label at the right of the axis, level with its line unless another label is there.
-
-    Args:
-        ax: The axis, its limits final.
-        ends: For each line its last height, label, colour and last x (None: the end of the axis).
-    """
-    (first, last), (low, high) = ax.get_xlim(), ax.get_ylim()
-    height_pt = 72 * ax.get_window_extent().height / ax.figure.dpi
-    ends = sorted(ends, key=lambda end: end[0])
-    levels = [(end[0] - low) / (high - low) for end in ends]
-    for (_, label, colour, step), level, place in zip(
-        ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
-    ):
-        start = 1.0 if step is None else (step - first) / (last - first)
-        leader = {"color": colour, "lw": 0.7, "clip_on": False, "transform": ax.transAxes}
-        leader |= {"scalex": False, "scaley": False}
-        if start < 0.98:  # a way to the label that is not taken for a part of the line
-            ax.plot([start, 1.0], [level, level], ls=(0, (0.6, 2.4)), **leader)
-        ax.plot([1.0, 1.02, 1.05], [level, place, place], **leader)
-        ax.text(1.06, place, label, transform=ax.transAxes, va="center_baseline", fontsize=TEXT_PT)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Places for labels in [0, 1], at least `gap` apart and as near to their heights as squares
-    allow.
-
-    Args:
-        heights: Wanted places, ascending.
-        gap: Smallest distance of neighbours; labels that need more room than [0, 1] start at 0.
-
-    Returns: Places, ascending, one per height.
-
-    >>> spread([0.2, 0.5, 0.5], gap=0.1)
-    [0.2, 0.45, 0.55]
-    """
-    blocks: list[list[float]] = []  # pool adjacent violators on what is left without the gaps
-    for i, height in enumerate(heights):
-        blocks.append([height - i * gap])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    top = max(0.0, 1 - (len(heights) - 1) * gap)
-    free = [min(max(float(np.mean(block)), 0.0), top) for block in blocks for _ in block]
-    return [round(place + i * gap, 6) for i, place in enumerate(free)]
 
 
 def accuracy_by_strategy(
@@ -480,7 +94,7 @@ def accuracy_by_strategy(
         raise ValueError("the results hold the full set alone; expected runs on subsets to compare")
     students = list(dict.fromkeys(results["student"]))
     fractions = sorted(set(subsets["fraction"]), reverse=True)
-    strategies = sorted(set(subsets["strategy"]), key=_rank)
+    strategies = sorted(set(subsets["strategy"]), key=sorting_key)
     objectives = sorted(set(results["objective"]))
     if len(objectives) > len(OBJECTIVES):
         raise ValueError(
@@ -492,7 +106,7 @@ def accuracy_by_strategy(
     n_columns = len(fractions) if 1 < len(fractions) <= PANELS else min(len(panels), PANELS)
     n_columns = 2 if len(panels) == 4 else n_columns
     row_in = len(strategies) * (0.09 + 0.1 * len(objectives)) + 0.4
-    axs = _grid(fig, len(panels), n_columns, row_in)
+    axs = panel_grid(fig, len(panels), n_columns, row_in)
     offsets = (np.arange(len(objectives)) - (len(objectives) - 1) / 2) * 0.7 / len(objectives)
     first = {}
     for ax, (student, fraction) in zip(axs, panels, strict=True):
@@ -510,7 +124,7 @@ def accuracy_by_strategy(
                 ax.axvline(level, color=colour, ls=DASHES[k], lw=1, zorder=1)
             for y, strategy in enumerate(strategies):
                 cell = (student, strategy, fraction, objective)
-                values = 100 * _of_cell(subsets, cell)[measure]
+                values = 100 * of_cell(subsets, cell)[measure]
                 row = y + offsets[k]
                 below = row + 0.25 / len(objectives)  # where the mean does not cover the seeds
                 ax.plot(values, [below] * len(values), "o", ms=2.6, color=colour, alpha=0.6, mew=0)
@@ -519,14 +133,14 @@ def accuracy_by_strategy(
                         values.mean(), row, marker, ms=5.5, color=colour, mec="white", mew=0.7,
                         zorder=4,
                     )  # fmt: skip
-                for verdict in _of_cell(comparison, cell)["verdict"]:
+                for verdict in of_cell(comparison, cell)["verdict"]:
                     _verdict_mark(ax, 1.035, row, verdict, transform=ax.get_yaxis_transform())
-        _name_rows(ax, [in_words(name) for name in strategies], 0.5)
-        title = f"{_percent(fraction)} of the data"
+        name_rows(ax, [in_words(name) for name in strategies], 0.5)
+        title = f"{percent(fraction)} of the data"
         ax.set_title(f"{in_words(student)}, {title}" if len(students) > 1 else title)
     for ax in axs[-n_columns:]:
         ax.set_xlabel(f"{MEASURED[measure]} (%)")
-    _legend_in_rows(fig, _objective_handles(objectives, full), _verdict_handles(baseline))
+    legend_in_rows(fig, _objective_handles(objectives, full), _verdict_handles(baseline))
     return fig
 
 
@@ -553,7 +167,7 @@ def accuracy_by_objective(
     columns = (results["student"], results["strategy"], results["fraction"])
     subsets = list(dict.fromkeys(zip(*columns, strict=True)))
     n_columns = min(len(subsets), PANELS)
-    axs = _grid(fig, len(subsets), n_columns, 0.21 * len(objectives) + 0.4)
+    axs = panel_grid(fig, len(subsets), n_columns, 0.21 * len(objectives) + 0.4)
     for ax, (student, strategy, fraction) in zip(axs, subsets, strict=True):
         chosen = results[
             (results["student"] == student)
@@ -567,19 +181,19 @@ def accuracy_by_objective(
                 ax.plot(values.mean(), y, "o", ms=5.5, color=BLUE, mec="white", mew=0.7, zorder=4)
                 if y == 0:
                     ax.axvline(values.mean(), color=GREY, lw=1, ls=DASHES[1], zorder=1)
-        _name_rows(ax, [in_words(name) for name in objectives], 0.6)
+        name_rows(ax, [in_words(name) for name in objectives], 0.6)
         title = in_words(strategy)
-        title += "" if strategy == "full" else f", {_percent(fraction)} of the data"
+        title += "" if strategy == "full" else f", {percent(fraction)} of the data"
         ax.set_title(f"{in_words(student)}, {title}" if several else title)
     for ax in axs[-n_columns:]:
         ax.set_xlabel(f"{MEASURED[measure]} (%)")
     n_seeds = results["seed"].nunique()
     marks = [
-        _handle(f"mean of {n_seeds} seeds", color=BLUE, marker="o", ms=5.5, mew=0),
-        _handle("one seed", color=BLUE, marker="o", ms=2.6, mew=0),
-        _handle(f"{in_words(objectives[0])}: mean", color=GREY, ls=DASHES[1], lw=1),
+        mark(f"mean of {n_seeds} seeds", color=BLUE, marker="o", ms=5.5, mew=0),
+        mark("one seed", color=BLUE, marker="o", ms=2.6, mew=0),
+        mark(f"{in_words(objectives[0])}: mean", color=GREY, ls=DASHES[1], lw=1),
     ]
-    _legend_in_rows(fig, marks)
+    legend_in_rows(fig, marks)
     return fig
 
 
@@ -602,7 +216,7 @@ def accuracy_by_fraction(
     Raises: ValueError for missing columns or an empty table.
     """
     demand(results, (*AXES, "seed", measure), "results")
-    strategies = sorted(set(results["strategy"]) - {"full"}, key=_rank)
+    strategies = sorted(set(results["strategy"]) - {"full"}, key=sorting_key)
     objectives = list(dict.fromkeys(results["objective"]))
     students = list(dict.fromkeys(results["student"]))
     by_strategy = len(strategies) > 1
@@ -617,7 +231,9 @@ def accuracy_by_fraction(
     else:
         looks = {o: (*look, "o") for o, look in line_looks(objectives).items()}
     n_lines = len(strategies) if by_strategy else len(objectives)
-    axs = _grid(fig, len(panels), min(len(panels), 2), max(2.6, 0.5 + 0.14 * n_lines), sharey=False)
+    axs = panel_grid(
+        fig, len(panels), min(len(panels), 2), max(2.6, 0.5 + 0.14 * n_lines), sharey=False
+    )
     is_full = results["strategy"] == "full"
     ticks = sorted(set(results[~is_full if by_strategy else slice(None)]["fraction"]))
     for ax, (student, shown) in zip(axs, panels, strict=True):
@@ -652,7 +268,7 @@ def accuracy_by_fraction(
         told = [in_words(student)] if len(students) > 1 else []
         told += [in_words(strategies[0])] if not by_strategy else []
         told += [in_words(shown[0])] if by_strategy and len(objectives) > 1 else []
-        ax.set_title(f"{', '.join(told)}; {_seeds(of_student)}", fontsize=TEXT_PT)
+        ax.set_title(f"{', '.join(told)}; {name_of_spread(of_student)}", fontsize=TEXT_PT)
         label_ends(ax, ends)
     fig.supxlabel("fraction of the data (%)", fontsize=RC["axes.labelsize"])
     fig.supylabel(f"{MEASURED[measure]} (%)", fontsize=RC["axes.labelsize"])
@@ -672,91 +288,28 @@ def _apart(ticks: Sequence[float]) -> list[float]:
     return kept[::-1]
 
 
-def learning_curves_by_student(fig: Figure, curves: pd.DataFrame, by: str = "strategy") -> Figure:
-    """`learning_curves`, a panel for each student, with its name where there are several."""
-    demand(curves, AXES, "curves")
-    students = list(dict.fromkeys(curves["student"]))
-    axs = _grid(fig, len(students), min(len(students), 2), 2.8, sharey=False)
-    for ax, student in zip(axs, students, strict=True):
-        learning_curves(ax, curves[curves["student"] == student], by)
-        if len(students) > 1:
-            ax.set_title(f"{in_words(student)}\n{ax.get_title(loc='left')}", fontsize=TEXT_PT)
-    return fig
-
-
-def _grid(
-    fig: Figure, n_panels: int, n_columns: int, row_in: float, sharey: bool = True
-) -> list[Axes]:
-    """Panels row by row, at most so many beside each other, in a figure as high as they need."""
-    n_rows = -(-n_panels // n_columns)
-    fig.set_figheight(min(n_rows * row_in + 0.75, TALL))
-    axs = fig.subplots(n_rows, n_columns, sharey=sharey, squeeze=False).ravel()
-    for ax in axs[n_panels:]:
-        ax.remove()
-    return list(axs[:n_panels])
-
-
-def _name_rows(ax: Axes, names: Sequence[str], below: float) -> None:
-    """Rows from top to bottom with their names, and light lines to read values by."""
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 1 + below, -below)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="#DDDDDD", lw=0.5)
-    ax.set_axisbelow(True)
-
-
 def _objective_handles(objectives: Sequence[str], full: pd.DataFrame) -> list[Line2D]:
     handles = []
     for (colour, marker), dash, name in zip(OBJECTIVES, DASHES, objectives, strict=False):
-        mean = _handle(f"{in_words(name)}: mean", color=colour, marker=marker, ms=5.5, mew=0)
+        mean = mark(f"{in_words(name)}: mean", color=colour, marker=marker, ms=5.5, mew=0)
         handles.append(mean)
         if name in set(full["objective"]):
-            handles.append(_handle(f"{in_words(name)}: full set", color=colour, ls=dash, lw=1))
-    return [*handles, _handle("one seed", color=GREY, marker="o", ms=2.6, mew=0)]
+            handles.append(mark(f"{in_words(name)}: full set", color=colour, ls=dash, lw=1))
+    return [*handles, mark("one seed", color=GREY, marker="o", ms=2.6, mew=0)]
 
 
 def _verdict_handles(baseline: str | None) -> list[Line2D]:
-    heading = [] if baseline is None else [_handle(f"against {in_words(baseline)}:")]
+    heading = [] if baseline is None else [mark(f"against {in_words(baseline)}:")]
     marks = [
-        _handle(name, color=colour, marker=marker, ms=4.5, mfc=_face(name))
+        mark(name, color=colour, marker=marker, ms=4.5, mfc=_face(name))
         for name, (colour, marker) in VERDICTS.items()
     ]
     return heading + marks
 
 
-def _handle(label: str, **look: Any) -> Line2D:
-    return Line2D([], [], label=label, **{"ls": "none", **look})
-
-
 def _face(verdict: str) -> str:
     """Open markers say that nothing is settled, in grey print as well."""
     return "white" if verdict == "inconclusive" else VERDICTS[verdict][0]
-
-
-def _legend_in_rows(fig: Figure, *rows: Sequence[Line2D], **more: Any) -> int:
-    """One legend below the panels, each group of handles a row, or more where it is too wide;
-    returns how many rows it has."""
-    n = _most_columns(rows)
-    rows = [row[i : i + n] for row in rows for i in range(0, len(row), n)]
-    padded = [[*row, *[_handle("")] * (n - len(row))] for row in rows]
-    handles = [handle for column in zip(*padded, strict=True) for handle in column]
-    fig.legend(
-        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5,
-        **more,
-    )  # fmt: skip
-    return len(rows)
-
-
-def _most_columns(rows: Sequence[Sequence[Any]]) -> int:
-    """In how many columns a legend of these rows, wrapped, fits into a wide figure."""
-    for n in range(max(map(len, rows)), 1, -1):
-        widths = np.zeros(n)
-        for row in rows:
-            for i, handle in enumerate(row):
-                widths[i % n] = max(widths[i % n], _width_pt(handle.get_label()))
-        if widths.sum() + n * BESIDE_LABEL < 72 * WIDE:
-            return n
-    return 1
 
 
 def _verdict_mark(ax: Axes, x: float, y: float, verdict: str, **where: Any) -> None:
@@ -832,7 +385,7 @@ def paired_differences(
         shown=comparison["against_fraction"].where(
             comparison["strategy"] == "full", comparison["fraction"]
         ),
-        rank=comparison["strategy"].map(_rank),
+        rank=comparison["strategy"].map(sorting_key),
     ).sort_values(["rank", "student", "shown", "objective"], ascending=[True, True, False, True])
     naming = [a for a in ("shown", "objective", "student") if rows[a].nunique() > 1]
     y, places, labels, groups = 0.0, [], [], {}
@@ -840,7 +393,7 @@ def paired_differences(
         groups[strategy] = (y - 0.5, y + len(group) - 0.5)
         for row in group.to_dict("records"):
             places.append(y)
-            label = ", ".join(_told(row[a]) for a in naming)
+            label = ", ".join(value_in_words(row[a]) for a in naming)
             across = row["against_fraction"] != row["fraction"]
             labels.append(f"against {label}" if across and label else label)
             if np.isnan(row["difference"]):
@@ -857,7 +410,7 @@ def paired_differences(
     ax.axvline(0, color=BLACK, lw=0.8, zorder=1)
     ax.set_yticks(places, labels if named else [""] * len(places))
     ax.tick_params(axis="y", length=0)
-    pad = max(map(_width_pt, labels)) + 12  # strategies stand left of the row labels
+    pad = max(map(text_width_pt, labels)) + 12  # strategies stand left of the row labels
     for strategy, (top, bottom) in groups.items():
         if named:
             ax.annotate(
@@ -888,8 +441,8 @@ def _interval_handles(margin: float, level: float) -> list[Any]:
     size = "1 point" if margin == 0.01 else f"{100 * margin:g} points"
     return [
         Patch(color="#DDDDDD", lw=0, label=f"margin, ±{size}"),
-        _handle(f"{100 * level:g} % interval", color=BLACK, ls="-", lw=0.8),
-        _handle("90 %", color=BLACK, ls="-", lw=2.2),
+        mark(f"{100 * level:g} % interval", color=BLACK, ls="-", lw=0.8),
+        mark("90 %", color=BLACK, ls="-", lw=2.2),
     ]
 
 
@@ -898,11 +451,11 @@ def _subtraction(comparison: pd.DataFrame) -> tuple[str, str]:
     same in all rows."""
     if (comparison["against_strategy"] != comparison["strategy"]).any():
         words = f"strategy minus {_one_of(comparison['against_strategy'])}"
-        return words, _held(comparison, "strategy")
+        return words, held_axes(comparison, "strategy")
     several = comparison["objective"].nunique() > 2
     what = "objective" if several else _one_of(comparison["objective"])
     words = f"{what} minus {_one_of(comparison['against_objective'])}"
-    return words, _held(comparison, "objective")
+    return words, held_axes(comparison, "objective")
 
 
 def _one_of(names: pd.Series) -> str:
@@ -936,7 +489,7 @@ def region_grid(
                 "expected one caption per image"
             )
     names = {name: REGIONS.get(name, in_words(name)) for name in images}
-    left = max(_width_pt(name, RC["font.size"]) for name in names.values()) + 10
+    left = max(text_width_pt(name, RC["font.size"]) for name in names.values()) + 10
     step_x = (72 * fig.get_figwidth() - left - 2) / max(map(len, images.values()))
     step_y = 72 * fig.get_figheight() / len(images)
     below = 2 * TEXT_PT  # room for the caption and the gap to the next row
@@ -967,7 +520,7 @@ def region_grid(
                 extent=(x - half_x, x + half_x, bottom, top),
             )  # fmt: skip
             ax.text(
-                x, bottom + 1, _fitted(title, step_x - 2), ha="center", va="top", fontsize=TEXT_PT
+                x, bottom + 1, fitted(title, step_x - 2), ha="center", va="top", fontsize=TEXT_PT
             )
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
@@ -1052,8 +605,8 @@ def defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
     ax.set_axisbelow(True)
     handles = [
-        _handle("with the defect", marker="X", color=VERMILLION, linestyle=""),
-        _handle("without", marker="o", color=BLUE, linestyle=""),
+        mark("with the defect", marker="X", color=VERMILLION, linestyle=""),
+        mark("without", marker="o", color=BLUE, linestyle=""),
     ]
     ax.legend(
         handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=0.8,
@@ -1062,100 +615,3 @@ def defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
     note("tripwire", 1, top, (65, 2), ha="left", va="bottom", fontweight="bold")
     note(title, 0, top, (-7, 2), ha="right", va="bottom", fontweight="bold")
     return ax
-
-
-def _fitted(text: str, width_pt: float) -> str:
-    """The text, or as much of its beginning as fits, and an ellipsis."""
-    text = text.replace("_", " ")
-    if _width_pt(text) <= width_pt:
-        return text
-    while text and _width_pt(text + "…") > width_pt:
-        text = text[:-1].rstrip()
-    return text + "…"
-
-
-@functools.lru_cache(maxsize=4096)
-def _width_pt(text: str, size: float = TEXT_PT) -> float:
-    """Width of a line of text in points, before anything is drawn."""
-    if not text.strip():
-        return 0.0
-    return (
-        TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"])).get_extents().x1
-    )
-
-
-def line_looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
-    """Colour and dash of each name, in the order of `_rank`; numbers go from dark to light."""
-    names = sorted(names, key=_rank)
-    if not any(isinstance(name, str) for name in names):
-        colours = CORRECTNESS(np.linspace(0, 1, len(names)))
-        return {n: (c, DASHES[i % 6]) for i, (n, c) in enumerate(zip(names, colours, strict=True))}
-    # 5 colours and 6 dashes have no common divisor: 30 different pairs.
-    pairs = [(OTHER_COLOURS[i % 5], DASHES[i % 6]) for i in range(30)]
-    free = [pair for pair in pairs if pair not in STRATEGIES.values()]
-    others = [name for name in names if name not in STRATEGIES]
-    if len(others) > len(free):
-        raise ValueError(f"{len(others)} kinds of line; expected at most {len(free)}: draw some")
-    return {**STRATEGIES, **dict(zip(others, free, strict=False))}
-
-
-def _rank(name: Any) -> tuple:
-    """Sorting key: the full set and the regions first, the top of a score before its bottom."""
-    if not isinstance(name, str):
-        return (0, name)
-    known = list(STRATEGIES)
-    if name in known:
-        return (known.index(name), "", False)
-    stem, _, end = name.rpartition("_")
-    return (len(known), stem if end in ("top", "bottom") else name, end == "bottom")
-
-
-def _varying(table: pd.DataFrame, by: str) -> list[str]:
-    """The axes besides `by` that tell cells apart; that the full set has a fraction of its own does
-    not count."""
-    subsets = table[table["strategy"] != "full"]
-    counted = {a: (subsets if a == "fraction" else table)[a].nunique() for a in AXES}
-    return [axis for axis in AXES if axis != by and counted[axis] > 1]
-
-
-def _held(table: pd.DataFrame, by: str) -> str:
-    """What all cells have in common, for the title: fraction and objective where they are held."""
-    subsets = table[table["strategy"] != "full"]
-    told = []
-    for axis, rows in (("objective", table), ("fraction", subsets if len(subsets) else table)):
-        if axis != by and rows[axis].nunique() == 1:
-            told.append(_told(rows[axis].iloc[0]))
-            told[-1] += " of the data" if axis == "fraction" else ""
-    return ", ".join(told)
-
-
-def _seeds(table: pd.DataFrame) -> str:
-    """The name of the spread that is drawn."""
-    counts = table.groupby(list(AXES))["seed"].nunique()
-    fewest, most = counts.min(), counts.max()
-    if most == 1:
-        return "one seed"
-    return f"mean ± s.d., S = {most}" if fewest == most else f"mean ± s.d., S = {fewest} to {most}"
-
-
-def _told(value: Any) -> str:
-    return in_words(value) if isinstance(value, str) else _percent(value)
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.4g} %"
-
-
-def _of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataFrame:
-    return table[(table[list(AXES)] == list(cell)).all(axis=1)]
-
-
-def demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """Refuse a table without rows, or without one of the columns; the error names what lacks."""
-    missing = [name for name in columns if name not in table]
-    if missing:
-        raise ValueError(
-            f"the table `{what}` lacks the columns {missing}; got {list(table.columns)}"
-        )
-    if table.empty:
-        raise ValueError(f"the table `{what}` has no rows; there is nothing to draw")

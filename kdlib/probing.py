@@ -3,7 +3,7 @@
 Every row says which data it is `on` (`own`: the study's, or one of `probe.others`) and of which
 `layer`. The tripwires judge the study's own data and the last layer. Leaves to others: probes and
 diagnostics themselves (probe, diagnostics), where features come from (extracting), where students
-and stored outputs are (steps).
+are (distilling) and stored outputs (teaching).
 """
 
 from collections.abc import Callable, Iterator
@@ -18,25 +18,22 @@ from threadpoolctl import threadpool_limits
 
 from kdlib import checks, diagnostics, files, params, probe, runs
 from kdlib.augment import Pixels
+from kdlib.dataset import Images, probe_examples
+from kdlib.distilling import open_student, student_folder
+from kdlib.experiment import load_step, use
 from kdlib.extracting import Examples, layer_features, other_examples
 from kdlib.models import Network
 from kdlib.params import Cell, Study
 from kdlib.seeds import generator
-from kdlib.steps import (
-    Images,
+from kdlib.tables import write_parquet
+from kdlib.teaching import (
     labelled_features,
-    load_step,
     made_teacher,
-    open_student,
     open_teacher,
-    probe_examples,
-    student_folder,
     teacher_features,
     teacher_folder,
     teacher_pixels,
-    use,
 )
-from kdlib.tables import write_parquet
 from kdlib.weights import load_weights
 
 OWN, LAST = "own", "features"  # what the tripwires judge

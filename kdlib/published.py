@@ -3,7 +3,7 @@ when the runs are elsewhere.
 
 `figures/<study>/tables/<name>.parquet` holds a hash of its content and the settings of the study it
 was compiled from; a file that was changed, or that belongs to other settings, is refused. Leaves to
-others: what the tables mean, and how they are compiled (report).
+others: what the tables mean, and how they are compiled (compiling).
 """
 
 import copy

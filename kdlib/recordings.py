@@ -13,22 +13,15 @@ import pandas as pd
 import torch
 
 from kdlib import checks, files, runs
+from kdlib.dataset import Images
 from kdlib.dynamics import DynamicsLog
 from kdlib.evaluation import all_outputs
+from kdlib.experiment import CROSS_ENTROPY, load_checked, load_step, plan_run, train_run, use
+from kdlib.mapping import gradients
 from kdlib.params import Study, StudyError, Training
 from kdlib.seeds import derive, hashed
-from kdlib.steps import (
-    CROSS_ENTROPY,
-    Images,
-    gradients,
-    keep_epoch,
-    load_checked,
-    load_step,
-    plan_run,
-    train_run,
-    use,
-)
 from kdlib.tables import write_parquet
+from kdlib.teaching import keep_epoch
 from kdlib.trainer import ALONE
 
 

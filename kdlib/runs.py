@@ -19,7 +19,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kdlib import files
+from kdlib import files, processor
 from kdlib.params import Study
 from kdlib.states import delete_states
 from kdlib.tables import read_parquet
@@ -196,9 +196,7 @@ def circumstances(device: str) -> dict[str, Any]:
     except FileNotFoundError:  # no git on this machine
         commit = dirty = None
     known = commit is not None and commit.returncode == 0
-    hardware = (
-        torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    )
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor.name()
     return {
         "device": f"{device} ({hardware})",
         "threads": torch.get_num_threads(),

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from kdlib import agreement, files, maps, noise, plots, recordings, runs
+from kdlib import agreement, files, looks, maps, noise, plots, recordings, runs
 from kdlib.cartography import aum, datamap
+from kdlib.dataset import Images
 from kdlib.params import DIFFICULTY, SCORES, Study, StudyError
 from kdlib.recordings import open_log
-from kdlib.steps import Images
 from kdlib.variants import SAME_NAME, variants
 
 TARGET = 0.95  # Spearman's correlation at which two averages count as one ranking
@@ -104,20 +104,20 @@ def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
     for name, others in SAME_NAME.items():
         there = [n for n in (name, *others) if n in matrix and not matrix[n].isna().all()]
         if len(there) > 1:
-            groups[plots.in_words(name)] = there
+            groups[looks.in_words(name)] = there
     shown = [name for group in groups.values() for name in group]
     figures = {}
-    with plots.style():
+    with looks.style():
         if shown:  # at least one name with a variant that is not constant
-            figures["same_name"] = Figure(figsize=(plots.WIDE, 5.2))
+            figures["same_name"] = Figure(figsize=(looks.WIDE, 5.2))
             axis = figures["same_name"].subplots()
             maps.rank_correlations(axis, matrix.loc[shown, shown], groups)
-        figures["stability"] = Figure(figsize=(plots.WIDE, 3.4))
+        figures["stability"] = Figure(figsize=(looks.WIDE, 3.4))
         rows = tables["stability"]
         rows = rows[(rows["model"] == models[0]) & rows["score"].isin(DRAWN)]
         maps.stability(figures["stability"].subplots(), rows)
         if len(models) > 1:
-            figures["map_against"] = Figure(figsize=(plots.WIDE, 2.55))
+            figures["map_against"] = Figure(figsize=(looks.WIDE, 2.55))
             part = f"seed={study.recordings.seeds[0]}"
             pair = [_map(study, images, model, part) for model in models[:2]]
             title = f"{study.name}, {part.replace('=', ' ')}, N = {len(pair[0]):,}"
@@ -250,14 +250,14 @@ def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
     over = tables["over_epochs"]
     counts = tables["labels"].iloc[0]
     figures = {}
-    with plots.style():
-        figures["detectors"] = Figure(figsize=(plots.WIDE, 3.0))
+    with looks.style():
+        figures["detectors"] = Figure(figsize=(looks.WIDE, 3.0))
         summary = tables["detectors"][tables["detectors"]["detector"].isin(shown)]
         maps.detectors(
             figures["detectors"], curves, summary, over[over["detector"].isin(shown)],
             noise_rate=counts["wrong"] / counts["n_examples"],
         )  # fmt: skip
-        figures["suspects"] = Figure(figsize=(plots.WIDE, 2.4))
+        figures["suspects"] = Figure(figsize=(looks.WIDE, 2.4))
         plots.region_grid(figures["suspects"], *_suspects(study, images))
     return _save(study, figures)
 
@@ -348,4 +348,4 @@ def _tell(study: Study, name: str, lines: list[str]) -> str:
 
 
 def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Any]:
-    return {n: plots.save_figure(f, study.figures, n)[1] for n, f in figures.items()}
+    return {n: looks.save_figure(f, study.figures, n)[1] for n, f in figures.items()}

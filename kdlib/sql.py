@@ -1,7 +1,7 @@
 """SQL over all runs of all studies, by DuckDB, where the files lie.
 
 Leaves to others: what may be compared. A query sees runs that no table accepts, and says nothing of
-budgets; numbers for a paper come from `report`.
+budgets; numbers for a paper come from `compiling`.
 """
 
 from pathlib import Path

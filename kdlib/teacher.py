@@ -4,7 +4,7 @@ it.
 The stored header names the teacher's weights, the images and the views, so that outputs of another
 teacher, of other images or of other views are refused. Logits are kept whole, or as the k largest
 and the probability mass of the others. Leaves to others: how a teacher is trained (`trainer`) and
-which student reads what (`steps`).
+which student reads what (`experiment`).
 Sources: [Hinton2015] Distilling the Knowledge in a Neural Network, arXiv:1503.02531; [Wu2022]
 TinyViT: Fast Pretraining Distillation, arXiv:2207.10666 (sparse logits of replayed views).
 """

@@ -3,7 +3,7 @@
 What differs between runs is the objective and the settings, never the code path. No generator has
 a state here: order, augmentation and dropout are functions of (seed, step), so that a run killed at
 any moment and started again ends with the same bytes. Several processes share each batch and train
-what one would. Leaves to others: what is trained on what (`steps`), how weights move
+what one would. Leaves to others: what is trained on what (`experiment`), how weights move
 (`optimising`), and whether the numbers may be believed (`checks`).
 """
 

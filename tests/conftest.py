@@ -10,8 +10,9 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 import numpy as np
 import pytest
 import torch
+from tiny import tiny_study
 
-from kdlib import steps
+from kdlib import dataset, distilling, files, mapping, probing, teaching
 from kdlib.building import build_images
 from kdlib.cache import Cache
 from kdlib.data import array_source
@@ -53,9 +54,39 @@ def make_datamap() -> Callable[[Path], Study]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KDLIB_HOME", str(home))
             study = load_study("params/tiny.yaml")
-            images = steps.cache_images(study)
-            steps.make_teacher(study, images)
-            steps.make_datamap(study, images)
+            images = dataset.cache_images(study)
+            teaching.make_teacher(study, images)
+            mapping.make_datamap(study, images)
         return study
 
     return make
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the whole tiny study has run, without notebooks; made once, whichever of
+    the processes that share the tests comes first."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    home = shared / "made"
+    with files.locked(shared / "made.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        study = tiny_study(home)
+        images = dataset.cache_images(study)
+        teaching.make_teacher(study, images)
+        mapping.make_datamap(study, images)
+        for cell in study.cells():
+            for seed in study.seeds:
+                distilling.train_student(study, images, cell, seed)
+        for cell in study.probed_cells():
+            probing.probe_cell(study, images, cell)
+    return home
+
+
+@pytest.fixture
+def lab(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to break."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
+    return tmp_path

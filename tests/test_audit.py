@@ -18,11 +18,11 @@ import yaml
 from kdlib import (
     audit,
     checks,
+    dataset,
     exhibits,
     feature_defects,
     files,
     published,
-    steps,
     subset_defects,
 )
 from kdlib.invariants import INVARIANTS
@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     shutil.copy(ROOT / "params" / "tiny.yaml", home / "params")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
-        steps.cache_images(load_study("params/tiny.yaml"))
+        dataset.cache_images(load_study("params/tiny.yaml"))
     command = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar"]
     done = subprocess.run(
         [*command, str(ROOT / "notebooks" / "09_audit.ipynb"), "out.ipynb",
@@ -70,7 +70,7 @@ def study(made, tmp_path, monkeypatch):
 def images(made):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(made))
-        return steps.open_images(load_study("params/tiny.yaml"))
+        return dataset.open_images(load_study("params/tiny.yaml"))
 
 
 def test_every_defect_is_caught_and_every_honest_number_passes(study):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdlib import files, picking, steps
+from kdlib import dataset, distilling, files, mapping, picking
 from kdlib.selection import Subset
 
 CHROMIUM = next(
@@ -267,7 +267,7 @@ def _drive(screen, study, lab):
     screen.open(lab)
     screen.shot("open")
 
-    table = steps.open_datamap(study, steps.open_images(study))
+    table = mapping.open_datamap(study, dataset.open_images(study))
     # a rectangle whose sides keep away from all points
     low, high = (_gap(table, "variability", 0.1), _gap(table, "confidence", 0.2)), (0.45, 0.95)
     n = screen.lasso(low, high)
@@ -335,9 +335,11 @@ def _drive(screen, study, lab):
     assert len(page.locator(".kdlib-results tr").all()) == 3  # heads, two objectives
     for seed in study.seeds:
         picked = study.cell(strategy="picked_mine")
-        evidence = steps.open_student(study, picked, seed)
+        evidence = distilling.open_student(study, picked, seed)
         assert evidence["budget"]["recorded"]["unique_examples"] <= n
-        steps.open_student(study, study.cell(strategy="random", fraction=picked.fraction), seed)
+        distilling.open_student(
+            study, study.cell(strategy="random", fraction=picked.fraction), seed
+        )
 
     page.keyboard.press("Escape")
     page.keyboard.press("Control+s")

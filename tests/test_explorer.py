@@ -16,11 +16,12 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from nbclient import NotebookClient
 from PIL import Image
 
-from kdlib import explorer, files, picking, runs, steps
+from kdlib import dataset, distilling, explorer, files, mapping, picking, runs, teaching
 from kdlib.cache import Cache
 from kdlib.explorer import App, explore
 from kdlib.params import load_study
@@ -196,7 +197,7 @@ def test_a_saved_selection_is_a_subset_and_comes_back(state, study):
     assert state.restore("my-pick_1") == "my-pick_1: 111 selected."
     assert state.selected.tolist() == ids.tolist()
     assert state.save("my-pick_1") == path  # the same once more
-    made = steps.make_subset(study, state.images, study.cell(strategy="picked_my-pick_1"), 1)
+    made = distilling.make_subset(study, state.images, study.cell(strategy="picked_my-pick_1"), 1)
     assert made.sha256 == subset.sha256
 
 
@@ -260,12 +261,12 @@ def test_a_sample_is_said_and_the_rest_can_still_be_found_and_restored(study):
 
 def test_pictures_read_only_what_is_shown(study, monkeypatch):
     asked, mapped = [], []
-    read, select = Cache.read, picking.steps.torch.Tensor.index_select
+    read, select = Cache.read, torch.Tensor.index_select
     monkeypatch.setattr(
         Cache, "read", lambda self, c, ids: asked.append((c, len(ids))) or read(self, c, ids)
     )
     monkeypatch.setattr(
-        picking.steps.torch.Tensor, "index_select",
+        torch.Tensor, "index_select",
         lambda self, dim, ids: mapped.append(len(ids)) or select(self, dim, ids),
     )  # fmt: skip
     monkeypatch.setattr(Cache, "resident", None)
@@ -342,7 +343,7 @@ def test_controls_reach_the_state_and_the_map(app):
 def test_regions_have_the_colours_of_their_strategies(app):
     from matplotlib.colors import to_hex
 
-    from kdlib.plots import STRATEGIES
+    from kdlib.looks import STRATEGIES
 
     [plot] = app.plots
     app.colour.value = "class"  # whose order of colours must not stay
@@ -423,7 +424,7 @@ def test_saving_and_restoring_by_the_buttons(app):
 
 
 def test_two_maps_are_brushed_together(study, made):
-    first = steps.open_datamap(study, steps.open_images(study))
+    first = mapping.open_datamap(study, dataset.open_images(study))
     other = first.iloc[100:].assign(confidence=1 - first["confidence"].iloc[100:])
     app = App(Explorer(study, against=other))
     left, right = app.plots
@@ -442,9 +443,9 @@ def test_another_study_of_the_same_images_can_stand_beside(study, made):
     path = made / "params" / "fewer.yaml"
     path.write_text(yaml.safe_dump(content))
     fewer = load_study(path)
-    images = steps.cache_images(fewer)
-    steps.make_teacher(fewer, images)
-    steps.make_datamap(fewer, images)
+    images = dataset.cache_images(fewer)
+    teaching.make_teacher(fewer, images)
+    mapping.make_datamap(fewer, images)
     app = App(Explorer(fewer, against=study))
     lasso(app.plots[1], app.state.other.index)
     n = np.isin(app.state.other.index, app.state.table.index).sum()
@@ -458,7 +459,7 @@ def test_a_map_of_other_images_or_without_scores_is_refused(study, made):
     path = made / "params" / "other.yaml"
     path.write_text(yaml.safe_dump(content))
     other = load_study(path)
-    steps.cache_images(other)
+    dataset.cache_images(other)
     with pytest.raises(ValueError, match="other has other images than tiny"):
         Explorer(study, against=other)
     with pytest.raises(ValueError, match=r"lacks .*confidence"):
@@ -499,7 +500,7 @@ def test_results_are_paired_seed_by_seed(state, monkeypatch):
         accuracy = 0.5 + 0.1 * seed + (0.02 * (seed + 1)) * (cell.strategy == "picked_mine")
         return {"checkpoints": {"last": {"test_accuracy": accuracy}}}
 
-    monkeypatch.setattr(steps, "open_student", open_student)
+    monkeypatch.setattr(distilling, "open_student", open_student)
     table = state.results("mine")
     assert table["objective"].tolist() == ["kd", "kd", "plain", "plain"]
     assert np.allclose(table["difference"], [0.02, 0.04] * 2)
@@ -595,10 +596,10 @@ def test_without_a_front_end_the_still_map_is_shown(study, capsys):
 
 
 def test_a_newer_datamap_is_drawn_again(study, monkeypatch):
-    from kdlib import report
+    from kdlib import drawing
 
     path = explorer.still_map(study)
-    monkeypatch.setattr(report, "draw_datamap", lambda study: {"datamap": "drawn again"})
+    monkeypatch.setattr(drawing, "draw_datamap", lambda study: {"datamap": "drawn again"})
     assert explorer.still_map(study) == path
     os.utime(path, (0, 0))
     assert explorer.still_map(study) == "drawn again"

@@ -337,10 +337,10 @@ def test_cores_are_two_unless_told_or_left_to_a_profile(study, run, monkeypatch,
 @pytest.fixture
 def weights(study: Study, home: Path) -> Path:
     """A weight file of the small network, for a study whose images are cached."""
-    from kdlib import steps
+    from kdlib import dataset
     from kdlib.weights import save_weights
 
-    images = steps.cache_images(study)
+    images = dataset.cache_images(study)
     network = images.network(Model(name="tiny_cnn", options={"width": 6}), 3, "cpu")
     save_weights(network, home / "outside.safetensors", {})
     return home / "outside.safetensors"

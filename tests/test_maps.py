@@ -8,7 +8,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kdlib import maps, plots
+from kdlib import looks, maps
 from kdlib.cartography import regions
 
 SCORES = ("confidence", "variability", "aum", "el2n", "grand_last")
@@ -95,8 +95,8 @@ def detector_tables(names=DETECTORS):
 def draw(name, large=None):
     """Each figure at its print size."""
     heights = {"datamap": 4.6, "forming": 2.6, "against": 2.6, "classes": 4.6, "dense": 4.6}
-    with plots.style():
-        fig = Figure(figsize=(plots.WIDE, heights.get(name, 3.4)))
+    with looks.style():
+        fig = Figure(figsize=(looks.WIDE, heights.get(name, 3.4)))
         if name == "datamap":
             maps.datamap(fig, map_table(), "digits, N = 300, E = 10")
         elif name == "classes":
@@ -140,7 +140,7 @@ def shown_bins(ax):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_all_text_is_legible_and_inside_the_figure(name, large):
-    with plots.style():
+    with looks.style():
         fig = draw(name, large)
         fig.draw_without_rendering()
         extent = fig.get_tightbbox()  # inches, everything that is drawn
@@ -156,8 +156,8 @@ def test_all_text_is_legible_and_inside_the_figure(name, large):
 def test_the_same_tables_give_the_same_bytes(name, tmp_path, large):
     again = draw(name, large)
     again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
-    first = plots.save_figure(draw(name, large), tmp_path / "first", name)
-    second = plots.save_figure(again, tmp_path / "second", name)
+    first = looks.save_figure(draw(name, large), tmp_path / "first", name)
+    second = looks.save_figure(again, tmp_path / "second", name)
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -204,7 +204,7 @@ def test_datamap_of_many_examples_is_a_raster_that_counts_each_of_them(large):
     assert opacity[counts == 1].max() == pytest.approx(0.25) == opacity[counts > 0].min()
     assert opacity[counts == counts.max()].min() == pytest.approx(1)
     row, column = np.argwhere((counts > 0) & (means > 0.81) & (means < 0.89))[0]
-    np.testing.assert_allclose(colours[row, column, :3], plots.CORRECTNESS(8)[:3], atol=1e-6)
+    np.testing.assert_allclose(colours[row, column, :3], looks.CORRECTNESS(8)[:3], atol=1e-6)
     for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
         assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == DENSE
     assert any(text.startswith("density, N = 200,000") for text in words(fig))
@@ -235,13 +235,13 @@ def test_datamap_names_title_axes_and_the_size_of_each_region():
         ):  # fmt: skip
             assert text in shown
         for region, count in table[column].value_counts().items():
-            assert (f"{plots.REGIONS[region]} ({count})" in shown) == (count > 0)
+            assert (f"{looks.REGIONS[region]} ({count})" in shown) == (count > 0)
 
 
 def test_datamap_region_names_stand_where_no_example_can_be(large):
     for table in (map_table(), large):
-        with plots.style():
-            fig = maps.datamap(Figure(figsize=(plots.WIDE, 4.6)), table, "t")
+        with looks.style():
+            fig = maps.datamap(Figure(figsize=(looks.WIDE, 4.6)), table, "t")
             fig.draw_without_rendering()
             ax = fig.axes[0]
             names = [
@@ -265,7 +265,7 @@ def test_datamap_without_examples_of_a_region_does_not_name_it():
 def test_classes_are_drawn_below_as_shares_of_their_regions():
     table = map_table(31)  # 11, 10, 10 of each class
     fig = maps.datamap(
-        Figure(figsize=(plots.WIDE, 4.6)), table, "t", class_names=["cat", "dog", "fox"]
+        Figure(figsize=(looks.WIDE, 4.6)), table, "t", class_names=["cat", "dog", "fox"]
     )
     ax = fig.axes[5]
     expected = pd.crosstab(table["label"], table["region_variability"], normalize="index")
@@ -367,7 +367,7 @@ def test_maps_against_each_other_show_correlations_and_where_regions_went():
         np.testing.assert_allclose(drawn, expected)
     ax = fig.axes[2]
     share = pd.crosstab(first["region_variability"], second["region_variability"], normalize=True)
-    share = share.reindex(index=list(plots.REGIONS), columns=list(plots.REGIONS), fill_value=0)
+    share = share.reindex(index=list(looks.REGIONS), columns=list(looks.REGIONS), fill_value=0)
     np.testing.assert_allclose(ax.images[0].get_array(), share)
     assert [t.get_text() for t in ax.texts] == [f"{s:.3f}" for s in share.to_numpy().flat]
     assert title_of(ax) == f"regions, {100 * np.trace(share):.1f} % the same"
@@ -409,7 +409,7 @@ def test_rank_correlations_are_written_below_the_diagonal():
     drawn = np.ma.filled(ax.images[0].get_array().astype(float), np.nan)
     np.testing.assert_allclose(drawn, np.where(np.tri(5, k=-1) > 0, values, np.nan))
     assert ax.images[0].get_clim() == (-1, 1)
-    names = [plots.in_words(score) for score in SCORES]
+    names = [looks.in_words(score) for score in SCORES]
     assert [label.get_text() for label in ax.get_xticklabels()] == names[:-1]
     assert [label.get_text() for label in ax.get_yticklabels()] == names[1:]
     assert "Spearman correlation ρ" in words(ax)
@@ -461,7 +461,7 @@ def test_stability_has_a_named_line_and_a_range_for_each_score():
     np.testing.assert_allclose(
         sorted(map(tuple, ranges)), sorted(map(tuple, table[["low", "high"]].to_numpy()))
     )
-    assert {plots.in_words(score) for score in SCORES} <= set(words(ax))
+    assert {looks.in_words(score) for score in SCORES} <= set(words(ax))
     assert len({(line.get_color(), str(line.get_linestyle())) for line in lines.values()}) > 3
     assert ax.get_ylim() == (0.4, 1)
     low, high = ax.get_xlim()
@@ -495,7 +495,7 @@ def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_da
         )
     assert len({line.get_color() for line in roc.lines[:3]}) == 3
     assert len({str(line.get_marker()) for line in time.lines[:2]}) == 2
-    assert roc.lines[2].get_color() == plots.BLACK
+    assert roc.lines[2].get_color() == looks.BLACK
     assert roc.lines[2].is_dashed()
     assert list(time.lines[2].get_ydata()) == [0.9, 0.9]  # without epochs: a level
     assert list(precision.lines[3].get_ydata()) == [0.2, 0.2]

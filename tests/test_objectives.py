@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from kdlib import report, steps
+from kdlib import dataset, distilling, mapping, report, teaching
 from kdlib.objectives import build_distiller, needs_teacher, student_outputs, teacher_columns
 from kdlib.params import Objective, StudyError, load_study
 
@@ -143,18 +143,18 @@ def test_a_study_trains_on_its_own_objective_and_anew_when_the_code_changes(home
     }  # fmt: skip
     (home / "params" / "mine.yaml").write_text(yaml.safe_dump(content))
     study = load_study("params/mine.yaml")
-    images = steps.cache_images(study)
-    steps.make_teacher(study, images)
-    steps.make_datamap(study, images)
+    images = dataset.cache_images(study)
+    teaching.make_teacher(study, images)
+    mapping.make_datamap(study, images)
     cell = study.cell(strategy="random", objective="mine")
     for seed in study.seeds:
-        evidence = steps.train_student(study, images, cell, seed)
+        evidence = distilling.train_student(study, images, cell, seed)
     assert evidence["pairing"]["paired"] < evidence["pairing"]["permuted"]
     (home / "mine.py").write_text(CODE.replace("+ weight *", "+ 2 * weight *"))
     changed = load_study("params/mine.yaml")
     with pytest.raises(ValueError, match="code_sha256"):
-        steps.open_student(changed, cell, 0)
-    again = steps.train_student(changed, images, cell, 0)
+        distilling.open_student(changed, cell, 0)
+    again = distilling.train_student(changed, images, cell, 0)
     last = [e["checkpoints"]["last"]["weights_sha256"] for e in (evidence, again)]
     assert last[0] != last[1]
     assert list((home / "runs/mine/archive").glob("*/distill"))

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from kdlib import cartography, files, params, recordings, scorecard, steps
+from kdlib import cartography, dataset, files, params, recordings, scorecard
 from kdlib.__main__ import main
 
 TINY = files.workspace() / "params" / "tiny.yaml"
@@ -34,7 +34,7 @@ def made(tmp_path_factory):
         (home / "params").mkdir()
         (home / "params" / "wrong.yaml").write_text(yaml.safe_dump(MORE))
         study = params.load_study("params/wrong.yaml")
-        images = steps.cache_images(study)
+        images = dataset.cache_images(study)
         evidences = recordings.record_all(study, images)
     return home, study, images, evidences
 

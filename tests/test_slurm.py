@@ -14,7 +14,7 @@ import slurm
 import yaml
 from test_pipeline import ROOT, _results
 
-from kdlib import steps
+from kdlib import dataset, mapping, teaching
 from kdlib.params import load_study
 
 pytestmark = pytest.mark.skipif(
@@ -45,9 +45,9 @@ def start(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         study = load_study("params/sweep.yaml")
-        images = steps.cache_images(study)
-        steps.make_teacher(study, images)
-        steps.make_datamap(study, images)
+        images = dataset.cache_images(study)
+        teaching.make_teacher(study, images)
+        mapping.make_datamap(study, images)
     return home
 
 

@@ -19,6 +19,7 @@ ALLOWED = {
     "__init__": "",
     "files": "",
     "seeds": "",
+    "processor": "",
     "params": "files tables",
     "tables": "files",
     "weights": "files",
@@ -38,8 +39,10 @@ ALLOWED = {
     "pretrained": "models params weights",
     "augment": "params",
     "fused": "augment params",
-    "plots": "files",
-    "maps": "plots",
+    "looks": "files params",
+    "progress": "files looks params",
+    "plots": "files looks params",
+    "maps": "looks",
     "agreement": "seeds",
     "coresets": "",
     "gradients": "augment models",
@@ -48,9 +51,9 @@ ALLOWED = {
     "linear": "",
     "diagnostics": "",
     "probe": "diagnostics linear seeds",
-    "compare": "files seeds",
+    "compare": "files params seeds",
     "telling": "compare",
-    "ledger": "",
+    "ledger": "params",
     "published": "files params tables",
     "sql": "files",
     "checks": "files seeds",
@@ -64,34 +67,44 @@ ALLOWED = {
     "loading": "augment cache files fused params sampling teacher",
     "evaluation": "augment models",
     "teacher": "augment building cache evaluation models params weights",
-    "runs": "files params states tables",
+    "runs": "files params processor states tables",
     "trainer": "augment dynamics evaluation files loading models objectives optimising params "
     "ranks runs seeds states tracking weights",
-    "steps": "augment building cache cartography checks coresets data dynamics evaluation files "
-    "gradients loading models objectives params pretrained probe ranks runs sampling seeds "
-    "selection states teacher tracking trainer weights",
+    "dataset": "augment building cache data files models params processor runs sampling",
+    "experiment": "cache checks dataset dynamics evaluation files loading models objectives "
+    "params processor ranks runs sampling seeds states teacher tracking trainer weights",
+    "teaching": "augment cache checks dataset dynamics experiment files models objectives params "
+    "pretrained probe ranks runs sampling seeds selection teacher trainer weights",
+    "mapping": "cartography coresets dataset dynamics experiment files gradients models params "
+    "runs seeds teaching",
+    "distilling": "checks dataset experiment files mapping objectives params ranks runs sampling "
+    "seeds selection teaching trainer",
     "extracting": "augment building cache data evaluation files models params sampling",
-    "probing": "augment checks diagnostics extracting files models params probe runs seeds steps "
-    "tables weights",
-    "recordings": "checks dynamics evaluation files params runs seeds steps tables trainer",
-    "scorecard": "agreement cartography files maps noise params plots recordings runs steps "
-    "variants",
-    "report": "cartography checks compare dynamics files ledger maps objectives params plots "
-    "probing published runs sampling steps telling",
-    "exhibits": "cache cartography checks dynamics evaluation loading models objectives params "
-    "probe runs sampling seeds selection steps teacher trainer weights",
+    "probing": "augment checks dataset diagnostics distilling experiment extracting files models "
+    "params probe runs seeds tables teaching weights",
+    "recordings": "checks dataset dynamics evaluation experiment files mapping params runs seeds "
+    "tables teaching trainer",
+    "scorecard": "agreement cartography dataset files looks maps noise params plots recordings "
+    "runs variants",
+    "compiling": "checks compare distilling files ledger objectives params probing published runs "
+    "teaching",
+    "report": "compiling files ledger objectives params runs telling",
+    "drawing": "cartography compiling dataset dynamics looks mapping maps params plots progress "
+    "report sampling",
+    "exhibits": "cache cartography checks dataset dynamics evaluation experiment loading models "
+    "objectives params probe runs sampling seeds selection teacher trainer weights",
     "subset_defects": "checks dynamics evaluation exhibits files params seeds selection trainer "
     "weights",
-    "feature_defects": "checks diagnostics exhibits features objectives params probe runs sampling "
-    "seeds teacher tracking trainer weights",
+    "feature_defects": "checks diagnostics exhibits features objectives params probe runs "
+    "sampling seeds teacher tracking trainer weights",
     "invariants": "",
-    "audit": "exhibits feature_defects files invariants params plots published runs steps "
-    "subset_defects tables",
-    "findings": "compare files params published report telling",
-    "picking": "__init__ files params runs selection steps",
-    "explorer": "params picking plots report",
-    "__main__": "audit augment cache files findings inspecting params probing ranks recordings "
-    "report runs scorecard steps",
+    "audit": "dataset exhibits experiment feature_defects files invariants looks params plots "
+    "published runs subset_defects tables",
+    "findings": "compare compiling files params published telling",
+    "picking": "__init__ dataset distilling experiment files mapping params runs selection",
+    "explorer": "drawing looks params picking",
+    "__main__": "audit augment cache dataset distilling drawing files findings inspecting params "
+    "probing ranks recordings runs scorecard teaching",
 }
 NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
 SLOW = {
@@ -104,7 +117,7 @@ SLOW = {
     "numba",
     "duckdb",
 }  # a kernel's start counts
-DRAWING = {"plots", "maps", "report", "scorecard", "audit", "findings"}
+DRAWING = {"looks", "plots", "progress", "maps", "drawing", "scorecard", "audit"}
 WIDGETS = "explorer"  # imported by notebooks alone
 ENGINE = "engine"  # papermill loads it, by its entry point; no module imports it
 EXECUTING = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}  # run code on loading

@@ -1,0 +1,55 @@
+"""Cached images of a study: their parts, their damage, and images without labels."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import flip, tiny_study
+
+from kdlib import dataset, distilling, mapping, teaching
+from kdlib.cache import CacheError
+
+
+@pytest.mark.parametrize(
+    "files_of",
+    ["cache/*/train/images-00001.npy", "cache/*/train/labels-00000.npy",
+     "cache/*/test/images-00000.npy", "runs/tiny/teacher/outputs-train/logits-00002.npy"],
+)  # fmt: skip
+def test_a_flipped_bit_in_a_shard_stops_the_next_training(lab, files_of):
+    study = tiny_study(lab)
+    shutil.rmtree(study.runs / "distill")
+    (path,) = lab.glob(files_of)
+    flip(path)
+    with pytest.raises(CacheError, match=rf"{path.name} differ from their checksums; run"):
+        distilling.train_student(study, dataset.open_images(study), study.cell(objective="kd"), 0)
+    assert not list(study.runs.glob("distill/**/evidence.json"))
+
+
+def test_a_study_on_part_of_the_shards_learns_from_those_alone(lab):
+    study = tiny_study(
+        lab, data__part="1/2", data__n_validation=100, teacher__expected_accuracy=0.3
+    )
+    images = dataset.cache_images(study)
+    assert images.train.example_ids.tolist() == list(range(600))
+    assert max(images.train_ids.max(), images.validation_ids.max()) == 599
+    teaching.make_teacher(study, images)
+    mapping.make_datamap(study, images)
+    evidence = distilling.train_student(study, images, study.cell(strategy="easy"), 0)
+    assert all(check["passed"] for check in evidence["checks"])
+    assert evidence["subset"]["n_examples"] == 165  # 33 % of 500
+    assert dataset.open_images(study).fingerprints == images.fingerprints
+
+
+def test_images_without_labels_are_cached_and_then_refused_by_name(lab):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        path = lab / "data" / "wild" / ("train" if i < 9 else "test") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    data = {"source": "folder", "folder": "wild", "labelled": False, "n_validation": 2}
+    study = tiny_study(lab, data=data)
+    images = dataset.cache_images(study)
+    assert images.train.read("labels", images.train_ids).tolist() == [-1] * 7
+    with pytest.raises(ValueError, match=r"no labels \(study: data\.labelled\)"):
+        teaching.make_teacher(study, images)

@@ -1,0 +1,74 @@
+"""Figures of a study: from its records, from committed tables, and from neither."""
+
+import shutil
+
+from tiny import files_below, tiny_study
+
+from kdlib import (
+    __main__,
+    compiling,
+    drawing,
+    report,
+)
+
+
+def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(lab):
+    study = tiny_study(lab)
+    drawn = drawing.draw_datamap(study) | drawing.redraw(study)[0]
+    names = {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
+    names |= {"summary.md", "objectives.md", "ledger.md", "comparison.md", "comparison.tex"}
+    first = files_below(study.figures)
+    tables = {f"tables/{name}.parquet" for name in ("results", "curves", "probes", "costs")}
+    assert set(first) == names | tables
+    assert sum(len(first[name]) for name in tables) < 300_000
+    drawing.draw_datamap(study)
+    drawing.redraw(study)
+    assert files_below(study.figures) == first
+
+
+def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
+    lab, monkeypatch, capsys
+):
+    study = tiny_study(lab)
+    drawing.draw_datamap(study)
+    report.finish(study, compiling.compile_tables(study))
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures", str(lab / "params" / "tiny.yaml")])
+    assert __main__.main() == 0
+    assert "the comparison is drawn from its runs" in capsys.readouterr().out
+    first = files_below(study.figures)
+    shutil.rmtree(study.runs)
+    shutil.rmtree(study.cache)
+    for path in study.figures.glob("*.*"):
+        if path.stem not in ("datamap", "forming", "regions"):
+            path.unlink()
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures"])  # all studies that have tables
+    assert __main__.main() == 0
+    told = capsys.readouterr().out
+    assert "tiny: the comparison is drawn from its committed tables" in told
+    assert "not drawn, since their records are not in" in told
+    assert "datamap, forming, regions" in told
+    assert files_below(study.figures) == first
+
+
+def test_changed_or_foreign_tables_draw_nothing_and_stop_no_other_study(lab, monkeypatch, capsys):
+    study = tiny_study(lab)
+    compiling.compile_tables(study)
+    shutil.copytree(study.figures, lab / "figures" / "twin")
+    shutil.copy(lab / "params" / "tiny.yaml", lab / "params" / "twin.yaml")
+    shutil.rmtree(study.runs)
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures"])
+    assert __main__.main() == 1
+    told = capsys.readouterr()
+    assert "tiny: the comparison is drawn from its committed tables" in told.out
+    assert "twin.yaml: ValueError" in told.err
+    assert "study: tiny -> twin" in told.err
+    path = study.figures / "tables" / "results.parquet"
+    path.write_bytes(path.read_bytes().replace(b"tiny", b"tiney"[:4], 1)[:-1])
+    before = (study.figures / "summary.md").read_bytes()
+    monkeypatch.setattr("sys.argv", ["kdlib", "figures", "params/tiny.yaml"])
+    assert __main__.main() == 1
+    assert "cut or damaged" in capsys.readouterr().err
+    assert (study.figures / "summary.md").read_bytes() == before
+    shutil.rmtree(study.figures / "tables")
+    assert __main__.main() == 1
+    assert "has neither runs" in capsys.readouterr().err
