@@ -1,22 +1,28 @@
-"""Does a portable study give the same bytes on other processors? Emulated ones, in QEMU.
+"""Does a portable study give the same bytes on other processors? Emulated ones, in QEMU. And what
+does it cost on this one?
 
-    python benchmarks/processors.py            # about 15 minutes; Debian: apt install qemu-user
+    python benchmarks/processors.py            # some 10 minutes; Debian: apt install qemu-user
+    python benchmarks/processors.py --steps    # the cost alone: half a minute, no emulator
 
 The first steps of the tiny study (teacher, dynamics, outputs, datamap, a student, its probes) are
 made on this machine as it is, then with `compute: {portable: true}` on this machine and on emulated
 processors of two makers. A row says which of them gave the bytes that this machine gave when held.
+A step is forward, backward and SGD of 64 images on one thread; held and free processes take turns.
 """
 
 import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from kdlib import files, params, processor
@@ -26,7 +32,9 @@ STUDY = {
     "base": "tiny.yaml",
     "teacher": {"training": {"epochs": 3}, "expected_accuracy": 0.3},
     "recordings": None,
-    "training": {"steps": 30},
+    "students": {"tiny": None, "resnet8": {"model": {"name": "cifar_resnet8"}}},
+    "axes": {"student": ["resnet8"]},
+    "training": {"steps": 8, "batch_size": 16, "checkpoint_fractions": [0, 1]},
 }
 
 
@@ -39,6 +47,7 @@ def make(home: Path) -> dict[str, str]:
     teacher = teaching.make_teacher(study, images)
     log = dynamics.DynamicsLog.open(study.recorded_run / "dynamics")
     table = mapping.make_datamap(study, images)
+    kinds = [(name, "U" if name.startswith("region") else None) for name in table]
     cell = study.cell(strategy="easy", objective="kd")
     students = [distilling.train_student(study, images, cell, seed) for seed in study.seeds]
     probes = probing.probe_cell(study, images, cell).select_dtypes("number")
@@ -46,11 +55,61 @@ def make(home: Path) -> dict[str, str]:
         "teacher": teacher["checkpoints"]["last"]["weights_sha256"],
         "outputs": files.fingerprint(teacher["teacher"]["outputs"]),
         "dynamics": files.sha256_array(*[log[name] for name in dynamics.QUANTITIES]),
-        "datamap": files.sha256_array(*[table[name].to_numpy() for name in table]),
+        "datamap": files.sha256_array(*[np.asarray(table[name], dtype) for name, dtype in kinds]),
         "subsets": files.fingerprint([s["subset"]["sha256"] for s in students]),
         "students": files.fingerprint([s["checkpoints"]["last"] for s in students]),
         "probes": files.sha256_array(*[probes[name].to_numpy() for name in probes]),
     }
+
+
+NETWORKS = {  # name: (model, its options, shape of an image, steps in a round)
+    "tiny_cnn, 8 x 8": ("tiny_cnn", {"width": 8}, (1, 8, 8), 200),
+    "cifar_resnet8, 32 x 32": ("cifar_resnet8", {}, (3, 32, 32), 20),
+    "cifar_resnet56, 32 x 32": ("cifar_resnet56", {}, (3, 32, 32), 4),
+}
+
+
+def time_steps() -> dict[str, float]:
+    """Milliseconds a training step takes in this process, held or not."""
+    import torch
+
+    from kdlib.models import build_network
+
+    torch.set_num_threads(1)
+    told = {}
+    for name, (model, options, shape, n_steps) in NETWORKS.items():
+        asked = params.Model(name=model, options=options)
+        network = build_network(asked, n_classes=10, image_shape=shape, seed=0)
+        network = network.to(memory_format=torch.channels_last)
+        images = torch.zeros(64, *shape).to(memory_format=torch.channels_last)
+        labels = torch.arange(64) % 10
+        optimiser = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9)
+        for step in range(n_steps + 3):
+            if step == 3:
+                started = time.perf_counter()
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network(images), labels).backward()
+            optimiser.step()
+        told[name] = 1000 * (time.perf_counter() - started) / n_steps
+    return told
+
+
+def print_cost(n_rounds: int = 3) -> None:
+    """A row for each network: a step of a free and of a held process, medians of turns."""
+    held = processor.KERNELS | processor.LIBRARIES
+    rounds = {"free": [], "held": []}
+    for _ in range(n_rounds):
+        for name, environment in (("free", {}), ("held", held)):
+            done = subprocess.run(
+                [sys.executable, __file__, "--time"], env=os.environ | environment,
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            rounds[name].append(json.loads(done.stdout))
+    print("| a step of 64 images | free (ms) | held (ms) | held / free |")
+    print("| --- | ---: | ---: | ---: |")
+    for name in NETWORKS:
+        free, slow = (statistics.median(one[name] for one in rounds[k]) for k in ("free", "held"))
+        print(f"| {name} | {free:.2f} | {slow:.2f} | {slow / free:.2f} |")
 
 
 def made(folder: Path, portable: bool, emulated: str | None) -> dict[str, str]:
@@ -77,8 +136,14 @@ def main() -> int:
     """Print a row for each processor."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
-    if (home := parser.parse_args().home) is not None:
-        print(json.dumps(make(home)))
+    parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", action="store_true", help="print what it costs, and no more")
+    arguments = parser.parse_args()
+    if arguments.home is not None or arguments.time:
+        print(json.dumps(time_steps() if arguments.time else make(arguments.home)))
+        return 0
+    if arguments.steps:
+        print_cost()
         return 0
     if shutil.which("qemu-x86_64") is None:
         print("qemu-x86_64 is not here; apt install qemu-user", file=sys.stderr)

@@ -72,7 +72,7 @@ def gradient_norms(
             inputs = pixels.prepare(some).contiguous()
             gradients = of_each(weights, inputs, gold)
             squares = sum(g.flatten(1).double().square().sum(1) for g in gradients.values())
-            whole.append(squares.sqrt())
+            whole.append(squares)
             with torch.no_grad():
                 last.append(_last_layer(network, inputs, gold))
             progress.update(len(some))
@@ -80,12 +80,13 @@ def gradient_norms(
         progress.close()
         for module, training in modes:
             module.training = training
-    return torch.cat(whole).cpu().numpy(), torch.cat(last).cpu().numpy()
+    # NumPy's root is the same on every processor; torch's is a library's
+    return np.sqrt(torch.cat(whole).cpu().numpy()), np.sqrt(torch.cat(last).cpu().numpy())
 
 
 def _last_layer(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Norm of the gradient of a last linear layer with bias: (p - onehot) x [features, 1]."""
+    """Squared norm of the gradient of a last layer with bias: (p - onehot) x [features, 1]."""
     features = network.features(inputs)
     probs = torch.softmax(network.head(features).double(), 1)
     error = probs - F.one_hot(labels, network.n_classes)
-    return error.norm(dim=1) * (features.double().square().sum(1) + 1).sqrt()
+    return error.square().sum(1) * (features.double().square().sum(1) + 1)

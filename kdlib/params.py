@@ -904,6 +904,8 @@ class Study(Settings):
                     f"{self.compute.processes} processes, each in {training.accumulate} pieces; "
                     f"expected a multiple of {pieces}"
                 )
+        if self.compute.portable:
+            self._portable([training for training in trained if training is not None])
         recorded = self.dynamics.training or self.teacher.training
         if recorded.early_stopping is not None:
             raise ValueError(
@@ -926,6 +928,21 @@ class Study(Settings):
                     f"objective {name} compares two views of each image: give training.augment"
                 )
         return self
+
+    def _portable(self, trained: list[Training]) -> None:
+        """torch leaves square roots and logarithms of whole tensors to a library of a maker of
+        processors, which takes them otherwise on another one, whatever it is asked."""
+        asked = {"optimiser: adamw": any(training.optimiser == "adamw" for training in trained),
+                 "outputs: top_k": self.teacher.outputs.top_k is not None}  # fmt: skip
+        for name, objective in self.objectives.items():
+            roots = objective.kind == "rkd" or objective.standardise or objective.barlow_weight
+            asked[f"objective {name}"] = bool(roots)
+        if any(asked.values()):
+            culprit = next(what for what, is_so in asked.items() if is_so)
+            raise ValueError(
+                f"compute.portable: true cannot be kept with {culprit}: it takes square roots or "
+                "logarithms that differ between processors; leave one of them out"
+            )
 
     def _consistent_teachers(self) -> None:
         if self.teacher.learns_from == "subset":

@@ -65,6 +65,33 @@ def test_what_is_of_one_machine_is_not_portable(home, other, told):
         tiny_study(home, compute={"portable": True} | other)
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "told"),
+    [
+        (
+            "training",
+            {"steps": 60, "batch_size": 64, "lr_peak": 0.1, "optimiser": "adamw"},
+            "adamw",
+        ),
+        ("teacher__outputs", {"top_k": 3}, "outputs: top_k"),
+        (
+            "objectives__kd",
+            {"kind": "rkd", "distance_weight": 1.0, "angle_weight": 2.0},
+            "objective kd",
+        ),
+        (
+            "objectives__kd",
+            {"kind": "kd", "alpha": 0.5, "temperature": 2.0, "standardise": True},
+            "objective kd",
+        ),
+    ],
+)
+def test_roots_that_differ_between_processors_are_not_portable(home, section, values, told):
+    told = rf"compute\.portable: true cannot be kept with .*{told}.*square roots"
+    with pytest.raises(StudyError, match=told):
+        tiny_study(home, compute={"portable": True}, **{section: values})
+
+
 def test_settings_of_a_study_that_is_not_portable_read_as_before(home):
     assert "portable" not in tiny_study(home).step_settings("teacher")["compute"]
     asked = tiny_study(home, compute={"portable": True})
