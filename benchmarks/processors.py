@@ -1,5 +1,4 @@
-"""Does a portable study give the same bytes on other processors? Emulated ones, in QEMU. And what
-does it cost on this one?
+"""Does a portable study give the same bytes on other processors, emulated ones? What does it cost?
 
     python benchmarks/processors.py            # some 10 minutes; Debian: apt install qemu-user
     python benchmarks/processors.py --steps    # the cost alone: half a minute, no emulator
@@ -32,9 +31,9 @@ STUDY = {
     "base": "tiny.yaml",
     "teacher": {"training": {"epochs": 3}, "expected_accuracy": 0.3},
     "recordings": None,
-    "students": {"tiny": None, "resnet8": {"model": {"name": "cifar_resnet8"}}},
-    "axes": {"student": ["resnet8"]},
-    "training": {"steps": 8, "batch_size": 16, "checkpoint_fractions": [0, 1]},
+    "students": {"resnet8": {"model": {"name": "cifar_resnet8"}}},
+    "axes": {"student": ["tiny", "resnet8"]},
+    "training": {"steps": 30, "checkpoint_fractions": [0, 1]},
 }
 
 
@@ -48,8 +47,10 @@ def make(home: Path) -> dict[str, str]:
     log = dynamics.DynamicsLog.open(study.recorded_run / "dynamics")
     table = mapping.make_datamap(study, images)
     kinds = [(name, "U" if name.startswith("region") else None) for name in table]
-    cell = study.cell(strategy="easy", objective="kd")
-    students = [distilling.train_student(study, images, cell, seed) for seed in study.seeds]
+    cell = study.cell(student="tiny", strategy="easy", objective="kd")
+    larger = study.cell(student="resnet8", strategy="easy", objective="kd")
+    cells = [(cell, 0), (cell, 1), (larger, 0)]
+    students = [distilling.train_student(study, images, *one) for one in cells]
     probes = probing.probe_cell(study, images, cell).select_dtypes("number")
     return {
         "teacher": teacher["checkpoints"]["last"]["weights_sha256"],

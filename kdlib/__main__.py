@@ -61,7 +61,13 @@ def _tell_failures(study: Study) -> None:
     from kdlib import runs
 
     failed = runs.failed_notebooks(study) + runs.failed_logs(study)
-    print(f"\nThe study is not complete. {len(failed)} step(s) failed:", file=sys.stderr)
+    told = f"{len(failed)} step(s) failed:"
+    if not failed:  # a job that is killed writes nothing
+        told = (
+            "No notebook holds an error: jobs were killed, or ran out of time or memory, and what "
+            "stopped them stands above."
+        )
+    print(f"\nThe study is not complete. {told}", file=sys.stderr)
     for path, message in failed:
         print(f"  {path}\n    {message}", file=sys.stderr)
     print("What finished is kept; run the same command again to go on.", file=sys.stderr)

@@ -217,6 +217,9 @@ def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
     for path in sorted(study.runs.glob("**/*.ipynb")):
         if "archive" in path.parts:
             continue
+        if path.stat().st_size == 0:  # Snakemake makes place for it, and could not start its job
+            failed.append((path, "did not start; what kept it from that stands above"))
+            continue
         try:
             cells = files.read_json(path)["cells"]
         except (ValueError, KeyError, TypeError) as error:  # cut by a full disk, say

@@ -381,3 +381,12 @@ def test_probe_refuses_foreign_weights_in_one_sentence(run: Run, weights: Path, 
     assert (code, told) == (1, "")
     assert re.search(said, complaint)
     assert complaint.count("\n") == 1
+
+
+def test_a_pipeline_whose_jobs_were_killed_says_that_no_notebook_knows_why(study, run, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
+    monkeypatch.setattr("kdlib.__main__._wait", lambda process: 1)
+    code, _, complaint = run("study", "params/tiny.yaml")
+    assert code == 1
+    assert "The study is not complete. No notebook holds an error: jobs were killed" in complaint
+    assert "run the same command again to go on" in complaint

@@ -89,9 +89,11 @@ def test_failed_notebooks_are_listed_with_their_error(study):
     files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
     files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
     (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
-    bad, cut = runs.failed_notebooks(study)
+    (study.runs / "a" / "empty.ipynb").touch()
+    bad, cut, empty = runs.failed_notebooks(study)
     assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
     assert cut[0].name == "cut.ipynb"
+    assert empty[1].startswith("did not start")
 
 
 def test_logs_of_what_is_not_finished_are_listed_with_their_last_line(study):
