@@ -775,7 +775,7 @@ class Compute(Settings):
     # `bf16` computes the network's passes in bfloat16, weights and losses in float32
     precision: Literal["float32", "bf16"] = "float32"
     compile: bool = False  # torch.compile; on a CPU it needs a C++ compiler
-    # the same bytes on every x86-64 processor that has AVX2: nothing newer is computed with
+    # the same bytes on every x86-64 processor with AVX2, but for `grand`: nothing newer is used
     portable: bool = False
     processes: int = Field(1, ge=1)  # that share each batch, under torchrun
     # where pixels are kept: on the device, or mapped from the disk; `auto` looks at the memory.
