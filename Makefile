@@ -5,6 +5,7 @@
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
+LONG := $(addprefix tests/test_,pipeline.py slurm.py browser.py notebooks.py)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: study test lab figures lint clean
@@ -13,9 +14,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: .venv/installed
 	@$(BIN)/python -m kdlib study $(STUDY) $(STEP) $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES))
 
-# Two files at a time; the long ones first.
+# Two files at a time; the long ones first (and not those of the most tests).
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/test_pipeline.py tests/test_notebooks.py tests/test_slurm.py tests kdlib
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_cache.ipynb
