@@ -2,6 +2,7 @@
 
     python benchmarks/processors.py            # some 10 minutes; Debian: apt install qemu-user
     python benchmarks/processors.py --steps    # the cost alone: half a minute, no emulator
+    python benchmarks/processors.py --tables A.parquet B.parquet    # of one study, made twice
 
 The first steps of the tiny study (teacher, dynamics, outputs, datamap, a student, its probes) are
 made on this machine as it is, then with `compute: {portable: true}` on this machine and on emulated
@@ -22,9 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import yaml
 
-from kdlib import files, params, processor
+from kdlib import compare, files, params, processor
 
 PROCESSORS = ("Haswell", "EPYC-Rome")  # Intel's first with AVX2, and one of AMD's
 STUDY = {
@@ -118,6 +120,24 @@ def print_cost(n_rounds: int = 3) -> None:
         print(f"| {name} | {free:.2f} | {slow:.2f} | {slow / free:.2f} |")
 
 
+def print_agreement(one: str, other: str) -> None:
+    """How far two tables of results of the default study agree: accuracies, verdicts."""
+    tables = [pd.read_parquet(path) for path in (one, other)]
+    cell = [*params.AXES, "seed"]
+    pairs = tables[0].merge(tables[1], on=cell)
+    points = 100 * (pairs["test_accuracy_x"] - pairs["test_accuracy_y"])
+    against = [*params.AXES, *compare.AGAINST]
+    same, n = 0, 0
+    for compared, reference in (
+        (compare.paired_differences, "random"), (compare.objective_differences, "plain"),
+    ):  # fmt: skip
+        verdicts = [compared(table, reference, 0.01, 0.95, "test_accuracy") for table in tables]
+        both = verdicts[0].merge(verdicts[1], on=against)
+        same, n = same + int((both["verdict_x"] == both["verdict_y"]).sum()), n + len(both)
+    print(f"{len(pairs)} runs: differences of {points.std():.2f} points (s.d.), at most ", end="")
+    print(f"{points.abs().max():.1f}; {same} of {n} verdicts the same")
+
+
 def made(folder: Path, portable: bool, emulated: str | None) -> dict[str, str]:
     """The same by a process of its own, on a processor."""
     home = folder / f"{emulated}-{portable}"
@@ -144,9 +164,13 @@ def main() -> int:
     parser.add_argument("--home", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--time", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", action="store_true", help="print what it costs, and no more")
+    parser.add_argument("--tables", nargs=2, help="two tables of results, to be compared")
     arguments = parser.parse_args()
     if arguments.home is not None or arguments.time:
         print(json.dumps(time_steps() if arguments.time else make(arguments.home)))
+        return 0
+    if arguments.tables:
+        print_agreement(*arguments.tables)
         return 0
     if arguments.steps:
         print_cost()

@@ -1,8 +1,9 @@
 """Which instructions a process computes with, so that another processor gives the same bytes.
 
 A processor that can do more is given other kernels, which sum in another order: weights differ from
-the first step on. Held to AVX2, and matrix products to one order for all makers, a study gives the
-same bytes on every x86-64 processor. Leaves to others: which study asks for it (params).
+the first step on. Held to AVX2, and matrix products to one order for all makers, a study gave the
+same bytes wherever it was tried (benchmarks/processors.py). Leaves to others: which study asks for
+it, and what it then cannot have (params).
 """
 
 import os

@@ -67,7 +67,7 @@ def _where_again(study: Study, table: pd.DataFrame) -> str:
     told = f"These runs were made on {', '.join(devices)}. "
     if study.compute.portable:
         return told + (
-            "They give the same bytes on every x86-64 processor that has AVX2 (`portable`)."
+            "Held to AVX2 (`portable`), they are to be the same bytes on any x86-64 processor."
         )
     if study.compute.device == "cpu":
         return told + "The same kind of processor gives the same bytes, another one rounds anew."

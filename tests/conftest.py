@@ -10,15 +10,13 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_study
+from tiny import TINY, tiny_study
 
 from kdlib import dataset, distilling, files, mapping, probing, teaching
 from kdlib.building import build_images
 from kdlib.cache import Cache
 from kdlib.data import array_source
 from kdlib.params import Study, load_study
-
-TINY = Path(__file__).parents[1] / "params" / "tiny.yaml"
 
 torch.set_num_threads(1)
 
@@ -69,8 +67,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    home = shared / "made"
+    home, done = shared / "made", shared / "made.done"
     with files.locked(shared / "made.lock"), pytest.MonkeyPatch.context() as patch:
+        if done.exists():
+            return home
         patch.setenv("KDLIB_HOME", str(home))
         study = tiny_study(home)
         images = dataset.cache_images(study)
@@ -81,6 +81,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 distilling.train_student(study, images, cell, seed)
         for cell in study.probed_cells():
             probing.probe_cell(study, images, cell)
+        done.touch()
     return home
 
 

@@ -20,6 +20,7 @@ import torch
 import yaml
 from nbclient import NotebookClient
 from PIL import Image
+from tiny import TINY
 
 from kdlib import dataset, distilling, explorer, files, mapping, picking, runs, teaching
 from kdlib.cache import Cache
@@ -30,7 +31,6 @@ from kdlib.selection import Subset
 
 # jupyter-scatter 1.0.1 under pandas 3.1
 pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword")
-TINY = Path(__file__).parents[1] / "params" / "tiny.yaml"
 BAD_NAME = "<img src=x onerror=alert(1)>"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import TINY
+from tiny import TINY
 
 from kdlib import files, published, tables
 from kdlib.params import load_study

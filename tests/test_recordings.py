@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
+from tiny import TINY
 
-from kdlib import cartography, dataset, files, params, recordings, scorecard
+from kdlib import cartography, dataset, params, recordings, scorecard
 from kdlib.__main__ import main
 
-TINY = files.workspace() / "params" / "tiny.yaml"
 MORE = {
     "base": str(TINY),
     "data": {"relabel": {"noise": 0.3}},

@@ -29,6 +29,13 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
     summary = report.summary(study, tables)
     assert "These runs were made on cpu (" in summary
     assert "The same kind of processor gives the same bytes" in summary
+    for other, told in (
+        ({"portable": True}, "Held to AVX2"),
+        ({"device": "cuda"}, "A GPU may sum"),
+    ):
+        compute = study.compute.model_copy(update=other)
+        asked = study.model_copy(update={"compute": compute})
+        assert told in report.summary(asked, tables)
     for name in ("results", "strategies", "objectives"):
         for row in tables[name].to_dict("records"):
             program, notebook, _, *options = shlex.split(row["command"])
