@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib import files
-from kdlib.building import build
-from kdlib.cache import FORMAT, Cache, file_name
-from kdlib.loading import Loader
-from kdlib.sampling import Plan
+from kdlib.cache.build import build_shards
+from kdlib.cache.shards import FORMAT, Cache, file_name
+from kdlib.dataset.loader import Loader
+from kdlib.dataset.plan import Plan
+from kdlib.repro import files
 
 SHARD, BATCH = 2048, 512
 
@@ -88,7 +88,7 @@ def main() -> None:
         block = np.random.default_rng(0).integers(0, 256, (SHARD, 3, 96, 96), np.uint8)
         n = chosen.n // SHARD * SHARD
         columns = {"images": ("|u1", (3, 96, 96)), "labels": ("<i8", ())}
-        build(
+        build_shards(
             one,
             {"kind": "images"},
             columns,

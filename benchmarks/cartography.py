@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kdlib import cartography
-from kdlib.dynamics import DynamicsLog
+from kdlib.cartography.datamap import compute_datamap
+from kdlib.cartography.log import DynamicsLog
 
 EL2N_EPOCH, WINDOW = 10, 10
 QUANTITIES = ("gold_prob", "margin", "entropy", "el2n", "loss", "correct")
@@ -124,7 +124,7 @@ def main() -> None:
             np.asarray(log[name]).max()
         with PeakMemory() as ours:
             start = time.perf_counter()
-            table = cartography.datamap(log, el2n_epoch=EL2N_EPOCH, window=WINDOW)
+            table = compute_datamap(log, el2n_epoch=EL2N_EPOCH, window=WINDOW)
             elapsed = time.perf_counter() - start
         write_lines(log, Path(folder), n_few)
         with PeakMemory() as theirs:

@@ -18,8 +18,10 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 from test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 
-from kdlib import dataset, mapping, teaching
-from kdlib.params import load_study
+from kdlib.steps.cache import cache_images
+from kdlib.steps.datamap import make_datamap
+from kdlib.steps.teacher import make_teacher
+from kdlib.study.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import numpy as np, pandas as pd
@@ -50,9 +52,9 @@ def main() -> None:
         shutil.copy(ROOT / "params" / "tiny.yaml", home / "params")
         os.environ["KDLIB_HOME"] = str(home)
         study = load_study("params/tiny.yaml")
-        images = dataset.cache_images(study)
-        teaching.make_teacher(study, images)
-        mapping.make_datamap(study, images)
+        images = cache_images(study)
+        make_teacher(study, images)
+        make_datamap(study, images)
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         screen = Screen(browser.new_page(viewport={"width": 1400, "height": 1100}), own)
         print("| points | on the screen after, s | lasso, s | selected |")

@@ -52,27 +52,30 @@ from trials import (
     workspace,
 )
 
-from kdlib import (
-    building,
-    cartography,
-    compiling,
-    dataset,
-    distilling,
-    drawing,
-    dynamics,
-    files,
-    mapping,
-    params,
-    probing,
-    recordings,
-    report,
-    runs,
-    teaching,
-    trainer,
-)
-from kdlib.cache import Cache
-from kdlib.data import open_source
-from kdlib.selection import Subset
+from kdlib.cache.build import build_images, repair
+from kdlib.cache.journal import _write_journal
+from kdlib.cache.shards import Cache
+from kdlib.cache.sources import open_source
+from kdlib.cartography.datamap import compute_datamap
+from kdlib.cartography.log import QUANTITIES, DynamicsLog
+from kdlib.cartography.subset import Subset
+from kdlib.compare.report import objective_table, summary
+from kdlib.repro import files
+from kdlib.repro.run import read_evidence
+from kdlib.steps.cache import cache_images, open_images
+from kdlib.steps.compare import compile_tables, curves, finish
+from kdlib.steps.compare import results as compare_results
+from kdlib.steps.datamap import make_datamap as datamap_make_datamap
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.distill import open_student, student_folder, train_student
+from kdlib.steps.figures import draw_comparison
+from kdlib.steps.probe import open_probes, probe_cell, probe_folder
+from kdlib.steps.recordings import open_gradients, open_log, record
+from kdlib.steps.teacher import make_teacher as teacher_make_teacher
+from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
+from kdlib.study.study import Cell, Study, load_study
+from kdlib.trainer import loop
+from kdlib.trainer.step import Step
 
 PIPED = 0.08  # of the kills, of the whole pipeline
 QUICK = ("evidence of a student", "training state")
@@ -130,71 +133,71 @@ def _write_studies(home: Path) -> None:
     (home / "params/loaded.yaml").write_text(yaml.safe_dump(content))
 
 
-def _study(name: str = "small") -> params.Study:
-    return params.load_study(f"params/{name}.yaml")
+def _study(name: str = "small") -> Study:
+    return load_study(f"params/{name}.yaml")
 
 
-def _cell(study: params.Study) -> params.Cell:
+def _cell(study: Study) -> Cell:
     return study.cell(strategy="random", objective="kd")
 
 
 def make_cache() -> None:
-    dataset.cache_images(_study())
+    cache_images(_study())
 
 
 def make_cache_with_workers() -> None:
     data, cache = _study().data, _study().cache
     for split in ("train", "test"):
         source = open_source(data, split)
-        building.build_images(source, cache / split, data.shard_size, n_workers=2)
+        build_images(source, cache / split, data.shard_size, n_workers=2)
     make_cache()
 
 
 def make_teacher() -> None:
     study = _study()
-    teaching.make_teacher(study, dataset.open_images(study))
+    teacher_make_teacher(study, open_images(study))
 
 
 def make_outputs() -> None:
     study = _study("loaded")
-    teaching.store_part(study, dataset.cache_images(study), (1, 1))
+    store_part(study, cache_images(study), (1, 1))
 
 
 def make_datamap() -> None:
     study = _study()
-    mapping.make_datamap(study, dataset.open_images(study))
+    datamap_make_datamap(study, open_images(study))
 
 
 def make_recording() -> None:
     study = _study()
-    recordings.record(study, dataset.open_images(study), "tiny", "seed=0")
+    record(study, open_images(study), "tiny", "seed=0")
 
 
 def make_student() -> None:
     study = _study()
-    distilling.train_student(study, dataset.open_images(study), _cell(study), 0)
+    train_student(study, open_images(study), _cell(study), 0)
 
 
 def make_students() -> None:
     study = _study()
-    images = dataset.open_images(study)
+    images = open_images(study)
     for cell in study.cells():
         for seed in study.seeds:
-            distilling.train_student(study, images, cell, seed)
+            train_student(study, images, cell, seed)
 
 
 def make_probe() -> None:
     study = _study()
-    probing.probe_cell(study, dataset.open_images(study), _cell(study))
+    probe_cell(study, open_images(study), _cell(study))
 
 
 def make_comparison() -> None:
     study = _study()
-    tables = compiling.compile_tables(study)
-    drawing.draw_comparison(study, tables)
-    report.summary(study, tables)
-    report.objective_table(study, tables)
-    report.finish(study, tables)
+    tables = compile_tables(study)
+    draw_comparison(study, tables)
+    summary(study, tables)
+    objective_table(study, tables)
+    finish(study, tables)
 
 
 STEPS = {  # in their order; each begins in a workspace in which the ones before it are done
@@ -269,16 +272,16 @@ def _evidence(step: str) -> Callable[[], str]:
         study = _study()
         own, folder = study.step_settings(step) if step != "distill" else None, study.runs / step
         if step == "distill":
-            return _without_circumstances(distilling.open_student(study, _cell(study), 0))
+            return _without_circumstances(open_student(study, _cell(study), 0))
         if step == "probe":
-            folder = probing.probe_folder(study, _cell(study))
-        return _without_circumstances(runs.read_evidence(folder, own))
+            folder = probe_folder(study, _cell(study))
+        return _without_circumstances(read_evidence(folder, own))
 
     return read
 
 
 def read_cache() -> str:
-    images = dataset.open_images(_study())
+    images = open_images(_study())
     arrays = [
         c.resident(n).numpy() for c in (images.train, images.test) for n in ("images", "labels")
     ]
@@ -287,15 +290,15 @@ def read_cache() -> str:
 
 def read_teacher() -> list[str]:
     study = _study()
-    log = dynamics.DynamicsLog.open(study.recorded_run / "dynamics", verify=True)
-    arrays = [log[quantity] for quantity in dynamics.QUANTITIES]
-    return [files.fingerprint(teaching.open_teacher(study)), files.sha256_array(*arrays)]
+    log = DynamicsLog.open(study.recorded_run / "dynamics", verify=True)
+    arrays = [log[quantity] for quantity in QUANTITIES]
+    return [files.fingerprint(open_teacher(study)), files.sha256_array(*arrays)]
 
 
 def read_outputs() -> str:
     study, found = _study("loaded"), []
     for which in ("train", "replayed"):
-        stored = Cache(teaching.outputs_folder(study, which))
+        stored = Cache(outputs_folder(study, which))
         found += [stored.resident(column).numpy() for column in sorted(stored.header["columns"])]
     return files.sha256_array(*found)
 
@@ -313,13 +316,13 @@ def learn() -> str:
 def learn_views() -> str:
     """The same from the replayed views of a loaded teacher."""
     study = _study("loaded")
-    images = dataset.cache_images(study)
-    teaching.make_teacher(study, images)
-    return _without_circumstances(distilling.train_student(study, images, _cell(study), 0))
+    images = cache_images(study)
+    teacher_make_teacher(study, images)
+    return _without_circumstances(train_student(study, images, _cell(study), 0))
 
 
 def read_probe() -> str:
-    return _table(probing.open_probes(_study(), _cell(_study())))
+    return _table(open_probes(_study(), _cell(_study())))
 
 
 def read_comparison() -> str:
@@ -328,7 +331,7 @@ def read_comparison() -> str:
 
 def read_datamap() -> str:
     study = _study()
-    return _table(mapping.open_datamap(study, dataset.open_images(study)))
+    return _table(open_datamap(study, open_images(study)))
 
 
 def map_dynamics() -> str:
@@ -338,15 +341,15 @@ def map_dynamics() -> str:
 
 def read_subset() -> str:
     study = _study()
-    subset = Subset.load(distilling.student_folder(study, _cell(study), 0) / "subset.parquet")
+    subset = Subset.load(student_folder(study, _cell(study), 0) / "subset.parquet")
     return files.fingerprint([subset.sha256, subset._metadata()])
 
 
 def read_recording() -> str:
     study = _study()
-    log = recordings.open_log(study, dataset.open_images(study), "tiny", "seed=0")
-    table = cartography.datamap(log, el2n_epoch=2, window=3)
-    return _table(table.join(recordings.open_gradients(study, "tiny", "seed=0")))
+    log = open_log(study, open_images(study), "tiny", "seed=0")
+    table = compute_datamap(log, el2n_epoch=2, window=3)
+    return _table(table.join(open_gradients(study, "tiny", "seed=0")))
 
 
 class RefusedRow(ValueError):
@@ -355,9 +358,9 @@ class RefusedRow(ValueError):
     refused = True
 
 
-def _accepted(study: params.Study) -> Any:
+def _accepted(study: Study) -> Any:
     """The table of results, in which no row is refused."""
-    table = compiling.results(study)
+    table = compare_results(study)
     for row in table[table["refused"]].to_dict("records"):
         raise RefusedRow(f"{study.runs / row['run']}: {row['reason']}")
     return table
@@ -365,7 +368,7 @@ def _accepted(study: params.Study) -> Any:
 
 def read_metrics() -> str:
     study = _study()
-    return _table(compiling.curves(study, _accepted(study)))
+    return _table(curves(study, _accepted(study)))
 
 
 def probe_again() -> str:
@@ -552,7 +555,7 @@ def _half_built(home: Path) -> None:
     header = files.read_json(folder / "index.json")["header"]
     entries = files.read_json(folder / "index.json")["shards"]
     done = {shard: entry["sha256"] for shard, entry in enumerate(entries[:3])}
-    building._write_journal(folder / "journal.jsonl", header, done)
+    _write_journal(folder / "journal.jsonl", header, done)
     (folder / "index.json").unlink()
     for path in folder.glob("*.npy"):
         if int(path.stem.rsplit("-")[-1]) >= 3:
@@ -563,8 +566,8 @@ def _half_trained(home: Path) -> None:
     """Leave a student with two states and no evidence."""
 
     def train() -> None:
-        trainer.STATE_EVERY_S = 0.0
-        real, left = trainer.Step.__call__, [70]
+        loop.STATE_EVERY_S = 0.0
+        real, left = Step.__call__, [70]
 
         def step(*arguments: Any) -> Any:
             left[0] -= 1
@@ -572,7 +575,7 @@ def _half_trained(home: Path) -> None:
                 os._exit(0)  # the states before it are whole
             return real(*arguments)
 
-        trainer.Step.__call__ = step
+        Step.__call__ = step
         make_student()
 
     attempt(train)
@@ -707,7 +710,7 @@ def _mend(kind: Kind, path: Path, told: str) -> None:
         path.unlink()
     for name in kind.delete:
         if name == "repair":
-            building.repair(path.parent)
+            repair(path.parent)
             continue
         target = path.parent / name
         if name == "run":  # the folder of the run
@@ -874,7 +877,7 @@ def campaign(shop: Shop, kills: int, seed: int, only: list[str], quick: bool) ->
     rng = np.random.default_rng(seed)
     piped = round(kills * PIPED)
     if "kills" in only:
-        trainer.STATE_EVERY_S = STATE_EVERY_S
+        loop.STATE_EVERY_S = STATE_EVERY_S
         left = kills - piped
         for step in KILLED:
             n = min(left, max(1, round(kills * step.share)))
@@ -883,7 +886,7 @@ def campaign(shop: Shop, kills: int, seed: int, only: list[str], quick: bool) ->
                 yield kill(shop, step, n, rng)
             elif step.name == "distillation":
                 yield kill(shop, step, 2, rng)
-        trainer.STATE_EVERY_S = 20.0
+        loop.STATE_EVERY_S = 20.0
     if "pipeline" in only and not quick:
         yield kill_pipeline(shop, max(2, piped), rng)
     for name, how, n in (("flips", flip, 10), ("truncations", truncate, 5)):

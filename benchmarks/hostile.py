@@ -21,25 +21,24 @@ import pyarrow.parquet as pq
 import yaml
 from matplotlib.figure import Figure
 
-from kdlib import (
-    cache,
-    dataset,
-    distilling,
-    files,
-    inspecting,
-    looks,
-    mapping,
-    maps,
-    params,
-    picking,
-    plots,
-    runs,
-    states,
-)
-from kdlib.dynamics import DynamicsLog
-from kdlib.models import build_network
-from kdlib.selection import Subset
-from kdlib.weights import load_weights
+from kdlib.cache.info import describe, verify
+from kdlib.cache.shards import Cache
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.subset import Subset
+from kdlib.explorer.html import counts_html, gallery_html
+from kdlib.explorer.state import Explorer
+from kdlib.models.networks import build_network
+from kdlib.models.weights import load_weights
+from kdlib.plots import theme
+from kdlib.plots.datamaps import datamap
+from kdlib.plots.images import region_grid
+from kdlib.repro import files
+from kdlib.repro.run import read_evidence
+from kdlib.steps.cache import open_images
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.distill import train_student
+from kdlib.study.study import Model, Study, StudyError, load_study
+from kdlib.trainer.state import NAME, read_state
 
 EVIL = '<img src=x onerror="alert(1)">|$x^{\\frac{</script>'
 DEEP = 100_000
@@ -184,12 +183,12 @@ def _kdlib_metadata(path: Path, canary: Path) -> None:
 # Readers
 
 
-def _study() -> params.Study:
-    return params.load_study("params/small.yaml")
+def _study() -> Study:
+    return load_study("params/small.yaml")
 
 
 def _read_cache(home: Path) -> str:
-    opened = cache.Cache(next(home.glob("cache/*/train")))
+    opened = Cache(next(home.glob("cache/*/train")))
     opened.resident("images")
     opened.verify()
     return "unharmed"
@@ -198,19 +197,19 @@ def _read_cache(home: Path) -> str:
 def _look(home: Path) -> str:
     """What `python -m kdlib cache info` and `cache verify` say of a hostile cache."""
     folder = next(home.glob("cache/*/train"))
-    told = inspecting.describe(folder)
-    return told if inspecting.verify(folder) else "refused"
+    told = describe(folder)
+    return told if verify(folder) else "refused"
 
 
 def _read_evidence(home: Path) -> str:
-    runs.read_evidence(home / STUDENT)
+    read_evidence(home / STUDENT)
     return "unharmed"
 
 
 def _open_again(home: Path) -> str:
     """Do a step again whose record is hostile."""
     study = _study()
-    distilling.train_student(study, dataset.open_images(study), study.cell(objective="kd"), 0)
+    train_student(study, open_images(study), study.cell(objective="kd"), 0)
     return "unharmed"
 
 
@@ -225,7 +224,7 @@ def _read_subset(home: Path) -> str:
 
 
 def _network() -> Any:
-    model = params.Model(name="tiny_cnn", options={"width": 8})
+    model = Model(name="tiny_cnn", options={"width": 8})
     return build_network(model, n_classes=10, image_shape=(1, 8, 8), seed=0)
 
 
@@ -238,12 +237,12 @@ def _load(name: str) -> Callable[[Path], str]:
 
 
 def _read_state(home: Path) -> str:
-    states.read_state(home, {})
+    read_state(home, {})
     return "unharmed"
 
 
 def _read_study(home: Path) -> str:
-    params.load_study(home / "params/hostile.yaml")
+    load_study(home / "params/hostile.yaml")
     return "unharmed"
 
 
@@ -261,26 +260,26 @@ def _nothing(path: Path, canary: Path) -> None:
 
 def _in_html(home: Path) -> str:
     """Class names of a source as the explorer shows them."""
-    state = picking.Explorer(_study())
+    state = Explorer(_study())
     state.names = [EVIL] * 10
     state.select(state.table.index[:20])
-    shown = picking.gallery_html(state) + picking.counts_html(state)
+    shown = gallery_html(state) + counts_html(state)
     return "unharmed" if "<img src=x" not in shown and "</script>" not in shown else shown
 
 
 def _in_figures(home: Path) -> str:
     """Class names of a source in figures: text, and no mathematics."""
     study = _study()
-    images = dataset.open_images(study)
-    table = mapping.open_datamap(study, images)
-    with looks.style():
-        figure = Figure(figsize=(looks.WIDE, 4.6))
-        maps.datamap(figure, table, EVIL, class_names=[EVIL] * 10)
-        grid = Figure(figsize=(looks.WIDE, 3))
+    images = open_images(study)
+    table = open_datamap(study, images)
+    with theme.style():
+        figure = Figure(figsize=(theme.WIDE, 4.6))
+        datamap(figure, table, EVIL, class_names=[EVIL] * 10)
+        grid = Figure(figsize=(theme.WIDE, 3))
         pixels = images.train.read("images", images.train_ids[:2])
-        plots.region_grid(grid, {EVIL: pixels}, {EVIL: [EVIL, EVIL]})
+        region_grid(grid, {EVIL: pixels}, {EVIL: [EVIL, EVIL]})
         for name, drawn in (("map", figure), ("grid", grid)):
-            looks.save_figure(drawn, home / "figures", name)
+            theme.save_figure(drawn, home / "figures", name)
     return "unharmed"
 
 
@@ -381,7 +380,7 @@ def _cases() -> Iterable[Case]:
             )  # fmt: skip
         yield Case(
             f"{name} as a state", "cache", "",
-            lambda home, canary, make=make: make(home / states.NAME, canary), _read_state,
+            lambda home, canary, make=make: make(home / NAME, canary), _read_state,
         )  # fmt: skip
     table = f"{STUDENT}/subset.parquet"
     for name, make in (
@@ -533,10 +532,10 @@ def load_mutants(numbers: Iterable[int], seed: int, folder: Path) -> list[list]:
         path.write_bytes(mutant(number, seed))
         signal.setitimer(signal.ITIMER_REAL, SLOW_S)
         try:
-            study = params.load_study(path)
+            study = load_study(path)
             study.step_settings("compare")
             how, told = "valid", ""
-        except params.StudyError as error:
+        except StudyError as error:
             told = str(error)
             one = str(path) in told and 0 < len(told) < 5000 and "Traceback" not in told
             how = "refused" if one else "wrong"

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdlib import augment, fused
-from kdlib.building import build_images
-from kdlib.cache import Cache
-from kdlib.data import array_source
-from kdlib.loading import Loader, View
-from kdlib.params import Augment
-from kdlib.sampling import Plan
+from kdlib.cache.build import build_images
+from kdlib.cache.shards import Cache
+from kdlib.cache.sources import array_source
+from kdlib.dataset.fused import available
+from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.plan import Plan
+from kdlib.study.study import Augment
 
 BATCH, SHARD = 512, 2048
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
@@ -40,7 +41,7 @@ def our(
 ) -> Epoch:
     """kdlib's loader; each call is the next pass."""
     plan = Plan(np.arange(n), BATCH, 10**6, 0, order=order, shard_size=SHARD, window_shards=window)
-    pixels = augment.Pixels(MEAN, STD, **layout)
+    pixels = Pixels(MEAN, STD, **layout)
     loader = Loader(
         plan, cache, view=View(VIEW, 0, pixels) if view else None, residence=residence, reuse=True
     )
@@ -256,7 +257,7 @@ def main() -> None:
     print(
         f"{n:,} images 3x{chosen.side}x{chosen.side}, batch {BATCH}, shards of {SHARD}; "
         f"{chosen.threads} threads, {platform.machine()}, torch {torch.__version__}, fused kernel: "
-        f"{fused.available()}; median of {chosen.rounds} rounds\n"
+        f"{available()}; median of {chosen.rounds} rounds\n"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from kdlib.linear import Fit, fit_path
+from kdlib.probes.logistic import Fit, fit_path
 
 GRID = 10.0 ** (np.arange(-24, 21) / 4)
 EVERY = 4

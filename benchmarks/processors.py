@@ -26,7 +26,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from kdlib import compare, files, params, processor
+from kdlib.compare.statistics import AGAINST, objective_differences, paired_differences
+from kdlib.repro import files, processor
+from kdlib.study.study import AXES, Model, load_study
 
 PROCESSORS = ("Haswell", "EPYC-Rome")  # Intel's first with AVX2, and one of AMD's
 STUDY = {
@@ -41,13 +43,18 @@ STUDY = {
 
 def make(home: Path) -> dict[str, str]:
     """Fingerprints of what the first steps of the study leave in a workspace."""
-    from kdlib import dataset, distilling, dynamics, mapping, probing, teaching
+    from kdlib.cartography.log import QUANTITIES, DynamicsLog
+    from kdlib.steps.cache import cache_images
+    from kdlib.steps.datamap import make_datamap
+    from kdlib.steps.distill import train_student
+    from kdlib.steps.probe import probe_cell
+    from kdlib.steps.teacher import make_teacher
 
-    study = params.load_study(home / "params" / "short.yaml")
-    images = dataset.cache_images(study)
-    teacher = teaching.make_teacher(study, images)
-    log = dynamics.DynamicsLog.open(study.recorded_run / "dynamics")
-    table = mapping.make_datamap(study, images)
+    study = load_study(home / "params" / "short.yaml")
+    images = cache_images(study)
+    teacher = make_teacher(study, images)
+    log = DynamicsLog.open(study.recorded_run / "dynamics")
+    table = make_datamap(study, images)
     columns = [
         np.asarray(table[name], "U" if name.startswith("region") else None)
         for name in table
@@ -56,12 +63,12 @@ def make(home: Path) -> dict[str, str]:
     cell = study.cell(student="tiny", strategy="easy", objective="kd")
     larger = study.cell(student="resnet8", strategy="easy", objective="kd")
     cells = [(cell, 0), (cell, 1), (larger, 0)]
-    students = [distilling.train_student(study, images, *one) for one in cells]
-    probes = probing.probe_cell(study, images, cell).select_dtypes("number")
+    students = [train_student(study, images, *one) for one in cells]
+    probes = probe_cell(study, images, cell).select_dtypes("number")
     return {
         "teacher": teacher["checkpoints"]["last"]["weights_sha256"],
         "outputs": files.fingerprint(teacher["teacher"]["outputs"]),
-        "dynamics": files.sha256_array(*[log[name] for name in dynamics.QUANTITIES]),
+        "dynamics": files.sha256_array(*[log[name] for name in QUANTITIES]),
         "datamap": files.sha256_array(*columns),
         "grand": files.sha256_array(table["grand"].to_numpy()),
         "subsets": files.fingerprint([s["subset"]["sha256"] for s in students]),
@@ -81,12 +88,12 @@ def time_steps() -> dict[str, float]:
     """Milliseconds a training step takes in this process, held or not."""
     import torch
 
-    from kdlib.models import build_network
+    from kdlib.models.networks import build_network
 
     torch.set_num_threads(1)
     told = {}
     for name, (model, options, shape, n_steps) in NETWORKS.items():
-        asked = params.Model(name=model, options=options)
+        asked = Model(name=model, options=options)
         network = build_network(asked, n_classes=10, image_shape=shape, seed=0)
         network = network.to(memory_format=torch.channels_last)
         images = torch.zeros(64, *shape).to(memory_format=torch.channels_last)
@@ -123,13 +130,13 @@ def print_cost(n_rounds: int = 3) -> None:
 def print_agreement(one: str, other: str) -> None:
     """How far two tables of results of the default study agree: accuracies, verdicts."""
     tables = [pd.read_parquet(path) for path in (one, other)]
-    cell = [*params.AXES, "seed"]
+    cell = [*AXES, "seed"]
     pairs = tables[0].merge(tables[1], on=cell)
     points = 100 * (pairs["test_accuracy_x"] - pairs["test_accuracy_y"])
-    against = [*params.AXES, *compare.AGAINST]
+    against = [*AXES, *AGAINST]
     same, n = 0, 0
     for compared, reference in (
-        (compare.paired_differences, "random"), (compare.objective_differences, "plain"),
+        (paired_differences, "random"), (objective_differences, "plain"),
     ):  # fmt: skip
         verdicts = [compared(table, reference, 0.01, 0.95, "test_accuracy") for table in tables]
         both = verdicts[0].merge(verdicts[1], on=against)

@@ -20,8 +20,10 @@ from pathlib import Path
 import slurm
 import yaml
 
-from kdlib import dataset, mapping, teaching
-from kdlib.params import REGION_STRATEGIES, load_study
+from kdlib.steps.cache import cache_images
+from kdlib.steps.datamap import make_datamap
+from kdlib.steps.teacher import make_teacher
+from kdlib.study.study import REGION_STRATEGIES, load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ["--profile", str(ROOT / "profiles" / "slurm")]
@@ -40,9 +42,9 @@ def start(home: Path, n_subsets: int) -> None:
     (home / "params" / "jobs.yaml").write_text(yaml.safe_dump(content))
     os.environ["KDLIB_HOME"] = str(home)
     study = load_study("params/jobs.yaml")
-    images = dataset.cache_images(study)
-    teaching.make_teacher(study, images)
-    mapping.make_datamap(study, images)
+    images = cache_images(study)
+    make_teacher(study, images)
+    make_datamap(study, images)
 
 
 def children_s() -> float:

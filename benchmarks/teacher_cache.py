@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 
-from kdlib.augment import Pixels
-from kdlib.building import build_images
-from kdlib.cache import Cache
-from kdlib.data import open_source
-from kdlib.evaluation import evaluate
-from kdlib.loading import Batch, Loader, View
-from kdlib.models import build_network
-from kdlib.params import Augment, Data, Model, Objective, Training, weights_path
-from kdlib.sampling import Plan
-from kdlib.teacher import Replay, store_outputs, stored_accuracy
-from kdlib.trainer import Task, make_optimiser, training_step
-from kdlib.weights import load_weights
+from kdlib.cache.build import build_images
+from kdlib.cache.shards import Cache
+from kdlib.cache.sources import open_source
+from kdlib.dataset.loader import Batch, Loader, View
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.plan import Plan
+from kdlib.models.evaluation import evaluate
+from kdlib.models.networks import build_network
+from kdlib.models.outputs import Replay, store_outputs, stored_accuracy
+from kdlib.models.weights import load_weights
+from kdlib.study.study import Augment, Data, Model, Objective, Training, weights_path
+from kdlib.trainer.loop import make_optimiser, training_step
+from kdlib.trainer.step import Task
 
 BATCH, BLOCK = 128, 8
 PIXELS = Pixels([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], channels_last=True)

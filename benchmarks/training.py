@@ -19,17 +19,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kdlib.augment import Pixels
-from kdlib.building import build
-from kdlib.cache import Cache
-from kdlib.dynamics import DynamicsLog
-from kdlib.loading import Loader, View
-from kdlib.models import Network, build_network
-from kdlib.objectives import build_distiller
-from kdlib.params import Augment, Compute, Model, Objective, Training
-from kdlib.runs import Run
-from kdlib.sampling import Plan
-from kdlib.trainer import Task, _Loop
+from kdlib.cache.build import build_shards
+from kdlib.cache.shards import Cache
+from kdlib.cartography.log import DynamicsLog
+from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.plan import Plan
+from kdlib.models.networks import Network, build_network
+from kdlib.repro.run import Run
+from kdlib.study.study import Augment, Compute, Model, Objective, Training
+from kdlib.trainer.loop import _Loop
+from kdlib.trainer.objectives import build_distiller
+from kdlib.trainer.step import Task
 
 N, SHAPE, CLASSES, BATCH = 10_240, (3, 32, 32), 10, 128
 STEPS = 1_000_000  # of the plan: more than are ever taken
@@ -39,7 +40,7 @@ PLAIN, KD = Objective(kind="cross_entropy"), Objective(kind="kd", alpha=0.7, tem
 def caches(folder: Path) -> tuple[Cache, Cache]:
     """Random images, and random outputs of a teacher of theirs."""
     rng = np.random.default_rng(0)
-    images = build(
+    images = build_shards(
         folder / "images",
         {"kind": "images", "split": "train"},
         {"images": ("|u1", SHAPE), "labels": ("<i8", ())},
@@ -50,7 +51,7 @@ def caches(folder: Path) -> tuple[Cache, Cache]:
         n_examples=N,
         shard_size=2048,
     )
-    outputs = build(
+    outputs = build_shards(
         folder / "outputs",
         {"view": "clean", "top_k": None, "n_classes": CLASSES},
         {"logits": ("<f2", (1, CLASSES))},

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlib import files
+from kdlib.repro import files
 
 ROOT = Path(files.__file__).resolve().parents[1]
 RESULTS = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md", ".tex")
@@ -174,8 +174,8 @@ def results(home: Path) -> dict[str, str]:
 def finished(home: Path) -> dict[str, str]:
     """sha256 of everything in a workspace that counts as done: shards in an index or a journal, and
     all files of runs with evidence."""
-    from kdlib.building import journal_paths, read_journal
-    from kdlib.cache import read_indexes
+    from kdlib.cache.journal import journal_paths, read_journal
+    from kdlib.cache.shards import read_indexes
 
     found = {}
     for folder in sorted(path for path in home.rglob("*") if path.is_dir()):

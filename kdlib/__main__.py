@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kdlib import files
-from kdlib.params import AXES, Model, Probe, Study, load_study, parse_part
+from kdlib.repro import files
+from kdlib.study.study import AXES, STEPS, Model, Probe, Study, load_study, parse_part
 
-STEPS = ("scores", "noise", "audit")  # of the pipeline, that can be asked for by name
 # options of Snakemake after which there may be no comparison
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "--touch", "-t",
           "--summary", "-S"}  # fmt: skip
+
+
 ROOT = Path(__file__).resolve().parents[1]  # the repository: the pipeline lives beside the package
 
 
@@ -58,9 +59,9 @@ def _wait(process: subprocess.Popen) -> int:
 
 
 def _tell_failures(study: Study) -> None:
-    from kdlib import runs
+    from kdlib.repro.run import failed_logs, failed_notebooks
 
-    failed = runs.failed_notebooks(study) + runs.failed_logs(study)
+    failed = failed_notebooks(study) + failed_logs(study)
     told = f"{len(failed)} step(s) failed:"
     if not failed:  # a job that is killed writes nothing
         told = (
@@ -76,14 +77,16 @@ def _tell_failures(study: Study) -> None:
 def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
     """Redraw every figure of a study from its records, or from its committed tables; of all studies
     that have either, when none is named."""
+    from kdlib.steps.figures import drawable, redraw
+
     if arguments.study != "all":
-        _redraw(load_study(arguments.study))
+        redraw(load_study(arguments.study))
         return 0
     code = 0
     for path in sorted((files.workspace() / "params").glob("*.yaml")):
         try:
-            if _drawable(study := load_study(path)):
-                _redraw(study)
+            if drawable(study := load_study(path)):
+                redraw(study)
             else:
                 print(f"{study.name}: neither runs nor tables are here")
         except (ValueError, OSError, RuntimeError) as error:  # says so, and draws the others
@@ -92,47 +95,9 @@ def _figures(arguments: argparse.Namespace, further: list[str]) -> int:
     return code
 
 
-def _drawable(study: Study) -> bool:
-    made = [study.runs / step / "evidence.json" for step in ("compare", *STEPS)]
-    return _committed(study) or any(path.is_file() for path in made)
-
-
-def _redraw(study: Study) -> None:
-    """Redraw what a study has records or committed tables of; say what it lacks."""
-    from kdlib import audit, dataset, drawing, scorecard
-
-    drawn, missing = audit.redraw(study), []
-    made = [(study.runs / step / "evidence.json").is_file() for step in STEPS]
-    if any(made[:2]):  # of the recordings
-        drawn |= scorecard.redraw(study, dataset.open_images(study))
-    if not drawn or (study.runs / "compare" / "evidence.json").is_file() or _committed(study):
-        of_comparison, origin = drawing.redraw(study)
-        drawn |= of_comparison
-        if study.shares is None:  # else step 01 is the other study's, and its figure
-            drawn |= drawing.draw_shard_visits(study)
-        print(f"{study.name}: the comparison is drawn from {origin}")
-        if (study.runs / "datamap" / "evidence.json").is_file():
-            drawn |= drawing.draw_datamap(study)
-        elif study.shares is None:  # else they are the other study's
-            missing += ["datamap", "forming", "regions"]
-    print(f"{', '.join(drawn)} drawn in {study.figures}")
-    if study.recordings is not None and not made[0]:
-        missing.append("those of notebook 07")
-    if study.recordings is not None and study.data.relabel is not None and not made[1]:
-        missing.append("those of notebook 08")
-    if study.audit and not made[2]:
-        missing.append("audit")
-    if missing:
-        print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
-
-
-def _committed(study: Study) -> bool:
-    return (study.figures / "tables").is_dir()
-
-
 def _findings(arguments: argparse.Namespace, further: list[str]) -> int:
     """Say what the studies found whose tables are committed."""
-    from kdlib.findings import findings
+    from kdlib.compare.findings import findings
 
     print(*findings(), sep="\n")
     return 0
@@ -140,71 +105,77 @@ def _findings(arguments: argparse.Namespace, further: list[str]) -> int:
 
 def _cache_build(arguments: argparse.Namespace, further: list[str]) -> int:
     """Build the image cache of a study, or a part of it."""
-    from kdlib import inspecting
+    from kdlib.cache.info import build as info_build
 
     study = load_study(arguments.study)
-    inspecting.build(study, arguments.split, arguments.part, arguments.workers)
+    info_build(study, arguments.split, arguments.part, arguments.workers)
     return 0
 
 
 def _cache_outputs(arguments: argparse.Namespace, further: list[str]) -> int:
     """Store a part of a loaded teacher's outputs."""
-    from kdlib import dataset, inspecting, teaching
-    from kdlib.cache import Cache
+    from kdlib.cache.info import state
+    from kdlib.cache.shards import Cache
+    from kdlib.steps.cache import open_images
+    from kdlib.steps.teacher_outputs import store_part
 
     study = load_study(arguments.study)
-    images = dataset.open_images(study)
-    for stored in teaching.store_part(study, images, parse_part(arguments.part)):
-        print(inspecting.state(Cache(stored.folder)))  # all that is there, not the part alone
+    images = open_images(study)
+    for stored in store_part(study, images, parse_part(arguments.part)):
+        print(state(Cache(stored.folder)))  # all that is there, not the part alone
     return 0
 
 
 def _cache_info(arguments: argparse.Namespace, further: list[str]) -> int:
     """Say what caches hold and what they miss."""
-    from kdlib import inspecting
+    from kdlib.cache.info import describe, find_caches
 
-    for folder in (folder for path in arguments.path for folder in inspecting.find_caches(path)):
-        print(inspecting.describe(folder))
+    for folder in (folder for path in arguments.path for folder in find_caches(path)):
+        print(describe(folder))
     return 0
 
 
 def _cache_verify(arguments: argparse.Namespace, further: list[str]) -> int:
     """Compare every byte of caches with their checksums."""
-    from kdlib import inspecting
+    from kdlib.cache.info import find_caches
+    from kdlib.cache.info import verify as info_verify
 
     whole = True
     for path in arguments.path:
         study = path if Path(path).suffix in (".yaml", ".yml") else "STUDY"
-        for folder in inspecting.find_caches(path):
-            whole &= inspecting.verify(folder, arguments.repair, study)
+        for folder in find_caches(path):
+            whole &= info_verify(folder, arguments.repair, study)
     return 0 if whole else 1
 
 
 def _step(arguments: argparse.Namespace, further: list[str]) -> int:
     """Make one teacher or student as one of several processes, or alone."""
-    from kdlib import dataset, distilling, teaching
-    from kdlib.ranks import joined
+    from kdlib.steps.cache import open_images
+    from kdlib.steps.distill import train_student
+    from kdlib.steps.teacher import make_one_teacher, make_teacher
+    from kdlib.trainer.distributed import joined
 
     study = load_study(arguments.study)
-    images = dataset.open_images(study)
+    images = open_images(study)
     with joined(study.compute.device) as ranks:
         if arguments.step == "teacher":
             if arguments.teacher:
-                teaching.make_one_teacher(study, images, arguments.teacher, ranks)
+                make_one_teacher(study, images, arguments.teacher, ranks)
             else:
-                teaching.make_teacher(study, images, ranks)
+                make_teacher(study, images, ranks)
             return 0
         point = {axis: getattr(arguments, axis) for axis in AXES}
-        distilling.train_student(study, images, study.cell(**point), arguments.seed, ranks)
+        train_student(study, images, study.cell(**point), arguments.seed, ranks)
     return 0
 
 
 def _record(arguments: argparse.Namespace, further: list[str]) -> int:
     """Make one further recording of a study's images."""
-    from kdlib import dataset, recordings
+    from kdlib.steps.cache import open_images
+    from kdlib.steps.recordings import record as recordings_record
 
     study = load_study(arguments.study)
-    recordings.record(study, dataset.open_images(study), arguments.model, arguments.part)
+    recordings_record(study, open_images(study), arguments.model, arguments.part)
     return 0
 
 
@@ -212,8 +183,10 @@ def _probe(arguments: argparse.Namespace, further: list[str]) -> int:
     """Probe a weight file that no study has made, on a study's images."""
     from pydantic import ValidationError
 
-    from kdlib import dataset, probing
-    from kdlib.augment import Pixels
+    from kdlib.dataset.pixels import Pixels
+    from kdlib.steps.cache import open_images
+    from kdlib.steps.probe import probe_weights
+    from kdlib.steps.probe import told as probe_told
 
     study, pixels = load_study(arguments.study), None
     asked = {k: getattr(arguments, k) for k in ("layers", "few_shot") if getattr(arguments, k)}
@@ -228,9 +201,9 @@ def _probe(arguments: argparse.Namespace, further: list[str]) -> int:
         raise ValueError("--mean and --std go together")
     if arguments.mean is not None:
         pixels = Pixels(arguments.mean, arguments.std, study.compute.channels_last)
-    images = dataset.open_images(study)
-    table = probing.probe_weights(study, images, model, arguments.weights, pixels)
-    print(probing.told(table))
+    images = open_images(study)
+    table = probe_weights(study, images, model, arguments.weights, pixels)
+    print(probe_told(table))
     return 0
 
 

@@ -12,11 +12,16 @@ import pytest
 import torch
 from tiny import TINY, tiny_study
 
-from kdlib import dataset, distilling, files, mapping, probing, teaching
-from kdlib.building import build_images
-from kdlib.cache import Cache
-from kdlib.data import array_source
-from kdlib.params import Study, load_study
+from kdlib.cache.build import build_images
+from kdlib.cache.shards import Cache
+from kdlib.cache.sources import array_source
+from kdlib.repro import files
+from kdlib.steps.cache import cache_images
+from kdlib.steps.datamap import make_datamap as datamap_make_datamap
+from kdlib.steps.distill import train_student
+from kdlib.steps.probe import probe_cell
+from kdlib.steps.teacher import make_teacher
+from kdlib.study.study import Study, load_study
 
 torch.set_num_threads(1)
 
@@ -52,9 +57,9 @@ def make_datamap() -> Callable[[Path], Study]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KDLIB_HOME", str(home))
             study = load_study("params/tiny.yaml")
-            images = dataset.cache_images(study)
-            teaching.make_teacher(study, images)
-            mapping.make_datamap(study, images)
+            images = cache_images(study)
+            make_teacher(study, images)
+            datamap_make_datamap(study, images)
         return study
 
     return make
@@ -73,14 +78,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return home
         patch.setenv("KDLIB_HOME", str(home))
         study = tiny_study(home)
-        images = dataset.cache_images(study)
-        teaching.make_teacher(study, images)
-        mapping.make_datamap(study, images)
+        images = cache_images(study)
+        make_teacher(study, images)
+        datamap_make_datamap(study, images)
         for cell in study.cells():
             for seed in study.seeds:
-                distilling.train_student(study, images, cell, seed)
+                train_student(study, images, cell, seed)
         for cell in study.probed_cells():
-            probing.probe_cell(study, images, cell)
+            probe_cell(study, images, cell)
         done.touch()
     return home
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 from test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 
-from kdlib import files, picking
-from kdlib.params import load_study
+from kdlib.explorer.state import Explorer
+from kdlib.repro import files
+from kdlib.study.study import load_study
 
 LASSO = [(0.25, 0.05), (0.05, 0.02), (0.02, 0.2), (0.12, 0.4), (0.22, 0.47), (0.3, 0.42),
          (0.34, 0.25)]  # fmt: skip
@@ -42,7 +43,7 @@ def walk(screen: Screen) -> None:
         screen.page.mouse.move(*point, steps=10)
     screen.page.mouse.up()
     screen.says("selected")
-    state = picking.Explorer(load_study("params/digits.yaml"))
+    state = Explorer(load_study("params/digits.yaml"))
     table = state.table[state.table["variability"].between(0.1, 0.25)]
     example = table.sort_values("confidence").iloc[0]
     screen.hover(example["variability"], example["confidence"], state.pictures([example.name])[0])

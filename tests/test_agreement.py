@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib import agreement as a
+from kdlib.cartography.agreement import (
+    _disjoint,
+    between_runs,
+    rank_correlations,
+    runs_needed,
+    spearman,
+    stability,
+)
 
 RNG = np.random.default_rng(0)
 TRUTH = RNG.normal(size=400)
@@ -24,21 +31,21 @@ def noisy(n_runs, noise=1.0):
 def test_spearman_is_that_of_scipy_ties_included(pairs):
     first, second = np.array(pairs).T
     if np.ptp(first) == 0 or np.ptp(second) == 0:
-        assert math.isnan(a.spearman(first, second))
+        assert math.isnan(spearman(first, second))
     else:
         np.testing.assert_allclose(
-            a.spearman(first, second), stats.spearmanr(first, second).statistic, atol=1e-9
+            spearman(first, second), stats.spearmanr(first, second).statistic, atol=1e-9
         )
 
 
 def test_any_rising_function_of_a_score_ranks_alike():
-    assert a.spearman(TRUTH, np.exp(TRUTH)) == 1
-    assert a.spearman(TRUTH, -TRUTH) == -1
+    assert spearman(TRUTH, np.exp(TRUTH)) == 1
+    assert spearman(TRUTH, -TRUTH) == -1
 
 
 def test_a_table_s_correlations_are_square_with_holes_where_a_column_is_constant():
     table = pd.DataFrame({"x": [1, 2, 3], "y": [3, 2, 1], "z": [7, 7, 7]})
-    found = a.rank_correlations(table)
+    found = rank_correlations(table)
     assert list(found.index) == list(found.columns) == ["x", "y", "z"]
     assert found.loc["x", "y"] == pytest.approx(-1)
     assert found.loc["x", "x"] == pytest.approx(1)
@@ -47,51 +54,51 @@ def test_a_table_s_correlations_are_square_with_holes_where_a_column_is_constant
 
 def test_numbers_that_are_none_have_no_rank():
     with pytest.raises(ValueError, match="NaN or infinity"):
-        a.spearman(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
+        spearman(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="two rows of one length"):
-        a.spearman(np.zeros(3), np.zeros(4))
+        spearman(np.zeros(3), np.zeros(4))
     with pytest.raises(ValueError, match="at least two runs"):
-        a.between_runs(np.zeros((1, 5)))
+        between_runs(np.zeros((1, 5)))
     with pytest.raises(ValueError, match="at least two runs"):
-        a.stability(np.zeros((1, 5)))
+        stability(np.zeros((1, 5)))
 
 
 def test_between_runs_is_the_mean_over_pairs():
     runs = np.array([[1, 2, 3], [1, 2, 3], [3, 2, 1]])  # pairs: 1, -1, -1
-    found = a.between_runs(runs)
+    found = between_runs(runs)
     assert found == pytest.approx({"correlation": -1 / 3, "low": -1, "high": 1})
 
 
 def test_averages_of_more_runs_agree_better_as_the_formula_foretells():
     runs = noisy(12)
-    table = a.stability(runs)
+    table = stability(runs)
     assert table["n_runs"].tolist() == [1, 2, 3, 4, 5, 6]
     assert (np.diff(table["correlation"]) > 0).all()
     assert (table["low"] <= table["correlation"]).all()
     assert (table["correlation"] <= table["high"]).all()
-    single = a.between_runs(runs)["correlation"]
+    single = between_runs(runs)["correlation"]
     target = table["correlation"].iloc[-1]
     # noise is normal here, where rank correlations follow the formula closely
-    assert abs(a.runs_needed(single, target) - 6) <= 1
+    assert abs(runs_needed(single, target) - 6) <= 1
 
 
 def test_groups_share_no_run_and_each_pair_of_groups_stands_once():
-    pairs = list(a._disjoint(5, 2))
+    pairs = list(_disjoint(5, 2))
     assert all(not set(x) & set(y) for x, y in pairs)
     assert len({frozenset([x, y]) for x, y in pairs}) == len(pairs) == 5 * 3  # C(5,2) C(3,2) / 2
 
 
 def test_the_same_seed_draws_the_same_groups():
     runs = noisy(12)
-    pd.testing.assert_frame_equal(a.stability(runs), a.stability(runs))
+    pd.testing.assert_frame_equal(stability(runs), stability(runs))
 
 
 def test_runs_needed_solves_the_prophecy_formula():
     for r, target in [(0.3, 0.9), (0.7, 0.95), (0.94, 0.95)]:
-        n = a.runs_needed(r, target)
+        n = runs_needed(r, target)
         assert n * r / (1 + (n - 1) * r) >= target - 1e-9
         assert n == 1 or (n - 1) * r / (1 + (n - 2) * r) < target
-    assert a.runs_needed(-0.2) == math.inf
-    assert math.isnan(a.runs_needed(math.nan))
+    assert runs_needed(-0.2) == math.inf
+    assert math.isnan(runs_needed(math.nan))
     with pytest.raises(ValueError, match=r"expected a number in \(0, 1\)"):
-        a.runs_needed(0.5, 1.0)
+        runs_needed(0.5, 1.0)

@@ -15,27 +15,24 @@ import pandas as pd
 import pytest
 import yaml
 
-from kdlib import (
-    audit,
-    checks,
-    dataset,
-    exhibits,
-    feature_defects,
-    files,
-    published,
-    subset_defects,
-)
-from kdlib.invariants import INVARIANTS
-from kdlib.params import load_study
+from audit import report
+from audit.bench import Bench, judged, refused
+from audit.invariants import INVARIANTS
+from audit.study_a import keyed_by_position, overlapping_union, unsaved_subset
+from audit.study_b import identical_views, keyed_by_pixels, seed_plus_epoch, truncated_patches
+from kdlib.compare.committed import write
+from kdlib.repro import checks, files
+from kdlib.steps.cache import cache_images, open_images
+from kdlib.study.study import load_study
 
-ROOT = Path(audit.__file__).resolve().parents[1]
+ROOT = Path(report.__file__).resolve().parents[1]
 QUICK = (
-    subset_defects.unsaved_subset,
-    subset_defects.overlapping_union,
-    subset_defects.keyed_by_position,
-    feature_defects.truncated_patches,
-    feature_defects.identical_views,
-    feature_defects.keyed_by_pixels,
+    unsaved_subset,
+    overlapping_union,
+    keyed_by_position,
+    truncated_patches,
+    identical_views,
+    keyed_by_pixels,
 )
 
 
@@ -47,7 +44,7 @@ def made(tmp_path_factory):
     shutil.copy(ROOT / "params" / "tiny.yaml", home / "params")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
-        dataset.cache_images(load_study("params/tiny.yaml"))
+        cache_images(load_study("params/tiny.yaml"))
     command = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar"]
     done = subprocess.run(
         [*command, str(ROOT / "notebooks" / "09_audit.ipynb"), "out.ipynb",
@@ -70,12 +67,12 @@ def study(made, tmp_path, monkeypatch):
 def images(made):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(made))
-        return dataset.open_images(load_study("params/tiny.yaml"))
+        return open_images(load_study("params/tiny.yaml"))
 
 
 def test_every_defect_is_caught_and_every_honest_number_passes(study):
-    table = audit.open_exhibits(study)
-    assert len(table) == len(audit.DEFECTS) == table["name"].nunique()
+    table = report.open_exhibits(study)
+    assert len(table) == len(report.DEFECTS) == table["name"].nunique()
     assert set(table["study"]) == {"A", "B"}
     assert table["caught"].all(), table.loc[~table["caught"], "name"].tolist()
     assert table["quiet"].all(), table.loc[~table["quiet"], "name"].tolist()
@@ -104,34 +101,36 @@ def test_every_defect_is_caught_and_every_honest_number_passes(study):
     ],
 )
 def test_numbers_that_follow_from_the_defect_are_these(study, name, defect, honest):
-    row = audit.open_exhibits(study).set_index("name").loc[name]
+    row = report.open_exhibits(study).set_index("name").loc[name]
     for found, expected in ((row["defect"], defect), (row["honest"], honest)):
         assert expected is None or found == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_artefact_of_study_b_lies_below_the_untrained_student(study):
-    row = audit.open_exhibits(study).set_index("name").loc["test features of the untrained student"]
+    row = (
+        report.open_exhibits(study).set_index("name").loc["test features of the untrained student"]
+    )
     untrained = float(re.search(r"untrained: ([\d.]+) %", row["measure"])[1]) / 100
     assert row["defect"] < untrained - 0.2
     assert row["honest"] > untrained
 
 
 def test_a_finished_audit_is_read_and_not_made_again(study, images, monkeypatch):
-    monkeypatch.setattr(audit, "exhibits", None)
-    assert len(audit.make(study, images)) == len(audit.DEFECTS)
+    monkeypatch.setattr(report, "exhibits", None)
+    assert len(report.make(study, images)) == len(report.DEFECTS)
 
 
 def test_a_changed_table_is_refused(study):
     path = study.runs / "audit" / "exhibits.parquet"
-    audit.open_exhibits(study).assign(caught=True, defect=0.5).to_parquet(path)
+    report.open_exhibits(study).assign(caught=True, defect=0.5).to_parquet(path)
     with pytest.raises(ValueError, match="kdlib metadata"):
-        audit.open_exhibits(study)
+        report.open_exhibits(study)
 
 
 def test_the_same_exhibits_give_the_same_numbers_wherever_they_are_made(images, tmp_path):
     found = []
     for place in ("here", "there"):
-        bench = exhibits.Bench(images, tmp_path / place)
+        bench = Bench(images, tmp_path / place)
         made = [dataclasses.asdict(defect(bench)) for defect in QUICK]
         text = str(made).replace(str(tmp_path / place), "...")
         found.append(text)
@@ -141,8 +140,8 @@ def test_the_same_exhibits_give_the_same_numbers_wherever_they_are_made(images, 
 def test_exhibits_leave_the_global_generator_and_the_study_alone(made, images, tmp_path):
     before = np.random.get_state()[1].copy()
     files_before = sorted(made.rglob("*"))
-    bench = exhibits.Bench(images, tmp_path)
-    for defect in (feature_defects.seed_plus_epoch, feature_defects.identical_views):
+    bench = Bench(images, tmp_path)
+    for defect in (seed_plus_epoch, identical_views):
         defect(bench)
     assert np.array_equal(np.random.get_state()[1], before)
     assert sorted(made.rglob("*")) == files_before
@@ -151,29 +150,29 @@ def test_exhibits_leave_the_global_generator_and_the_study_alone(made, images, t
 def test_a_tripwire_that_sleeps_or_always_speaks_is_seen():
     honest = {"gradient": {"norm": 1.0, "tensors": 2, "tensors_without": 0}}
     wrong = {"gradient": {"norm": 0.0, "tensors": 2, "tensors_without": 2}}
-    told = exhibits.judged((checks.gradient,), wrong, honest)
+    told = judged((checks.gradient,), wrong, honest)
     assert (told["caught"], told["quiet"], told["tripwire"]) == (True, True, "checks.gradient")
     assert "2 of 2 parameter tensors got none" in told["sentence"]
-    assert not exhibits.judged((checks.gradient,), honest, honest)["caught"]
-    assert not exhibits.judged((checks.gradient,), wrong, wrong)["quiet"]
+    assert not judged((checks.gradient,), honest, honest)["caught"]
+    assert not judged((checks.gradient,), wrong, wrong)["quiet"]
     # one of two tripwires that speaks is not both
     both = (checks.gradient, checks.same_weights)
     same = {"probes": [{"train_weights": "a", "test_weights": "a"}]}
-    assert not exhibits.judged(both, wrong | same, honest | same)["caught"]
+    assert not judged(both, wrong | same, honest | same)["caught"]
 
 
 def test_what_is_not_refused_has_no_sentence():
     def explode():
         raise ValueError("no such thing")
 
-    assert exhibits.refused(explode) == "no such thing"
-    assert exhibits.refused(lambda: None) == ""
+    assert refused(explode) == "no such thing"
+    assert refused(lambda: None) == ""
 
 
 def test_an_uncaught_defect_stands_out_in_table_and_figure(study):
-    table = audit.open_exhibits(study).assign(caught=False)
-    assert audit.describe_exhibits(table).count("**no**") == len(table)
-    text = audit.describe_exhibits(audit.open_exhibits(study))
+    table = report.open_exhibits(study).assign(caught=False)
+    assert report.describe_exhibits(table).count("**no**") == len(table)
+    text = report.describe_exhibits(report.open_exhibits(study))
     assert "**no**" not in text
     assert not re.search(r"[0-9a-f]{64}", text)  # hashes by their beginning
     assert "/tmp" not in text
@@ -183,23 +182,23 @@ def test_figure_and_text_are_redrawn_from_the_table_to_the_same_bytes(study):
     names = ("audit.png", "audit.pdf", "audit.md")
     before = {name: files.sha256_file(study.figures / name) for name in names}
     shutil.rmtree(study.figures)
-    assert set(audit.redraw(study)) == {"audit"}
+    assert set(report.redraw(study)) == {"audit"}
     assert {name: files.sha256_file(study.figures / name) for name in names} == before
     shutil.rmtree(study.runs / "audit")
-    assert audit.redraw(study) == {}
+    assert report.redraw(study) == {}
 
 
 # --- what they printed ---------------------------------------------------------------------------
 
 
 def test_the_row_published_as_random_is_the_full_set_s():
-    table = audit.published().set_index(["strategy", "fraction"])
+    table = report.published().set_index(["strategy", "fraction"])
     full, random = table.loc[("full", 1.0)], table.loc[("random", 0.33)]
     as_published = table.loc[("random_as_published", 0.33)]
     assert ((as_published - full).abs() < 1).all()
     assert (as_published - random > 3).all()
     assert len(table) == 19  # full, random twice, 11 strategies, 5 more fractions
-    assert set(audit.STUDENTS) == set(table.columns)
+    assert set(report.STUDENTS) == set(table.columns)
 
 
 def _rows(**columns):
@@ -218,12 +217,12 @@ def test_ours_are_means_of_accepted_runs_by_objective():
         test_accuracy=[0.50, 0.52, 0.99, 0.40, 0.42],
         refused=[False, False, True, False, False],
     )
-    assert audit.ours(table, "easy", 0.33) == "kd 51.0 ± 1.4, plain 41.0 ± 1.4"
-    assert audit.ours(table, "hard", 0.33) == audit.ours(table, "easy", 0.1) == "-"
+    assert report.ours(table, "easy", 0.33) == "kd 51.0 ± 1.4, plain 41.0 ± 1.4"
+    assert report.ours(table, "hard", 0.33) == report.ours(table, "easy", 0.1) == "-"
 
 
 def test_our_tables_stand_beside_theirs_where_they_are(home):
-    text = audit.describe_published()
+    text = report.describe_published()
     assert "No run table here that belongs to `subsets` and `fractions`" in text
     assert "ours:" not in text.split("\n\n")[1]
     (home / "params").mkdir(exist_ok=True)
@@ -232,15 +231,15 @@ def test_our_tables_stand_beside_theirs_where_they_are(home):
     study = load_study(home / "params" / "subsets.yaml")
     curves = _rows(seed=[0, 1], step=[1, 1], validation_accuracy=[0.5, 0.5])
     tables = {"results": _rows(seed=[0, 1], test_accuracy=[0.5, 0.52]), "curves": curves}
-    published.write(study, tables | {"probes": curves, "costs": curves})
-    text = audit.describe_published()
+    write(study, tables | {"probes": curves, "costs": curves})
+    text = report.describe_published()
     assert "ours: subsets, tiny" in text
     assert "| easy, 33 % | 71.9 | 61.9 | 49.0 | kd 51.0 ± 1.4 |" in text
     assert "400 steps, 2 seeds" in text
     assert "No run table here that belongs to `fractions`" in text
     path = home / "params" / "subsets.yaml"
     path.write_text(path.read_text().replace("steps: 400", "steps: 401"))
-    assert "ours:" not in audit.describe_published().split("\n\n")[1]
+    assert "ours:" not in report.describe_published().split("\n\n")[1]
 
 
 # --- invariants ----------------------------------------------------------------------------------

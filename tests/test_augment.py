@@ -1,4 +1,4 @@
-"""`kdlib.augment`: a view is a function of (seed, epoch, example id) and of nothing else."""
+"""`kdlib.dataset.views`: a view is a function of (seed, epoch, example id) and of nothing else."""
 
 import colorsys
 import itertools
@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.augment import ONE, Views, apply, augment, counter_hash, draw, normalise, pixel_scale
-from kdlib.params import Augment, ColourJitter, ResizedCrop
-from kdlib.seeds import torch_seeded
+from kdlib.dataset.pixels import normalise, pixel_scale
+from kdlib.dataset.views import ONE, Views, apply, augment, draw
+from kdlib.repro.seeds import counter_hash, torch_seeded
+from kdlib.study.study import Augment, ColourJitter, ResizedCrop
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 JITTER = ColourJitter(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.2)

@@ -17,8 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdlib import dataset, distilling, files, mapping, picking
-from kdlib.selection import Subset
+from kdlib.cartography.subset import Subset
+from kdlib.explorer.state import Explorer
+from kdlib.repro import files
+from kdlib.steps.cache import open_images
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.distill import open_student
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -267,7 +271,7 @@ def _drive(screen, study, lab):
     screen.open(lab)
     screen.shot("open")
 
-    table = mapping.open_datamap(study, dataset.open_images(study))
+    table = open_datamap(study, open_images(study))
     # a rectangle whose sides keep away from all points
     low, high = (_gap(table, "variability", 0.1), _gap(table, "confidence", 0.2)), (0.45, 0.95)
     n = screen.lasso(low, high)
@@ -310,7 +314,7 @@ def _drive(screen, study, lab):
     left = int(some.loc[saved.example_ids].sum())
     wait(lambda: screen.text(".kdlib-page").endswith(f" {left} selected"), "the visible part")
     point = table[some & inside].nlargest(1, "variability").iloc[0]
-    look = picking.Explorer(study)
+    look = Explorer(study)
     [picture] = look.pictures([point.name])
     screen.hover(point["variability"], point["confidence"], picture)
     screen.shot("filtered")
@@ -335,11 +339,9 @@ def _drive(screen, study, lab):
     assert len(page.locator(".kdlib-results tr").all()) == 3  # heads, two objectives
     for seed in study.seeds:
         picked = study.cell(strategy="picked_mine")
-        evidence = distilling.open_student(study, picked, seed)
+        evidence = open_student(study, picked, seed)
         assert evidence["budget"]["recorded"]["unique_examples"] <= n
-        distilling.open_student(
-            study, study.cell(strategy="random", fraction=picked.fraction), seed
-        )
+        open_student(study, study.cell(strategy="random", fraction=picked.fraction), seed)
 
     page.keyboard.press("Escape")
     page.keyboard.press("Control+s")

@@ -1,4 +1,4 @@
-"""`kdlib.building`: parts, processes and interruptions in any order end in the same bytes."""
+"""`kdlib.cache.build`: parts, processes and interruptions in any order end in the same bytes."""
 
 import os
 import shutil
@@ -18,10 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cache import COLUMNS, HEADER, SIZE, N, content, make, make_cache
 
-from kdlib import building, files
-from kdlib.building import build, build_images, read_journal, repair
-from kdlib.cache import Cache, CacheError, part_range
-from kdlib.data import array_source
+from kdlib.cache.build import build_images, build_shards, fcntl, repair
+from kdlib.cache.build import shutil as build_shutil
+from kdlib.cache.journal import read_journal
+from kdlib.cache.shards import Cache, CacheError, part_range
+from kdlib.cache.sources import array_source
+from kdlib.repro import files
 
 TESTS = Path(__file__).parent
 
@@ -407,7 +409,7 @@ def test_a_part_is_refused_while_the_whole_is_built(tmp_path):
 def test_two_builders_may_look_at_one_lock_at_the_same_time(tmp_path):
     (tmp_path / ".lock").touch()
     with open(tmp_path / ".lock") as file:  # another builder of a part, while it looks
-        building.fcntl.flock(file, building.fcntl.LOCK_SH)
+        fcntl.flock(file, fcntl.LOCK_SH)
         make_cache(tmp_path, part=(1, 2))
         with pytest.raises(BlockingIOError, match="another process"):
             make_cache(tmp_path)
@@ -464,7 +466,7 @@ def test_workers_give_the_same_bytes_and_hold_one_payload_more_than_they_are(tmp
         alive.append(Counted.alive)
         return payload
 
-    built = build(
+    built = build_shards(
         tmp_path / "workers",
         HEADER,
         COLUMNS,
@@ -503,7 +505,7 @@ def test_what_is_finished_before_a_worker_fails_is_kept(pristine, tmp_path, how)
     }[how]
     options = {"n_examples": N, "shard_size": SIZE, "n_workers": 1}
     with pytest.raises(expected[0], match=expected[1]):
-        build(folder, HEADER, COLUMNS, function, **options)
+        build_shards(folder, HEADER, COLUMNS, function, **options)
     assert not list(folder.glob(".*.tmp"))
     assert sorted(read_journal(folder / "journal.jsonl")[1]) == [0, 1]  # in the order they finished
     starts = []
@@ -588,7 +590,7 @@ def test_a_builder_that_is_stopped_takes_its_workers_along_and_the_next_one_goes
 
 def test_a_negative_number_of_workers_is_refused(tmp_path):
     with pytest.raises(ValueError, match="n_workers is -1; expected 0 or more"):
-        build(tmp_path, HEADER, COLUMNS, make, n_examples=N, shard_size=SIZE, n_workers=-1)
+        build_shards(tmp_path, HEADER, COLUMNS, make, n_examples=N, shard_size=SIZE, n_workers=-1)
 
 
 # --- a folder that cannot be written into ----------------------------------------------------
@@ -655,13 +657,13 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_made(tmp_path
     usage = namedtuple("usage", ["total", "used", "free"])
     needed = N * (6 * 4 + 8)
     with monkeypatch.context() as patched:
-        patched.setattr(building.shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
+        patched.setattr(build_shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
         with pytest.raises(CacheError, match=r"the 4 shards to be made need 0\.00 GB, .* GB free"):
             make_cache(tmp_path, never)
         assert content(tmp_path) == {}
-        patched.setattr(building.shutil, "disk_usage", lambda _: usage(0, 0, 7 * (6 * 4 + 8)))
+        patched.setattr(build_shutil, "disk_usage", lambda _: usage(0, 0, 7 * (6 * 4 + 8)))
         make_cache(tmp_path, part=(2, 2))  # what is needed is the part's alone
-        patched.setattr(building.shutil, "disk_usage", lambda _: usage(0, 0, needed))
+        patched.setattr(build_shutil, "disk_usage", lambda _: usage(0, 0, needed))
         make_cache(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""`kdlib.cache`: every row comes back, a part is a smaller cache, and nothing damaged is read."""
+"""`kdlib.cache.shards`: every row comes back, a part is a smaller cache, and nothing damaged is read."""
 
 import builtins
 import io
@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import cache as cache_module
-from kdlib import files
-from kdlib.building import build, build_images, repair
-from kdlib.cache import FORMAT, Cache, CacheError, part_range, pixel_statistics
-from kdlib.data import array_source
+from kdlib.cache import shards as shards_module
+from kdlib.cache.build import build_images, build_shards, repair
+from kdlib.cache.shards import FORMAT, Cache, CacheError, part_range, pixel_statistics
+from kdlib.cache.sources import array_source
+from kdlib.repro import files
 
 N, SIZE = 17, 5  # four shards: 5, 5, 5, 2
 COLUMNS = {"values": ("<i4", (2, 3)), "labels": ("<i8", ())}
@@ -40,7 +40,9 @@ def make_cache(
     **changes,
 ) -> Cache:
     header = HEADER | changes
-    return build(folder, header, COLUMNS, function, n_examples=n, shard_size=shard_size, part=part)
+    return build_shards(
+        folder, header, COLUMNS, function, n_examples=n, shard_size=shard_size, part=part
+    )
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -128,7 +130,7 @@ def test_a_mapped_shard_holds_no_file_descriptor(pristine):
 
 
 def test_so_many_shards_are_mapped_at_a_time_and_no_more(pristine, monkeypatch):
-    monkeypatch.setattr(cache_module, "_MOST_MAPS", 2)
+    monkeypatch.setattr(shards_module, "_MOST_MAPS", 2)
     opened = Cache(pristine)
     held = opened.mapped("values", 0)
     for _ in range(2):
@@ -145,7 +147,7 @@ def test_columns_of_one_dtype_and_two_shapes_are_told_apart(tmp_path):
         n = span[1] - span[0]
         return {c: np.full((n, *shape), n, dtype) for c, (dtype, shape) in columns.items()}
 
-    opened = build(tmp_path, HEADER, columns, rows, n_examples=4, shard_size=2)
+    opened = build_shards(tmp_path, HEADER, columns, rows, n_examples=4, shard_size=2)
     assert [opened.mapped(c, s).shape for c in columns for s in (0, 1)] == 2 * [(2, 6)] + 2 * [
         (2, 2)
     ]
@@ -335,7 +337,7 @@ def test_indexes_that_differ_on_a_shard_are_refused(half):
 
 
 def test_an_index_that_a_builder_replaces_while_it_is_read_is_no_error(half, monkeypatch):
-    read, replaced = cache_module.read_index, []
+    read, replaced = shards_module.read_index, []
 
     def replacing(path):
         if not replaced:  # between the list of names and the first look at one of them
@@ -343,7 +345,7 @@ def test_an_index_that_a_builder_replaces_while_it_is_read_is_no_error(half, mon
             make_cache(half.folder)
         return read(path)
 
-    monkeypatch.setattr(cache_module, "read_index", replacing)
+    monkeypatch.setattr(shards_module, "read_index", replacing)
     assert Cache(half.folder).whole
 
 

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dynamics import GOLD, PROVENANCE, finished, random_dynamics, softmax
 
-from kdlib import cartography as c
-from kdlib import params
+from kdlib.cartography import scores as scores_module
+from kdlib.cartography.datamap import compute_datamap, read_datamap, regions, write_datamap
+from kdlib.study.study import SCORES
 
 # --- the whole way from logits to datamap --------------------------------------------------------
 
 
 def test_datamap_of_three_examples_is_as_worked_by_hand(tmp_path):
-    table = c.datamap(finished(tmp_path / "log"), el2n_epoch=2, window=3)
+    table = compute_datamap(finished(tmp_path / "log"), el2n_epoch=2, window=3)
     expected = {
         "label": [0, 1, 1],
         "confidence": [0.5, 0.75, 0.25],
@@ -54,17 +55,17 @@ def test_datamap_of_three_examples_is_as_worked_by_hand(tmp_path):
 
 
 def test_score_columns_are_the_scores_of_params(tmp_path):
-    table = c.datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
+    table = compute_datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
     rest = {"label", "never_learned", "region_variability", "region_corner"}
     further = ["grand", "grand_last", "class_distance", "prototypicality"]  # not of the log alone
-    assert [name for name in table.columns if name not in rest] + further == list(params.SCORES)
-    assert all(callable(getattr(c, name)) for name in params.SCORES if name not in further)
+    assert [name for name in table.columns if name not in rest] + further == list(SCORES)
+    assert all(callable(getattr(scores_module, name)) for name in SCORES if name not in further)
 
 
 def test_without_logits_only_tdds_is_absent(tmp_path):
-    full = c.datamap(finished(tmp_path / "a"), el2n_epoch=1, window=3)
+    full = compute_datamap(finished(tmp_path / "a"), el2n_epoch=1, window=3)
     slim_log = finished(tmp_path / "b", logits=False)
-    slim = c.datamap(slim_log, el2n_epoch=1, window=3)
+    slim = compute_datamap(slim_log, el2n_epoch=1, window=3)
     pd.testing.assert_frame_equal(slim, full.drop(columns="tdds"))
     with pytest.raises(KeyError, match=r"dynamics\.logits"):
         slim_log["logits"]
@@ -82,7 +83,7 @@ def test_without_logits_only_tdds_is_absent(tmp_path):
 def test_more_epochs_than_recorded_name_the_study_key(tmp_path, arguments, key):
     log = finished(tmp_path / "log")
     with pytest.raises(ValueError, match=key):
-        c.datamap(log, **arguments)
+        compute_datamap(log, **arguments)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -106,14 +107,14 @@ def test_windowed_gold_scores_equal_slow_loops_from_the_papers(window):
         dyn_unc = sum(map(sample_deviation, windows)) / len(windows)
         dual = sum((1 - sum(w) / window) * sample_deviation(w) for w in windows) / len(windows)
         one = gold[:, i : i + 1]
-        assert c.dyn_unc(one, window=window)[0] == pytest.approx(dyn_unc, abs=1e-12)
-        assert c.dual(one, window=window)[0] == pytest.approx(dual, abs=1e-12)
+        assert scores_module.dyn_unc(one, window=window)[0] == pytest.approx(dyn_unc, abs=1e-12)
+        assert scores_module.dual(one, window=window)[0] == pytest.approx(dual, abs=1e-12)
 
 
 @pytest.mark.parametrize(("window", "decay"), [(3, 0.9), (5, 0.5), (9, 0.9), (4, 1.0)])
 def test_tdds_equals_a_slow_loop_from_the_paper(window, decay):
     logits, _, _ = random_dynamics(seed=2, n_examples=12)
-    scores = c.tdds(logits, window=window, decay=decay)
+    scores = scores_module.tdds(logits, window=window, decay=decay)
     for i in range(12):
         p = [softmax(row) for row in logits[:, i]]
         average = 0.0
@@ -127,7 +128,7 @@ def test_tdds_equals_a_slow_loop_from_the_paper(window, decay):
 
 def test_forgetting_equals_a_slow_loop_and_counts_falls_only():
     correct = np.random.default_rng(3).integers(0, 2, (11, 50)).astype(np.int8)
-    for i, events in enumerate(c.forgetting_events(correct)):
+    for i, events in enumerate(scores_module.forgetting_events(correct)):
         assert events == sum(
             correct[t, i] == 1 and correct[t + 1, i] == 0 for t in range(len(correct) - 1)
         )
@@ -135,38 +136,38 @@ def test_forgetting_equals_a_slow_loop_and_counts_falls_only():
 
 def test_never_learned_example_has_no_forgetting_events():
     correct = np.random.default_rng(4).integers(0, 2, (3, 200))
-    never = c.never_learned(correct)
+    never = scores_module.never_learned(correct)
     assert 0 < never.sum() < 200
-    assert (c.forgetting_events(correct)[never] == 0).all()
-    assert (c.correctness(correct)[never] == 0).all()
-    assert (c.correctness(correct)[~never] > 0).all()
+    assert (scores_module.forgetting_events(correct)[never] == 0).all()
+    assert (scores_module.correctness(correct)[never] == 0).all()
+    assert (scores_module.correctness(correct)[~never] > 0).all()
 
 
 def test_el2n_of_several_runs_is_their_average_at_the_epoch_counted_from_one():
     runs = np.array([[[0.5, 1.0], [0.25, 0.0]], [[1.0, 0.5], [0.75, 0.5]]], dtype=np.float16)
-    np.testing.assert_array_equal(c.el2n(runs, epoch=1), [0.75, 0.75])
-    np.testing.assert_array_equal(c.el2n(runs, epoch=2), [0.5, 0.25])
-    np.testing.assert_array_equal(c.el2n(runs[0], epoch=1), [0.5, 1.0])
+    np.testing.assert_array_equal(scores_module.el2n(runs, epoch=1), [0.75, 0.75])
+    np.testing.assert_array_equal(scores_module.el2n(runs, epoch=2), [0.5, 0.25])
+    np.testing.assert_array_equal(scores_module.el2n(runs[0], epoch=1), [0.5, 1.0])
 
 
 def test_trend_is_the_slope_of_a_fitted_line():
     _, _, gold = random_dynamics(seed=5)
     fitted = np.polyfit(np.arange(9), gold.astype(np.float64), 1)[0]
-    np.testing.assert_allclose(c.trend(gold), fitted, atol=1e-12)
+    np.testing.assert_allclose(scores_module.trend(gold), fitted, atol=1e-12)
     with pytest.raises(ValueError, match="at least 2"):
-        c.trend(gold[:1])
+        scores_module.trend(gold[:1])
 
 
 def all_scores(logits, gold, correct):
     return {
-        "confidence": c.confidence(gold),
-        "variability": c.variability(gold),
-        "correctness": c.correctness(correct),
-        "forgetting_events": c.forgetting_events(correct),
-        "trend": c.trend(gold),
-        "dyn_unc": c.dyn_unc(gold, window=4),
-        "dual": c.dual(gold, window=4),
-        "tdds": c.tdds(logits, window=4),
+        "confidence": scores_module.confidence(gold),
+        "variability": scores_module.variability(gold),
+        "correctness": scores_module.correctness(correct),
+        "forgetting_events": scores_module.forgetting_events(correct),
+        "trend": scores_module.trend(gold),
+        "dyn_unc": scores_module.dyn_unc(gold, window=4),
+        "dual": scores_module.dual(gold, window=4),
+        "tdds": scores_module.tdds(logits, window=4),
     }
 
 
@@ -189,7 +190,9 @@ def test_scores_do_not_depend_on_the_block_size(monkeypatch):
     logits, labels, gold = random_dynamics(seed=6)
     correct = (logits.argmax(axis=2) == labels).astype(np.int8)
     whole = all_scores(logits, gold, correct)
-    monkeypatch.setattr(c, "CHUNK_VALUES", 9 * 5 * 7)  # about 7 of 40 examples per block of logits
+    monkeypatch.setattr(
+        scores_module, "CHUNK_VALUES", 9 * 5 * 7
+    )  # about 7 of 40 examples per block of logits
     for name, values in all_scores(logits, gold, correct).items():
         np.testing.assert_array_equal(values, whole[name], err_msg=name)
 
@@ -198,9 +201,9 @@ def test_unrecorded_cells_are_refused_by_scores():
     gold = GOLD.astype(np.float16)
     gold[1, 1] = np.nan
     with pytest.raises(ValueError, match="never recorded"):
-        c.confidence(gold)
+        scores_module.confidence(gold)
     with pytest.raises(ValueError, match="never recorded"):
-        c.correctness(np.array([[1, 0], [-1, 0]], dtype=np.int8))
+        scores_module.correctness(np.array([[1, 0], [-1, 0]], dtype=np.int8))
 
 
 # --- regions -------------------------------------------------------------------------------------
@@ -209,13 +212,13 @@ def test_unrecorded_cells_are_refused_by_scores():
 def test_variability_rule_takes_the_top_third_and_splits_the_rest_at_one_half():
     confidence = np.array([0.9, 0.5, 0.49, 0.1, 0.7, 0.2])
     variability = np.array([0.1, 0.1, 0.1, 0.1, 0.4, 0.3])
-    found = c.regions(confidence, variability, rule="variability")
+    found = regions(confidence, variability, rule="variability")
     assert found.tolist() == ["easy", "easy", "hard", "hard", "ambiguous", "ambiguous"]
 
 
 def test_variability_rule_leaves_ties_across_the_border_out():
     variability = np.array([0.4, 0.3, 0.3, 0.1, 0.1, 0.1])  # two places, three candidates
-    found = c.regions(np.full(6, 0.2), variability, rule="variability")
+    found = regions(np.full(6, 0.2), variability, rule="variability")
     assert found.tolist() == ["ambiguous"] + ["hard"] * 5
 
 
@@ -224,7 +227,7 @@ def test_variability_rule_leaves_ties_across_the_border_out():
 def test_corner_rule_takes_the_nearest_pole(seed):
     rng = np.random.default_rng(seed)
     confidence, variability = rng.random(30), rng.random(30) / 2
-    found = c.regions(confidence, variability, rule="corner")
+    found = regions(confidence, variability, rule="corner")
     poles = {"easy": (0, 1), "hard": (0, 0), "ambiguous": (1, 0.5)}
     for x, y, region in zip(variability, confidence, found, strict=True):
         distance = {name: math.dist((x, y), pole) for name, pole in poles.items()}
@@ -233,45 +236,45 @@ def test_corner_rule_takes_the_nearest_pole(seed):
 
 def test_unknown_rule_lists_the_rules():
     with pytest.raises(ValueError, match="'variability' or 'corner'"):
-        c.regions(np.zeros(2), np.zeros(2), rule="nearest")
+        regions(np.zeros(2), np.zeros(2), rule="nearest")
 
 
 def test_datamap_returns_from_its_file_unchanged_even_below_axis_folders(tmp_path):
-    table = c.datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
+    table = compute_datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
     path = tmp_path / "strategy=easy" / "fraction=0.5" / "datamap.parquet"
-    c.write_datamap(table, path, PROVENANCE)
-    pd.testing.assert_frame_equal(c.read_datamap(path, PROVENANCE), table)
+    write_datamap(table, path, PROVENANCE)
+    pd.testing.assert_frame_equal(read_datamap(path, PROVENANCE), table)
     first = path.read_bytes()
-    c.write_datamap(table, path, PROVENANCE)
+    write_datamap(table, path, PROVENANCE)
     assert path.read_bytes() == first
 
 
 def test_datamap_of_other_provenance_or_damaged_is_refused(tmp_path):
-    table = c.datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
-    path = c.write_datamap(table, tmp_path / "datamap.parquet", PROVENANCE)
+    table = compute_datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
+    path = write_datamap(table, tmp_path / "datamap.parquet", PROVENANCE)
     with pytest.raises(ValueError, match="data: d0 -> d1"):
-        c.read_datamap(path, PROVENANCE | {"data": "d1"})
+        read_datamap(path, PROVENANCE | {"data": "d1"})
     with pytest.raises(FileNotFoundError, match="03_datamap"):
-        c.read_datamap(tmp_path / "absent.parquet")
+        read_datamap(tmp_path / "absent.parquet")
     whole = path.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 0):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="cut or damaged"):
-            c.read_datamap(path)
+            read_datamap(path)
     table.to_parquet(path)
     with pytest.raises(ValueError, match="no kdlib metadata"):
-        c.read_datamap(path)
+        read_datamap(path)
 
 
 def test_a_flipped_byte_in_a_datamap_is_noticed_or_changes_nothing_that_is_read(tmp_path):
-    table = c.datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
-    path = c.write_datamap(table, tmp_path / "datamap.parquet", PROVENANCE)
+    table = compute_datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
+    path = write_datamap(table, tmp_path / "datamap.parquet", PROVENANCE)
     whole, noticed = path.read_bytes(), 0
     positions = range(4, len(whole), 43)
     for position in positions:
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         try:
-            found = c.read_datamap(path, PROVENANCE)
+            found = read_datamap(path, PROVENANCE)
         except ValueError:
             noticed += 1
         else:
@@ -283,6 +286,6 @@ def test_a_flipped_byte_in_a_datamap_is_noticed_or_changes_nothing_that_is_read(
 def test_datamap_with_unsorted_or_double_ids_is_not_written(tmp_path):
     table = pd.DataFrame({"label": [0, 1]}, index=pd.Index([2, 1], name="example_id"))
     with pytest.raises(ValueError, match="sorted ids"):
-        c.write_datamap(table, tmp_path / "x.parquet", {})
+        write_datamap(table, tmp_path / "x.parquet", {})
     with pytest.raises(ValueError, match="twice"):
-        c.write_datamap(table.set_axis(pd.Index([1, 1], name="example_id")), tmp_path / "x", {})
+        write_datamap(table.set_axis(pd.Index([1, 1], name="example_id")), tmp_path / "x", {})

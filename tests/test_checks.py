@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 
-from kdlib import checks, files
-from kdlib.seeds import PURPOSES, derive
+from kdlib.repro import checks, files
+from kdlib.repro.seeds import PURPOSES, derive
 
 HONEST = {
     "budget": {

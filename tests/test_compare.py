@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.compare import (
+from kdlib.compare.statistics import (
     bootstrap_interval,
     objective_differences,
     paired_differences,
@@ -18,7 +18,7 @@ from kdlib.compare import (
     seeds_needed,
     verdict,
 )
-from kdlib.telling import summary_lines, to_markdown
+from kdlib.compare.text import summary_lines, to_markdown
 
 MARGIN, LEVEL = 0.01, 0.95
 

@@ -8,20 +8,18 @@ import pandas as pd
 import pytest
 from tiny import first_run, forge, tiny_study
 
-from kdlib import (
-    compiling,
-    dataset,
-    distilling,
-    drawing,
-    files,
-    probing,
-    report,
-    runs,
-)
+from kdlib.compare.report import objective_table, summary
+from kdlib.repro import files
+from kdlib.repro.run import read_evidence
+from kdlib.steps.cache import open_images
+from kdlib.steps.compare import compile_tables, curves, results
+from kdlib.steps.distill import make_subset, student_folder, train_student
+from kdlib.steps.figures import _judged, draw_comparison, redraw_comparison
+from kdlib.steps.probe import open_probes, probe_cell, probe_folder
 
 
 def test_every_row_of_an_honest_study_is_accepted(lab):
-    table = compiling.results(tiny_study(lab))
+    table = results(tiny_study(lab))
     assert len(table) == 12  # (full, random 33 %, easy 33 %) x (kd, plain) x 2 seeds
     assert not table["refused"].any()
     assert (table["steps"] == 60).all()
@@ -32,7 +30,7 @@ def test_every_row_of_an_honest_study_is_accepted(lab):
 def test_a_row_with_another_budget_is_refused_and_shown(lab):
     study = tiny_study(lab)
     forge(first_run(study), lambda e: e["budget"]["recorded"].update(steps=156))
-    tables = compiling.compile_tables(study)
+    tables = compile_tables(study)
     refused = tables["results"][tables["results"]["refused"]]
     assert refused["run"].tolist() == [str(first_run(study).relative_to(study.runs))]
     assert "steps: 60 -> 156" in refused["reason"].iloc[0]
@@ -41,15 +39,15 @@ def test_a_row_with_another_budget_is_refused_and_shown(lab):
     told = (
         f"{refused['run'].item()} ({100 * refused['test_accuracy'].item():.1f} %, which enters no"
     )
-    assert f"- refused: {told} mean): budget: " in report.summary(study, tables)
+    assert f"- refused: {told} mean): budget: " in summary(study, tables)
 
 
 def test_a_number_without_its_checkpoint_is_refused(lab):
     study = tiny_study(lab)
-    evidence = runs.read_evidence(first_run(study))
+    evidence = read_evidence(first_run(study))
     path = first_run(study) / evidence["checkpoints"]["last"]["file"]
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    table = compiling.results(study)
+    table = results(study)
     assert table["refused"].sum() == 1
     assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
 
@@ -60,17 +58,17 @@ def test_metrics_that_were_changed_are_not_drawn(lab):
     table = pd.read_parquet(path, partitioning=None)
     table.assign(validation_accuracy=1.0).to_parquet(path)
     with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
-        compiling.curves(study, compiling.results(study))
+        curves(study, results(study))
 
 
 def test_a_run_that_differs_in_more_than_the_factor_is_refused(lab):
     study = tiny_study(lab)
-    folder = distilling.student_folder(study, study.cell(strategy="easy"), 0)
+    folder = student_folder(study, study.cell(strategy="easy"), 0)
     settings = json.loads((folder / "settings.json").read_text())
     settings["inputs"]["split"] = "of another seed"
     files.write_json(folder / "settings.json", settings)
     forge(folder, lambda e: e.update(settings_sha256=files.fingerprint(settings)))
-    table = compiling.results(study)
+    table = results(study)
     assert table["refused"].sum() == 1
     reason = table[table["refused"]]["reason"].iloc[0]
     assert "differs from the other runs in inputs.split" in reason
@@ -78,7 +76,7 @@ def test_a_run_that_differs_in_more_than_the_factor_is_refused(lab):
 
 
 def test_rows_made_before_the_study_was_changed_are_refused(lab):
-    table = compiling.results(tiny_study(lab, objectives__kd__alpha=0.9))
+    table = results(tiny_study(lab, objectives__kd__alpha=0.9))
     assert table.groupby("objective")["refused"].mean().to_dict() == {"kd": 1.0, "plain": 0.0}
     assert "objective.alpha: 0.5 -> 0.9" in table[table["refused"]]["reason"].iloc[0]
 
@@ -92,7 +90,7 @@ def test_rows_made_before_the_study_was_changed_are_refused(lab):
 )
 def test_a_table_is_of_the_images_and_the_teacher_the_study_has_now(lab, changes, told):
     with pytest.raises(ValueError, match=told):
-        compiling.results(tiny_study(lab, **changes))
+        results(tiny_study(lab, **changes))
 
 
 @pytest.mark.parametrize(
@@ -105,9 +103,9 @@ def test_a_table_is_of_the_images_and_the_teacher_the_study_has_now(lab, changes
 )
 def test_rows_of_another_study_s_making_are_refused(lab, change, told):
     study = tiny_study(lab)
-    folder = distilling.student_folder(study, study.cell(strategy="easy", objective="kd"), 0)
+    folder = student_folder(study, study.cell(strategy="easy", objective="kd"), 0)
     forge(folder, change)
-    table = compiling.results(study)
+    table = results(study)
     reason = table[table["refused"]]["reason"].item()
     assert f"made of another study's {told}: run notebook 04 again" in reason
 
@@ -115,14 +113,14 @@ def test_rows_of_another_study_s_making_are_refused(lab, change, told):
 def test_a_missing_run_is_refused_and_named(lab):
     study = tiny_study(lab)
     shutil.rmtree(first_run(study))
-    assert "holds no finished run" in compiling.results(study)["reason"].iloc[0]
+    assert "holds no finished run" in results(study)["reason"].iloc[0]
 
 
 def test_run_tables_say_what_each_number_was_made_from(lab):
     study = tiny_study(lab)
-    table = compiling.compile_tables(study)["results"]
+    table = compile_tables(study)["results"]
     for row in table.to_dict("records"):
-        evidence = runs.read_evidence(study.runs / row["run"])
+        evidence = read_evidence(study.runs / row["run"])
         assert row["checkpoint_sha256"] == evidence["checkpoints"]["last"]["file_sha256"]
         assert row["subset_sha256"] == evidence["subset"]["sha256"]
         teacher = evidence["teacher"]
@@ -136,10 +134,10 @@ def test_run_tables_say_what_each_number_was_made_from(lab):
     assert not table.isna().drop(columns=["linear_accuracy", "knn_accuracy"]).any(axis=None)
     assert str(lab) not in table.to_csv()
     shutil.rmtree(first_run(study))
-    refused = compiling.compile_tables(study)["results"].iloc[0]
+    refused = compile_tables(study)["results"].iloc[0]
     assert refused["refused"]
     assert refused["reason"].startswith("runs/tiny/distill/student=tiny")
-    assert str(lab) not in report.summary(study, compiling.compile_tables(study))
+    assert str(lab) not in summary(study, compile_tables(study))
 
 
 def test_a_study_of_features_compares_the_probe_of_the_last_step(lab):
@@ -148,16 +146,16 @@ def test_a_study_of_features_compares_the_probe_of_the_last_step(lab):
         probe={"strategy": ["full", "random", "easy"], "fraction": 0.33, "k": 5,
                "objective": ["kd", "plain"], "c_grid": [0.1, 10.0]},
     )  # fmt: skip
-    table = compiling.results(study)
+    table = results(study)
     lacking = ~(table["strategy"].isin(["full", "easy"]) & (table["objective"] == "kd"))
     assert table["refused"].tolist() == lacking.tolist()
     assert "holds no finished run" in table[lacking]["reason"].iloc[0]
-    images = dataset.open_images(study)
+    images = open_images(study)
     for cell in study.cells():
-        probing.probe_cell(study, images, cell)
-    tables = compiling.compile_tables(study)
+        probe_cell(study, images, cell)
+    tables = compile_tables(study)
     assert not tables["results"]["refused"].any()
-    by_hand = probing.open_probes(study, study.cell(strategy="easy"))
+    by_hand = open_probes(study, study.cell(strategy="easy"))
     last = by_hand.query("step == 60 and probe == 'linear' and seed == 1")["accuracy"].item()
     row = tables["results"].query("strategy == 'easy' and objective == 'kd' and seed == 1")
     assert row["linear_accuracy"].item() == last
@@ -166,31 +164,27 @@ def test_a_study_of_features_compares_the_probe_of_the_last_step(lab):
     pair = tables["results"].query("objective == 'kd'").groupby("strategy")["linear_accuracy"]
     wanted = pair.mean()["easy"] - pair.mean()["random"]
     assert tables["strategies"].loc[compared, "difference"] == pytest.approx(wanted)
-    assert "linear probe of the last step's features" in report.summary(study, tables)
-    assert set(drawing.redraw(study)[0]) >= {"accuracy", "differences"}
-    path = probing.probe_folder(study, study.cell(strategy="easy"))
+    assert "linear probe of the last step's features" in summary(study, tables)
+    assert set(redraw_comparison(study)[0]) >= {"accuracy", "differences"}
+    path = probe_folder(study, study.cell(strategy="easy"))
     forge(path, lambda e: e["floor"].update(untrained=0.999))
-    found = compiling.results(study)
+    found = results(study)
     assert found[found["refused"]]["reason"].str.contains("probe_floor").tolist() == [True] * 2
 
 
 def test_probes_of_refused_runs_are_left_out_or_called_so(lab):
     study = tiny_study(lab)
     cell = study.cell(strategy="easy")
-    forge(
-        distilling.student_folder(study, cell, 0), lambda e: e["budget"]["recorded"].update(steps=9)
-    )
-    tables = compiling.compile_tables(study)
-    shown = drawing._judged(tables["probes"], tables["results"]).query("strategy == 'easy'")
+    forge(student_folder(study, cell, 0), lambda e: e["budget"]["recorded"].update(steps=9))
+    tables = compile_tables(study)
+    shown = _judged(tables["probes"], tables["results"]).query("strategy == 'easy'")
     assert set(shown["seed"]) == {1}
-    forge(
-        distilling.student_folder(study, cell, 1), lambda e: e["budget"]["recorded"].update(steps=9)
-    )
-    tables = compiling.compile_tables(study)
-    shown = drawing._judged(tables["probes"], tables["results"])
+    forge(student_folder(study, cell, 1), lambda e: e["budget"]["recorded"].update(steps=9))
+    tables = compile_tables(study)
+    shown = _judged(tables["probes"], tables["results"])
     assert set(shown["strategy"]) == {"full", "easy_(refused)", "untrained", "teacher"}
     assert len(shown) == len(tables["probes"])
-    assert "probes" in drawing.draw_comparison(study, tables)
+    assert "probes" in draw_comparison(study, tables)
 
 
 def test_a_probe_of_other_weights_is_no_measure(lab):
@@ -199,24 +193,24 @@ def test_a_probe_of_other_weights_is_no_measure(lab):
         probe={"strategy": ["full", "random", "easy"], "fraction": 0.33, "k": 5,
                "objective": ["kd", "plain"], "c_grid": [0.1, 10.0]},
     )  # fmt: skip
-    folder = distilling.student_folder(study, study.cell(strategy="easy"), 0)
+    folder = student_folder(study, study.cell(strategy="easy"), 0)
     forge(folder, lambda e: e["checkpoints"]["last"].update(weights_sha256="0" * 64))
-    row = compiling.results(study).query("strategy == 'easy' and objective == 'kd' and seed == 0")
+    row = results(study).query("strategy == 'easy' and objective == 'kd' and seed == 0")
     assert "its knn probe is of other weights" in row["reason"].item()
 
 
 def test_shard_policies_are_strategies_with_budgets_of_their_own(lab):
     study = tiny_study(lab, axes__strategy=["random", "easy", "fixed_shards", "random_shards"])
-    images = dataset.open_images(study)
+    images = open_images(study)
     size = images.train.shard_size
     evidence = {
-        s: distilling.train_student(study, images, study.cell(strategy=s), 0)
+        s: train_student(study, images, study.cell(strategy=s), 0)
         for s in ("fixed_shards", "random_shards")
     }
     assert all(check["passed"] for e in evidence.values() for check in e["checks"])
     fixed, drawn = evidence["fixed_shards"], evidence["random_shards"]
     # five shards of 300, the last one shorter: a third of them is two
-    ids = distilling.make_subset(study, images, study.cell(strategy="fixed_shards"), 0).example_ids
+    ids = make_subset(study, images, study.cell(strategy="fixed_shards"), 0).example_ids
     assert len(np.unique(ids // size)) == 2
     assert fixed["budget"]["declared"]["unique_examples"] == len(ids)
     assert fixed["coverage"]["most"] - fixed["coverage"]["fewest"] <= 1
@@ -229,16 +223,16 @@ def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(lab):
     training = {"steps": 60, "batch_size": 64, "lr_peak": 2.0, "evaluate_every_steps": 2,
                 "early_stopping": 1, "checkpoint_fractions": [0, 0.5, 1]}  # fmt: skip
     study = tiny_study(lab, training=training)
-    images = dataset.open_images(study)
+    images = open_images(study)
     for cell in study.cells():
         for seed in study.seeds:
-            evidence = distilling.train_student(study, images, cell, seed)
+            evidence = train_student(study, images, cell, seed)
     assert evidence["budget"]["comparison"] == "early_stopping"
-    table = compiling.results(study)
+    table = results(study)
     assert not table["refused"].any()
     assert (table["steps"] < 60).any()
-    tables = compiling.compile_tables(study)
+    tables = compile_tables(study)
     assert set(tables["strategies"]["budget"]) == {"early_stopping"}
-    assert "early stopping" in report.summary(study, tables)
-    assert "curves" in drawing.draw_comparison(study, tables)
-    assert report.objective_table(study, tables).count("\n| ") == 3  # kd and plain below the line
+    assert "early stopping" in summary(study, tables)
+    assert "curves" in draw_comparison(study, tables)
+    assert objective_table(study, tables).count("\n| ") == 3  # kd and plain below the line

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib import coresets as c
+from kdlib.cartography import coresets
+from kdlib.cartography.feature_scores import class_distance, prototypicality
 
 
 def ties_of(n, rng):
@@ -35,25 +36,27 @@ def permuted(data, order):
 
 def lowest_of_each(data):
     return lambda positions, m: positions[
-        c.lowest(data["score"][positions], m, data["ties"][positions])
+        coresets.lowest(data["score"][positions], m, data["ties"][positions])
     ]
 
 
 MIX = {"easy": 0.5, "hard": 0.3, "random": 0.2}
 SELECTORS = {
-    "lowest": lambda d, n: c.lowest(d["score"], n, d["ties"]),
-    "central": lambda d, n: c.central(d["score"], n, d["ties"]),
-    "mixture": lambda d, n: c.mixture(
+    "lowest": lambda d, n: coresets.lowest(d["score"], n, d["ties"]),
+    "central": lambda d, n: coresets.central(d["score"], n, d["ties"]),
+    "mixture": lambda d, n: coresets.mixture(
         {"easy": d["score"], "hard": -d["score"], "random": 0 * d["score"]}, MIX, n, d["ties"]
     ),
-    "coverage": lambda d, n: c.coverage(d["score"], n, d["ties"], cutoff=0, n_strata=4),
-    "d2": lambda d, n: c.d2(
+    "coverage": lambda d, n: coresets.coverage(d["score"], n, d["ties"], cutoff=0, n_strata=4),
+    "d2": lambda d, n: coresets.d2(
         d["score"], d["features"], n, d["ties"], neighbours=3, gamma_forward=0.5, gamma_reverse=0.2
     ),
-    "k_center": lambda d, n: c.k_center(d["features"], n, d["ties"]),
-    "herding": lambda d, n: c.herding(d["features"], n, d["ties"]),
-    "beta_sampling": lambda d, n: c.beta_sampling(d["score"], d["score"], n, d["ties"], exponent=4),
-    "per_class": lambda d, n: c.per_class(d["labels"], n, d["ties"], lowest_of_each(d)),
+    "k_center": lambda d, n: coresets.k_center(d["features"], n, d["ties"]),
+    "herding": lambda d, n: coresets.herding(d["features"], n, d["ties"]),
+    "beta_sampling": lambda d, n: coresets.beta_sampling(
+        d["score"], d["score"], n, d["ties"], exponent=4
+    ),
+    "per_class": lambda d, n: coresets.per_class(d["labels"], n, d["ties"], lowest_of_each(d)),
 }
 CASES = {
     "name": st.sampled_from(sorted(SELECTORS)),
@@ -120,7 +123,7 @@ def test_the_lowest_are_taken_and_equal_ones_by_ties():
     cost, ties = np.array([3.0, 1.0, 1.0, 0.0, 1.0]), np.array([0, 9, 2, 4, 5], np.uint64)
     # in order: 3 (cost 0), then of cost 1: position 2 (tie 2), 4 (tie 5), 1 (tie 9), then 0
     for n, order in enumerate([[], [3], [2, 3], [2, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]]):
-        assert c.lowest(cost, n, ties).tolist() == order
+        assert coresets.lowest(cost, n, ties).tolist() == order
 
 
 @pytest.mark.parametrize(("ties", "extra"), [([3, 0, 2, 1], 0), ([0, 3, 2, 1], 3)])
@@ -128,22 +131,22 @@ def test_central_takes_the_middle_and_of_two_equally_far_the_smaller_tie(ties, e
     # scores 0 .. 3 at positions 1, 2, 3, 0: the middle two are 2 and 3; the outer two 1 and 0
     score = np.array([3.0, 0.0, 1.0, 2.0])
     ties = np.array(ties, np.uint64)
-    assert c.central(score, 2, ties).tolist() == [2, 3]
+    assert coresets.central(score, 2, ties).tolist() == [2, 3]
     outer = {0: 1, 3: 0}[extra]
-    assert c.central(score, 3, ties).tolist() == sorted([2, 3, outer])
+    assert coresets.central(score, 3, ties).tolist() == sorted([2, 3, outer])
     # one of the middle two: position 2 has tie 2, position 3 has tie 1
-    assert c.central(score, 1, ties).tolist() == [3]
+    assert coresets.central(score, 1, ties).tolist() == [3]
 
 
 def test_a_mixture_takes_turns_and_passes_over_what_is_taken():
     ties = np.arange(6, dtype=np.uint64)
     costs = {"a": np.array([0, 1, 2, 3, 4, 5]), "b": np.array([0, 1, 5, 5, 2, 3])}
     # a takes 0; b, whose best is 0, takes 1; a takes 2; b takes 4
-    assert c.mixture(costs, {"a": 0.5, "b": 0.5}, 4, ties).tolist() == [0, 1, 2, 4]
+    assert coresets.mixture(costs, {"a": 0.5, "b": 0.5}, 4, ties).tolist() == [0, 1, 2, 4]
     # b first: b 0, a 1, b 4, a 2: the same set; of three, b has the odd one: b 0, a 1, b 4
-    assert c.mixture(costs, {"b": 0.5, "a": 0.5}, 3, ties).tolist() == [0, 1, 4]
+    assert coresets.mixture(costs, {"b": 0.5, "a": 0.5}, 3, ties).tolist() == [0, 1, 4]
     # a has 3 of 4 (turns a 0, b 1, a 2, a 3)
-    assert c.mixture(costs, {"a": 0.75, "b": 0.25}, 4, ties).tolist() == [0, 1, 2, 3]
+    assert coresets.mixture(costs, {"a": 0.75, "b": 0.25}, 4, ties).tolist() == [0, 1, 2, 3]
 
 
 def test_a_mixture_allots_by_largest_remainder():
@@ -152,7 +155,7 @@ def test_a_mixture_allots_by_largest_remainder():
     apart = {"a": cost, "b": np.abs(cost - 100)}
     for share, n, n_a in [(0.29, 100, 29), (1 / 3, 10, 3), (0.7, 5, 4), (0.25, 10, 3), (0.0, 7, 0)]:
         # 0.7 of 5 is 3.5, 0.25 of 10 is 2.5: equal remainders, of which a is named first
-        chosen = c.mixture(apart, {"a": share, "b": round(1 - share, 15)}, n, ties)
+        chosen = coresets.mixture(apart, {"a": share, "b": round(1 - share, 15)}, n, ties)
         assert (chosen < 50).sum() == n_a
 
 
@@ -186,7 +189,7 @@ def test_coverage_follows_the_loop_of_its_paper(n_examples, kind, cutoff, n_stra
     data = data_of(n_examples, seed, kind)
     difficulty, ties = data["score"] ** 3, data["ties"]
     for n in range(n_examples - math.floor(Fraction(str(cutoff)) * n_examples) + 1):
-        chosen = c.coverage(difficulty, n, ties, cutoff=cutoff, n_strata=n_strata)
+        chosen = coresets.coverage(difficulty, n, ties, cutoff=cutoff, n_strata=n_strata)
         assert chosen.tolist() == coverage_loop(difficulty, n, ties, cutoff, n_strata)
 
 
@@ -195,21 +198,25 @@ def test_coverage_drops_the_hardest_and_shares_what_small_strata_lack():
     difficulty = np.array([0, 0, 1, 1, 2, 2, 3, 8, 8, 99.0])
     ties = np.arange(10, dtype=np.uint64)[::-1].copy()
     options = {"cutoff": 0.1, "n_strata": 2}
-    assert c.coverage(difficulty, 2, ties, **options).tolist() == [6, 8]
-    assert c.coverage(difficulty, 3, ties, **options).tolist() == [5, 6, 8]  # odd one: the larger
-    assert c.coverage(difficulty, 6, ties, **options).tolist() == [3, 4, 5, 6, 7, 8]
-    assert c.coverage(difficulty, 9, ties, **options).tolist() == list(range(9))
+    assert coresets.coverage(difficulty, 2, ties, **options).tolist() == [6, 8]
+    assert coresets.coverage(difficulty, 3, ties, **options).tolist() == [
+        5,
+        6,
+        8,
+    ]  # odd one: the larger
+    assert coresets.coverage(difficulty, 6, ties, **options).tolist() == [3, 4, 5, 6, 7, 8]
+    assert coresets.coverage(difficulty, 9, ties, **options).tolist() == list(range(9))
 
 
 def test_a_cutoff_is_the_decimal_number_it_is_written_as():
     data = data_of(100, 0)  # 0.29 * 100 is 28.999... as a float; 29 are dropped
     with pytest.raises(ValueError, match=r"cutoff 0\.29 keeps 71 of 100"):
-        c.coverage(data["score"], 72, data["ties"], cutoff=0.29, n_strata=5)
+        coresets.coverage(data["score"], 72, data["ties"], cutoff=0.29, n_strata=5)
 
 
 def test_of_equally_hard_examples_coverage_drops_the_largest_ties():
     ties = np.array([3, 1, 2, 0], np.uint64)
-    assert c.coverage(np.ones(4), 2, ties, cutoff=0.5, n_strata=3).tolist() == [1, 3]
+    assert coresets.coverage(np.ones(4), 2, ties, cutoff=0.5, n_strata=3).tolist() == [1, 3]
 
 
 # --- Beta sampling --------------------------------------------------------------------------------
@@ -225,14 +232,17 @@ def test_beta_sampling_is_a_race_of_exponentials_with_the_weights_of_the_paper(n
     uniform = (ties.astype(np.float64) + 0.5) / 2**64
     arrivals = stats.expon.ppf(uniform) / weights
     expected = np.sort(np.argsort(arrivals)[:n])
-    assert c.beta_sampling(score, confidence, n, ties, exponent=5.5).tolist() == expected.tolist()
+    assert (
+        coresets.beta_sampling(score, confidence, n, ties, exponent=5.5).tolist()
+        == expected.tolist()
+    )
 
 
 def test_beta_sampling_draws_in_proportion_to_the_score_where_confidence_is_equal():
     rng = np.random.default_rng(0)
     score, n_draws = np.array([1.0, 2.0, 5.0]), 2000
     first = [
-        c.beta_sampling(score, np.full(3, 0.5), 1, ties_of(3, rng), exponent=4)[0]
+        coresets.beta_sampling(score, np.full(3, 0.5), 1, ties_of(3, rng), exponent=4)[0]
         for _ in range(n_draws)
     ]
     share = np.bincount(first, minlength=3) / n_draws
@@ -245,7 +255,7 @@ def test_beta_sampling_leans_to_easier_examples_the_fewer_it_keeps():
     confidence, ties = rng.random(2000), ties_of(2000, rng)
     score = 1 - confidence  # the hardest have the highest score: mu is near 0
     means = [
-        confidence[c.beta_sampling(score, confidence, n, ties, exponent=4)].mean()
+        confidence[coresets.beta_sampling(score, confidence, n, ties, exponent=4)].mean()
         for n in (20, 200, 600)
     ]
     assert means[0] > means[1] > means[2]
@@ -259,7 +269,8 @@ def test_weights_of_zero_come_last_and_infinite_ones_first():
     # mu is that of all, 0.665; n = 1: beta = 15 * 0.335 * (1 - (5/6)**0.01) = 0.009 < 1, so the
     # density is infinite at confidence 1 and 0 at confidence 0; a score of 0 stays a weight of 0
     chosen = [
-        set(c.beta_sampling(score, confidence, n, ties, exponent=0.01).tolist()) for n in range(7)
+        set(coresets.beta_sampling(score, confidence, n, ties, exponent=0.01).tolist())
+        for n in range(7)
     ]
     assert chosen[1] == {3}
     assert chosen[2] == {3, 5}
@@ -271,7 +282,7 @@ def test_weights_of_zero_come_last_and_infinite_ones_first():
 def test_the_smallest_and_largest_ties_make_finite_random_numbers():
     ties = np.array([0, 2**64 - 1, 2**63], np.uint64)
     for n in range(4):
-        assert len(c.beta_sampling(np.ones(3), np.full(3, 0.5), n, ties, exponent=4)) == n
+        assert len(coresets.beta_sampling(np.ones(3), np.full(3, 0.5), n, ties, exponent=4)) == n
 
 
 # --- features -------------------------------------------------------------------------------------
@@ -312,7 +323,7 @@ def test_d2_follows_the_loop_of_its_paper(n_examples, k, gammas, seed):
     options = {"neighbours": k, "gamma_forward": gammas[0], "gamma_reverse": gammas[1]}
     for n in budgets_of(n_examples):
         expected = d2_loop(score, features, n, ties, k, *gammas)
-        assert c.d2(score, features, n, ties, **options).tolist() == expected
+        assert coresets.d2(score, features, n, ties, **options).tolist() == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -324,7 +335,7 @@ def test_d2_decides_equal_distances_and_equal_scores_by_ties(n_examples, k, seed
     options = {"neighbours": k, "gamma_forward": 0, "gamma_reverse": 0}
     for n in budgets_of(n_examples):
         expected = d2_loop(score, features, n, ties, k, 0, 0)
-        assert c.d2(score, features, n, ties, **options).tolist() == expected
+        assert coresets.d2(score, features, n, ties, **options).tolist() == expected
 
 
 def test_d2_lowers_the_neighbours_of_what_it_takes():
@@ -335,13 +346,13 @@ def test_d2_lowers_the_neighbours_of_what_it_takes():
     # forward: 5 + 4, 4 + 5, 3 + 2/e = 3.74, 2 + 3/e = 3.10. 0 is taken and 1 sinks to 0;
     # 2 is taken and 3 sinks to 3.10 - 3.74/e = 1.73, which is above 0
     for n, order in enumerate([[], [0], [0, 2], [0, 2, 3], [0, 1, 2, 3]]):
-        assert c.d2(score, features, n, ties, **options).tolist() == order
+        assert coresets.d2(score, features, n, ties, **options).tolist() == order
 
 
 def test_d2_over_several_blocks_equals_one_block(monkeypatch):
     data = data_of(200, 5, "levels")
     one = SELECTORS["d2"](data, 60)
-    monkeypatch.setattr(c, "BLOCK_ROWS", 7)
+    monkeypatch.setattr(coresets, "BLOCK_ROWS", 7)
     assert SELECTORS["d2"](data, 60).tolist() == one.tolist()
 
 
@@ -394,7 +405,7 @@ def test_k_center_starts_in_the_middle_and_goes_to_the_far_ends():
     # mean 4: first 3; then 10 (distance 7), then 0 and 2 are 3 and 1 from 3: 0
     features, ties = np.array([[0.0], [2.0], [3.0], [10.0], [5.0]]), np.arange(5, dtype=np.uint64)
     for n, order in enumerate([[], [2], [2, 3], [0, 2, 3], [0, 2, 3, 4]]):
-        assert c.k_center(features, n, ties).tolist() == order
+        assert coresets.k_center(features, n, ties).tolist() == order
 
 
 def test_herding_keeps_the_mean_of_all():
@@ -402,14 +413,14 @@ def test_herding_keeps_the_mean_of_all():
     # then move it equally far, and 0 has the smaller tie
     features, ties = np.array([[0.0], [3.0], [5.0], [8.0]]), np.array([0, 3, 2, 1], np.uint64)
     for n, order in enumerate([[], [2], [1, 2], [0, 1, 2], [0, 1, 2, 3]]):
-        assert c.herding(features, n, ties).tolist() == order
+        assert coresets.herding(features, n, ties).tolist() == order
 
 
 @pytest.mark.parametrize("method", ["k_center", "herding"])
 def test_greedy_methods_ignore_shift_scale_and_the_progress_bar(method, monkeypatch):
     data = data_of(80, 2, "smooth")
     chosen = SELECTORS[method](data, 30).tolist()
-    monkeypatch.setattr(c, "LONG", 0)
+    monkeypatch.setattr(coresets, "LONG", 0)
     moved = {**data, "features": (data["features"] * 1024 + 77).astype(np.float64)}
     assert SELECTORS[method](moved, 30).tolist() == chosen
 
@@ -426,7 +437,7 @@ def test_greedy_methods_ignore_shift_scale_and_the_progress_bar(method, monkeypa
 def test_classes_are_as_equal_as_their_sizes_allow(sizes, share, seed):
     labels, rng = np.repeat(np.arange(len(sizes)), sizes), np.random.default_rng(seed)
     n, ties = int(share * len(labels)), ties_of(len(labels), rng)
-    chosen = c.per_class(labels, n, ties, lambda positions, m: positions[:m])
+    chosen = coresets.per_class(labels, n, ties, lambda positions, m: positions[:m])
     counts = np.bincount(labels[chosen], minlength=len(sizes))
     assert counts.sum() == n
     level = counts.max()
@@ -451,7 +462,7 @@ def test_a_small_class_gives_all_and_the_odd_one_goes_to_the_smallest_tie():
         return positions[-m:]
 
     # 6 of 8: class 2 gives its one, 5 are left for two: 3 for class 5, whose smallest tie is 1 < 4
-    assert c.per_class(labels, 6, ties, choose).tolist() == [2, 3, 4, 5, 6, 7]
+    assert coresets.per_class(labels, 6, ties, choose).tolist() == [2, 3, 4, 5, 6, 7]
     assert asked == {2: ([4], 1), 5: ([5, 6, 7], 3), 7: ([0, 1, 2, 3], 2)}
 
 
@@ -465,7 +476,7 @@ def test_a_small_class_gives_all_and_the_odd_one_goes_to_the_smallest_tie():
 )
 def test_per_class_refuses_a_choice_that_is_not_m_of_the_positions(choose):
     with pytest.raises(ValueError, match=r"choose returned \d positions for class 0; expected 2"):
-        c.per_class(np.array([0, 0, 0, 0, 1]), 3, np.arange(5, dtype=np.uint64), choose)
+        coresets.per_class(np.array([0, 0, 0, 0, 1]), 3, np.arange(5, dtype=np.uint64), choose)
 
 
 # --- scores over features -------------------------------------------------------------------------
@@ -476,8 +487,8 @@ def test_class_distance_is_measured_from_the_coordinatewise_median():
     labels = np.array([3, 3, 3, 1, 1])
     # medians (1, 1) and (5.5, 5.5)
     expected = [2**0.5, 8.0, 4.0, 4.5**0.5, 4.5**0.5]
-    np.testing.assert_allclose(c.class_distance(features, labels), expected)
-    assert c.class_distance(np.empty((0, 2)), np.empty(0, np.int64)).tolist() == []
+    np.testing.assert_allclose(class_distance(features, labels), expected)
+    assert class_distance(np.empty((0, 2)), np.empty(0, np.int64)).tolist() == []
 
 
 def test_prototypicality_is_the_distance_to_the_centre_of_ones_blob():
@@ -485,9 +496,9 @@ def test_prototypicality_is_the_distance_to_the_centre_of_ones_blob():
     features = np.concatenate([rng.normal(0, 1, (30, 3)), rng.normal(50, 1, (20, 3))])
     blobs = np.split(features, [30])
     expected = np.concatenate([np.linalg.norm(b - b.mean(axis=0), axis=1) for b in blobs])
-    scores = c.prototypicality(features, n_clusters=2, seed=4)
+    scores = prototypicality(features, n_clusters=2, seed=4)
     np.testing.assert_allclose(scores, expected)
-    assert (c.prototypicality(features, n_clusters=2, seed=4) == scores).all()
+    assert (prototypicality(features, n_clusters=2, seed=4) == scores).all()
 
 
 # --- refusals -------------------------------------------------------------------------------------
@@ -501,35 +512,59 @@ AB = {"a": ONES, "b": ONES}
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: c.lowest(ONES, 4, T), r"budget n is 4; expected \[0, 3\]"),
-        (lambda: c.lowest(ONES, -1, T), "budget n is -1"),
-        (lambda: c.lowest(np.ones(2), 1, T), r"cost has shape \(2,\); expected \(3,\)"),
-        (lambda: c.central(np.array([0, np.nan, 1]), 1, T), "score holds nan, and 1 bad"),
-        (lambda: c.lowest(ONES, 1, np.zeros(3, np.uint64)), "expected a row of distinct uint64"),
-        (lambda: c.lowest(ONES, 1, np.arange(3)), "ties are int64"),
-        (lambda: c.mixture(AB, {"a": 1.0}, 1, T), "expected equal parts"),
-        (lambda: c.mixture(AB, {"a": 0.5, "b": 0.4}, 1, T), "sum to 0.9; expected 1"),
-        (lambda: c.mixture(AB, {"a": 1.5, "b": -0.5}, 1, T), r"shares\['a'\] is 1.5"),
-        (lambda: c.mixture({"a": GRID}, {"a": 1}, 1, T), r"costs\['a'\] has shape \(3, 2\)"),
-        (lambda: c.coverage(ONES, 1, T, cutoff=1.0, n_strata=2), "cutoff is 1.0"),
-        (lambda: c.coverage(ONES, 3, T, cutoff=0.5, n_strata=2), "keeps 2 of 3; expected >= n"),
-        (lambda: c.coverage(ONES, 1, T, cutoff=0.5, n_strata=0), "n_strata is 0"),
-        (lambda: c.d2(-ONES, GRID, 1, T, **D2), r"score holds -1.0.* \[0, inf\]"),
-        (lambda: c.d2(ONES, GRID, 1, T, **{**D2, "neighbours": 0}), "neighbours is 0"),
-        (lambda: c.d2(ONES, GRID, 1, T, **{**D2, "gamma_forward": -1}), "gamma_forward is -1"),
-        (lambda: c.d2(ONES, GRID, 1, T, **{**D2, "gamma_reverse": np.inf}), "gamma_reverse is inf"),
-        (lambda: c.k_center(ONES, 1, T), r"features have shape \(3,\); expected \(3, D\)"),
-        (lambda: c.herding(GRID[:2], 1, T), r"features have shape \(2, 2\); expected \(3, D\)"),
-        (lambda: c.k_center(np.full((3, 1), np.inf), 1, T), "NaN or infinity"),
-        (lambda: c.beta_sampling(-ONES, ONES, 1, T, exponent=4), "score holds -1.0"),
-        (lambda: c.beta_sampling(ONES, 2 * ONES, 1, T, exponent=4), r"confidence holds 2.0.* 1\]"),
-        (lambda: c.beta_sampling(ONES, ONES, 1, T, exponent=0), "exponent is 0"),
-        (lambda: c.beta_sampling(ONES, ONES, 1, T, exponent=1, concentration=0), "concentration"),
-        (lambda: c.beta_sampling(ONES, ONES, 1, T, exponent=1, n_anchors=0), "n_anchors is 0"),
-        (lambda: c.per_class(ONES, 1, T, None), "labels are float64"),
-        (lambda: c.class_distance(GRID, np.arange(2)), "expected 3 integers"),
-        (lambda: c.prototypicality(GRID[[0, 0, 1]], 3, 0), r"n_clusters is 3; expected \[1, 2\]"),
-        (lambda: c.prototypicality(GRID, 2, -1), "seed is -1"),
+        (lambda: coresets.lowest(ONES, 4, T), r"budget n is 4; expected \[0, 3\]"),
+        (lambda: coresets.lowest(ONES, -1, T), "budget n is -1"),
+        (lambda: coresets.lowest(np.ones(2), 1, T), r"cost has shape \(2,\); expected \(3,\)"),
+        (lambda: coresets.central(np.array([0, np.nan, 1]), 1, T), "score holds nan, and 1 bad"),
+        (
+            lambda: coresets.lowest(ONES, 1, np.zeros(3, np.uint64)),
+            "expected a row of distinct uint64",
+        ),
+        (lambda: coresets.lowest(ONES, 1, np.arange(3)), "ties are int64"),
+        (lambda: coresets.mixture(AB, {"a": 1.0}, 1, T), "expected equal parts"),
+        (lambda: coresets.mixture(AB, {"a": 0.5, "b": 0.4}, 1, T), "sum to 0.9; expected 1"),
+        (lambda: coresets.mixture(AB, {"a": 1.5, "b": -0.5}, 1, T), r"shares\['a'\] is 1.5"),
+        (lambda: coresets.mixture({"a": GRID}, {"a": 1}, 1, T), r"costs\['a'\] has shape \(3, 2\)"),
+        (lambda: coresets.coverage(ONES, 1, T, cutoff=1.0, n_strata=2), "cutoff is 1.0"),
+        (
+            lambda: coresets.coverage(ONES, 3, T, cutoff=0.5, n_strata=2),
+            "keeps 2 of 3; expected >= n",
+        ),
+        (lambda: coresets.coverage(ONES, 1, T, cutoff=0.5, n_strata=0), "n_strata is 0"),
+        (lambda: coresets.d2(-ONES, GRID, 1, T, **D2), r"score holds -1.0.* \[0, inf\]"),
+        (lambda: coresets.d2(ONES, GRID, 1, T, **{**D2, "neighbours": 0}), "neighbours is 0"),
+        (
+            lambda: coresets.d2(ONES, GRID, 1, T, **{**D2, "gamma_forward": -1}),
+            "gamma_forward is -1",
+        ),
+        (
+            lambda: coresets.d2(ONES, GRID, 1, T, **{**D2, "gamma_reverse": np.inf}),
+            "gamma_reverse is inf",
+        ),
+        (lambda: coresets.k_center(ONES, 1, T), r"features have shape \(3,\); expected \(3, D\)"),
+        (
+            lambda: coresets.herding(GRID[:2], 1, T),
+            r"features have shape \(2, 2\); expected \(3, D\)",
+        ),
+        (lambda: coresets.k_center(np.full((3, 1), np.inf), 1, T), "NaN or infinity"),
+        (lambda: coresets.beta_sampling(-ONES, ONES, 1, T, exponent=4), "score holds -1.0"),
+        (
+            lambda: coresets.beta_sampling(ONES, 2 * ONES, 1, T, exponent=4),
+            r"confidence holds 2.0.* 1\]",
+        ),
+        (lambda: coresets.beta_sampling(ONES, ONES, 1, T, exponent=0), "exponent is 0"),
+        (
+            lambda: coresets.beta_sampling(ONES, ONES, 1, T, exponent=1, concentration=0),
+            "concentration",
+        ),
+        (
+            lambda: coresets.beta_sampling(ONES, ONES, 1, T, exponent=1, n_anchors=0),
+            "n_anchors is 0",
+        ),
+        (lambda: coresets.per_class(ONES, 1, T, None), "labels are float64"),
+        (lambda: class_distance(GRID, np.arange(2)), "expected 3 integers"),
+        (lambda: prototypicality(GRID[[0, 0, 1]], 3, 0), r"n_clusters is 3; expected \[1, 2\]"),
+        (lambda: prototypicality(GRID, 2, -1), "seed is -1"),
     ],
 )
 def test_what_is_refused_says_what_came_and_what_was_expected(call, message):

@@ -1,4 +1,4 @@
-"""`kdlib.data`: stable ids, exact pixels, and errors that name the thing that is wrong."""
+"""`kdlib.cache.sources`: stable ids, exact pixels, and errors that name the thing that is wrong."""
 
 import hashlib
 import pickle
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdlib.data import SPLITS, Source, array_source, open_source, relabelled
-from kdlib.params import Data, Relabel
+from kdlib.cache.sources import SPLITS, Source, array_source, open_source, relabelled
+from kdlib.study.study import Data, Relabel
 
 
 def write_image(path: Path, array: np.ndarray) -> None:

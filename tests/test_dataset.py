@@ -7,8 +7,11 @@ import pytest
 from PIL import Image
 from tiny import flip, tiny_study
 
-from kdlib import dataset, distilling, mapping, teaching
-from kdlib.cache import CacheError
+from kdlib.cache.shards import CacheError
+from kdlib.steps.cache import cache_images, open_images
+from kdlib.steps.datamap import make_datamap
+from kdlib.steps.distill import train_student
+from kdlib.steps.teacher import make_teacher
 
 
 @pytest.mark.parametrize(
@@ -22,7 +25,7 @@ def test_a_flipped_bit_in_a_shard_stops_the_next_training(lab, files_of):
     (path,) = lab.glob(files_of)
     flip(path)
     with pytest.raises(CacheError, match=rf"{path.name} differ from their checksums; run"):
-        distilling.train_student(study, dataset.open_images(study), study.cell(objective="kd"), 0)
+        train_student(study, open_images(study), study.cell(objective="kd"), 0)
     assert not list(study.runs.glob("distill/**/evidence.json"))
 
 
@@ -30,15 +33,15 @@ def test_a_study_on_part_of_the_shards_learns_from_those_alone(lab):
     study = tiny_study(
         lab, data__part="1/2", data__n_validation=100, teacher__expected_accuracy=0.3
     )
-    images = dataset.cache_images(study)
+    images = cache_images(study)
     assert images.train.example_ids.tolist() == list(range(600))
     assert max(images.train_ids.max(), images.validation_ids.max()) == 599
-    teaching.make_teacher(study, images)
-    mapping.make_datamap(study, images)
-    evidence = distilling.train_student(study, images, study.cell(strategy="easy"), 0)
+    make_teacher(study, images)
+    make_datamap(study, images)
+    evidence = train_student(study, images, study.cell(strategy="easy"), 0)
     assert all(check["passed"] for check in evidence["checks"])
     assert evidence["subset"]["n_examples"] == 165  # 33 % of 500
-    assert dataset.open_images(study).fingerprints == images.fingerprints
+    assert open_images(study).fingerprints == images.fingerprints
 
 
 def test_images_without_labels_are_cached_and_then_refused_by_name(lab):
@@ -49,7 +52,7 @@ def test_images_without_labels_are_cached_and_then_refused_by_name(lab):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
     data = {"source": "folder", "folder": "wild", "labelled": False, "n_validation": 2}
     study = tiny_study(lab, data=data)
-    images = dataset.cache_images(study)
+    images = cache_images(study)
     assert images.train.read("labels", images.train_ids).tolist() == [-1] * 7
     with pytest.raises(ValueError, match=r"no labels \(study: data\.labelled\)"):
-        teaching.make_teacher(study, images)
+        make_teacher(study, images)

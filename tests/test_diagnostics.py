@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.diagnostics import (
+from kdlib.probes.diagnostics import (
     alignment,
     collapse,
     effective_rank,

@@ -7,41 +7,35 @@ import numpy as np
 import pytest
 from tiny import first_run, student, tiny_study
 
-from kdlib import (
-    checks,
-    compiling,
-    dataset,
-    distilling,
-    experiment,
-    files,
-    mapping,
-    probing,
-    runs,
-    teaching,
-)
-from kdlib.selection import Subset
+from kdlib.cartography.subset import Subset
+from kdlib.repro import checks, files
+from kdlib.repro.run import read_evidence
+from kdlib.steps import datamap, distill, teacher, training
+from kdlib.steps.cache import cache_images, open_images
+from kdlib.steps.compare import compile_tables, results
+from kdlib.steps.probe import probe_cell
 
 
 def test_finished_runs_are_read_and_not_made_again(lab, monkeypatch):
     study = tiny_study(lab)
-    monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(mapping, "datamap", None)
-    monkeypatch.setattr(teaching, "store_outputs", None)
-    images = dataset.cache_images(study)
-    teaching.make_teacher(study, images)
-    mapping.make_datamap(study, images)
+    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(datamap, "datamap", None)
+    monkeypatch.setattr(teacher, "store_outputs", None)
+    images = cache_images(study)
+    teacher.make_teacher(study, images)
+    datamap.make_datamap(study, images)
     for cell in study.cells():
-        distilling.train_student(study, images, cell, 0)
-    assert len(probing.probe_cell(study, images, study.probed_cells()[0])) > 0
+        distill.train_student(study, images, cell, 0)
+    assert len(probe_cell(study, images, study.probed_cells()[0])) > 0
 
 
 def test_a_changed_training_makes_new_students_and_keeps_teacher_and_old_runs(lab, monkeypatch):
     study = tiny_study(lab, training__lr_peak=0.05)
-    monkeypatch.setattr(teaching, "store_outputs", None)  # a new teacher would need it
-    images = dataset.open_images(study)
-    teaching.make_teacher(study, images)
-    distilling.train_student(study, images, study.cells()[0], 0)
-    evidence = runs.read_evidence(first_run(study))
+    monkeypatch.setattr(teacher, "store_outputs", None)  # a new teacher would need it
+    images = open_images(study)
+    teacher.make_teacher(study, images)
+    distill.train_student(study, images, study.cells()[0], 0)
+    evidence = read_evidence(first_run(study))
     assert len(list((study.runs / "archive").glob("*/distill/**/evidence.json"))) == 1
     assert evidence["settings_sha256"] != json.loads(
         next((study.runs / "archive").glob("*/distill/**/evidence.json")).read_text()
@@ -51,7 +45,7 @@ def test_a_changed_training_makes_new_students_and_keeps_teacher_and_old_runs(la
 def test_paired_seeds_share_initial_weights_across_cells_and_subsets_across_objectives(lab):
     study = tiny_study(lab)
     by_cell = {
-        (c.strategy, c.objective): [distilling.open_student(study, c, seed) for seed in (0, 1)]
+        (c.strategy, c.objective): [distill.open_student(study, c, seed) for seed in (0, 1)]
         for c in study.cells()
     }
     initial = {
@@ -68,27 +62,27 @@ def test_paired_seeds_share_initial_weights_across_cells_and_subsets_across_obje
 
 def test_a_saved_subset_is_what_the_student_was_trained_on(lab):
     study = tiny_study(lab)
-    folder = distilling.student_folder(study, study.cell(strategy="easy"), 0)
+    folder = distill.student_folder(study, study.cell(strategy="easy"), 0)
     subset = Subset.load(folder / "subset.parquet")
-    evidence = runs.read_evidence(folder)
+    evidence = read_evidence(folder)
     assert subset.sha256 == evidence["subset"]["sha256"]
     assert len(subset.example_ids) == evidence["budget"]["recorded"]["unique_examples"] == 363
-    images = dataset.open_images(study)
+    images = open_images(study)
     assert not set(subset.example_ids) & set(images.validation_ids)
 
 
 def test_a_selection_of_another_size_than_its_fraction_is_refused(lab, monkeypatch):
     study = tiny_study(lab)
-    images = dataset.open_images(study)
-    monkeypatch.setattr(distilling, "select", lambda table, *_: table.index.to_numpy())
+    images = open_images(study)
+    monkeypatch.setattr(distill, "select", lambda table, *_: table.index.to_numpy())
     with pytest.raises(ValueError, match=r"easy chose 1100 of 1100.*; a fraction of 0.33 is 363"):
-        distilling.make_subset(study, images, study.cell(strategy="easy"), 0)
+        distill.make_subset(study, images, study.cell(strategy="easy"), 0)
 
 
 def _picked(study, images, ids, name="mine"):
     """Save a selection as the explorer does."""
     data = files.fingerprint(images.fingerprints)
-    parent = runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
+    parent = read_evidence(study.runs / "datamap")["datamap_sha256"]
     fraction = len(ids) / len(images.train_ids)
     subset = Subset(np.sort(ids), f"picked_{name}", fraction, 0, parent, data)
     subset.save(study.runs / "selections" / f"{name}.parquet")
@@ -98,11 +92,11 @@ def _picked(study, images, ids, name="mine"):
 @pytest.mark.parametrize("policy", ["fixed_shards", "random_shards"])
 def test_the_biased_scheme_is_trained_refused_and_shown_with_its_number(lab, policy):
     study = tiny_study(lab, axes__strategy=["random", "easy", policy, f"{policy}_cut"])
-    images = dataset.open_images(study)
+    images = open_images(study)
     for cell in study.cells():
         for seed in study.seeds:
-            distilling.train_student(study, images, cell, seed)
-    table = compiling.results(study)
+            distill.train_student(study, images, cell, seed)
+    table = results(study)
     exhibits = table["strategy"] == f"{policy}_cut"
     assert exhibits.sum() == 4
     assert table[exhibits]["refused"].all()
@@ -118,51 +112,51 @@ def test_the_biased_scheme_is_trained_refused_and_shown_with_its_number(lab, pol
 def test_an_exhibit_that_no_tripwire_catches_is_not_kept(lab, monkeypatch):
     strategies = ["random", "easy", "fixed_shards_cut"]
     study = tiny_study(lab, axes__strategy=strategies, training__order="sequential")
-    monkeypatch.setattr(experiment, "CUT", 1.0)
+    monkeypatch.setattr(training, "CUT", 1.0)
     with pytest.raises(checks.TripwireError, match="passes every tripwire; expected one to fail"):
-        student(study, dataset.open_images(study), strategy="fixed_shards_cut")
+        student(study, open_images(study), strategy="fixed_shards_cut")
 
 
 def test_a_selection_made_by_hand_is_trained_on_and_compared_with_a_random_one_of_its_size(lab):
     study = tiny_study(lab)
-    images = dataset.open_images(study)
+    images = open_images(study)
     subset = _picked(study, images, images.train_ids[5:102:2])
     study = tiny_study(lab, axes__strategy=["random", "easy", "picked_mine"])
     cells = [c for c in study.cells() if c.fraction == subset.fraction]
     assert {c.strategy for c in cells} == {"random", "picked_mine"}
     for cell in cells:
         for seed in study.seeds:
-            evidence = distilling.train_student(study, images, cell, seed)
+            evidence = distill.train_student(study, images, cell, seed)
             assert evidence["subset"]["n_examples"] == 49
-    picked = distilling.open_student(study, study.cell(strategy="picked_mine"), 0)
+    picked = distill.open_student(study, study.cell(strategy="picked_mine"), 0)
     assert picked["subset"]["sha256"] == subset.sha256
     assert picked["subset"]["parent_datamap"] == subset.parent
-    compared = compiling.compile_tables(study)["strategies"]
+    compared = compile_tables(study)["strategies"]
     [row] = compared.query("strategy == 'picked_mine' and objective == 'kd'").to_dict("records")
     assert (row["against_strategy"], row["n_seeds"]) == ("random", 2)
 
 
 def test_a_selection_of_other_images_or_with_held_out_ones_is_refused(lab):
     study = tiny_study(lab)
-    images = dataset.open_images(study)
+    images = open_images(study)
     _picked(study, images, np.append(images.train_ids[:9], images.validation_ids[:1]))
     with pytest.raises(ValueError, match="10 examples, 1 of them no training images"):
-        distilling.make_subset(study, images, study.cell(strategy="picked_mine"), 0)
+        distill.make_subset(study, images, study.cell(strategy="picked_mine"), 0)
     other = Subset(images.train_ids[:9], "picked_other", 9 / 1100, 0, None, "other images")
     other.save(study.runs / "selections" / "other.parquet")
     with pytest.raises(ValueError, match="made from something else"):
-        distilling.make_subset(study, images, study.cell(strategy="picked_other"), 0)
+        distill.make_subset(study, images, study.cell(strategy="picked_other"), 0)
 
 
 @pytest.mark.parametrize("strategy", ["herding", "ccs", "random_balanced", "mixed"])
 def test_rules_of_their_own_train_on_exactly_their_budget(lab, strategy):
     study = tiny_study(lab, selections={"mixed": {"kind": "mixture", "shares": {"easy": 1.0}}})
-    images = dataset.open_images(study)
-    subset = distilling.make_subset(study, images, study.cell(strategy=strategy), 0)
+    images = open_images(study)
+    subset = distill.make_subset(study, images, study.cell(strategy=strategy), 0)
     assert len(subset) == 363
     assert (subset.strategy, subset.parent is None) == (strategy, False)
     if strategy == "mixed":  # of one region: that region
-        easy = distilling.make_subset(study, images, study.cell(strategy="easy"), 0)
+        easy = distill.make_subset(study, images, study.cell(strategy="easy"), 0)
         assert subset.sha256 == easy.sha256
 
 
@@ -189,7 +183,7 @@ def taught(made, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(lab))
         study = _taught(lab)
-        teaching.make_teacher(study, dataset.cache_images(study))
+        teacher.make_teacher(study, cache_images(study))
     return lab
 
 
@@ -210,7 +204,7 @@ def test_every_objective_trains_a_student_that_passes_every_tripwire(
     monkeypatch.setenv("KDLIB_HOME", str(taught))
     study = _taught(taught)
     cell = study.cell(strategy="full", objective=objective)
-    evidence = distilling.train_student(study, dataset.open_images(study), cell, 0)
+    evidence = distill.train_student(study, open_images(study), cell, 0)
     assert all(check["passed"] for check in evidence["checks"])
     assert evidence["pairing"]["permuted"] > evidence["pairing"]["paired"]
     assert (evidence["pairing"]["teacher_accuracy"] is None) == (
@@ -226,4 +220,4 @@ def test_an_objective_the_teacher_was_not_asked_for_says_which_notebook_to_run(l
         "hint": {"kind": "hint", "weight": 1.0}}  # fmt: skip
     study = tiny_study(lab, objectives=more)
     with pytest.raises(ValueError, match=r"made before the study was changed.*features_for"):
-        distilling.train_student(study, dataset.open_images(study), study.cell(objective="hint"), 0)
+        distill.train_student(study, open_images(study), study.cell(objective="hint"), 0)

@@ -4,25 +4,22 @@ import shutil
 
 from tiny import files_below, tiny_study
 
-from kdlib import (
-    __main__,
-    compiling,
-    drawing,
-    report,
-)
+from kdlib.__main__ import main
+from kdlib.steps.compare import compile_tables, finish
+from kdlib.steps.figures import draw_datamap, redraw_comparison
 
 
 def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(lab):
     study = tiny_study(lab)
-    drawn = drawing.draw_datamap(study) | drawing.redraw(study)[0]
+    drawn = draw_datamap(study) | redraw_comparison(study)[0]
     names = {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
     names |= {"summary.md", "objectives.md", "ledger.md", "comparison.md", "comparison.tex"}
     first = files_below(study.figures)
     tables = {f"tables/{name}.parquet" for name in ("results", "curves", "probes", "costs")}
     assert set(first) == names | tables
     assert sum(len(first[name]) for name in tables) < 300_000
-    drawing.draw_datamap(study)
-    drawing.redraw(study)
+    draw_datamap(study)
+    redraw_comparison(study)
     assert files_below(study.figures) == first
 
 
@@ -30,10 +27,10 @@ def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
     lab, monkeypatch, capsys
 ):
     study = tiny_study(lab)
-    drawing.draw_datamap(study)
-    report.finish(study, compiling.compile_tables(study))
+    draw_datamap(study)
+    finish(study, compile_tables(study))
     monkeypatch.setattr("sys.argv", ["kdlib", "figures", str(lab / "params" / "tiny.yaml")])
-    assert __main__.main() == 0
+    assert main() == 0
     assert "the comparison is drawn from its runs" in capsys.readouterr().out
     first = files_below(study.figures)
     shutil.rmtree(study.runs)
@@ -42,7 +39,7 @@ def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
         if path.stem not in ("datamap", "forming", "regions"):
             path.unlink()
     monkeypatch.setattr("sys.argv", ["kdlib", "figures"])  # all studies that have tables
-    assert __main__.main() == 0
+    assert main() == 0
     told = capsys.readouterr().out
     assert "tiny: the comparison is drawn from its committed tables" in told
     assert "not drawn, since their records are not in" in told
@@ -52,12 +49,12 @@ def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
 
 def test_changed_or_foreign_tables_draw_nothing_and_stop_no_other_study(lab, monkeypatch, capsys):
     study = tiny_study(lab)
-    compiling.compile_tables(study)
+    compile_tables(study)
     shutil.copytree(study.figures, lab / "figures" / "twin")
     shutil.copy(lab / "params" / "tiny.yaml", lab / "params" / "twin.yaml")
     shutil.rmtree(study.runs)
     monkeypatch.setattr("sys.argv", ["kdlib", "figures"])
-    assert __main__.main() == 1
+    assert main() == 1
     told = capsys.readouterr()
     assert "tiny: the comparison is drawn from its committed tables" in told.out
     assert "twin.yaml: ValueError" in told.err
@@ -66,9 +63,9 @@ def test_changed_or_foreign_tables_draw_nothing_and_stop_no_other_study(lab, mon
     path.write_bytes(path.read_bytes().replace(b"tiny", b"tiney"[:4], 1)[:-1])
     before = (study.figures / "summary.md").read_bytes()
     monkeypatch.setattr("sys.argv", ["kdlib", "figures", "params/tiny.yaml"])
-    assert __main__.main() == 1
+    assert main() == 1
     assert "cut or damaged" in capsys.readouterr().err
     assert (study.figures / "summary.md").read_bytes() == before
     shutil.rmtree(study.figures / "tables")
-    assert __main__.main() == 1
+    assert main() == 1
     assert "has neither runs" in capsys.readouterr().err

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import dynamics as d
-from kdlib import files
+from kdlib.cartography.log import QUANTITIES, DynamicsLog
+from kdlib.cartography.log import os as log_os
+from kdlib.repro import files
 
 #   id 30, label 1: 1/4 always       never right
 IDS, LABELS = np.array([10, 20, 30]), np.array([0, 1, 1])
@@ -29,7 +30,7 @@ def create(folder, **changes):
         "logits": True,
         "provenance": PROVENANCE,
     }
-    return d.DynamicsLog.create(folder, IDS, LABELS, **(arguments | changes))
+    return DynamicsLog.create(folder, IDS, LABELS, **(arguments | changes))
 
 
 def record_epoch(log, epoch, ranks=(2, 0, 1)):
@@ -64,7 +65,7 @@ def random_dynamics(seed, n_epochs=9, n_examples=40, n_classes=5):
 
 def test_recorded_values_equal_a_slow_loop(tmp_path):
     logits, labels, _ = random_dynamics(seed=7, n_epochs=2, n_examples=6)
-    log = d.DynamicsLog.create(
+    log = DynamicsLog.create(
         tmp_path, np.arange(6) * 3, labels, n_epochs=2, n_classes=5, observed="eval", logits=True,
         provenance={},
     )  # fmt: skip
@@ -105,7 +106,7 @@ def test_adding_a_constant_to_the_logits_changes_nothing(tmp_path):
         log = create(tmp_path / name, n_epochs=1, logits=False)
         log.record(np.zeros(3, dtype=int), np.arange(3), LOGITS[0] + shift, LABELS)
         logs.append(log.finish())
-    for quantity in d.QUANTITIES:
+    for quantity in QUANTITIES:
         first, second = (np.asarray(log[quantity], dtype=np.float64) for log in logs)
         np.testing.assert_allclose(first, second, atol=1e-3, err_msg=quantity)
 
@@ -124,7 +125,7 @@ def train(folder):
         optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
         log = None
         if folder is not None:
-            log = d.DynamicsLog.create(
+            log = DynamicsLog.create(
                 folder, np.arange(24), labels, n_epochs=3, n_classes=3, observed="train",
                 logits=True, provenance={},
             )  # fmt: skip
@@ -173,7 +174,7 @@ def test_a_finished_log_that_is_resumed_must_be_finished_again(tmp_path):
     index = (tmp_path / "index.json").read_bytes()
     log = create(tmp_path)
     with pytest.raises(FileNotFoundError, match="unfinished"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
     np.testing.assert_array_equal(log.finish()["loss"], whole["loss"])
     assert (tmp_path / "index.json").read_bytes() == index
 
@@ -187,7 +188,7 @@ def test_finish_counts_the_cells_that_were_never_recorded(tmp_path):
     assert not (tmp_path / "index.json").exists()
 
 
-@pytest.mark.parametrize("quantity", [*d.QUANTITIES, "logits"])
+@pytest.mark.parametrize("quantity", [*QUANTITIES, "logits"])
 def test_finish_notices_a_gap_in_any_single_quantity(tmp_path, quantity):
     log = create(tmp_path)
     for epoch in range(4):
@@ -269,7 +270,7 @@ def test_tensors_arrays_and_half_precision_give_one_record(tmp_path):
         batch = np.zeros(3, dtype=int), np.arange(3), np.array([[1.0, 3], [2, 2], [5, 4]]), LABELS
         log.record(*(convert(v) for v in batch))
         logs.append(log.finish())
-    for quantity in d.QUANTITIES:
+    for quantity in QUANTITIES:
         for other in logs[1:]:
             np.testing.assert_array_equal(other[quantity], logs[0][quantity], err_msg=quantity)
 
@@ -295,7 +296,7 @@ def test_a_log_open_for_reading_cannot_be_written(tmp_path):
 )
 def test_examples_that_make_no_datamap_are_refused(tmp_path, ids, labels, message):
     with pytest.raises(ValueError, match=message):
-        d.DynamicsLog.create(
+        DynamicsLog.create(
             tmp_path, np.array(ids), np.array(labels), n_epochs=1, n_classes=2, observed="train",
             logits=False, provenance={},
         )  # fmt: skip
@@ -307,20 +308,20 @@ def test_examples_that_make_no_datamap_are_refused(tmp_path, ids, labels, messag
 
 def test_opening_an_unfinished_or_absent_log_says_what_to_run(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no dynamics log; run .*02_teacher"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
     create(tmp_path)
     with pytest.raises(FileNotFoundError, match="an unfinished dynamics log"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
 
 
 def test_loading_with_another_split_raises_and_names_it(tmp_path):
     finished(tmp_path)
-    assert d.DynamicsLog.open(tmp_path, PROVENANCE).provenance == PROVENANCE
-    assert d.DynamicsLog.open(tmp_path, {"split": "s0"}).n_epochs == 4
+    assert DynamicsLog.open(tmp_path, PROVENANCE).provenance == PROVENANCE
+    assert DynamicsLog.open(tmp_path, {"split": "s0"}).n_epochs == 4
     with pytest.raises(ValueError, match="split: s0 -> s1"):
-        d.DynamicsLog.open(tmp_path, {"split": "s1"})
+        DynamicsLog.open(tmp_path, {"split": "s1"})
     with pytest.raises(ValueError, match=r"weights: \(absent\) -> w"):
-        d.DynamicsLog.open(tmp_path, PROVENANCE | {"weights": "w"})
+        DynamicsLog.open(tmp_path, PROVENANCE | {"weights": "w"})
 
 
 def test_cut_changed_and_foreign_logs_are_refused(tmp_path):
@@ -330,20 +331,20 @@ def test_cut_changed_and_foreign_logs_are_refused(tmp_path):
     for size in (len(whole) - 1, 100, 0):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"loss\.npy .*record again"):
-            d.DynamicsLog.open(tmp_path)
+            DynamicsLog.open(tmp_path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(ValueError, match=r"loss\.npy has \d+ bytes"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    d.DynamicsLog.open(tmp_path)
+    DynamicsLog.open(tmp_path)
     with pytest.raises(ValueError, match=r"loss\.npy has changed"):
-        d.DynamicsLog.open(tmp_path, verify=True)
+        DynamicsLog.open(tmp_path, verify=True)
     path.write_bytes(whole)
-    d.DynamicsLog.open(tmp_path, verify=True)
+    DynamicsLog.open(tmp_path, verify=True)
     index = tmp_path / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format": 0}))
     with pytest.raises(ValueError, match="format 0; expected 2"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
 
 
 def test_an_index_that_was_changed_is_refused(tmp_path):
@@ -353,11 +354,11 @@ def test_an_index_that_was_changed_is_refused(tmp_path):
     for change in ({"observed": "eval"}, {"seal": ""}, {"n_classes": 3}):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=r"index\.json is not a whole index .*record again"):
-            d.DynamicsLog.open(tmp_path)
+            DynamicsLog.open(tmp_path)
     lacking = {key: value for key, value in whole.items() if key != "sha256"}
     path.write_text(json.dumps(files.sealed(lacking)))
     with pytest.raises(ValueError, match=r"not a whole index \('sha256'\)"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
 
 
 def test_an_index_from_before_the_seal_is_read(tmp_path):
@@ -366,7 +367,7 @@ def test_an_index_from_before_the_seal_is_read(tmp_path):
     old = json.loads(path.read_text()) | {"format": 1}
     del old["seal"]
     path.write_text(json.dumps(old))
-    assert d.DynamicsLog.open(tmp_path, verify=True).n_epochs == 4
+    assert DynamicsLog.open(tmp_path, verify=True).n_epochs == 4
 
 
 @pytest.mark.parametrize("kind", ["zip", "shape", "pipe"])
@@ -383,14 +384,14 @@ def test_what_is_no_array_is_refused(tmp_path, kind):
         text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({10**30},)}}".encode()
         path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
     with pytest.raises(ValueError, match=r"loss\.npy is missing, cut or not an \.npy file"):
-        d.DynamicsLog.open(tmp_path)
+        DynamicsLog.open(tmp_path)
 
 
 def test_a_disk_without_room_for_the_log_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
     def full(descriptor, start, n_bytes):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(d.os, "posix_fallocate", full)
+    monkeypatch.setattr(log_os, "posix_fallocate", full)
     with pytest.raises(files.DiskError, match=r"cannot write .*gold_prob\.npy \(No space left"):
         create(tmp_path)
     assert not list(tmp_path.glob(".*"))

@@ -1,4 +1,4 @@
-"""`kdlib.encoded`: payloads that decode in any process, folders without labels, and limits."""
+"""`kdlib.cache.image_files`: payloads that decode in any process, folders without labels, and limits."""
 
 import pickle
 from concurrent.futures import ProcessPoolExecutor
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdlib.data import Source, open_source
-from kdlib.encoded import Decoder, Payload
-from kdlib.params import Data
+from kdlib.cache.image_files import Decoder, Payload
+from kdlib.cache.sources import Source, open_source
+from kdlib.study.study import Data
 
 NAMES = ("a.png", "b/a.png", "b/c/z.bmp", "b.JPG", "d/a.webp")  # sorted as paths: b.JPG before b/
 

@@ -1,15 +1,15 @@
-"""`kdlib.evaluation`: one evaluator, counted once, that leaves no trace."""
+"""`kdlib.models.evaluation`: one evaluator, counted once, that leaves no trace."""
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from kdlib.augment import Pixels
-from kdlib.evaluation import accuracy, all_outputs, evaluate, outputs
-from kdlib.models import Network, build_network
-from kdlib.params import Model
-from kdlib.weights import weights_fingerprint
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.evaluation import accuracy, all_outputs, evaluate, outputs
+from kdlib.models.networks import Network, build_network
+from kdlib.models.weights import weights_fingerprint
+from kdlib.study.study import Model
 
 PIXELS = Pixels([0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
 

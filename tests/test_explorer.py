@@ -22,12 +22,21 @@ from nbclient import NotebookClient
 from PIL import Image
 from tiny import TINY
 
-from kdlib import dataset, distilling, explorer, files, mapping, picking, runs, teaching
-from kdlib.cache import Cache
-from kdlib.explorer import App, explore
-from kdlib.params import load_study
-from kdlib.picking import Explorer, Training, drawn
-from kdlib.selection import Subset
+from kdlib.cache.shards import Cache
+from kdlib.cartography.subset import Subset
+from kdlib.explorer import app as app_module
+from kdlib.explorer.app import App, explore
+from kdlib.explorer.background import Training
+from kdlib.explorer.html import counts_html, gallery_html, results_html
+from kdlib.explorer.state import PAGE, Explorer, data_uri, drawn
+from kdlib.repro import files
+from kdlib.repro.run import read_evidence
+from kdlib.steps import distill
+from kdlib.steps.cache import cache_images, open_images
+from kdlib.steps.datamap import make_datamap as datamap_make_datamap
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.teacher import make_teacher
+from kdlib.study.study import load_study
 
 # jupyter-scatter 1.0.1 under pandas 3.1
 pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword")
@@ -96,7 +105,7 @@ def test_a_selection_shows_its_images_with_names_and_scores_in_pages(state):
     shown = pd.concat(pages)
     assert sorted(shown.index) == list(ids)
     assert shown["confidence"].is_monotonic_increasing
-    text = picking.gallery_html(state)
+    text = gallery_html(state)
     assert text.count("<img src='data:image/png;base64,") == 34
     assert f"{pages[2]['confidence'].iloc[0]:.3g}" in text
     assert f"example {pages[2].index[0]}: " in text
@@ -126,13 +135,13 @@ def test_counts_compare_the_selection_with_the_whole(state):
     assert counts["selected"].tolist() == [0, 0, 0, 20, 0, 0, 0, 0, 0, 0]
     assert counts["whole"].tolist() == state.table["label"].value_counts().sort_index().tolist()
     assert counts["share"][3] == 20 / counts["whole"][3]
-    assert "20</td>" in picking.counts_html(state)
+    assert "20</td>" in counts_html(state)
 
 
 def test_of_many_classes_those_with_most_are_counted(state):
     state.names = [f"class {i}" for i in range(30)]
     state.select(state.table.index[state.table["label"] == 7])
-    text = picking.counts_html(state)
+    text = counts_html(state)
     assert "the 20 most of 30 classes" in text
     assert text.count("<tr>") == 20
     assert text.index("class 7") < text.index("class 0")
@@ -189,7 +198,7 @@ def test_a_saved_selection_is_a_subset_and_comes_back(state, study):
     assert subset.example_ids.tolist() == ids.tolist()
     assert (subset.strategy, subset.seed) == ("picked_my-pick_1", 0)
     assert subset.fraction == 111 / 1100
-    assert subset.parent == runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
+    assert subset.parent == read_evidence(study.runs / "datamap")["datamap_sha256"]
     assert state.saved() == ["my-pick_1"]
 
     state.select([])
@@ -197,7 +206,7 @@ def test_a_saved_selection_is_a_subset_and_comes_back(state, study):
     assert state.restore("my-pick_1") == "my-pick_1: 111 selected."
     assert state.selected.tolist() == ids.tolist()
     assert state.save("my-pick_1") == path  # the same once more
-    made = distilling.make_subset(study, state.images, study.cell(strategy="picked_my-pick_1"), 1)
+    made = distill.make_subset(study, state.images, study.cell(strategy="picked_my-pick_1"), 1)
     assert made.sha256 == subset.sha256
 
 
@@ -280,7 +289,7 @@ def test_pictures_read_only_what_is_shown(study, monkeypatch):
 
 def test_small_images_are_enlarged_without_smoothing_and_large_ones_shrunk(tmp_path):
     def back(pixels):
-        uri = picking.data_uri(pixels)
+        uri = data_uri(pixels)
         path = tmp_path / "image.png"
         path.write_bytes(base64.b64decode(uri.split(",")[1]))
         return np.asarray(Image.open(path))
@@ -306,7 +315,7 @@ def test_a_click_that_ends_a_lasso_does_not_replace_it(app, monkeypatch):
     lasso(app.plots[0], ids[10:40])
     lasso(app.plots[0], ids[[500]])
     assert len(app.state.selected) == len(app.plots[0].widget.selection) == 30
-    monkeypatch.setattr(explorer, "A_CLICK_S", 0)
+    monkeypatch.setattr(app_module, "A_CLICK_S", 0)
     lasso(app.plots[0], ids[[500]])
     assert app.state.selected.tolist() == [ids[500]]
 
@@ -343,7 +352,7 @@ def test_controls_reach_the_state_and_the_map(app):
 def test_regions_have_the_colours_of_their_strategies(app):
     from matplotlib.colors import to_hex
 
-    from kdlib.looks import STRATEGIES
+    from kdlib.plots.theme import STRATEGIES
 
     [plot] = app.plots
     app.colour.value = "class"  # whose order of colours must not stay
@@ -424,7 +433,7 @@ def test_saving_and_restoring_by_the_buttons(app):
 
 
 def test_two_maps_are_brushed_together(study, made):
-    first = mapping.open_datamap(study, dataset.open_images(study))
+    first = open_datamap(study, open_images(study))
     other = first.iloc[100:].assign(confidence=1 - first["confidence"].iloc[100:])
     app = App(Explorer(study, against=other))
     left, right = app.plots
@@ -443,9 +452,9 @@ def test_another_study_of_the_same_images_can_stand_beside(study, made):
     path = made / "params" / "fewer.yaml"
     path.write_text(yaml.safe_dump(content))
     fewer = load_study(path)
-    images = dataset.cache_images(fewer)
-    teaching.make_teacher(fewer, images)
-    mapping.make_datamap(fewer, images)
+    images = cache_images(fewer)
+    make_teacher(fewer, images)
+    datamap_make_datamap(fewer, images)
     app = App(Explorer(fewer, against=study))
     lasso(app.plots[1], app.state.other.index)
     n = np.isin(app.state.other.index, app.state.table.index).sum()
@@ -459,7 +468,7 @@ def test_a_map_of_other_images_or_without_scores_is_refused(study, made):
     path = made / "params" / "other.yaml"
     path.write_text(yaml.safe_dump(content))
     other = load_study(path)
-    dataset.cache_images(other)
+    cache_images(other)
     with pytest.raises(ValueError, match="other has other images than tiny"):
         Explorer(study, against=other)
     with pytest.raises(ValueError, match=r"lacks .*confidence"):
@@ -470,11 +479,11 @@ def test_the_map_of_a_study_that_shares_another_one_s_is_walked_in(study, made):
     path = made / "params" / "sharing.yaml"
     path.write_text(yaml.safe_dump({"base": "tiny.yaml", "shares": "tiny.yaml"}))
     sharing = load_study(path)
-    assert explorer.still_map(sharing).is_file()
+    assert app_module.still_map(sharing).is_file()
     walk = Explorer(sharing)
     walk.select(walk.images.train_ids[:5])
     saved = Subset.load(walk.save("mine"))
-    assert saved.parent == runs.read_evidence(study.runs / "datamap")["datamap_sha256"]
+    assert saved.parent == read_evidence(study.runs / "datamap")["datamap_sha256"]
 
 
 def test_the_commands_train_the_selection_and_as_many_random_examples(state, study):
@@ -500,11 +509,11 @@ def test_results_are_paired_seed_by_seed(state, monkeypatch):
         accuracy = 0.5 + 0.1 * seed + (0.02 * (seed + 1)) * (cell.strategy == "picked_mine")
         return {"checkpoints": {"last": {"test_accuracy": accuracy}}}
 
-    monkeypatch.setattr(distilling, "open_student", open_student)
+    monkeypatch.setattr(distill, "open_student", open_student)
     table = state.results("mine")
     assert table["objective"].tolist() == ["kd", "kd", "plain", "plain"]
     assert np.allclose(table["difference"], [0.02, 0.04] * 2)
-    text = re.sub("<[^>]*>", " ", picking.results_html(state, "mine"))
+    text = re.sub("<[^>]*>", " ", results_html(state, "mine"))
     assert re.search(r"kd\s+58.00 %\s+55.00 %\s+\+3.00\s+\+2.0 \+4.0", text)
 
 
@@ -524,7 +533,7 @@ def train(app, monkeypatch, *code):
 def test_training_runs_beside_the_kernel_and_its_log_is_followed(app, monkeypatch):
     heard = []
     app.log.observe(lambda change: heard.append(change.new), "value")
-    monkeypatch.setattr(explorer, "results_html", lambda state, name: f"results of {name}")
+    monkeypatch.setattr(app_module, "results_html", lambda state, name: f"results of {name}")
     line = "import time; print('Executing Cell 3', flush=True); time.sleep(1.2)"
     train(app, monkeypatch, line, "print('second')")
     assert (app.train.disabled, app.stop.disabled) == (True, False)
@@ -596,13 +605,13 @@ def test_without_a_front_end_the_still_map_is_shown(study, capsys):
 
 
 def test_a_newer_datamap_is_drawn_again(study, monkeypatch):
-    from kdlib import drawing
+    from kdlib.steps import figures
 
-    path = explorer.still_map(study)
-    monkeypatch.setattr(drawing, "draw_datamap", lambda study: {"datamap": "drawn again"})
-    assert explorer.still_map(study) == path
+    path = app_module.still_map(study)
+    monkeypatch.setattr(figures, "draw_datamap", lambda study: {"datamap": "drawn again"})
+    assert app_module.still_map(study) == path
     os.utime(path, (0, 0))
-    assert explorer.still_map(study) == "drawn again"
+    assert app_module.still_map(study) == "drawn again"
 
 
 def test_plain_python_can_explore_without_importing_widgets(study):
@@ -638,8 +647,8 @@ def test_a_person_is_known_by_the_id_of_the_cell(monkeypatch, metadata, person):
         def get_parent(self, channel):
             return {} if metadata is None else {"metadata": metadata}
 
-    monkeypatch.setattr(explorer, "_kernel", Kernel)
-    assert explorer._front_end() is person
+    monkeypatch.setattr(app_module, "_kernel", Kernel)
+    assert app_module._front_end() is person
 
 
 def test_an_app_carries_the_still_map_for_where_no_widget_is(study):
@@ -670,9 +679,9 @@ def test_a_million_points_are_drawn_and_brushed(state):
     state.picked = np.empty(0, np.int64)
     state.clear_filter()
     state.pictures = lambda ids: ["data:,"] * len(ids)
-    plot = explorer._Plot(state, state.shown, 400)
+    plot = app_module._Plot(state, state.shown, 400)
     state.select(plot.ids(np.arange(100_000, 300_000)))
     plot.show_selection()
     assert len(plot.widget.selection) == 200_000
-    assert picking.gallery_html(state).count("<img") == picking.PAGE
+    assert gallery_html(state).count("<img") == PAGE
     assert state.counts()["selected"].sum() == 200_000

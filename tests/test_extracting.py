@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib import extracting
-from kdlib.augment import Pixels
-from kdlib.extracting import adapted, layer_features, other_examples
-from kdlib.models import TinyCNN
-from kdlib.params import Data
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.networks import TinyCNN
+from kdlib.probes import features as features_module
+from kdlib.probes.features import adapted, layer_features
+from kdlib.steps.probe import other_examples
+from kdlib.study.study import Data
 
 PIXELS = Pixels([0.5], [0.25])
 SHAPE = (1, 8, 8)
@@ -74,7 +75,7 @@ def test_every_layer_is_the_mean_of_its_grid_in_whatever_batches(monkeypatch):
     # the network pools its last stage itself
     np.testing.assert_allclose(found["stage2"], found["features"], rtol=1e-5, atol=1e-6)
     assert all(v.dtype == np.float32 for v in found.values())
-    monkeypatch.setattr(extracting, "BATCH", 5)
+    monkeypatch.setattr(features_module, "BATCH", 5)
     again = layer_features(net, PIXELS, seen, SHAPE, ("stage1",))["stage1"]
     np.testing.assert_allclose(again, found["stage1"], rtol=1e-5, atol=1e-6)
 
@@ -102,7 +103,7 @@ def test_examples_of_another_data_set_are_cached_once_and_split_as_it_says(tmp_p
     assert every.tolist() == list(range(500))
     assert train.header["split"] == "train"
     assert test.header["split"] == "test"
-    monkeypatch.setattr(extracting, "split_ids", lambda ids, n, seed: (ids[:3], ids[3:]))
+    monkeypatch.setattr(features_module, "split_ids", lambda ids, n, seed: (ids[:3], ids[3:]))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
     assert other_examples(data)[0][1].tolist() == [0, 1, 2]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == before

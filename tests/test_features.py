@@ -1,4 +1,4 @@
-"""`kdlib.features` and the objectives made of them: by hand, as loops, paired with a teacher."""
+"""`kdlib.trainer.feature_losses` and the objectives made of them: by hand, as loops, paired with a teacher."""
 
 import ast
 import math
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import features, objectives, params
-from kdlib.models import attention_map
-from kdlib.objectives import KINDS, build_distiller, needs_teacher, student_outputs, teacher_columns
-from kdlib.params import Objective
+from kdlib.models.networks import attention_map
+from kdlib.study.objectives import KINDS, needs_teacher
+from kdlib.study.study import OBJECTIVES, Objective
+from kdlib.trainer import feature_losses
+from kdlib.trainer.objectives import __file__, build_distiller, student_outputs, teacher_columns
 
 B, CLASSES = 12, 3
 HINT = Objective(kind="hint", weight=1.0)
@@ -74,8 +75,8 @@ def copied(made, heard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_a_hint_worked_by_hand():
     # teacher (0 2 / 4 6) averaged to one place: 3; student 1: (3 - 1)**2
     teacher = torch.tensor([[[[0.0, 2.0], [4.0, 6.0]]]])
-    assert features.hint(torch.ones(1, 1, 1, 1), teacher).item() == 4.0
-    assert features.hint(torch.ones(1, 1, 2, 2), teacher).item() == (1 + 1 + 9 + 25) / 4
+    assert feature_losses.hint(torch.ones(1, 1, 1, 1), teacher).item() == 4.0
+    assert feature_losses.hint(torch.ones(1, 1, 2, 2), teacher).item() == (1 + 1 + 9 + 25) / 4
 
 
 def test_attention_maps_worked_by_hand():
@@ -87,7 +88,9 @@ def test_attention_maps_worked_by_hand():
     # a map of norm 1 at one place, against one at another: |(1, -1)| = sqrt 2, for each stage
     here, there = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
     here[0, 0, 0] = there[0, 1, 1] = 1.0
-    assert features.attention([here, here], [there, here]).item() == pytest.approx(math.sqrt(2))
+    assert feature_losses.attention([here, here], [there, here]).item() == pytest.approx(
+        math.sqrt(2)
+    )
 
 
 def test_relations_worked_by_hand():
@@ -96,7 +99,7 @@ def test_relations_worked_by_hand():
     student = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0]], dtype=torch.float64)
     root = math.sqrt(3) / 2
     teacher = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, root]], dtype=torch.float64)
-    distance, angle = features.rkd(student, teacher)
+    distance, angle = feature_losses.rkd(student, teacher)
     assert distance.item() == pytest.approx(2 * (2 * 0.5 * 0.25**2 + 0.5 * 0.5**2) / 9)
     # cosines at the corners of the line: 1 at both ends, -1 in the middle; of the triangle 1/2.
     # Each corner counts its pair twice among 27 entries: gaps 1/2, 1/2 and 3/2 (Huber: 3/2 - 1/2)
@@ -108,7 +111,7 @@ def test_similarities_worked_by_hand():
     # divided by sqrt 2. Squared gaps: twice (1 - 1/sqrt 2)**2 and twice 1/2, over 4
     student, teacher = torch.eye(2), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     expected = (2 * (1 - math.sqrt(0.5)) ** 2 + 2 * 0.5) / 4
-    assert features.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-6)
+    assert feature_losses.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_contrast_worked_by_hand():
@@ -116,7 +119,7 @@ def test_a_contrast_worked_by_hand():
     # orthogonal: own cosine 1, other 0. h(own) = e / (e + 1/2), 1 - h(other) = (1/2) / (1 + 1/2)
     rows = torch.eye(2, dtype=torch.float64)
     own, other = math.e / (math.e + 0.5), 1 / 3
-    found = features.crd(rows, rows, torch.tensor([0, 1]), 1.0, 2)
+    found = feature_losses.crd(rows, rows, torch.tensor([0, 1]), 1.0, 2)
     assert found.item() == pytest.approx(-2 * math.log(own) - 2 * math.log(other))
 
 
@@ -126,7 +129,7 @@ def test_tokens_worked_by_hand():
     other = torch.tensor([[0.5, math.sqrt(3) / 2]])
     patches = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
     turned = torch.tensor([[[[3.0, -2.0]], [[0.0, 0.0]]]])
-    found = features.tokens(cls, patches, other, turned)
+    found = feature_losses.tokens(cls, patches, other, turned)
     assert [x.item() for x in found] == pytest.approx([0.5, 1.0], abs=1e-6)
 
 
@@ -134,14 +137,14 @@ def test_barlow_worked_by_hand():
     # columns (1, -1, 1, -1) and (1, 1, -1, -1) are uncorrelated; the second view swaps them: the
     # correlation matrix is (0 1 / 1 0): 2 on the diagonal, 2 beside it, over D = 2
     first = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
-    assert features.barlow(first, first.flip(1), 0.5).item() == pytest.approx(1.5, rel=1e-4)
-    assert features.barlow(first, first * 3).item() == pytest.approx(0, abs=1e-6)
+    assert feature_losses.barlow(first, first.flip(1), 0.5).item() == pytest.approx(1.5, rel=1e-4)
+    assert feature_losses.barlow(first, first * 3).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_identical_views_are_refused():
     rows = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="identical views"):
-        features.barlow(rows, rows.clone())
+        feature_losses.barlow(rows, rows.clone())
 
 
 @pytest.mark.parametrize("quadrant", range(4))
@@ -150,7 +153,7 @@ def test_a_bright_quadrant_stays_in_its_quadrant(quadrant, size):
     grid = torch.zeros(1, 1, 16, 16)
     top, left = 8 * (quadrant // 2), 8 * (quadrant % 2)
     grid[0, 0, top : top + 8, left : left + 8] = 1.0
-    found = features.resized(grid, size)[0, 0]
+    found = feature_losses.resized(grid, size)[0, 0]
     assert found.shape == size
     height, width = (n // 2 for n in size)
     parts = [found[:height, :width], found[:height, -width:],
@@ -186,7 +189,7 @@ def test_relations_are_their_formula_written_as_a_loop():
         np.mean([huber(a - b) for a, b in zip(np.ravel(x), np.ravel(y), strict=True)])
         for x, y in (distances, angles)
     ]
-    found = [x.item() for x in features.rkd(student, teacher)]
+    found = [x.item() for x in feature_losses.rkd(student, teacher)]
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -203,7 +206,9 @@ def test_a_contrast_is_its_formula_written_as_a_loop():
     for i in range(B):
         total += -2 * math.log(h(i, i))
         total -= sum(math.log(1 - h(i, j)) + math.log(1 - h(j, i)) for j in negatives[i])
-    found = features.crd(torch.from_numpy(student), torch.from_numpy(teacher), LABELS, 0.2, 100)
+    found = feature_losses.crd(
+        torch.from_numpy(student), torch.from_numpy(teacher), LABELS, 0.2, 100
+    )
     assert found.item() == pytest.approx(total / B, rel=1e-9)
 
 
@@ -214,7 +219,7 @@ def test_similarities_are_their_formula_written_as_a_loop():
         gram = [[float(np.dot(a, b)) for b in rows] for a in rows]
         grams.append([np.array(row) / np.linalg.norm(row) for row in gram])
     expected = sum(float(np.sum((a - b) ** 2)) for a, b in zip(*grams, strict=True)) / B**2
-    assert features.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-9)
+    assert feature_losses.similarity(student, teacher).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_barlow_is_its_formula_written_as_a_loop():
@@ -224,7 +229,7 @@ def test_barlow_is_its_formula_written_as_a_loop():
         for j in range(d):
             c = np.corrcoef(first[:, i], second[:, j])[0, 1]
             total += (1 - c) ** 2 if i == j else 0.005 * c**2
-    found = features.barlow(torch.from_numpy(first), torch.from_numpy(second))
+    found = feature_losses.barlow(torch.from_numpy(first), torch.from_numpy(second))
     assert found.item() == pytest.approx(total / d, rel=1e-4)
 
 
@@ -325,7 +330,7 @@ def test_vectors_of_one_length_do_not_make_tokens_blind():
     vectors."""
     rows = F.normalize(drawn(0)["features"], dim=1)
     grid = F.normalize(drawn(0)["stage2"], dim=1)
-    cls, patch = features.tokens(rows, grid, rows.roll(1, 0), grid.roll(1, 0))
+    cls, patch = feature_losses.tokens(rows, grid, rows.roll(1, 0), grid.roll(1, 0))
     assert cls > 0.1
     assert patch > 0.1
 
@@ -379,7 +384,7 @@ def test_what_each_objective_reads():
 
 
 def test_every_kind_of_a_study_is_described_and_built():
-    assert set(KINDS) == set(params.OBJECTIVES)
+    assert set(KINDS) == set(OBJECTIVES)
     taught = set(KINDS) - {"cross_entropy", "label_smoothing", "own"}
     assert {o.kind for o in ALL} | {"kd", "mse", "dkd", "dist"} == taught
     assert all(needs_teacher(o) for o in ALL)
@@ -388,7 +393,7 @@ def test_every_kind_of_a_study_is_described_and_built():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_test_that_works_an_objective_by_hand_is_there(kind):
     path, name = KINDS[kind].test.split("::")
-    tree = ast.parse((Path(objectives.__file__).parent.parent / path).read_text())
+    tree = ast.parse((Path(__file__).parent.parent / path).read_text())
     assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
@@ -397,13 +402,15 @@ def test_the_test_that_works_an_objective_by_hand_is_there(kind):
 
 def test_relations_of_one_example_are_refused():
     with pytest.raises(ValueError, match="relations need two examples"):
-        features.rkd(torch.ones(1, 3), torch.ones(1, 5))
+        feature_losses.rkd(torch.ones(1, 3), torch.ones(1, 5))
 
 
-@pytest.mark.parametrize("loss", [features.rkd, features.similarity, features.hint])
+@pytest.mark.parametrize(
+    "loss", [feature_losses.rkd, feature_losses.similarity, feature_losses.hint]
+)
 def test_batches_of_different_size_are_refused(loss):
     rows = (torch.ones(4, 3, 2, 2), torch.ones(5, 3, 2, 2))
-    if loss is features.rkd:
+    if loss is feature_losses.rkd:
         rows = tuple(r.flatten(1) for r in rows)
     with pytest.raises(ValueError, match="expected the same batch"):
         loss(*rows)
@@ -413,7 +420,7 @@ def test_a_constant_column_of_an_embedding_has_a_finite_gradient():
     first = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
     first[:, 1] = 2.0
     first.requires_grad_(True)
-    features.barlow(first, first.detach() + 0.1 * torch.arange(18).view(6, 3)).backward()
+    feature_losses.barlow(first, first.detach() + 0.1 * torch.arange(18).view(6, 3)).backward()
     assert first.grad.isfinite().all()
 
 

@@ -1,4 +1,4 @@
-"""`kdlib.files`: a reader sees the old file or the new one, and equal content has equal names."""
+"""`kdlib.repro.files`: a reader sees the old file or the new one, and equal content has equal names."""
 
 import errno
 import hashlib
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import files
+from kdlib.repro import files
 
 JSON = st.recursive(
     st.none()

@@ -1,13 +1,14 @@
-"""`kdlib.findings`: the README says what the committed tables say, and nothing else."""
+"""`kdlib.compare.findings`: the README says what the committed tables say, and nothing else."""
 
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from kdlib import findings, params
+from kdlib.compare.findings import _groups, findings
+from kdlib.study.study import __file__
 
-ROOT = Path(params.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def row(strategy, difference, verdict, seeds_needed=None, **more):
@@ -19,7 +20,7 @@ def row(strategy, difference, verdict, seeds_needed=None, **more):
 
 
 def told(rows, kind="strategies"):
-    return list(findings._groups(pd.DataFrame(rows), kind))
+    return list(_groups(pd.DataFrame(rows), kind))
 
 
 def test_verdicts_are_counted_and_the_largest_differences_named():
@@ -62,12 +63,12 @@ def test_one_pair_of_seeds_has_no_interval():
 def test_the_readme_says_what_the_tables_say():
     readme = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"<!-- findings -->\n(.*?)<!-- /findings -->", readme, re.DOTALL)
-    assert block.splitlines() == "\n".join(findings.findings()).splitlines()
-    assert len(findings.findings()) <= 10
+    assert block.splitlines() == "\n".join(findings()).splitlines()
+    assert len(findings()) <= 10
 
 
 def test_every_finding_links_to_what_is_there():
-    for line in findings.findings():
+    for line in findings():
         paths = re.findall(r"\]\(([^)]+)\)", line)
         assert len(paths) == 3
         assert all((ROOT / path).is_file() for path in paths)

@@ -1,4 +1,4 @@
-"""`kdlib.fused`: the bits of the plain path, in its own rows and nowhere else."""
+"""`kdlib.dataset.fused`: the bits of the plain path, in its own rows and nowhere else."""
 
 import subprocess
 import sys
@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from kdlib import fused
-from kdlib.augment import apply, draw, normalise, pixel_scale
-from kdlib.params import Augment, ColourJitter, ResizedCrop
+from kdlib.dataset.fused import _block, _compiled, available, deliver
+from kdlib.dataset.pixels import normalise, pixel_scale
+from kdlib.dataset.views import apply, draw
+from kdlib.study.study import Augment, ColourJitter, ResizedCrop
 
-compiled = pytest.mark.skipif(not fused.available(), reason="numba is not installed")
+compiled = pytest.mark.skipif(not available(), reason="numba is not installed")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 EVERYTHING = Augment(
     flip=True,
@@ -54,7 +55,7 @@ def deliver_and_compare(source, rows, settings, memory_format, where, n_out, n_t
     views = None if settings is None else draw(settings, 5, ids % 3, ids, shape)
     out = torch.full((n_out + 2, *shape), -77.0).to(memory_format=memory_format)
     part = out[1:-1]  # a row on either side that is not its own
-    fused.deliver(source, rows, views, *pixel_scale(mean, std), part, where, n_threads)
+    deliver(source, rows, views, *pixel_scale(mean, std), part, where, n_threads)
     where = torch.arange(len(rows)) if where is None else where
     images = torch.zeros((n_out, *shape), dtype=torch.uint8)
     images[where] = torch.from_numpy(np.array(source))[rows]
@@ -140,11 +141,11 @@ def test_a_batch_of_several_sources_is_that_of_one(settings, memory_format):
     rows = torch.from_numpy(np.random.default_rng(0).permutation(20))
     views = settings and draw(settings, 1, rows * 0, rows, shape)
     whole, gathered = (torch.empty(20, *shape).to(memory_format=memory_format) for _ in range(2))
-    fused.deliver(source, rows, views, *mean_std, whole)
+    deliver(source, rows, views, *mean_std, whole)
     for first, last in ((0, 7), (7, 20)):
         where = torch.nonzero((rows >= first) & (rows < last))[:, 0]
         shard = source[first:last]
-        fused.deliver(shard, rows[where] - first, views, *mean_std, gathered, where)
+        deliver(shard, rows[where] - first, views, *mean_std, gathered, where)
     assert_same_bits(gathered, whole)
 
 
@@ -179,7 +180,7 @@ def test_the_source_may_be_a_tensor_and_stays_as_it_is():
     source = torch.from_numpy(source_of(6, (3, 5, 4)))
     before, out, ids = source.clone(), torch.empty(6, 3, 5, 4), torch.arange(6)
     views = draw(EVERYTHING, 0, ids, ids, (3, 5, 4))
-    fused.deliver(source, ids, views, *pixel_scale(*pixels_of(3)), out)
+    deliver(source, ids, views, *pixel_scale(*pixels_of(3)), out)
     assert torch.equal(source, before)
     assert_same_bits(out, normalise(apply(source, views), *pixels_of(3)))
 
@@ -215,9 +216,9 @@ def test_arrays_that_do_not_fit_are_refused(change, message):
         "shift": np.ones(3, np.float32),
         "out": torch.zeros(2, 3, 5, 4),
     }
-    fused.deliver(**fitting)
+    deliver(**fitting)
     with pytest.raises(ValueError, match=message):
-        fused.deliver(**(fitting | change))
+        deliver(**(fitting | change))
 
 
 @compiled
@@ -226,7 +227,7 @@ def test_views_of_other_images_are_refused(n, shape):
     ids = torch.arange(n)
     views = draw(Augment(flip=True), 0, ids, ids, shape)
     with pytest.raises(ValueError, match="views"):
-        fused.deliver(
+        deliver(
             np.zeros((4, 3, 5, 4), np.uint8), torch.tensor([0, 3]), views,
             *pixel_scale(*pixels_of(3)), torch.zeros(2, 3, 5, 4),
         )  # fmt: skip
@@ -258,5 +259,5 @@ def test_without_a_folder_for_machine_code_it_is_kept_in_memory(monkeypatch):
         return lambda function: function
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert fused._compiled.__wrapped__() is fused._block
+    assert _compiled.__wrapped__() is _block
     assert asked == [True, False]

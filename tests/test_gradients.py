@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdlib.augment import Pixels
-from kdlib.gradients import gradient_norms
-from kdlib.models import build_network
-from kdlib.params import Model
+from kdlib.cartography.gradients import gradient_norms
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.networks import build_network
+from kdlib.study.study import Model
 
 PIXELS = Pixels([0.5], [0.25])
 
@@ -47,7 +47,7 @@ def test_an_example_s_norm_depends_on_no_other_example(monkeypatch):
     together, _ = gradient_norms(model, PIXELS, images, labels)
     alone = [gradient_norms(model, PIXELS, images[i:][:1], labels[i:][:1])[0] for i in range(7)]
     np.testing.assert_allclose(together, np.concatenate(alone), rtol=1e-5)
-    monkeypatch.setattr("kdlib.gradients.CHUNK_BYTES", 1)  # an example a chunk
+    monkeypatch.setattr("kdlib.cartography.gradients.CHUNK_BYTES", 1)  # an example a chunk
     np.testing.assert_allclose(
         gradient_norms(model, PIXELS, images, labels)[0], together, rtol=1e-5
     )

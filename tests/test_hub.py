@@ -1,4 +1,4 @@
-"""`kdlib.hub`: the stated split and columns or an error that lists what there is, the same bytes
+"""`kdlib.cache.huggingface`: the stated split and columns or an error that lists what there is, the same bytes
 from a stream as at random, and no network for local files."""
 
 import glob
@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdlib.data import SPLITS, Source, open_source
-from kdlib.params import Data, HuggingFace
+from kdlib.cache.sources import SPLITS, Source, open_source
+from kdlib.study.study import Data, HuggingFace
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 BOTH = pytest.mark.parametrize("streaming", [False, True])

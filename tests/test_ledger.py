@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.ledger import ledger, pays_after, to_markdown
+from kdlib.compare.costs import ledger, pays_after, to_markdown
 
 
 def runs(strategy, fraction, curve, wall_s, steps=100, seeds=(0, 1), objective="kd"):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.linear import TOLERANCE, fit_path
+from kdlib.probes.logistic import TOLERANCE, fit_path
 
 GRID = 10.0 ** np.arange(-4, 5)
 

@@ -1,4 +1,4 @@
-"""`kdlib.loading`: a batch holds what was planned, wherever pixels are kept and whoever made it."""
+"""`kdlib.dataset.loader`: a batch holds what was planned, wherever pixels are kept and whoever made it."""
 
 import math
 import threading
@@ -9,15 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import fused, loading
-from kdlib.augment import Pixels, augment, normalise
-from kdlib.building import build, build_images
-from kdlib.cache import Cache, CacheError
-from kdlib.data import array_source
-from kdlib.loading import Loader, View
-from kdlib.params import Augment, ColourJitter, ResizedCrop
-from kdlib.sampling import ORDERS, Plan
-from kdlib.teacher import CLEAN_VIEW
+from kdlib.cache.build import build_images, build_shards
+from kdlib.cache.outputs import CLEAN_VIEW
+from kdlib.cache.shards import Cache, CacheError
+from kdlib.cache.sources import array_source
+from kdlib.dataset import fused, memory
+from kdlib.dataset import loader as loader_module
+from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.pixels import Pixels, normalise
+from kdlib.dataset.plan import ORDERS, Plan
+from kdlib.dataset.rows import Rows
+from kdlib.dataset.views import augment
+from kdlib.study.study import Augment, ColourJitter, ResizedCrop
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 VIEW = View(Augment(crop_padding=2, flip=True), 7, Pixels(MEAN, STD))
@@ -130,12 +133,10 @@ def test_a_reused_batch_is_valid_until_the_next_is_asked_for(images):
 
 def test_the_thread_asks_for_each_shard_before_it_is_read_and_ends(images, monkeypatch):
     asked, before = [], threading.active_count()
-    monkeypatch.setattr(loading, "READ_AHEAD", 2)
-    monkeypatch.setattr(loading, "ASK_AGAIN", 4)
-    populate = loading.Rows.populate
-    monkeypatch.setattr(
-        loading.Rows, "populate", lambda rows, n: (asked.append(n), populate(rows, n))
-    )
+    monkeypatch.setattr(loader_module, "READ_AHEAD", 2)
+    monkeypatch.setattr(loader_module, "ASK_AGAIN", 4)
+    populate = Rows.populate
+    monkeypatch.setattr(Rows, "populate", lambda rows, n: (asked.append(n), populate(rows, n)))
     loader = Loader(plan_of(order="sequential"), images, view=VIEW, residence="mapped")
     first = loader.batch(0)
     loader.close()
@@ -149,8 +150,8 @@ def test_what_goes_wrong_in_the_thread_is_raised_when_it_is_asked_again(images, 
     def failing(rows, number):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(loading, "READ_AHEAD", 2)
-    monkeypatch.setattr(loading.Rows, "populate", failing)
+    monkeypatch.setattr(loader_module, "READ_AHEAD", 2)
+    monkeypatch.setattr(Rows, "populate", failing)
     loader = Loader(plan_of(), images, residence="mapped")
     loader.batch(0)
     loader._reading.exception()  # waits for it
@@ -184,7 +185,7 @@ def test_ranks_together_make_the_batch_of_one_process(images):
 
 def test_auto_keeps_pixels_resident_where_they_fit_and_maps_them_where_not(images, monkeypatch):
     assert Loader(plan_of(), images).residence == "resident"
-    monkeypatch.setattr(loading, "free_memory", lambda device: 2 * N * 90 - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * N * 90 - 1)
     small = Loader(plan_of(), images)
     assert small.residence == "mapped"
     small.close()
@@ -193,7 +194,7 @@ def test_auto_keeps_pixels_resident_where_they_fit_and_maps_them_where_not(image
 
 
 def test_free_memory_is_a_plausible_number_of_bytes():
-    assert 2**26 < loading.free_memory(torch.device("cpu")) < 2**46
+    assert 2**26 < memory.free_memory(torch.device("cpu")) < 2**46
 
 
 def test_raw_rows_and_labels_are_those_of_their_ranks(images):
@@ -250,7 +251,7 @@ def teacher_of(folder, n_views: int | None = None, view: View | None = None) -> 
         named = {"n": n_views, "augment": augment, "seed": view.seed}
     header = {"view": named, "top_k": None, "n_classes": 4}
     columns = {"logits": ("<f4", (n, 4))}
-    return build(folder, header, columns, make, n_examples=N, shard_size=SHARD)
+    return build_shards(folder, header, columns, make, n_examples=N, shard_size=SHARD)
 
 
 @pytest.mark.parametrize("residence", ["resident", "mapped"])
@@ -314,8 +315,8 @@ def test_the_limit_of_a_job_is_what_it_leaves(tmp_path):
         (root / group).mkdir(parents=True)
         (root / group / "memory.max").write_text(f"{most}\n")
         (root / group / "memory.current").write_text(f"{used}\n")
-    assert loading._allowed(root, own) == 4000
+    assert memory._allowed(root, own) == 4000
     (root / "job" / "memory.max").write_text("max\n")
-    assert loading._allowed(root, own) == math.inf
+    assert memory._allowed(root, own) == math.inf
     own.write_text("1:cpu:/\n")  # version 1 alone
-    assert loading._allowed(root, own) == math.inf
+    assert memory._allowed(root, own) == math.inf

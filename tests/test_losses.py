@@ -1,4 +1,4 @@
-"""`kdlib.losses`: the formulas by hand, as slow loops, and their properties."""
+"""`kdlib.trainer.logit_losses`: the formulas by hand, as slow loops, and their properties."""
 
 import math
 
@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.losses import decoupled, dist_terms, logit_mse, soft_loss, standardised
-from kdlib.objectives import build_distiller
-from kdlib.params import Objective
+from kdlib.study.study import Objective
+from kdlib.trainer.logit_losses import decoupled, dist_terms, logit_mse, soft_loss, standardised
+from kdlib.trainer.objectives import build_distiller
 
 
 def drawn(seed: int = 0, n: int = 16, n_classes: int = 5) -> tuple[torch.Tensor, ...]:

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from kdlib import building, files
 from kdlib.__main__ import main
-from kdlib.cache import Cache
-from kdlib.params import Model, Study, load_study
+from kdlib.cache.build import build_shards, repair
+from kdlib.cache.shards import Cache
+from kdlib.cache.workers import _Job
+from kdlib.repro import files
+from kdlib.study.study import Model, Study, load_study
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -121,7 +123,7 @@ def test_info_says_what_a_cache_holds(study, run):
 
 def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monkeypatch):
     run("cache", "build", "params/tiny.yaml", "--part", "3/5")
-    write, made = building._Job.write, []
+    write, made = _Job.write, []
 
     def stopping(job, shard, n, payload):
         if made:
@@ -130,7 +132,7 @@ def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monk
         return write(job, shard, n, payload)
 
     with monkeypatch.context() as patched:
-        patched.setattr(building._Job, "write", stopping)
+        patched.setattr(_Job, "write", stopping)
         code, _, complaint = run("cache", "build", "params/tiny.yaml", "--part", "1/2")
     assert code == 130
     assert complaint == "stopped; what is finished is kept: run the same again to go on\n"
@@ -145,7 +147,7 @@ def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monk
 def test_info_of_an_unfinished_cache_says_that_it_has_no_fingerprint_yet(study, run):
     run("cache", "build", "params/tiny.yaml", "--split", "test")
     (study.cache / "test" / "labels-00001.npy").unlink()
-    building.repair(study.cache / "test")
+    repair(study.cache / "test")
     found = lines(run("cache", "info", study.cache / "test")[1])
     assert found["fingerprint"] == "none yet"
     assert found["missing"] == "shards 0-1 (examples 0-499)"
@@ -154,7 +156,7 @@ def test_info_of_an_unfinished_cache_says_that_it_has_no_fingerprint_yet(study, 
 
 def test_many_gaps_are_counted(tmp_path, run):
     for i in range(1, 40, 2):
-        building.build(
+        build_shards(
             tmp_path,
             {"kind": "numbers"},
             {"labels": ("<i8", ())},
@@ -175,7 +177,7 @@ def make_labels(span: tuple[int, int]) -> dict[str, np.ndarray]:
 def test_a_study_and_a_folder_of_caches_mean_all_their_caches(study, run):
     run("cache", "build", "params/tiny.yaml")
     outputs = study.runs / "teacher" / "outputs-train"
-    building.build(
+    build_shards(
         outputs, {"kind": "teacher_outputs", "split": "train"}, {"logits": ("<i8", ())},
         lambda span: {"logits": make_labels(span)["labels"]}, n_examples=9, shard_size=4,
     )  # fmt: skip
@@ -272,7 +274,7 @@ def test_an_error_is_one_sentence_and_exit_code_1(study, run, arguments, complai
 def test_verify_of_an_unfinished_cache_says_so(study, run):
     run("cache", "build", "params/tiny.yaml", "--split", "test")
     (study.cache / "test" / "labels-00001.npy").unlink()
-    building.repair(study.cache / "test")
+    repair(study.cache / "test")
     code, told, complaint = run("cache", "verify", study.cache / "test")
     assert (code, told) == (1, "")
     assert "holds an unfinished build" in complaint
@@ -337,10 +339,10 @@ def test_cores_are_two_unless_told_or_left_to_a_profile(study, run, monkeypatch,
 @pytest.fixture
 def weights(study: Study, home: Path) -> Path:
     """A weight file of the small network, for a study whose images are cached."""
-    from kdlib import dataset
-    from kdlib.weights import save_weights
+    from kdlib.models.weights import save_weights
+    from kdlib.steps.cache import cache_images
 
-    images = dataset.cache_images(study)
+    images = cache_images(study)
     network = images.network(Model(name="tiny_cnn", options={"width": 6}), 3, "cpu")
     save_weights(network, home / "outside.safetensors", {})
     return home / "outside.safetensors"

@@ -8,8 +8,10 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kdlib import looks, maps
-from kdlib.cartography import regions
+from kdlib.cartography.datamap import regions
+from kdlib.plots import theme
+from kdlib.plots.datamaps import against, binned, datamap, forming
+from kdlib.plots.scores import detectors, rank_correlations, stability
 
 SCORES = ("confidence", "variability", "aum", "el2n", "grand_last")
 DETECTORS = ("aum", "loss", "cleanlab_self_confidence")
@@ -95,25 +97,25 @@ def detector_tables(names=DETECTORS):
 def draw(name, large=None):
     """Each figure at its print size."""
     heights = {"datamap": 4.6, "forming": 2.6, "against": 2.6, "classes": 4.6, "dense": 4.6}
-    with looks.style():
-        fig = Figure(figsize=(looks.WIDE, heights.get(name, 3.4)))
+    with theme.style():
+        fig = Figure(figsize=(theme.WIDE, heights.get(name, 3.4)))
         if name == "datamap":
-            maps.datamap(fig, map_table(), "digits, N = 300, E = 10")
+            datamap(fig, map_table(), "digits, N = 300, E = 10")
         elif name == "classes":
-            maps.datamap(fig, map_table(), "digits", class_names=["cat", "dog", "automobile"])
+            datamap(fig, map_table(), "digits", class_names=["cat", "dog", "automobile"])
         elif name == "dense":
-            maps.datamap(fig, large, "digits, N = 200,000, E = 10")
+            datamap(fig, large, "digits, N = 200,000, E = 10")
         elif name == "forming":
-            maps.forming(fig, trajectories(), "digits")
+            forming(fig, trajectories(), "digits")
         elif name == "against":
-            maps.against(fig, map_table(), map_table(seed=1), ("tiny", "wide"), "digits")
+            against(fig, map_table(), map_table(seed=1), ("tiny", "wide"), "digits")
         elif name == "rank_correlations":
             groups = {"all epochs": SCORES[:3], "early": SCORES[3:]}
-            maps.rank_correlations(fig.subplots(), correlations(), groups)
+            rank_correlations(fig.subplots(), correlations(), groups)
         elif name == "stability":
-            maps.stability(fig.subplots(), stability_table())
+            stability(fig.subplots(), stability_table())
         else:
-            maps.detectors(fig, *detector_tables(), noise_rate=0.2)
+            detectors(fig, *detector_tables(), noise_rate=0.2)
     return fig
 
 
@@ -140,7 +142,7 @@ def shown_bins(ax):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_all_text_is_legible_and_inside_the_figure(name, large):
-    with looks.style():
+    with theme.style():
         fig = draw(name, large)
         fig.draw_without_rendering()
         extent = fig.get_tightbbox()  # inches, everything that is drawn
@@ -156,8 +158,8 @@ def test_all_text_is_legible_and_inside_the_figure(name, large):
 def test_the_same_tables_give_the_same_bytes(name, tmp_path, large):
     again = draw(name, large)
     again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
-    first = looks.save_figure(draw(name, large), tmp_path / "first", name)
-    second = looks.save_figure(again, tmp_path / "second", name)
+    first = theme.save_figure(draw(name, large), tmp_path / "first", name)
+    second = theme.save_figure(again, tmp_path / "second", name)
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -167,7 +169,7 @@ def test_the_same_tables_give_the_same_bytes(name, tmp_path, large):
 
 def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
     table = map_table(500)
-    fig = maps.datamap(Figure(), table, "N = 500, E = 10")
+    fig = datamap(Figure(), table, "N = 500, E = 10")
     ax, above, right, _, far_right = fig.axes
     (points,) = ax.collections
     assert points.get_rasterized()
@@ -187,11 +189,11 @@ def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
 
 
 def test_datamap_of_many_examples_is_a_raster_that_counts_each_of_them(large):
-    fig = maps.datamap(Figure(), large, "many")
+    fig = datamap(Figure(), large, "many")
     ax, above, right, _, far_right = fig.axes
     assert not [drawn for drawn in ax.get_children() if isinstance(drawn, PathCollection)]
     x, y, correctness = (large[c].to_numpy() for c in ("variability", "confidence", "correctness"))
-    counts, means = maps.binned(x, y, correctness, (0.5, 1), 500)
+    counts, means = binned(x, y, correctness, (0.5, 1), 500)
     assert counts.sum() == DENSE
     assert (counts * means).sum() == pytest.approx(correctness.sum())
     np.testing.assert_array_equal(shown_bins(ax), counts > 0)
@@ -204,7 +206,7 @@ def test_datamap_of_many_examples_is_a_raster_that_counts_each_of_them(large):
     assert opacity[counts == 1].max() == pytest.approx(0.25) == opacity[counts > 0].min()
     assert opacity[counts == counts.max()].min() == pytest.approx(1)
     row, column = np.argwhere((counts > 0) & (means > 0.81) & (means < 0.89))[0]
-    np.testing.assert_allclose(colours[row, column, :3], looks.CORRECTNESS(8)[:3], atol=1e-6)
+    np.testing.assert_allclose(colours[row, column, :3], theme.CORRECTNESS(8)[:3], atol=1e-6)
     for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
         assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == DENSE
     assert any(text.startswith("density, N = 200,000") for text in words(fig))
@@ -220,7 +222,7 @@ def test_bins_agree_with_a_slow_loop_and_keep_both_ends():
         place = min(int(b * 5), 4), min(int(a / 0.5 * 5), 4)
         counts[place] += 1
         sums[place] += value
-    found, means = maps.binned(x, y, values, (0.5, 1), 5)
+    found, means = binned(x, y, values, (0.5, 1), 5)
     np.testing.assert_array_equal(found, counts)
     np.testing.assert_allclose(means, sums / np.maximum(counts, 1))
 
@@ -228,20 +230,20 @@ def test_bins_agree_with_a_slow_loop_and_keep_both_ends():
 def test_datamap_names_title_axes_and_the_size_of_each_region():
     table = map_table(500)
     for column in ("region_variability", "region_corner"):
-        shown = words(maps.datamap(Figure(), table, "digits, N = 500, E = 10", column))
+        shown = words(datamap(Figure(), table, "digits, N = 500, E = 10", column))
         for text in (
             "digits, N = 500, E = 10", "variability", "confidence",
             "correctness (fraction of epochs)",
         ):  # fmt: skip
             assert text in shown
         for region, count in table[column].value_counts().items():
-            assert (f"{looks.REGIONS[region]} ({count})" in shown) == (count > 0)
+            assert (f"{theme.REGIONS[region]} ({count})" in shown) == (count > 0)
 
 
 def test_datamap_region_names_stand_where_no_example_can_be(large):
     for table in (map_table(), large):
-        with looks.style():
-            fig = maps.datamap(Figure(figsize=(looks.WIDE, 4.6)), table, "t")
+        with theme.style():
+            fig = datamap(Figure(figsize=(theme.WIDE, 4.6)), table, "t")
             fig.draw_without_rendering()
             ax = fig.axes[0]
             names = [
@@ -258,15 +260,13 @@ def test_datamap_region_names_stand_where_no_example_can_be(large):
 
 def test_datamap_without_examples_of_a_region_does_not_name_it():
     table = map_table()
-    shown = words(maps.datamap(Figure(), table[table["region_variability"] != "hard"], "t"))
+    shown = words(datamap(Figure(), table[table["region_variability"] != "hard"], "t"))
     assert not any(text.startswith("hard-to-learn") for text in shown)
 
 
 def test_classes_are_drawn_below_as_shares_of_their_regions():
     table = map_table(31)  # 11, 10, 10 of each class
-    fig = maps.datamap(
-        Figure(figsize=(looks.WIDE, 4.6)), table, "t", class_names=["cat", "dog", "fox"]
-    )
+    fig = datamap(Figure(figsize=(theme.WIDE, 4.6)), table, "t", class_names=["cat", "dog", "fox"])
     ax = fig.axes[5]
     expected = pd.crosstab(table["label"], table["region_variability"], normalize="index")
     widths = [[bar.get_width() for bar in bars] for bars in ax.containers]
@@ -286,10 +286,10 @@ def test_classes_are_left_out_without_labels_without_names_and_when_there_are_ma
         (table, None),
         (table, [str(i) for i in range(21)]),
     ):
-        fig = maps.datamap(Figure(figsize=(6, 4)), given, "t", class_names=names)
+        fig = datamap(Figure(figsize=(6, 4)), given, "t", class_names=names)
         assert (len(fig.axes), fig.get_figheight()) == (5, 4)
     with pytest.raises(ValueError, match="labels run from 0 to 2 but there are 2 class names"):
-        maps.datamap(Figure(), table, "t", class_names=["cat", "dog"])
+        datamap(Figure(), table, "t", class_names=["cat", "dog"])
 
 
 @pytest.mark.parametrize(
@@ -304,16 +304,16 @@ def test_classes_are_left_out_without_labels_without_names_and_when_there_are_ma
 )
 def test_datamap_refuses_scores_out_of_range_and_unknown_regions(change, message):
     with pytest.raises(ValueError, match=message):
-        maps.datamap(Figure(), map_table().assign(**change), "t")
+        datamap(Figure(), map_table().assign(**change), "t")
 
 
 def test_missing_columns_and_empty_tables_are_refused_by_name():
     with pytest.raises(ValueError, match=r"`datamap` lacks the columns \['region_other'\]"):
-        maps.datamap(Figure(), map_table(), "t", regions="region_other")
+        datamap(Figure(), map_table(), "t", regions="region_other")
     with pytest.raises(ValueError, match="the table `datamap` has no rows"):
-        maps.datamap(Figure(), map_table().iloc[:0], "t")
+        datamap(Figure(), map_table().iloc[:0], "t")
     with pytest.raises(ValueError, match=r"`after 3 epochs` lacks the columns \['correctness'\]"):
-        maps.forming(Figure(), {3: map_table().drop(columns="correctness")}, "t")
+        forming(Figure(), {3: map_table().drop(columns="correctness")}, "t")
 
 
 # --- how it forms, map against map ---------------------------------------------------------------
@@ -321,7 +321,7 @@ def test_missing_columns_and_empty_tables_are_refused_by_name():
 
 def test_a_forming_map_has_a_panel_for_each_number_of_epochs_in_order():
     snapshots = trajectories()
-    fig = maps.forming(Figure(), dict(reversed(snapshots.items())), "digits, tiny")
+    fig = forming(Figure(), dict(reversed(snapshots.items())), "digits, tiny")
     *axs, bar = fig.axes
     assert [title_of(ax) for ax in axs] == ["after 1 epoch", "after 5 epochs", "after 10 epochs"]
     for ax, table in zip(axs, snapshots.values(), strict=True):
@@ -335,11 +335,11 @@ def test_a_forming_map_has_a_panel_for_each_number_of_epochs_in_order():
 
 
 def test_a_forming_map_of_many_examples_is_a_raster(large):
-    fig = maps.forming(Figure(), dict.fromkeys((1, 2, 3, 4), large), "N = 200,000, many")
+    fig = forming(Figure(), dict.fromkeys((1, 2, 3, 4), large), "N = 200,000, many")
     assert len(fig.axes) == 5
     for ax in fig.axes[:4]:
         assert not ax.collections
-        counts, _ = maps.binned(
+        counts, _ = binned(
             large["variability"].to_numpy(), large["confidence"].to_numpy(), np.zeros(DENSE),
             (0.5, 1), 150,
         )  # fmt: skip
@@ -350,13 +350,13 @@ def test_a_forming_map_of_many_examples_is_a_raster(large):
 @pytest.mark.parametrize("n", [0, 7])
 def test_too_few_or_many_snapshots_are_refused(n):
     with pytest.raises(ValueError, match=f"{n} snapshots; expected one to six"):
-        maps.forming(Figure(), dict.fromkeys(range(n), map_table()), "t")
+        forming(Figure(), dict.fromkeys(range(n), map_table()), "t")
 
 
 def test_maps_against_each_other_show_correlations_and_where_regions_went():
     first, second = map_table(), map_table(seed=1)
     shuffled = second.sample(frac=1, random_state=0)
-    fig = maps.against(Figure(), first, shuffled, ("tiny", "wide"), "digits")
+    fig = against(Figure(), first, shuffled, ("tiny", "wide"), "digits")
     for ax, score in zip(fig.axes, ("confidence", "variability"), strict=False):
         rho = first[score].corr(second[score], method="spearman")
         assert title_of(ax) == f"{score}, ρ = {rho:.2f}"
@@ -367,7 +367,7 @@ def test_maps_against_each_other_show_correlations_and_where_regions_went():
         np.testing.assert_allclose(drawn, expected)
     ax = fig.axes[2]
     share = pd.crosstab(first["region_variability"], second["region_variability"], normalize=True)
-    share = share.reindex(index=list(looks.REGIONS), columns=list(looks.REGIONS), fill_value=0)
+    share = share.reindex(index=list(theme.REGIONS), columns=list(theme.REGIONS), fill_value=0)
     np.testing.assert_allclose(ax.images[0].get_array(), share)
     assert [t.get_text() for t in ax.texts] == [f"{s:.3f}" for s in share.to_numpy().flat]
     assert title_of(ax) == f"regions, {100 * np.trace(share):.1f} % the same"
@@ -375,7 +375,7 @@ def test_maps_against_each_other_show_correlations_and_where_regions_went():
 
 
 def test_a_map_against_itself_agrees_even_where_nothing_varies(large):
-    fig = maps.against(Figure(), large, large.assign(variability=0.0), ("a", "b"), "t")
+    fig = against(Figure(), large, large.assign(variability=0.0), ("a", "b"), "t")
     assert [title_of(ax) for ax in fig.axes] == [
         "confidence, ρ = 1.00", "variability, ρ undefined", "regions, 100.0 % the same"
     ]  # fmt: skip
@@ -389,9 +389,9 @@ def test_maps_of_other_examples_are_refused():
     table = map_table()
     moved = table.set_axis(table.index + 2)
     with pytest.raises(ValueError, match=r"4 example ids differ \(300 in 'a', 300 in 'b'\)"):
-        maps.against(Figure(), table, moved, ("a", "b"), "t")
+        against(Figure(), table, moved, ("a", "b"), "t")
     with pytest.raises(ValueError, match="1 example ids of 'b' are there twice"):
-        maps.against(Figure(), table, pd.concat([table, table.iloc[:1]]), ("a", "b"), "t")
+        against(Figure(), table, pd.concat([table, table.iloc[:1]]), ("a", "b"), "t")
 
 
 # --- scores ----------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ def test_maps_of_other_examples_are_refused():
 def test_rank_correlations_are_written_below_the_diagonal():
     matrix = correlations()
     matrix.iloc[3, 1] = np.nan
-    ax = maps.rank_correlations(Figure().subplots(), matrix)
+    ax = rank_correlations(Figure().subplots(), matrix)
     values = matrix.to_numpy()
     written = [t.get_text() for t in ax.texts]
     expected = [f"{values[i, j]:.2f}" for i in range(5) for j in range(i)]
@@ -409,7 +409,7 @@ def test_rank_correlations_are_written_below_the_diagonal():
     drawn = np.ma.filled(ax.images[0].get_array().astype(float), np.nan)
     np.testing.assert_allclose(drawn, np.where(np.tri(5, k=-1) > 0, values, np.nan))
     assert ax.images[0].get_clim() == (-1, 1)
-    names = [looks.in_words(score) for score in SCORES]
+    names = [theme.in_words(score) for score in SCORES]
     assert [label.get_text() for label in ax.get_xticklabels()] == names[:-1]
     assert [label.get_text() for label in ax.get_yticklabels()] == names[1:]
     assert "Spearman correlation ρ" in words(ax)
@@ -418,19 +418,19 @@ def test_rank_correlations_are_written_below_the_diagonal():
 def test_groups_order_the_scores_and_are_named():
     matrix = correlations()
     groups = {"early": ["el2n", "grand_last"], "whole": ["aum", "confidence", "variability"]}
-    ax = maps.rank_correlations(Figure().subplots(), matrix, groups)
+    ax = rank_correlations(Figure().subplots(), matrix, groups)
     assert {"early", "whole"} <= set(words(ax))
     drawn = ax.images[0].get_array()
     assert drawn[1, 0] == matrix.loc["grand_last", "el2n"]
     assert drawn[4, 2] == matrix.loc["variability", "aum"]
     assert len(ax.lines) == 2
     with pytest.raises(ValueError, match=r"groups and scores differ: \['aum'"):
-        maps.rank_correlations(Figure().subplots(), matrix, {"early": ["el2n", "grand_last"]})
+        rank_correlations(Figure().subplots(), matrix, {"early": ["el2n", "grand_last"]})
 
 
 def test_many_scores_have_no_numbers_but_the_sign_of_negative_ones():
     matrix = correlations(21)
-    ax = maps.rank_correlations(Figure().subplots(), matrix)
+    ax = rank_correlations(Figure().subplots(), matrix)
     below = matrix.to_numpy()[np.tril_indices(21, -1)]
     assert [t.get_text() for t in ax.texts] == ["–"] * int((below < -0.05).sum())
 
@@ -445,12 +445,12 @@ def test_many_scores_have_no_numbers_but_the_sign_of_negative_ones():
 )
 def test_what_is_no_matrix_of_correlations_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        maps.rank_correlations(Figure().subplots(), change(correlations()))
+        rank_correlations(Figure().subplots(), change(correlations()))
 
 
 def test_stability_has_a_named_line_and_a_range_for_each_score():
     table = stability_table()
-    ax = maps.stability(Figure().subplots(), table.sample(frac=1, random_state=0))
+    ax = stability(Figure().subplots(), table.sample(frac=1, random_state=0))
     lines = {line.get_label(): line for line in ax.lines if line.get_label() in SCORES}
     assert set(lines) == set(SCORES)
     for score, rows in table.groupby("score"):
@@ -461,7 +461,7 @@ def test_stability_has_a_named_line_and_a_range_for_each_score():
     np.testing.assert_allclose(
         sorted(map(tuple, ranges)), sorted(map(tuple, table[["low", "high"]].to_numpy()))
     )
-    assert {looks.in_words(score) for score in SCORES} <= set(words(ax))
+    assert {theme.in_words(score) for score in SCORES} <= set(words(ax))
     assert len({(line.get_color(), str(line.get_linestyle())) for line in lines.values()}) > 3
     assert ax.get_ylim() == (0.4, 1)
     low, high = ax.get_xlim()
@@ -472,16 +472,16 @@ def test_stability_has_a_named_line_and_a_range_for_each_score():
 def test_stability_refuses_other_rows():
     table = stability_table()
     with pytest.raises(ValueError, match="several rows of one score"):
-        maps.stability(Figure().subplots(), pd.concat([table, table]))
+        stability(Figure().subplots(), pd.concat([table, table]))
     with pytest.raises(ValueError, match="low <= correlation <= high"):
-        maps.stability(Figure().subplots(), table.assign(low=0.99))
+        stability(Figure().subplots(), table.assign(low=0.99))
     with pytest.raises(ValueError, match=r"high runs from 3 to 3.*\[-1, 1\]"):
-        maps.stability(Figure().subplots(), table.assign(high=3.0))
+        stability(Figure().subplots(), table.assign(high=3.0))
 
 
 def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_dashed():
     curves, summary, epochs = detector_tables()
-    fig = maps.detectors(Figure(), curves, summary, epochs, noise_rate=0.2)
+    fig = detectors(Figure(), curves, summary, epochs, noise_rate=0.2)
     roc, precision, time = fig.axes
     for i, name in enumerate(DETECTORS):
         same = [(ax.lines[i].get_color(), str(ax.lines[i].get_linestyle())) for ax in fig.axes]
@@ -495,7 +495,7 @@ def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_da
         )
     assert len({line.get_color() for line in roc.lines[:3]}) == 3
     assert len({str(line.get_marker()) for line in time.lines[:2]}) == 2
-    assert roc.lines[2].get_color() == looks.BLACK
+    assert roc.lines[2].get_color() == theme.BLACK
     assert roc.lines[2].is_dashed()
     assert list(time.lines[2].get_ydata()) == [0.9, 0.9]  # without epochs: a level
     assert list(precision.lines[3].get_ydata()) == [0.2, 0.2]
@@ -512,20 +512,20 @@ def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_da
 
 def test_eight_detectors_have_eight_looks_and_nine_are_refused():
     names = [f"score_{i}" for i in range(9)]
-    fig = maps.detectors(Figure(), *detector_tables(names[:8]), noise_rate=0.05)
+    fig = detectors(Figure(), *detector_tables(names[:8]), noise_rate=0.05)
     lines = fig.axes[0].lines[:8]
     assert len({(line.get_color(), str(line.get_linestyle())) for line in lines}) == 8
     with pytest.raises(ValueError, match=r"9 rows .*at most 8 detectors"):
-        maps.detectors(Figure(), *detector_tables(names), noise_rate=0.05)
+        detectors(Figure(), *detector_tables(names), noise_rate=0.05)
 
 
 def test_detectors_refuse_unknown_names_and_rates_out_of_range():
     curves, summary, epochs = detector_tables()
     with pytest.raises(ValueError, match="expected the same detectors"):
-        maps.detectors(Figure(), curves, summary.iloc[:2], epochs, noise_rate=0.2)
+        detectors(Figure(), curves, summary.iloc[:2], epochs, noise_rate=0.2)
     with pytest.raises(ValueError, match="precision runs from 2 to 2"):
-        maps.detectors(Figure(), curves.assign(precision=2.0), summary, epochs, noise_rate=0.2)
+        detectors(Figure(), curves.assign(precision=2.0), summary, epochs, noise_rate=0.2)
     with pytest.raises(ValueError, match="noise_rate is 1; expected a fraction"):
-        maps.detectors(Figure(), curves, summary, epochs, noise_rate=1)
+        detectors(Figure(), curves, summary, epochs, noise_rate=1)
     with pytest.raises(ValueError, match=r"`over_epochs` lacks the columns \['auroc'\]"):
-        maps.detectors(Figure(), curves, summary, epochs.drop(columns="auroc"), noise_rate=0.2)
+        detectors(Figure(), curves, summary, epochs.drop(columns="auroc"), noise_rate=0.2)

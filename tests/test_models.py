@@ -1,12 +1,12 @@
-"""`kdlib.models`: sizes, shapes and seeds of networks."""
+"""`kdlib.models.networks`: sizes, shapes and seeds of networks."""
 
 import numpy as np
 import pytest
 import torch
 
-from kdlib.models import Network, build_network
-from kdlib.params import MODELS, Model
-from kdlib.weights import weights_fingerprint
+from kdlib.models.networks import Network, build_network
+from kdlib.models.weights import weights_fingerprint
+from kdlib.study.study import MODELS, Model
 
 torch.set_num_threads(1)
 SMALL = ("timm/resnet10t", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224")

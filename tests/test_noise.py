@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 from test_variants import recorded
 
-from kdlib import noise as n
+from kdlib.cartography import label_noise
 
 SOME = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=40).filter(
     lambda rows: 0 < sum(wrong for _, wrong in rows) < len(rows)
@@ -20,10 +20,12 @@ SOME = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_siz
 @given(SOME)
 def test_areas_and_curves_are_those_of_scikit_learn_ties_included(rows):
     suspicion, wrong = (np.array(column) for column in zip(*rows, strict=True))
-    assert n.auroc(suspicion, wrong) == pytest.approx(metrics.roc_auc_score(wrong, suspicion))
+    assert label_noise.auroc(suspicion, wrong) == pytest.approx(
+        metrics.roc_auc_score(wrong, suspicion)
+    )
     expected = metrics.average_precision_score(wrong, suspicion)
-    assert n.average_precision(suspicion, wrong) == pytest.approx(expected)
-    table = n.curves(suspicion, wrong)
+    assert label_noise.average_precision(suspicion, wrong) == pytest.approx(expected)
+    table = label_noise.curves(suspicion, wrong)
     x, y, _ = metrics.roc_curve(wrong, suspicion, drop_intermediate=False)
     np.testing.assert_allclose(table["false_positive_rate"], x)
     np.testing.assert_allclose(table["true_positive_rate"], y)
@@ -31,7 +33,7 @@ def test_areas_and_curves_are_those_of_scikit_learn_ties_included(rows):
 
 
 def test_curves_worked_by_hand():
-    table = n.curves(np.array([3.0, 2.0, 2.0, 0.0]), np.array([True, False, True, False]))
+    table = label_noise.curves(np.array([3.0, 2.0, 2.0, 0.0]), np.array([True, False, True, False]))
     assert table["recall"].tolist() == [0, 0.5, 1, 1]
     assert table["precision"].tolist() == [1, 1, pytest.approx(2 / 3), 0.5]
     assert table["false_positive_rate"].tolist() == [0, 0, 0.5, 1]
@@ -39,8 +41,8 @@ def test_curves_worked_by_hand():
 
 def test_a_score_that_knows_nothing_is_at_chance():
     wrong = np.arange(1000) % 5 == 0
-    assert n.auroc(np.zeros(1000), wrong) == 0.5
-    assert n.average_precision(np.zeros(1000), wrong) == pytest.approx(0.2)
+    assert label_noise.auroc(np.zeros(1000), wrong) == 0.5
+    assert label_noise.average_precision(np.zeros(1000), wrong) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -55,14 +57,14 @@ def test_a_score_that_knows_nothing_is_at_chance():
 )
 def test_what_cannot_be_measured_is_refused(suspicion, wrong, message):
     with pytest.raises(ValueError, match=message):
-        n.auroc(suspicion, wrong)
+        label_noise.auroc(suspicion, wrong)
 
 
 def test_a_thinned_curve_keeps_its_ends():
     rng = np.random.default_rng(0)
-    table = n.curves(rng.random(5000), rng.random(5000) < 0.3)
-    few = n.thinned(table)
-    assert len(few) == n.CURVE_POINTS
+    table = label_noise.curves(rng.random(5000), rng.random(5000) < 0.3)
+    few = label_noise.thinned(table)
+    assert len(few) == label_noise.CURVE_POINTS
     assert few.iloc[0].equals(table.iloc[0])
     assert few.iloc[-1].equals(table.iloc[-1])
 
@@ -70,18 +72,20 @@ def test_a_thinned_curve_keeps_its_ends():
 def test_over_epochs_each_score_sees_only_the_epochs_so_far(tmp_path):
     log, _, labels = recorded(tmp_path, n_epochs=6)
     wrong = labels == 0
-    table = n.over_epochs(log, wrong, n_points=3).set_index(["detector", "epoch"])["auroc"]
+    table = label_noise.over_epochs(log, wrong, n_points=3).set_index(["detector", "epoch"])[
+        "auroc"
+    ]
     assert set(table.index.get_level_values("epoch")) == {1, 4, 6}
-    first = n.auroc(-log["margin"][:4].astype(float).mean(axis=0), wrong)
+    first = label_noise.auroc(-log["margin"][:4].astype(float).mean(axis=0), wrong)
     assert table["aum", 4] == pytest.approx(first)
-    assert table["el2n", 4] == pytest.approx(n.auroc(log["el2n"][3].astype(float), wrong))
+    assert table["el2n", 4] == pytest.approx(label_noise.auroc(log["el2n"][3].astype(float), wrong))
 
 
 def test_examples_below_99_percent_of_the_pretending_ones_are_flagged():
     aum = np.concatenate([np.linspace(-2, -1, 100), [-5.0, -1.005, 0.0, 3.0]])
     first, second = np.zeros(104, bool), np.zeros(104, bool)
     first[:50], second[50:100] = True, True
-    flagged = n.below_threshold_samples((aum, aum), (first, second))
+    flagged = label_noise.below_threshold_samples((aum, aum), (first, second))
     # of the second training: 50 samples up to -1, their 99th percentile lies just below
     cutoffs = [np.percentile(aum[mask], 99) for mask in (first, second)]
     assert flagged[100]
@@ -95,12 +99,12 @@ def test_examples_below_99_percent_of_the_pretending_ones_are_flagged():
 def test_pretending_twice_or_never_is_refused(masks):
     masks = tuple(np.array(m, bool) for m in masks)
     with pytest.raises(ValueError, match="expected some in each, none in both"):
-        n.below_threshold_samples((np.zeros(2), np.zeros(2)), masks)
+        label_noise.below_threshold_samples((np.zeros(2), np.zeros(2)), masks)
 
 
 def test_held_out_scores_worked_by_hand():
     probs = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]])
-    found = n.held_out_scores(probs, np.array([0, 1, 2]))
+    found = label_noise.held_out_scores(probs, np.array([0, 1, 2]))
     np.testing.assert_allclose(
         found["held-out loss"], [-math.log(0.7), -math.log(0.1), -math.log(1e-12)]
     )
@@ -114,14 +118,14 @@ def test_confident_learning_finds_labels_that_were_turned():
     probs[np.arange(600), truth] += 0.7
     wrong = rng.random(600) < 0.1
     labels = np.where(wrong, (truth + 1) % 3, truth)
-    suspicion, flagged = n.confident_learning(probs, labels)
-    assert n.auroc(suspicion, wrong) > 0.99
-    judged = n.Flagged.judged(flagged, wrong)
+    suspicion, flagged = label_noise.confident_learning(probs, labels)
+    assert label_noise.auroc(suspicion, wrong) > 0.99
+    judged = label_noise.Flagged.judged(flagged, wrong)
     assert judged.precision > 0.95
     assert judged.recall > 0.8
 
 
 def test_flagging_nothing_has_no_precision():
-    judged = n.Flagged.judged(np.zeros(3, bool), np.array([True, False, False]))
+    judged = label_noise.Flagged.judged(np.zeros(3, bool), np.array([True, False, False]))
     assert math.isnan(judged.precision)
     assert judged.recall == 0

@@ -13,9 +13,11 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
-from kdlib import files, params
+from kdlib.repro import files
+from kdlib.study.study import AXES as study_AXES
+from kdlib.study.study import EXHIBITS, STRATEGIES, __file__
 
-FOLDER = Path(params.__file__).resolve().parents[1] / "notebooks"
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 AXES = ("04_distill", "05_probe")
 
@@ -55,7 +57,7 @@ def test_notebook_asks_a_question_and_holds_calls_text_and_pictures(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_parameters_are_the_study_and_its_axes_with_a_type_and_a_help_text(path):
     found = papermill.inspect_notebook(path)
-    assert tuple(found) == ("study", *(params.AXES if path.stem in AXES else ()))
+    assert tuple(found) == ("study", *(study_AXES if path.stem in AXES else ()))
     for parameter in found.values():
         assert parameter["inferred_type_name"] in ("str", "float")
         assert len(parameter["help"]) > 10
@@ -71,7 +73,7 @@ def home(tmp_path_factory):
         (home / "params").mkdir()
         tiny = (FOLDER.parent / "params" / "tiny.yaml").read_text()
         assert "strategy: [random, easy]" in tiny
-        every = f"strategy: [{', '.join((*params.STRATEGIES, *params.EXHIBITS))}]"
+        every = f"strategy: [{', '.join((*STRATEGIES, *EXHIBITS))}]"
         tiny = tiny.replace("strategy: [random, easy]", every)
         (home / "params" / "tiny.yaml").write_text(tiny)
         for name in ("01_cache", "02_teacher", "03_datamap"):

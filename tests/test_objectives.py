@@ -1,4 +1,4 @@
-"""`kdlib.objectives`: objectives of a study's own, from a file; all others are in `test_losses` and
+"""`kdlib.trainer.objectives`: objectives of a study's own, from a file; all others are in `test_losses` and
 `test_features`."""
 
 import hashlib
@@ -12,9 +12,14 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from kdlib import dataset, distilling, mapping, report, teaching
-from kdlib.objectives import build_distiller, needs_teacher, student_outputs, teacher_columns
-from kdlib.params import Objective, StudyError, load_study
+from kdlib.compare.report import objective_table
+from kdlib.steps.cache import cache_images
+from kdlib.steps.datamap import make_datamap
+from kdlib.steps.distill import open_student, train_student
+from kdlib.steps.teacher import make_teacher
+from kdlib.study.objectives import needs_teacher
+from kdlib.study.study import Objective, StudyError, load_study
+from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """
@@ -143,23 +148,23 @@ def test_a_study_trains_on_its_own_objective_and_anew_when_the_code_changes(home
     }  # fmt: skip
     (home / "params" / "mine.yaml").write_text(yaml.safe_dump(content))
     study = load_study("params/mine.yaml")
-    images = dataset.cache_images(study)
-    teaching.make_teacher(study, images)
-    mapping.make_datamap(study, images)
+    images = cache_images(study)
+    make_teacher(study, images)
+    make_datamap(study, images)
     cell = study.cell(strategy="random", objective="mine")
     for seed in study.seeds:
-        evidence = distilling.train_student(study, images, cell, seed)
+        evidence = train_student(study, images, cell, seed)
     assert evidence["pairing"]["paired"] < evidence["pairing"]["permuted"]
     (home / "mine.py").write_text(CODE.replace("+ weight *", "+ 2 * weight *"))
     changed = load_study("params/mine.yaml")
     with pytest.raises(ValueError, match="code_sha256"):
-        distilling.open_student(changed, cell, 0)
-    again = distilling.train_student(changed, images, cell, 0)
+        open_student(changed, cell, 0)
+    again = train_student(changed, images, cell, 0)
     last = [e["checkpoints"]["last"]["weights_sha256"] for e in (evidence, again)]
     assert last[0] != last[1]
     assert list((home / "runs/mine/archive").glob("*/distill"))
     columns = ["refused", "student", "strategy", "fraction", "objective", "test_accuracy"]
-    table = report.objective_table(changed, {"results": pd.DataFrame(columns=columns)})
+    table = objective_table(changed, {"results": pd.DataFrame(columns=columns)})
     assert (
         f"| mine | the study's own code (code mine.py, code_sha256 {sha256_of_code(home)}" in table
     )

@@ -1,11 +1,11 @@
-"""`kdlib.optimising`: schedules by hand, decayed weights, the running mean of weights."""
+"""`kdlib.trainer.optimiser`: schedules by hand, decayed weights, the running mean of weights."""
 
 import pytest
 import torch
 from torch import nn
 
-from kdlib.optimising import Ema, Patience, learning_rate, make_optimiser
-from kdlib.params import Training
+from kdlib.study.study import Training
+from kdlib.trainer.optimiser import Ema, Patience, learning_rate, make_optimiser
 
 
 def training(**changes) -> Training:

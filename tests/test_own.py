@@ -1,4 +1,4 @@
-"""`kdlib.own`: selections from a file of the study's own, and that no code runs unasked; objectives
+"""`kdlib.study.own_code`: selections from a file of the study's own, and that no code runs unasked; objectives
 are in `test_objectives`."""
 
 import os
@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.own import run
-from kdlib.params import Selection
-from kdlib.selection import select
+from kdlib.cartography.selection import select
+from kdlib.study.own_code import run
+from kdlib.study.study import Selection
 
 CODE = """
 def cost(table, power):

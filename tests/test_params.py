@@ -1,4 +1,4 @@
-"""`kdlib.params`: a study is exactly what its file says, or a StudyError that says why not."""
+"""`kdlib.study.study`: a study is exactly what its file says, or a StudyError that says why not."""
 
 import copy
 import math
@@ -11,8 +11,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kdlib import params
-from kdlib.params import (
+from kdlib.cartography.subset import Subset
+from kdlib.study.study import (
     MODELS,
     SCORES,
     STRATEGIES,
@@ -21,12 +21,12 @@ from kdlib.params import (
     Study,
     StudyError,
     Training,
+    __file__,
     cache_folder,
     data_path,
     load_study,
     open_point,
 )
-from kdlib.selection import Subset
 
 STUDY = {
     "data": {"source": "digits", "n_validation": 97, "split_seed": 0, "shard_size": 512},
@@ -146,7 +146,7 @@ def test_a_missing_file_lists_the_studies_there_are(write, home):
 
 
 def test_the_studies_of_this_repository_are_valid():
-    found = sorted((Path(params.__file__).parents[1] / "params").glob("*.yaml"))
+    found = sorted((Path(__file__).parents[1] / "params").glob("*.yaml"))
     assert found
     for path in found:
         assert load_study(path).cells()

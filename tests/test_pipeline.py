@@ -13,9 +13,10 @@ import nbformat
 import pytest
 import yaml
 
-from kdlib import files, params
+from kdlib.repro import files
+from kdlib.study.study import __file__, load_study
 
-ROOT = Path(params.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 STUDY = "params/tiny.yaml"
 
 
@@ -81,7 +82,7 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
         "differences",
     ):
         assert (home / f"figures/tiny/{name}.pdf").stat().st_size > 5000
-    study = params.load_study(home / STUDY)
+    study = load_study(home / STUDY)
     executed = sorted(path.name for path in (home / "runs").rglob("*.ipynb"))
     expected = {"04_distill.ipynb": 3, "05_probe.ipynb": len(study.probed_cells())}
     for name in ("01_cache.ipynb", "02_teacher.ipynb", "03_datamap.ipynb", "06_compare.ipynb"):
@@ -206,7 +207,7 @@ def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
     content = yaml.safe_load((home / STUDY).read_text())
     content["seeds"] = [0, 1, 2]
     (home / STUDY).write_text(yaml.safe_dump(content))
-    cell = params.load_study(home / STUDY).cells()[0]
+    cell = load_study(home / STUDY).cells()[0]
     folder = home / "runs" / "tiny" / "distill" / cell.path
     before = {seed: (folder / f"seed={seed}" / "evidence.json").read_bytes() for seed in (0, 1)}
     process = _run(home, "--until", "distill", "--forcerun", "distill")
@@ -249,7 +250,7 @@ def test_a_stopped_study_goes_on_and_ends_with_the_same_bytes(done, home, how):
         time.sleep(0.05)
     os.killpg(process.pid, how)
     assert process.wait(timeout=60) != 0
-    study = params.load_study(home / STUDY)
+    study = load_study(home / STUDY)
     finished = list(home.glob("runs/tiny/distill/**/evidence.json"))
     assert len(finished) < len(study.cells()) * len(study.seeds), "it had ended before the signal"
     again = _run(home)

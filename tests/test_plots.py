@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kdlib import looks, plots, progress
-from kdlib.compare import objective_differences, paired_differences
-from kdlib.params import AXES
+from kdlib.compare.statistics import objective_differences, paired_differences
+from kdlib.plots import results as results_module
+from kdlib.plots import theme
+from kdlib.plots.curves import DIAGNOSTICS, diagnostics, learning_curves, probe_curves, probe_places
+from kdlib.plots.images import region_grid
+from kdlib.study.study import AXES
 
 MARGIN = 0.01
 ACCURACY = {"full": 0.94, "random": 0.90, "easy": 0.87, "ambiguous_corner": 0.899, "hard": 0.78}
@@ -116,26 +119,30 @@ def exhibit_table():
 
 def draw(name):
     """Each figure as the lab draws it, at its print size."""
-    with looks.style():
+    with theme.style():
         heights = {"accuracy": 4.4, "differences": 5.0, "regions": 3.2}
-        fig = Figure(figsize=(looks.WIDE, heights.get(name, 3.4)))
+        fig = Figure(figsize=(theme.WIDE, heights.get(name, 3.4)))
         if name == "accuracy":
-            plots.accuracy_by_strategy(fig, result_table(), compared(result_table()))
+            results_module.accuracy_by_strategy(fig, result_table(), compared(result_table()))
         elif name == "differences":
-            plots.paired_differences(fig.subplots(), compared(result_table()), margin=MARGIN)
+            results_module.paired_differences(
+                fig.subplots(), compared(result_table()), margin=MARGIN
+            )
         elif name == "curves":
-            progress.learning_curves(fig.subplots(), curve_table())
+            learning_curves(fig.subplots(), curve_table())
         elif name == "diagnostics":
-            progress.diagnostics(fig, diagnostics_table())
+            diagnostics(fig, diagnostics_table())
         elif name == "places":
-            progress.probe_places(fig, places_table())
+            probe_places(fig, places_table())
         elif name == "probes":
             for ax, kind in zip(fig.subplots(1, 2), ("linear", "knn"), strict=True):
-                progress.probe_curves(ax, probe_table(), probe=kind)
+                probe_curves(ax, probe_table(), probe=kind)
         elif name == "defects":
-            plots.defects(fig.subplots(), exhibit_table(), "digits: 3 defects in miniature")
+            results_module.defects(
+                fig.subplots(), exhibit_table(), "digits: 3 defects in miniature"
+            )
         else:
-            plots.region_grid(fig, *grid_input())
+            region_grid(fig, *grid_input())
     return fig
 
 
@@ -154,12 +161,12 @@ def title_of(ax):
 
 
 def axis():
-    return Figure(figsize=(looks.WIDE, 3.4), layout="constrained").subplots()
+    return Figure(figsize=(theme.WIDE, 3.4), layout="constrained").subplots()
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_all_text_is_legible_and_inside_the_figure(name):
-    with looks.style():
+    with theme.style():
         fig = draw(name)
         fig.draw_without_rendering()
         extent = fig.get_tightbbox()  # inches, everything that is drawn
@@ -174,8 +181,8 @@ def test_all_text_is_legible_and_inside_the_figure(name):
 def test_no_two_names_share_a_place_in_the_order():
     names = ["easy_random", "easy_hard", "easy_ambiguous", "aum_top", "aum_bottom", "hard"]
     order = ["hard", "aum_top", "aum_bottom", "easy_ambiguous", "easy_hard", "easy_random"]
-    assert sorted(names, key=looks.sorting_key) == order
-    assert len({looks.sorting_key(name) for name in names}) == len(names)
+    assert sorted(names, key=theme.sorting_key) == order
+    assert len({theme.sorting_key(name) for name in names}) == len(names)
 
 
 def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
@@ -185,10 +192,10 @@ def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
     many = pd.concat([table, table.assign(objective="features")], ignore_index=True)
     objectives = ("kd", "a_smaller_teacher", "a_teacher_of_the_subset")
     results = result_table(objectives=objectives)
-    with looks.style():
-        figures = [Figure(figsize=(looks.WIDE, 4.4)) for _ in range(2)]
-        progress.diagnostics(figures[0], many)
-        plots.accuracy_by_strategy(figures[1], results, compared(results))
+    with theme.style():
+        figures = [Figure(figsize=(theme.WIDE, 4.4)) for _ in range(2)]
+        diagnostics(figures[0], many)
+        results_module.accuracy_by_strategy(figures[1], results, compared(results))
         for fig in figures:
             fig.draw_without_rendering()
             extent = fig.get_tightbbox()
@@ -200,8 +207,8 @@ def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
 def test_the_same_tables_give_the_same_bytes(name, tmp_path):
     again = draw(name)
     again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
-    first = looks.save_figure(draw(name), tmp_path / "first", name)
-    second = looks.save_figure(again, tmp_path / "second", name)
+    first = theme.save_figure(draw(name), tmp_path / "first", name)
+    second = theme.save_figure(again, tmp_path / "second", name)
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
 
@@ -209,7 +216,7 @@ def test_the_same_tables_give_the_same_bytes(name, tmp_path):
 def test_saved_files_have_print_size_embedded_fonts_and_no_date_or_version(tmp_path):
     from PIL import Image
 
-    pdf, png = looks.save_figure(draw("curves"), tmp_path / "new" / "study", "curves")
+    pdf, png = theme.save_figure(draw("curves"), tmp_path / "new" / "study", "curves")
     assert (pdf.name, png.name) == ("curves.pdf", "curves.png")
     assert {path.name for path in pdf.parent.iterdir()} == {"curves.pdf", "curves.png"}
     assert b"/Type42" not in pdf.read_bytes()
@@ -217,24 +224,24 @@ def test_saved_files_have_print_size_embedded_fonts_and_no_date_or_version(tmp_p
     for word in (b"CreationDate", b"Matplotlib", b"/Producer"):
         assert word not in pdf.read_bytes()
     with Image.open(png) as image:
-        assert image.size == (round(300 * looks.WIDE), round(300 * 3.4))
+        assert image.size == (round(300 * theme.WIDE), round(300 * 3.4))
         assert set(image.info) == {"dpi"}
 
 
 def test_a_figure_that_cannot_be_drawn_leaves_the_old_files(tmp_path):
-    pdf, png = looks.save_figure(draw("curves"), tmp_path, "curves")
+    pdf, png = theme.save_figure(draw("curves"), tmp_path, "curves")
     before = pdf.read_bytes(), png.read_bytes()
     broken = Figure()
     broken.text(0, 0, r"$\unknown$")
     with pytest.raises(ValueError, match="unknown"):
-        looks.save_figure(broken, tmp_path, "curves")
+        theme.save_figure(broken, tmp_path, "curves")
     assert (pdf.read_bytes(), png.read_bytes()) == before
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_style_ends_with_its_block_and_ignores_the_users_settings():
     with mpl.rc_context({"lines.linewidth": 9.0, "axes.grid": True}):
-        with looks.style():
+        with theme.style():
             assert mpl.rcParams["pdf.fonttype"] == 42
             assert not mpl.rcParams["axes.grid"]
             assert mpl.rcParams["lines.linewidth"] < 2
@@ -244,9 +251,9 @@ def test_style_ends_with_its_block_and_ignores_the_users_settings():
 
 def test_missing_columns_and_empty_tables_are_refused_by_name():
     with pytest.raises(ValueError, match="the table `curves` has no rows"):
-        progress.learning_curves(axis(), curve_table().iloc[:0])
+        learning_curves(axis(), curve_table().iloc[:0])
     with pytest.raises(ValueError, match=r"lacks the columns \['test_accuracy'\]"):
-        plots.accuracy_by_strategy(
+        results_module.accuracy_by_strategy(
             Figure(), result_table().drop(columns="test_accuracy"), compared(result_table())
         )
 
@@ -260,7 +267,7 @@ def test_learning_curve_is_the_mean_and_the_band_one_standard_deviation():
             runs.assign(step=10, validation_accuracy=[0.5, 0.7]),
         ]
     )
-    ax = progress.learning_curves(axis(), curves)
+    ax = learning_curves(axis(), curves)
     line = next(line for line in ax.lines if line.get_label() == "easy")
     np.testing.assert_allclose(line.get_xydata(), [[0, 20], [10, 60]])
     (band,) = ax.collections
@@ -274,14 +281,14 @@ def test_learning_curve_is_the_mean_and_the_band_one_standard_deviation():
 
 
 def test_one_seed_has_no_band_and_says_so():
-    ax = progress.learning_curves(axis(), curve_table(n_seeds=1))
+    ax = learning_curves(axis(), curve_table(n_seeds=1))
     assert not ax.collections
     assert any(text.endswith("one seed") for text in words(ax))
 
 
 def test_curves_of_different_cells_are_never_averaged():
     both = curve_table(objectives=("kd", "plain"), fractions=(0.33, 0.1))
-    ax = progress.learning_curves(axis(), both)
+    ax = learning_curves(axis(), both)
     names = {line.get_label() for line in ax.lines if not line.get_label().startswith("_")}
     expected = {
         f"{s}, {f} %, {o}" for s in ("easy", "hard") for f in (33, 10) for o in ("KD", "plain")
@@ -293,28 +300,28 @@ def test_curves_of_different_cells_are_never_averaged():
 def test_curves_with_a_hole_are_refused():
     table = curve_table()
     with pytest.raises(ValueError, match="not all evaluated at the same steps"):
-        progress.learning_curves(axis(), table.drop(index=table.index[7]))
+        learning_curves(axis(), table.drop(index=table.index[7]))
 
 
 def test_each_strategy_keeps_its_look_and_no_two_share_one():
     every = [
-        *looks.STRATEGIES,
+        *theme.STRATEGIES,
         *(f"{s}_{end}" for s in ("aum", "el2n", "loss", "dual") for end in ("top", "bottom")),
     ]
-    lines = looks.line_looks(every)
+    lines = theme.line_looks(every)
     assert len({lines[name] for name in every}) == len(every)
-    assert looks.line_looks(["hard", "easy"])["easy"] == lines["easy"]
+    assert theme.line_looks(["hard", "easy"])["easy"] == lines["easy"]
 
 
 def test_probe_curves_label_every_line_and_both_references():
     table = probe_table()
-    ax = progress.probe_curves(axis(), table, probe="knn")
+    ax = probe_curves(axis(), table, probe="knn")
     levels = {round(line.get_ydata()[0], 3) for line in ax.lines if len(set(line.get_ydata())) == 1}
     assert {48.5, 5.0} <= levels  # teacher 0.97 / 2, untrained 0.1 / 2
     assert {"teacher", "untrained", "full set", "random", "ambiguous (corner)"} <= set(words(ax))
     assert "k-NN probe, KD, 33 % of the data; mean ± s.d., S = 5" in words(ax)
     with pytest.raises(ValueError, match="no rows of probe 'lineal'; did you mean 'linear'"):
-        progress.probe_curves(axis(), table, probe="lineal")
+        probe_curves(axis(), table, probe="lineal")
 
 
 def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
@@ -324,7 +331,7 @@ def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
     elsewhere = rows.assign(on="mnist", accuracy=0.6)
     stage = rows[rows["strategy"] != "teacher"].assign(layer="stage1", accuracy=0.2)
     table = pd.concat([own, shots, elsewhere, stage], ignore_index=True)
-    same = progress.probe_curves(axis(), table), progress.probe_curves(axis(), own)
+    same = probe_curves(axis(), table), probe_curves(axis(), own)
     heights = [[list(line.get_ydata()) for line in ax.lines] for ax in same]
     assert heights[0] == heights[1]
     for asked, level, told in (
@@ -332,7 +339,7 @@ def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
         ({"layer": "stage1"}, 20, "linear probe, KD, 33 % of the data, stage1"),
         ({"probe": "few_shot_5"}, 30, "5-shot probe, KD, 33 % of the data"),
     ):
-        ax = progress.probe_curves(axis(), table, **asked)
+        ax = probe_curves(axis(), table, **asked)
         curves = [line for line in ax.lines if len(line.get_ydata()) == 4]
         assert curves
         assert all(np.allclose(line.get_ydata(), level) for line in curves)
@@ -340,7 +347,7 @@ def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
         assert "teacher" in words(ax)
     for asked, told in (({"on": "mnst"}, "did you mean 'mnist'"), ({"layer": "stage2"}, "stage1")):
         with pytest.raises(ValueError, match=told):
-            progress.probe_curves(axis(), table, **asked)
+            probe_curves(axis(), table, **asked)
 
 
 def test_places_have_a_panel_for_each_data_set_and_a_marker_for_each_layer():
@@ -366,13 +373,13 @@ def test_places_have_a_panel_for_each_data_set_and_a_marker_for_each_layer():
     (legend,) = fig.legends
     assert {"last layer", "stage1"} <= {text.get_text() for text in legend.get_texts()}
     with pytest.raises(ValueError, match="no rows"):
-        progress.probe_places(Figure(), places_table(), probe="knn")
+        probe_places(Figure(), places_table(), probe="knn")
 
 
 def test_diagnostics_have_a_panel_each_with_the_level_of_theory():
     fig = draw("diagnostics")
     assert len(fig.axes) == 6
-    for ax, (name, label, level, told) in zip(fig.axes, progress.DIAGNOSTICS, strict=True):
+    for ax, (name, label, level, told) in zip(fig.axes, DIAGNOSTICS, strict=True):
         theory = {"effective_rank": 15, "unit_variance": 1 / 16, "uniformity": -3.6}.get(
             name, level
         )
@@ -387,18 +394,18 @@ def test_diagnostics_have_a_panel_each_with_the_level_of_theory():
     assert legend.get_title().get_text() == "KD, 33 % of the data; mean ± s.d., S = 5"
     table = diagnostics_table()
     with pytest.raises(ValueError, match=r"lacks the columns \['alignment'\]"):
-        progress.diagnostics(Figure(), table.drop(columns="alignment"))
+        diagnostics(Figure(), table.drop(columns="alignment"))
     with pytest.raises(ValueError, match="no rows"):
-        progress.diagnostics(Figure(), table[table["strategy"] == "teacher"])
+        diagnostics(Figure(), table[table["strategy"] == "teacher"])
 
 
 def test_each_untrained_student_has_a_level_of_its_own():
-    ax = progress.probe_curves(axis(), probe_table(students=("tiny", "wide")))
+    ax = probe_curves(axis(), probe_table(students=("tiny", "wide")))
     assert {"untrained, tiny", "untrained, wide", "teacher", "easy, wide"} <= set(words(ax))
 
 
 def test_labels_at_the_lines_do_not_overlap():
-    with looks.style():
+    with theme.style():
         fig = draw("curves")
         fig.draw_without_rendering()
         boxes = sorted(
@@ -412,7 +419,7 @@ def test_labels_at_the_lines_do_not_overlap():
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=9), st.floats(0.001, 0.1))
 def test_spread_labels_keep_order_and_distance_and_stay_near(heights, gap):
     heights = sorted(heights)
-    places = looks.spread(heights, gap)
+    places = theme.spread(heights, gap)
     assert len(places) == len(heights)
     assert all(b - a >= gap - 1e-5 for a, b in pairwise(places))
     assert min(places) >= 0
@@ -423,7 +430,7 @@ def test_spread_labels_keep_order_and_distance_and_stay_near(heights, gap):
 
 def test_accuracy_shows_each_run_the_means_and_the_full_set():
     results = result_table()
-    fig = plots.accuracy_by_strategy(Figure(), results, compared(results))
+    fig = results_module.accuracy_by_strategy(Figure(), results, compared(results))
     assert [title_of(ax) for ax in fig.axes] == [
         "33 % of the data",
         "10 % of the data",
@@ -454,7 +461,7 @@ def test_accuracy_shows_each_run_the_means_and_the_full_set():
 
 def test_each_student_has_a_row_of_panels():
     results = result_table(students=("tiny", "wide"))
-    fig = plots.accuracy_by_strategy(Figure(), results, compared(results))
+    fig = results_module.accuracy_by_strategy(Figure(), results, compared(results))
     titles = [title_of(ax) for ax in fig.axes]
     assert titles == [f"{s}, {f} % of the data" for s in ("tiny", "wide") for f in (33, 10)]
 
@@ -464,20 +471,20 @@ def test_refused_runs_are_not_drawn():
     comparison = compared(results)
     results.loc[3, "refused"] = True
     with pytest.raises(ValueError, match="1 of 90 rows are refused"):
-        plots.accuracy_by_strategy(Figure(), results, comparison)
+        results_module.accuracy_by_strategy(Figure(), results, comparison)
 
 
 def test_results_without_subsets_are_refused():
     results = result_table()
     with pytest.raises(ValueError, match="full set alone"):
-        plots.accuracy_by_strategy(
+        results_module.accuracy_by_strategy(
             Figure(), results[results["strategy"] == "full"], compared(results)
         )
 
 
 def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
     comparison = compared(result_table())
-    ax = plots.paired_differences(axis(), comparison, margin=MARGIN)
+    ax = results_module.paired_differences(axis(), comparison, margin=MARGIN)
     markers = {"better": "^", "worse": "v", "equivalent": "s", "inconclusive": "o"}
     points = [line for line in ax.lines if line.get_marker() in markers.values()]
     drawn = sorted((line.get_marker(), round(float(line.get_xdata()[0]), 6)) for line in points)
@@ -504,33 +511,33 @@ def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
 
 def test_differences_of_objectives_say_what_is_subtracted():
     comparison = objective_differences(result_table(), "plain", MARGIN, 0.95)
-    ax = plots.paired_differences(axis(), comparison, margin=MARGIN)
+    ax = results_module.paired_differences(axis(), comparison, margin=MARGIN)
     assert ax.get_xlabel() == "test accuracy, KD minus plain, seed by seed (points)"
 
 
 def test_differences_at_one_fraction_and_objective_name_them_below():
     comparison = compared(result_table(objectives=("kd",), fractions=(0.33,)))
-    ax = plots.paired_differences(axis(), comparison, margin=MARGIN)
+    ax = results_module.paired_differences(axis(), comparison, margin=MARGIN)
     assert ax.get_xlabel().endswith("\nKD, 33 % of the data")
 
 
 def test_a_comparison_without_pairs_is_shown_as_such():
     results = result_table()
     results.loc[results["strategy"] == "hard", "refused"] = True
-    ax = plots.paired_differences(axis(), compared(results), margin=MARGIN)
+    ax = results_module.paired_differences(axis(), compared(results), margin=MARGIN)
     assert sum(text.strip() == "no paired seeds" for text in words(ax)) == 4
 
 
 def test_another_margin_than_that_of_the_verdicts_is_refused():
     with pytest.raises(ValueError, match=r"margin is 0.02 but the verdicts were reached with 0.01"):
-        plots.paired_differences(axis(), compared(result_table()), margin=0.02)
+        results_module.paired_differences(axis(), compared(result_table()), margin=0.02)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_region_grid_shows_every_image_unchanged_and_square(channels):
     images, titles = grid_input(channels=channels)
     images["hard"], titles["hard"] = images["hard"][:2], titles["hard"][:2]  # rows may be short
-    fig = plots.region_grid(Figure(figsize=(looks.WIDE, 4)), images, titles)
+    fig = region_grid(Figure(figsize=(theme.WIDE, 4)), images, titles)
     (ax,) = fig.axes
     pixels = np.concatenate(list(images.values()))
     assert len(ax.images) == len(pixels) == 10
@@ -548,7 +555,7 @@ def test_region_grid_shows_every_image_unchanged_and_square(channels):
 def test_long_captions_are_cut_to_the_width_of_their_image():
     images, titles = grid_input(n=12)
     titles["easy"] = ["a caption far too long for a small image"] * 12
-    fig = plots.region_grid(Figure(figsize=(looks.WIDE, 3)), images, titles)
+    fig = region_grid(Figure(figsize=(theme.WIDE, 3)), images, titles)
     captions = [text for text in words(fig) if text.startswith("a ")]
     assert len(captions) == 12
     assert all(text.endswith("…") and len(text) < 12 for text in captions)
@@ -565,13 +572,13 @@ def test_long_captions_are_cut_to_the_width_of_their_image():
 )
 def test_region_grid_refuses_what_is_not_a_row_of_images(images, titles, message):
     with pytest.raises(ValueError, match=message):
-        plots.region_grid(Figure(), images, titles)
+        region_grid(Figure(), images, titles)
 
 
 def test_rows_that_do_not_fit_are_refused():
     images, titles = grid_input(names=[f"class_{i}" for i in range(10)])
     with pytest.raises(ValueError, match="10 rows do not fit into a height of 1 in"):
-        plots.region_grid(Figure(figsize=(looks.WIDE, 1)), images, titles)
+        region_grid(Figure(figsize=(theme.WIDE, 1)), images, titles)
 
 
 def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
@@ -585,16 +592,16 @@ def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
         for number, name in enumerate(names)
         for seed in (0, 1, 2)
     )  # fmt: skip
-    fig = plots.accuracy_by_objective(Figure(), results, names)
+    fig = results_module.accuracy_by_objective(Figure(), results, names)
     full, random = fig.axes
     assert [label.get_text() for label in full.get_yticklabels()] == [
-        looks.in_words(name) for name in names
+        theme.in_words(name) for name in names
     ]
-    assert random.get_title() == f"{looks.in_words('random')}, 10 % of the data"
+    assert random.get_title() == f"{theme.in_words('random')}, 10 % of the data"
     means = [line.get_xdata()[0] for line in full.lines if len(line.get_xdata()) == 1]
     assert means == pytest.approx([50.1 + i for i in range(7)])
     both = pd.concat([results, results.assign(student="other")])
-    fig = plots.accuracy_by_objective(Figure(), both, names)
+    fig = results_module.accuracy_by_objective(Figure(), both, names)
     assert [title_of(ax) for ax in fig.axes] == [
         f"{student}, {subset}"
         for student in ("tiny", "other")
@@ -604,7 +611,7 @@ def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
 
 def test_two_students_share_the_names_and_the_legend_of_their_differences():
     comparison = compared(result_table(students=("tiny", "wide")))
-    fig = plots.differences(Figure(figsize=(looks.WIDE, 5)), comparison, MARGIN)
+    fig = results_module.differences(Figure(figsize=(theme.WIDE, 5)), comparison, MARGIN)
     assert [title_of(ax) for ax in fig.axes] == ["tiny", "wide"]
     left, right = fig.axes
     assert left.get_yticks().tolist() == right.get_yticks().tolist()
@@ -615,7 +622,10 @@ def test_two_students_share_the_names_and_the_legend_of_their_differences():
         words(legend)
     )
     n_marks = [
-        sum(line.get_marker() in {m for _, m in plots.VERDICTS.values()} for line in ax.lines)
+        sum(
+            line.get_marker() in {m for _, m in results_module.VERDICTS.values()}
+            for line in ax.lines
+        )
         for ax in fig.axes
     ]
     assert n_marks == [len(comparison) // 2] * 2
@@ -624,11 +634,13 @@ def test_two_students_share_the_names_and_the_legend_of_their_differences():
 @pytest.mark.parametrize("kind", ["accuracy", "differences", "fractions"])
 def test_large_studies_stay_legible_and_inside_a_page(kind):
     students = ("resnet8", "mobilenetv2")
-    with looks.style():
-        fig = Figure(figsize=(looks.WIDE, 3.0))
+    with theme.style():
+        fig = Figure(figsize=(theme.WIDE, 3.0))
         if kind == "fractions":
             fractions = (0.01, 0.05, 0.1, 0.25, 0.33, 0.55)
-            plots.accuracy_by_fraction(fig, result_table(students=students, fractions=fractions))
+            results_module.accuracy_by_fraction(
+                fig, result_table(students=students, fractions=fractions)
+            )
         else:
             parts = [
                 result_table(students=students, fractions=(0.33,)).assign(
@@ -641,13 +653,13 @@ def test_large_studies_stay_legible_and_inside_a_page(kind):
             results = pd.concat(parts).drop_duplicates([*AXES, "seed"])
             assert results["strategy"].nunique() == 14
             if kind == "accuracy":
-                plots.accuracy_by_strategy(fig, results, compared(results))
+                results_module.accuracy_by_strategy(fig, results, compared(results))
             else:
-                plots.differences(fig, compared(results), MARGIN)
+                results_module.differences(fig, compared(results), MARGIN)
         fig.draw_without_rendering()
         extent = fig.get_tightbbox()
         rows = [label.get_window_extent() for label in fig.axes[0].get_yticklabels()]
-    assert fig.get_figheight() <= looks.TALL
+    assert fig.get_figheight() <= theme.TALL
     assert min(extent.x0, extent.y0) >= -0.01
     assert extent.x1 <= fig.get_figwidth() + 0.01
     assert extent.y1 <= fig.get_figheight() + 0.01
@@ -659,7 +671,7 @@ def test_large_studies_stay_legible_and_inside_a_page(kind):
 
 def test_fractions_show_the_mean_and_spread_of_each_objective_up_to_the_full_set():
     results = result_table(fractions=(0.1, 0.25, 0.5)).query("strategy in ('full', 'random')")
-    (ax,) = plots.accuracy_by_fraction(Figure(), results).axes
+    (ax,) = results_module.accuracy_by_fraction(Figure(), results).axes
     assert ax.get_xscale() == "log"
     drawn = {c.get_label(): c for c in ax.containers}
     assert set(drawn) == {"KD", "plain"}
@@ -677,7 +689,7 @@ def test_fractions_show_the_mean_and_spread_of_each_objective_up_to_the_full_set
 
 def test_fractions_of_many_strategies_have_a_level_for_the_full_set():
     results = result_table(fractions=(0.1, 0.25, 0.5))
-    kd, _ = plots.accuracy_by_fraction(Figure(), results).axes
+    kd, _ = results_module.accuracy_by_fraction(Figure(), results).axes
     assert {c.get_label() for c in kd.containers} == {
         "random",
         "easy",
@@ -691,19 +703,21 @@ def test_fractions_of_many_strategies_have_a_level_for_the_full_set():
 
 def test_a_probe_is_named_where_it_is_what_is_compared():
     results = result_table().assign(linear_accuracy=lambda t: t["test_accuracy"] / 2)
-    fig = plots.accuracy_by_strategy(Figure(), results, compared(results), "linear_accuracy")
+    fig = results_module.accuracy_by_strategy(
+        Figure(), results, compared(results), "linear_accuracy"
+    )
     assert fig.axes[0].get_xlabel() == "linear probe's test accuracy (%)"
     seen = np.concatenate([x.get_xdata() for x in fig.axes[0].lines if x.get_markersize() == 2.6])
     assert seen.max() < 50
     rows = paired_differences(results, "random", MARGIN, 0.95, "linear_accuracy")
-    ax = plots.paired_differences(axis(), rows, MARGIN)
+    ax = results_module.paired_differences(axis(), rows, MARGIN)
     assert ax.get_xlabel().startswith("linear probe's test accuracy, strategy minus random")
 
 
 def test_the_way_from_a_short_line_to_its_label_is_level_and_dotted():
     table = curve_table()
     short = table[(table["strategy"] != "easy") | (table["step"] <= 100)]
-    ax = progress.learning_curves(axis(), short)
+    ax = learning_curves(axis(), short)
     dotted = [x for x in ax.lines if not x.get_label().startswith(("easy", "full")) and
               x.get_linestyle() == "--" and x.get_transform() == ax.transAxes]  # fmt: skip
     (leader,) = dotted
@@ -714,7 +728,7 @@ def test_the_way_from_a_short_line_to_its_label_is_level_and_dotted():
 
 def test_defects_stand_beside_honest_numbers_with_their_tripwires():
     table = exhibit_table()
-    ax = plots.defects(axis(), table, "title")
+    ax = results_module.defects(axis(), table, "title")
     marks = {
         marker: [(x, y) for line in ax.lines if line.get_marker() == marker
                  for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
@@ -732,6 +746,6 @@ def test_defects_stand_beside_honest_numbers_with_their_tripwires():
     assert sum("not caught" in text for text in told) == 1
     assert ax.get_xlabel() == "what each row measures (%)"
     with pytest.raises(ValueError, match=r"expected \[0, 100\]"):
-        plots.defects(axis(), table.assign(defect=-0.1))
+        results_module.defects(axis(), table.assign(defect=-0.1))
     with pytest.raises(ValueError, match="lacks the columns"):
-        plots.defects(axis(), table.drop(columns="honest"))
+        results_module.defects(axis(), table.drop(columns="honest"))

@@ -1,13 +1,13 @@
-"""`kdlib.pretrained`: published networks, with stand-ins for what lies on the network."""
+"""`kdlib.models.pretrained`: published networks, with stand-ins for what lies on the network."""
 
 import pytest
 import safetensors.torch
 import torch
 
-from kdlib.models import Resized, build_network
-from kdlib.params import Model
-from kdlib.pretrained import load_pretrained
-from kdlib.weights import weights_fingerprint
+from kdlib.models.networks import Resized, build_network
+from kdlib.models.pretrained import load_pretrained
+from kdlib.models.weights import weights_fingerprint
+from kdlib.study.study import Model
 
 HUBCONF = """
 import torch

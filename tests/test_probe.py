@@ -6,8 +6,8 @@ import warnings
 import numpy as np
 import pytest
 
-from kdlib import probe
-from kdlib.probe import Features, few_shot_probe, knn_probe, linear_probe
+from kdlib.probes import classifiers
+from kdlib.probes.classifiers import Features, few_shot_probe, knn_probe, linear_probe
 
 GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 A, B = "a" * 64, "b" * 64
@@ -138,7 +138,7 @@ def test_the_seed_decides_what_is_held_out_and_the_grid_has_no_order():
 
 
 def test_an_unfinished_fit_is_reported_and_warns_nobody(monkeypatch):
-    monkeypatch.setattr(probe, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr(classifiers, "MAX_ITERATIONS", 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = linear_probe(clouds(0, 100), clouds(1, 50, "test"), GRID, seed=0)
@@ -160,7 +160,7 @@ def test_knn_agrees_with_a_slow_loop_whatever_the_chunk(k, monkeypatch):
     train = dataclasses.replace(train, values=values)
     expected = knn_by_loops(train, test, k)
     assert knn_probe(train, test, k).accuracy == expected
-    monkeypatch.setattr(probe, "CHUNK", 7 * 60)
+    monkeypatch.setattr(classifiers, "CHUNK", 7 * 60)
     assert knn_probe(train, test, k).accuracy == expected
     assert 0.25 <= expected < 1
 

@@ -8,17 +8,23 @@ import pytest
 import yaml
 from tiny import TINY, flip, tiny_study
 
-from kdlib import compiling, dataset, distilling, drawing, probing, teaching
-from kdlib.probe import Features, linear_probe
+from kdlib.compare.comparisons import with_untrained
+from kdlib.probes.classifiers import Features, linear_probe
+from kdlib.steps import probe
+from kdlib.steps.cache import open_images
+from kdlib.steps.compare import compile_tables, probes
+from kdlib.steps.distill import open_student, student_folder
+from kdlib.steps.figures import draw_comparison
+from kdlib.steps.teacher_outputs import open_teacher
 
 
 def test_kept_weights_that_were_changed_are_not_probed(lab):
     study = tiny_study(lab)
     cell = study.probed_cells()[0]
     shutil.rmtree(study.runs / "probe")
-    flip(distilling.student_folder(study, cell, 0) / "weights-00000030.safetensors")
+    flip(student_folder(study, cell, 0) / "weights-00000030.safetensors")
     with pytest.raises(ValueError, match=r"weights-00000030\.safetensors was changed .*delete"):
-        probing.probe_cell(study, dataset.open_images(study), cell)
+        probe.probe_cell(study, open_images(study), cell)
 
 
 def test_test_features_of_an_untrained_network_are_refused(lab):
@@ -34,7 +40,7 @@ def test_test_features_of_an_untrained_network_are_refused(lab):
 
 
 def test_probes_stand_beside_an_untrained_student_and_the_teacher(lab):
-    table = compiling.probes(tiny_study(lab))
+    table = probes(tiny_study(lab))
     untrained = table[table["strategy"] == "untrained"]
     assert (untrained["step"] == 0).all()
     assert untrained.groupby("probe").size().to_dict() == {"knn": 2, "linear": 2}  # seeds
@@ -73,9 +79,9 @@ def probed(probed_once, tmp_path, monkeypatch):
 
 def _probed(lab):
     study = tiny_study(lab, probe=yaml.safe_load(TINY.read_text())["probe"] | PLACES)
-    images = dataset.open_images(study)
+    images = open_images(study)
     cell = study.probed_cells()[0]
-    return study, images, cell, probing.probe_cell(study, images, cell)
+    return study, images, cell, probe.probe_cell(study, images, cell)
 
 
 def test_probes_of_layers_and_of_other_data_stand_in_rows_of_their_own(probed):
@@ -105,30 +111,30 @@ def test_probes_of_layers_and_of_other_data_stand_in_rows_of_their_own(probed):
     shape = ["effective_rank", "alignment", "uniformity", "weights_sha256"]
     assert (table.groupby(["seed", "step", "on", "layer"])[shape].nunique() == 1).all(axis=None)
     last = study.cells()[0]
-    evidence = distilling.open_student(study, last, 0)["checkpoints"]["last"]
+    evidence = open_student(study, last, 0)["checkpoints"]["last"]
     rows = students[(students["seed"] == 0) & (students["step"] == 60)]
     assert set(rows["weights_sha256"]) == {evidence["weights_sha256"]}
 
 
 def test_the_tripwires_judge_the_study_s_own_data_and_the_last_layer(probed):
     _, images, _, table = _probed(probed)
-    before = probing._probe_evidence(table, images)
+    before = probe._probe_evidence(table, images)
     elsewhere = (table["on"] != "own") | (table["layer"] != "features")
     table.loc[elsewhere, ["accuracy", "rank_ratio"]] = 0.0
-    assert probing._probe_evidence(table, images) == before
+    assert probe._probe_evidence(table, images) == before
     table.loc[~elsewhere, "accuracy"] = 0.0
-    assert probing._probe_evidence(table, images) != before
+    assert probe._probe_evidence(table, images) != before
 
 
 def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probed, monkeypatch):
     study, images, _, table = _probed(probed)
-    seen, probe_network = [], probing._probe_network
-    monkeypatch.setattr(probing, "made_teacher", None)  # its rows are there
+    seen, probe_network = [], probe._probe_network
+    monkeypatch.setattr(probe, "made_teacher", None)  # its rows are there
     monkeypatch.setattr(
-        probing, "_probe_network", lambda *given: seen.append(given[3]) or probe_network(*given)
+        probe, "_probe_network", lambda *given: seen.append(given[3]) or probe_network(*given)
     )
     other = study.probed_cells()[1]
-    again = probing.probe_cell(study, images, other)
+    again = probe.probe_cell(study, images, other)
     assert len(seen) == 2 * 2 * 2  # seeds, steps after 0, data
     at_start = [t[t["step"] == 0]["weights_sha256"].unique().tolist() for t in (table, again)]
     assert at_start[0] == at_start[1]
@@ -136,10 +142,10 @@ def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probe
     columns = ["on", "probe", "accuracy", "effective_rank"]
     rows = [t[t["strategy"] == "teacher"][columns].reset_index(drop=True) for t in (table, again)]
     pd.testing.assert_frame_equal(*rows)
-    whole = compiling.with_untrained(pd.concat([table, again], ignore_index=True))
+    whole = with_untrained(pd.concat([table, again], ignore_index=True))
     assert (whole["strategy"] == "teacher").sum() == 8
     assert (whole["strategy"] == "untrained").sum() == 2 * 2 * 2 * 4  # seeds, data, layers, probes
-    assert "places" in drawing.draw_comparison(study, compiling.compile_tables(study))
+    assert "places" in draw_comparison(study, compile_tables(study))
 
 
 def test_seeds_that_stop_early_are_each_judged_at_their_last_step(probed):
@@ -147,36 +153,36 @@ def test_seeds_that_stop_early_are_each_judged_at_their_last_step(probed):
     first = (table["seed"] == 0) & (table["step"] == 60)
     table.loc[first, "step"] = 50  # it stopped there, and collapsed
     table.loc[first, ["accuracy", "rank_ratio"]] = 0.01
-    evidence = probing._probe_evidence(table, images)
+    evidence = probe._probe_evidence(table, images)
     assert evidence["collapse"]["ratio"] == 0.01
     assert evidence["floor"]["trained"] < 0.6
 
 
 def test_the_teacher_is_probed_again_when_its_outputs_are_others(probed, monkeypatch):
     study, images, cell, _ = _probed(probed)
-    pair = probing._teacher_pair(study, images, teaching.open_teacher(study))
-    monkeypatch.setattr(probing, "_probe_pair", lambda *_: iter([{"accuracy": 0.5}]))
-    rows = list(probing._probe_teacher(study, images, cell, pair, {"train": "new"}, {}, "cpu"))
+    pair = probe._teacher_pair(study, images, open_teacher(study))
+    monkeypatch.setattr(probe, "_probe_pair", lambda *_: iter([{"accuracy": 0.5}]))
+    rows = list(probe._probe_teacher(study, images, cell, pair, {"train": "new"}, {}, "cpu"))
     assert rows[0]["accuracy"] == 0.5
 
 
 def test_features_of_the_same_weights_give_the_same_bytes_again(probed):
     study, images, cell, _ = _probed(probed)
-    folder = probing.probe_folder(study, cell)
+    folder = probe.probe_folder(study, cell)
     before = (folder / "probes.parquet").read_bytes()
     (folder / "evidence.json").unlink()
-    probing.probe_cell(study, images, cell)
+    probe.probe_cell(study, images, cell)
     assert (folder / "probes.parquet").read_bytes() == before
 
 
 def test_a_weight_file_from_outside_is_probed_as_a_checkpoint_of_the_study_is(probed):
     study, images, cell, table = _probed(probed)
-    evidence = distilling.open_student(study, cell, 0)
-    path = distilling.student_folder(study, cell, 0) / evidence["checkpoints"]["last"]["file"]
-    found = probing.probe_weights(study, images, study.students["tiny"].model, path)
+    evidence = open_student(study, cell, 0)
+    path = student_folder(study, cell, 0) / evidence["checkpoints"]["last"]["file"]
+    found = probe.probe_weights(study, images, study.students["tiny"].model, path)
     kept = table[(table["seed"] == 0) & (table["step"] == 60)].reset_index(drop=True)
     same = [c for c in found.columns if c != "cka_teacher"]
     pd.testing.assert_frame_equal(found[same], kept[same])
-    told = probing.told(found)
+    told = probe.told(found)
     assert f"{100 * found['accuracy'].iloc[0]:.2f}" in told
     assert "| large | stage1 | 8 |" in told

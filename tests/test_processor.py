@@ -10,8 +10,8 @@ import torch
 import yaml
 from tiny import TINY, tiny_study
 
-from kdlib import processor
-from kdlib.params import StudyError
+from kdlib.repro import processor
+from kdlib.study.study import StudyError
 
 HELD = processor.KERNELS | processor.LIBRARIES
 has_avx2 = pytest.mark.skipif(

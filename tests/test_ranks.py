@@ -1,4 +1,4 @@
-"""`kdlib.ranks`: two processes train what one does, and fail as one."""
+"""`kdlib.trainer.distributed`: two processes train what one does, and fail as one."""
 
 import json
 import os
@@ -11,8 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib import ranks
-from kdlib.ranks import Ranks, distributed, gathered, joined, launch, summed_loss, synchronised
+from kdlib.trainer.distributed import (
+    Ranks,
+    SyncedBatchNorm,
+    distributed,
+    gathered,
+    joined,
+    launch,
+    summed_loss,
+    synchronised,
+    wait,
+)
 
 SCRIPT = """
 import json, sys
@@ -131,7 +140,7 @@ def test_alone_nothing_changes_and_nothing_is_joined():
         assert distributed(network, one) is network
         assert gathered(rows, one) is rows
         assert summed_loss(rows.sum(), one).item() == rows.sum().item()
-        ranks.wait(one)
+        wait(one)
     assert not torch.distributed.is_initialized()
 
 
@@ -140,5 +149,5 @@ def test_batchnorm_keeps_its_names_and_parameters_when_synchronised():
     before = {k: v.data_ptr() for k, v in network.state_dict().items()}
     synchronised(network, Ranks(0, 2))
     assert {k: v.data_ptr() for k, v in network.state_dict().items()} == before
-    assert isinstance(network[1], ranks.SyncedBatchNorm)
+    assert isinstance(network[1], SyncedBatchNorm)
     assert isinstance(network[1], nn.BatchNorm2d)

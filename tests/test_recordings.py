@@ -6,8 +6,14 @@ import pytest
 import yaml
 from tiny import TINY
 
-from kdlib import cartography, dataset, params, recordings, scorecard
 from kdlib.__main__ import main
+from kdlib.cartography.scores import aum
+from kdlib.steps import recordings
+from kdlib.steps.cache import cache_images
+from kdlib.steps.figures import draw_noise, draw_scores, redraw_scores
+from kdlib.steps.noise import describe_noise, noise_tables
+from kdlib.steps.scores import describe_scores, finish, recorded_scores, score_tables
+from kdlib.study.study import Study, StudyError, load_study
 
 MORE = {
     "base": str(TINY),
@@ -33,8 +39,8 @@ def made(tmp_path_factory):
         patch.setenv("KDLIB_HOME", str(home))
         (home / "params").mkdir()
         (home / "params" / "wrong.yaml").write_text(yaml.safe_dump(MORE))
-        study = params.load_study("params/wrong.yaml")
-        images = dataset.cache_images(study)
+        study = load_study("params/wrong.yaml")
+        images = cache_images(study)
         evidences = recordings.record_all(study, images)
     return home, study, images, evidences
 
@@ -50,7 +56,7 @@ def test_labels_were_replaced_and_the_source_s_own_are_beside_them(study, made):
     labels, own = (images.train.read(c, images.train_ids) for c in ("labels", "original_labels"))
     assert abs((labels != own).mean() - 0.3) < 0.05  # 1,100 draws: s.d. 0.014
     assert "original_labels" not in images.test.header["columns"]
-    plain = params.load_study(TINY)
+    plain = load_study(TINY)
     assert plain.cache != study.cache
 
 
@@ -93,50 +99,50 @@ def test_threshold_samples_are_two_disjoint_draws_of_one_more_class(study, made)
 
 
 def test_gradients_are_those_of_the_first_model_s_seeds(study, made):
-    scores = scorecard.recorded_scores(study, made[2])
+    scores = recorded_scores(study, made[2])
     assert {"grand", "grand_last"} <= set(scores["tiny"][0])
     assert "grand" not in scores["wide"][0]
     assert not np.allclose(scores["tiny"][0]["grand"], scores["tiny"][3]["grand"])
 
 
 def test_wrong_labels_are_found_better_than_by_chance(study, made):
-    tables = scorecard.noise_tables(study, made[2])
+    tables = noise_tables(study, made[2])
     found = tables["detectors"].set_index("detector")
     assert {"aum", "loss", "grand", "cleanlab", "held-out loss"} <= set(found.index)
     assert found.loc["aum", "auroc"] > 0.75
     assert found.loc["held-out loss", "auroc"] > 0.75
     assert found.loc["aum", "n_runs"] == 2
     assert set(tables["rules"]["rule"]) == {"cleanlab: label issues", "AUM below threshold samples"}
-    told = scorecard.describe_noise(study, tables)
+    told = describe_noise(study, tables)
     assert f"{tables['labels']['wrong'][0]:,} of 1,100" in told
-    drawn = scorecard.draw_noise(study, made[2], tables)
+    drawn = draw_noise(study, made[2], tables)
     assert all(path.stat().st_size > 10_000 for path in drawn.values())
 
 
 def test_scores_agree_with_themselves_and_the_text_says_how_far(study, made):
-    tables = scorecard.score_tables(study, made[2])
+    tables = score_tables(study, made[2])
     matrix = tables["correlations"]
     assert np.allclose(np.diag(matrix)[~matrix.isna().all().to_numpy()], 1)
     assert matrix.loc["aum", "aum_softmax"] > 0.8
     # of two runs there is one pair
     runs = tables["runs"].set_index(["model", "score"])
     log = [recordings.open_log(study, made[2], "tiny", f"seed={s}") for s in (0, 3)]
-    aums = [cartography.aum(x["margin"]) for x in log]
+    aums = [aum(x["margin"]) for x in log]
     expected = pd.Series(aums[0]).corr(pd.Series(aums[1]), method="spearman")
     assert runs.loc[("tiny", "aum"), "correlation"] == pytest.approx(expected)
-    assert "| aum |" in scorecard.describe_scores(study, tables)
-    drawn = scorecard.draw_scores(study, made[2], tables)
-    assert scorecard.redraw(study, made[2]) == {}  # neither notebook has finished
-    scorecard.finish(study, "scores", tables)
-    scorecard.finish(study, "noise", scorecard.noise_tables(study, made[2]))
+    assert "| aum |" in describe_scores(study, tables)
+    drawn = draw_scores(study, made[2], tables)
+    assert redraw_scores(study, made[2]) == {}  # neither notebook has finished
+    finish(study, "scores", tables)
+    finish(study, "noise", noise_tables(study, made[2]))
     assert set(drawn) == {"same_name", "stability", "map_against"}
     before = {path: path.read_bytes() for path in drawn.values()}
-    assert set(scorecard.redraw(study, made[2])) == {*drawn, "detectors", "suspects"}
+    assert set(redraw_scores(study, made[2])) == {*drawn, "detectors", "suspects"}
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 def test_a_recording_the_study_does_not_ask_for_is_refused(study, made, capsys):
-    with pytest.raises(params.StudyError, match=r"no recording tiny/seed=9 .* tiny/seed=0"):
+    with pytest.raises(StudyError, match=r"no recording tiny/seed=9 .* tiny/seed=0"):
         recordings.record(study, made[2], "tiny", "seed=9")
     path = made[0] / "params" / "wrong.yaml"
     with pytest.MonkeyPatch.context() as patch:
@@ -154,7 +160,7 @@ def test_changed_gradients_are_refused(study, made):
     try:
         path.write_bytes(other.read_bytes())
         with pytest.raises(ValueError, match="differs from its evidence"):
-            scorecard.recorded_scores(study, made[2])
+            recorded_scores(study, made[2])
     finally:
         path.write_bytes(content)
 
@@ -178,17 +184,17 @@ def test_recordings_made_before_the_study_was_changed_are_not_read(study, made):
     changed = study.model_copy(update={"recordings": asked})
     dynamics = study.dynamics.model_copy(update={"observed": "eval"})
     with pytest.raises(ValueError, match=r"observed: .*train.* -> .*eval"):
-        scorecard.score_tables(study.model_copy(update={"dynamics": dynamics}), made[2])
-    for read in (scorecard.score_tables, recordings.open_held_out):
+        score_tables(study.model_copy(update={"dynamics": dynamics}), made[2])
+    for read in (score_tables, recordings.open_held_out):
         with pytest.raises(ValueError, match=r"lr_peak: 0\.1 -> 0\.2"):
             read(changed, made[2])
 
 
 def test_a_study_that_asks_for_nothing_or_has_the_source_s_labels_says_so(home):
     content = yaml.safe_load(TINY.read_text())
-    plain = params.Study.model_validate({"name": "plain", **content})
-    with pytest.raises(params.StudyError, match="those of its source"):
-        scorecard.noise_tables(plain, None)
+    plain = Study.model_validate({"name": "plain", **content})
+    with pytest.raises(StudyError, match="those of its source"):
+        noise_tables(plain, None)
     content.pop("recordings")
-    with pytest.raises(params.StudyError, match="asks for no further recordings"):
-        recordings.record_all(params.Study.model_validate({"name": "plain", **content}), None)
+    with pytest.raises(StudyError, match="asks for no further recordings"):
+        recordings.record_all(Study.model_validate({"name": "plain", **content}), None)

@@ -6,27 +6,26 @@ import shutil
 import pytest
 from tiny import forge, tiny_study
 
-from kdlib import (
-    checks,
-    compiling,
-    distilling,
-    report,
-    runs,
-)
-from kdlib.params import load_study
+from kdlib.compare.report import ledger_text
+from kdlib.compare.report import summary as report_summary
+from kdlib.repro import checks
+from kdlib.repro.run import read_evidence
+from kdlib.steps.compare import compile_tables, results
+from kdlib.steps.distill import student_folder
+from kdlib.study.study import load_study
 
 
 def test_no_row_left_is_no_comparison(lab):
     study = tiny_study(lab)
     shutil.rmtree(study.runs / "distill")
     with pytest.raises(checks.TripwireError, match="every row is refused"):
-        compiling.compile_tables(study)
+        compile_tables(study)
 
 
 def test_every_row_says_the_command_that_makes_its_cell_again(lab):
     study = tiny_study(lab)
-    tables = compiling.compile_tables(study)
-    summary = report.summary(study, tables)
+    tables = compile_tables(study)
+    summary = report_summary(study, tables)
     assert "These runs were made on cpu (" in summary
     assert "The same kind of processor gives the same bytes" in summary
     for other, told in (
@@ -35,7 +34,7 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
     ):
         compute = study.compute.model_copy(update=other)
         asked = study.model_copy(update={"compute": compute})
-        assert told in report.summary(asked, tables)
+        assert told in report_summary(asked, tables)
     for name in ("results", "strategies", "objectives"):
         for row in tables[name].to_dict("records"):
             program, notebook, _, *options = shlex.split(row["command"])
@@ -50,16 +49,16 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
 
 def test_the_ledger_charges_what_the_study_recorded(lab):
     study = tiny_study(lab)
-    tables = compiling.compile_tables(study)
+    tables = compile_tables(study)
     spent = tables["costs"].set_index("what")["wall_s"]
-    evidence = runs.read_evidence(study.runs / "teacher")
+    evidence = read_evidence(study.runs / "teacher")
     assert spent["teacher"] == evidence["made"]["wall_s"]
     table = tables["ledger"].set_index(["strategy", "objective"])["selection_s"]
     assert table["random"].tolist() == [0, 0]
     assert table["easy", "kd"] == pytest.approx(spent["datamap"])
     # without a teacher its training was for the map alone
     assert table["easy", "plain"] == pytest.approx(spent["datamap"] + spent["teacher"])
-    text = report.ledger_text(study, tables)
+    text = ledger_text(study, tables)
     assert f"| teacher | {spent['teacher']:.3g} | 86 |" in text
 
 
@@ -67,10 +66,10 @@ def test_a_best_epoch_chosen_on_images_the_teacher_has_learnt_from_is_not_report
     study = tiny_study(lab)
     for cell in study.cells():
         for seed in study.seeds:
-            folder = distilling.student_folder(study, cell, seed)
+            folder = student_folder(study, cell, seed)
             if cell.objective == "kd":
                 forge(folder, lambda e: e["selection"].update(teacher_overlap=197))
-    table = compiling.results(study)
+    table = results(study)
     assert not table["refused"].any()
     assert table.groupby("objective")["test_accuracy_best"].count().to_dict() == {
         "kd": 0, "plain": 6,

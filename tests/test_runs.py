@@ -5,8 +5,9 @@ import json
 import pandas as pd
 import pytest
 
-from kdlib import files, runs
-from kdlib.params import load_study
+from kdlib.repro import files
+from kdlib.repro.run import failed_logs, failed_notebooks, open_run, read_evidence, read_metrics
+from kdlib.study.study import load_study
 
 
 @pytest.fixture
@@ -17,17 +18,17 @@ def study(monkeypatch, tmp_path):
 
 
 def _finish(study, settings, content="first"):
-    with runs.open_run(study, study.runs / "teacher", settings) as run:
+    with open_run(study, study.runs / "teacher", settings) as run:
         files.write_json(run.folder / "result.json", content)
         return run.finish({"step": "teacher"})
 
 
 def test_a_run_is_finished_when_its_evidence_is_there_and_not_before(study):
-    with runs.open_run(study, study.runs / "teacher", {"lr": 1}) as run:
+    with open_run(study, study.runs / "teacher", {"lr": 1}) as run:
         assert not run.finished
         run.finish({"step": "teacher"})
         assert run.finished
-    assert runs.read_evidence(study.runs / "teacher")["step"] == "teacher"
+    assert read_evidence(study.runs / "teacher")["step"] == "teacher"
 
 
 def test_evidence_names_its_circumstances(study):
@@ -40,7 +41,7 @@ def test_evidence_names_its_circumstances(study):
 
 def test_other_settings_move_the_old_run_aside_and_print_the_difference(study, capsys):
     _finish(study, {"training": {"lr": 1}})
-    with runs.open_run(study, study.runs / "teacher", {"training": {"lr": 2}}) as run:
+    with open_run(study, study.runs / "teacher", {"training": {"lr": 2}}) as run:
         assert not run.finished
         assert not (run.folder / "result.json").exists()
     assert "training.lr: 1 -> 2" in capsys.readouterr().out
@@ -58,26 +59,26 @@ def test_nothing_in_the_archive_is_overwritten_when_settings_go_back_and_forth(s
 def test_evidence_of_other_settings_does_not_finish_a_run(study):
     _finish(study, {"lr": 1})
     evidence = (study.runs / "teacher" / "evidence.json").read_bytes()
-    with runs.open_run(study, study.runs / "teacher", {"lr": 2}) as run:
+    with open_run(study, study.runs / "teacher", {"lr": 2}) as run:
         # a pipeline engine that restores the outputs of a failed job puts the old file back
         (run.folder / "evidence.json").write_bytes(evidence)
         assert not run.finished
     with pytest.raises(ValueError, match="belongs to other settings"):
-        runs.read_evidence(study.runs / "teacher")
+        read_evidence(study.runs / "teacher")
 
 
 def test_a_missing_foreign_or_cut_evidence_says_so(study):
     with pytest.raises(FileNotFoundError, match="holds no finished run; run the notebook"):
-        runs.read_evidence(study.runs / "teacher")
+        read_evidence(study.runs / "teacher")
     _finish(study, {"lr": 1})
     path = study.runs / "teacher" / "evidence.json"
     whole = path.read_text()
     path.write_text(json.dumps(json.loads(whole) | {"format": 9}))
     with pytest.raises(ValueError, match="has format 9; expected 2"):
-        runs.read_evidence(study.runs / "teacher")
+        read_evidence(study.runs / "teacher")
     path.write_text(whole[:40])
     with pytest.raises(ValueError, match="not valid JSON"):
-        runs.read_evidence(study.runs / "teacher")
+        read_evidence(study.runs / "teacher")
 
 
 def test_failed_notebooks_are_listed_with_their_error(study):
@@ -90,7 +91,7 @@ def test_failed_notebooks_are_listed_with_their_error(study):
     files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
     (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
     (study.runs / "a" / "empty.ipynb").touch()
-    bad, cut, empty = runs.failed_notebooks(study)
+    bad, cut, empty = failed_notebooks(study)
     assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
     assert cut[0].name == "cut.ipynb"
     assert empty[1].startswith("did not start")
@@ -105,7 +106,7 @@ def test_logs_of_what_is_not_finished_are_listed_with_their_last_line(study):
     teacher = study.runs / "teachers" / "small.log"
     teacher.parent.mkdir()
     teacher.write_text("RuntimeError: neither\n")
-    assert runs.failed_logs(study) == [
+    assert failed_logs(study) == [
         (folder / "seed=1.log", "ValueError: no"), (teacher, "RuntimeError: neither"),
     ]  # fmt: skip
 
@@ -118,14 +119,14 @@ def test_evidence_that_was_changed_is_refused_by_reader_and_step(study):
     for change in ({"measured": 0.9}, {"seal": "0" * 64}, {"settings_sha256": "0" * 64}):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(ValueError, match=r"evidence\.json was changed .*delete it and run"):
-            runs.read_evidence(folder)
+            read_evidence(folder)
         with (
-            runs.open_run(study, folder, {"lr": 1}) as run,
+            open_run(study, folder, {"lr": 1}) as run,
             pytest.raises(ValueError, match="was changed after it was written"),
         ):
             assert run.finished
     path.write_text(json.dumps(whole))
-    assert runs.read_evidence(folder) == whole
+    assert read_evidence(folder) == whole
 
 
 def test_evidence_from_before_the_seal_is_read(study):
@@ -134,7 +135,7 @@ def test_evidence_from_before_the_seal_is_read(study):
     old = json.loads(path.read_text()) | {"format": 1}
     del old["seal"]
     path.write_text(json.dumps(old))
-    assert runs.read_evidence(path.parent) == old
+    assert read_evidence(path.parent) == old
 
 
 def test_metrics_that_were_changed_are_refused(study):
@@ -142,13 +143,13 @@ def test_metrics_that_were_changed_are_refused(study):
     path = folder / "metrics.parquet"
     table = pd.DataFrame({"step": [1, 2], "train_loss": [0.5, 0.25]})
     settings = {"own": {"lr": 1}}
-    with runs.open_run(study, folder, settings) as run:
+    with open_run(study, folder, settings) as run:
         table.to_parquet(path)
         run.finish({"step": "teacher", "metrics_sha256": files.sha256_file(path)})
-    pd.testing.assert_frame_equal(runs.read_metrics(folder), table)
+    pd.testing.assert_frame_equal(read_metrics(folder), table)
     table.assign(train_loss=0.1).to_parquet(path)
     with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
-        runs.read_metrics(folder)
+        read_metrics(folder)
     path.unlink()
     with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
-        runs.read_metrics(folder)
+        read_metrics(folder)

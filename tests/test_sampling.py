@@ -1,4 +1,4 @@
-"""`kdlib.sampling`: what is planned is what is seen, whatever the order of asking."""
+"""`kdlib.dataset.plan`: what is planned is what is seen, whatever the order of asking."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.sampling import CUT, ORDERS, Plan, fixed_shards, shards_in_fraction, split_ids
+from kdlib.dataset.plan import CUT, ORDERS, Plan, fixed_shards, shards_in_fraction, split_ids
 
 SIZES = {"n": st.integers(1, 40), "batch_size": st.integers(1, 50), "seed": st.integers(0, 99)}
 

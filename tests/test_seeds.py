@@ -1,4 +1,4 @@
-"""`kdlib.seeds`: every purpose has its own stream, and nobody else's stream moves."""
+"""`kdlib.repro.seeds`: every purpose has its own stream, and nobody else's stream moves."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.seeds import PURPOSES, derive, generator, torch_seeded
+from kdlib.repro.seeds import PURPOSES, derive, generator, torch_seeded
 
 
 def test_purposes_seeds_and_parts_never_share_a_derived_seed():

@@ -11,16 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import params
-from kdlib import selection as s
-from kdlib.cartography import write_parquet
+from kdlib.cartography.scores import write_parquet
+from kdlib.cartography.selection import select, tie_break
+from kdlib.cartography.subset import Subset
+from kdlib.dataset.plan import budget
+from kdlib.study.study import SCORES, SELECTIONS, Selection
 
 
 def table_of(n, seed=0, ties=True):
     """A datamap whose scores take few values, so that nearly every cut goes through a tie."""
     rng = np.random.default_rng(seed)
     ids = rng.choice(10 * n + 1, n, replace=False)
-    columns = {name: rng.random(n) for name in params.SCORES}
+    columns = {name: rng.random(n) for name in SCORES}
     if ties:
         columns = {name: np.round(values, 1) for name, values in columns.items()}
     columns["label"] = rng.integers(0, 3, n)
@@ -56,7 +58,7 @@ SMALL = pd.DataFrame(
 )
 def test_strategies_take_examples_in_the_order_worked_by_hand(strategy, order):
     for n in range(5):
-        assert s.select(SMALL, n, strategy, seed=0).tolist() == sorted(order[:n])
+        assert select(SMALL, n, strategy, seed=0).tolist() == sorted(order[:n])
 
 
 @pytest.mark.parametrize(
@@ -69,12 +71,12 @@ def test_region_strategies_take_the_nearest_to_their_pole(strategy, pole):
         i: math.dist((row.variability, row.confidence), pole) for i, row in table.iterrows()
     }
     nearest = sorted(distance, key=distance.get)[:60]
-    assert s.select(table, 60, strategy, seed=0).tolist() == sorted(nearest)
+    assert select(table, 60, strategy, seed=0).tolist() == sorted(nearest)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    strategy=st.sampled_from(params.SELECTIONS),
+    strategy=st.sampled_from(SELECTIONS),
     n_examples=st.integers(1, 40),
     share=st.sampled_from(["0", "1/N", "third", "N-1", "1"]),
     seed=st.integers(0, 1000),
@@ -90,8 +92,8 @@ def test_every_strategy_returns_exactly_its_budget_of_distinct_ids(
         "1": 1.0,
     }[share]
     table = table_of(n_examples, seed)
-    n = n_examples if strategy == "full" else s.budget(n_examples, fraction)
-    chosen = s.select(table, n, strategy, seed, features_of(table))
+    n = n_examples if strategy == "full" else budget(n_examples, fraction)
+    chosen = select(table, n, strategy, seed, features_of(table))
     assert chosen.dtype == np.int64
     assert len(chosen) == n
     assert (np.diff(chosen) > 0).all()
@@ -100,34 +102,34 @@ def test_every_strategy_returns_exactly_its_budget_of_distinct_ids(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    strategy=st.sampled_from([name for name in params.SELECTIONS if name != "full"]),
+    strategy=st.sampled_from([name for name in SELECTIONS if name != "full"]),
     n=st.integers(0, 30),
     seed=st.integers(0, 1000),
 )
 def test_permuting_the_data_set_permutes_the_selection(strategy, n, seed):
     table = table_of(30, seed)
     order = np.random.default_rng(seed + 1).permutation(30)
-    chosen = s.select(table, n, strategy, seed, features_of(table))
+    chosen = select(table, n, strategy, seed, features_of(table))
     # The rows in another order: the same ids are chosen.
-    again = s.select(table.iloc[order], n, strategy, seed, features_of(table.iloc[order]))
+    again = select(table.iloc[order], n, strategy, seed, features_of(table.iloc[order]))
     np.testing.assert_array_equal(again, chosen)
     # Other examples appended: a tie between two examples is decided as before.
     both = table.index[:2]
-    alone = s.select(table.assign(aum=0.0).loc[both], 1, "aum_top", seed)
+    alone = select(table.assign(aum=0.0).loc[both], 1, "aum_top", seed)
     others = table.index.difference(both)
     crowd = table.assign(aum=np.where(table.index.isin(others), -1.0, 0.0))
-    np.testing.assert_array_equal(s.select(crowd, 1, "aum_top", seed), alone)
+    np.testing.assert_array_equal(select(crowd, 1, "aum_top", seed), alone)
 
 
 RULES = [
-    params.Selection(kind="mixture", shares={"easy": 0.5, "hard": 0.3, "aum_top": 0.2}),
-    params.Selection(kind="mixture", shares={"easy": 1.0}, balanced=True),
-    params.Selection(kind="ccs", score="loss", cutoff=0.3, n_strata=5),
-    params.Selection(kind="ccs", balanced=True),
-    params.Selection(kind="d2", score="aum", neighbours=3, gamma_forward=0.5, gamma_reverse=0.0),
-    params.Selection(kind="herding", balanced=True),
-    params.Selection(kind="dual_beta", concentration=5.0, exponent=2.0, balanced=True),
-    params.Selection(kind="hard", balanced=True),
+    Selection(kind="mixture", shares={"easy": 0.5, "hard": 0.3, "aum_top": 0.2}),
+    Selection(kind="mixture", shares={"easy": 1.0}, balanced=True),
+    Selection(kind="ccs", score="loss", cutoff=0.3, n_strata=5),
+    Selection(kind="ccs", balanced=True),
+    Selection(kind="d2", score="aum", neighbours=3, gamma_forward=0.5, gamma_reverse=0.0),
+    Selection(kind="herding", balanced=True),
+    Selection(kind="dual_beta", concentration=5.0, exponent=2.0, balanced=True),
+    Selection(kind="hard", balanced=True),
 ]
 
 
@@ -137,13 +139,13 @@ def test_a_rule_returns_exactly_its_budget_whatever_the_order_of_rows(rule, n, s
     table = table_of(30, seed)
     if rule.cutoff == 0.3 and n > 21:  # nine of thirty are cut off
         with pytest.raises(ValueError, match="cutoff"):
-            s.select(table, n, rule, seed)
+            select(table, n, rule, seed)
         return
-    chosen = s.select(table, n, rule, seed, features_of(table))
+    chosen = select(table, n, rule, seed, features_of(table))
     assert len(np.unique(chosen)) == len(chosen) == n
     assert set(chosen) <= set(table.index)
     other = table.iloc[::-1]
-    np.testing.assert_array_equal(s.select(other, n, rule, seed, features_of(other)), chosen)
+    np.testing.assert_array_equal(select(other, n, rule, seed, features_of(other)), chosen)
     if rule.balanced:
         sizes = table["label"].value_counts()
         taken = table.loc[chosen, "label"].value_counts().reindex(sizes.index, fill_value=0)
@@ -154,14 +156,14 @@ def test_a_rule_returns_exactly_its_budget_whatever_the_order_of_rows(rule, n, s
 def test_a_mixture_takes_its_shares_though_its_regions_overlap():
     # easy: 1 4 2 3; ambiguous: 2 4 3 1. Of two each, in turns: easy 1, ambiguous 2, easy 4, then
     # ambiguous the next that is free, 3.
-    rule = params.Selection(kind="mixture", shares={"easy": 0.5, "ambiguous": 0.5})
-    assert s.select(SMALL, 2, rule, seed=0).tolist() == [1, 2]
-    assert s.select(SMALL, 3, rule, seed=0).tolist() == [1, 2, 4]
+    rule = Selection(kind="mixture", shares={"easy": 0.5, "ambiguous": 0.5})
+    assert select(SMALL, 2, rule, seed=0).tolist() == [1, 2]
+    assert select(SMALL, 3, rule, seed=0).tolist() == [1, 2, 4]
 
 
 def test_moderate_takes_the_middle_of_the_distances_to_the_class():
     table = SMALL.assign(class_distance=[0.9, 0.2, 0.5, 0.1])  # in order: 4 2 3 1
-    assert s.select(table, 2, "moderate", seed=0).tolist() == [2, 3]
+    assert select(table, 2, "moderate", seed=0).tolist() == [2, 3]
 
 
 @pytest.mark.parametrize(
@@ -177,17 +179,17 @@ def test_moderate_takes_the_middle_of_the_distances_to_the_class():
 )
 def test_a_rule_without_what_it_looks_at_says_so(strategy, columns, message):
     with pytest.raises(ValueError, match=message):
-        s.select(table_of(9).drop(columns=columns), 3, strategy, 0)
+        select(table_of(9).drop(columns=columns), 3, strategy, 0)
 
 
 def test_features_must_be_one_row_for_each_example():
     with pytest.raises(ValueError, match="8 rows of features for 9 examples"):
-        s.select(table_of(9), 3, "herding", 0, np.zeros((8, 2)))
+        select(table_of(9), 3, "herding", 0, np.zeros((8, 2)))
 
 
 def test_ties_depend_on_the_seed_and_not_on_the_position():
     table = table_of(200).assign(aum=0.0)
-    chosen = {seed: s.select(table, 100, "aum_top", seed) for seed in range(20)}
+    chosen = {seed: select(table, 100, "aum_top", seed) for seed in range(20)}
     assert all(not np.array_equal(chosen[0], chosen[seed]) for seed in range(1, 20))
     position = table.index.get_indexer(np.concatenate(list(chosen.values())))
     # 20 samples of 100 from the positions 0..199 without replacement: mean 99.5, standard error
@@ -200,7 +202,7 @@ def test_random_is_uniform_and_seeds_are_unrelated():
     counts = pd.Series(0, index=table.index)
     overlaps, previous = [], None
     for seed in range(400):
-        chosen = s.select(table, 30, "random", seed)
+        chosen = select(table, 30, "random", seed)
         counts[chosen] += 1
         if previous is not None:
             overlaps.append(len(np.intersect1d(chosen, previous)))
@@ -215,75 +217,75 @@ def test_random_is_uniform_and_seeds_are_unrelated():
 
 def test_smaller_random_subset_lies_within_a_larger_one():
     table = table_of(50)
-    small, large = (s.select(table, n, "random", 3) for n in (10, 25))
+    small, large = (select(table, n, "random", 3) for n in (10, 25))
     assert set(small) < set(large)
 
 
 def test_tie_break_numbers_are_distinct():
-    numbers = s.tie_break(np.arange(200_000), seed=5)
+    numbers = tie_break(np.arange(200_000), seed=5)
     assert numbers.dtype == np.uint64
     assert len(np.unique(numbers)) == 200_000
 
 
 def test_selection_leaves_the_global_generator_alone():
     before = np.random.get_state()[1].copy()
-    s.select(table_of(20), 5, "random", 0)
+    select(table_of(20), 5, "random", 0)
     np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
 def test_unknown_strategy_names_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'ambiguous'"):
-        s.select(SMALL, 1, "ambigous", 0)
+        select(SMALL, 1, "ambigous", 0)
 
 
 @pytest.mark.parametrize("n", [-1, 5])
 def test_budget_beyond_the_data_set_is_refused(n):
     with pytest.raises(ValueError, match=rf"budget is {n} examples; expected \[0, 4\]"):
-        s.select(SMALL, n, "random", 0)
+        select(SMALL, n, "random", 0)
 
 
 def test_full_with_a_smaller_budget_is_refused():
-    assert s.select(SMALL, 4, "full", 0).tolist() == [1, 2, 3, 4]
+    assert select(SMALL, 4, "full", 0).tolist() == [1, 2, 3, 4]
     with pytest.raises(ValueError, match="all 4 examples"):
-        s.select(SMALL, 3, "full", 0)
+        select(SMALL, 3, "full", 0)
 
 
 def test_scores_that_are_absent_or_nan_are_refused():
     with pytest.raises(ValueError, match=r"'tdds'.*dynamics\.logits"):
-        s.select(SMALL, 1, "tdds_top", 0)
+        select(SMALL, 1, "tdds_top", 0)
     broken = SMALL.assign(variability=[0.0, np.nan, 0.1, 0.2])
     for strategy in ("easy", "hard", "ambiguous", "ambiguous_corner", "variability_bottom"):
         with pytest.raises(ValueError, match=r"variability is NaN .* 1 of 4 .* id 2"):
-            s.select(broken, 1, strategy, 0)
-    assert len(s.select(broken, 2, "random", 0)) == 2
+            select(broken, 1, strategy, 0)
+    assert len(select(broken, 2, "random", 0)) == 2
 
 
 def test_double_or_fractional_ids_are_refused():
     for index in ([1, 1, 2, 3], [0.5, 1.0, 2.0, 3.0]):
         with pytest.raises(ValueError, match="distinct int64"):
-            s.select(SMALL.set_axis(pd.Index(index)), 1, "random", 0)
+            select(SMALL.set_axis(pd.Index(index)), 1, "random", 0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(n_examples=st.integers(1, 10**6), hundredths=st.integers(0, 100))
 def test_budget_rounds_half_up_in_decimals(n_examples, hundredths):
     exact = Fraction(hundredths, 100) * n_examples
-    assert s.budget(n_examples, hundredths / 100) == math.floor(exact + Fraction(1, 2))
-    assert s.budget(n_examples, 1 / n_examples) == 1
-    assert s.budget(n_examples, 1.0) == n_examples
+    assert budget(n_examples, hundredths / 100) == math.floor(exact + Fraction(1, 2))
+    assert budget(n_examples, 1 / n_examples) == 1
+    assert budget(n_examples, 1.0) == n_examples
 
 
 def test_budget_takes_the_fraction_as_it_is_written():
     # As binary floats 0.145 and 0.285 lie below what is written; half an example decides.
-    assert s.budget(100, 0.145) == 15
-    assert s.budget(1000, 0.2855) == 286
-    assert s.budget(200, 0.0025) == 1
+    assert budget(100, 0.145) == 15
+    assert budget(1000, 0.2855) == 286
+    assert budget(200, 0.0025) == 1
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
 def test_budget_of_an_impossible_fraction_is_refused(fraction):
     with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
-        s.budget(10, fraction)
+        budget(10, fraction)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ def subset(ids=(3, 5, 8), **changes):
         "parent": "map0",
         "data_fingerprint": "data0",
     }
-    return s.Subset(np.array(ids, dtype=np.int64), **(fields | changes))
+    return Subset(np.array(ids, dtype=np.int64), **(fields | changes))
 
 
 @pytest.mark.parametrize(("ids", "parent"), [((3, 5, 8), "map0"), ((), "map0"), ((1,), None)])
@@ -305,7 +307,7 @@ def test_subset_returns_from_its_file_below_axis_folders(tmp_path, ids, parent):
     path = tmp_path / "strategy=easy" / "seed=7" / "subset.parquet"
     saved = subset(ids, parent=parent)
     saved.save(path)
-    loaded = s.Subset.load(path, data_fingerprint="data0")
+    loaded = Subset.load(path, data_fingerprint="data0")
     assert loaded.example_ids.tolist() == list(ids)
     assert len(loaded) == len(ids)
     assert loaded.sha256 == saved.sha256
@@ -316,7 +318,7 @@ def test_subset_returns_from_its_file_below_axis_folders(tmp_path, ids, parent):
 def test_same_seed_gives_the_same_hash_and_other_choices_others():
     table = table_of(100)
     hashes = [
-        subset(s.select(table, 33, strategy, seed)).sha256
+        subset(select(table, 33, strategy, seed)).sha256
         for strategy, seed in (("random", 0), ("random", 0), ("random", 1), ("easy", 0))
     ]
     assert hashes[0] == hashes[1]
@@ -350,7 +352,7 @@ def test_another_subset_is_not_written_over_the_first(tmp_path, other, line):
 def test_a_subset_of_another_data_set_is_refused(tmp_path):
     path = subset().save(tmp_path / "subset.parquet")
     with pytest.raises(ValueError, match="data_fingerprint: data0 -> data1"):
-        s.Subset.load(path, data_fingerprint="data1")
+        Subset.load(path, data_fingerprint="data1")
 
 
 def test_cut_and_absent_files_say_what_to_do(tmp_path):
@@ -359,9 +361,9 @@ def test_cut_and_absent_files_say_what_to_do(tmp_path):
     for size in (0, 3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"cut or damaged.*04_distill"):
-            s.Subset.load(path)
+            Subset.load(path)
     with pytest.raises(FileNotFoundError, match="04_distill"):
-        s.Subset.load(tmp_path / "absent.parquet")
+        Subset.load(tmp_path / "absent.parquet")
 
 
 def test_a_flipped_byte_among_the_ids_is_noticed(tmp_path):
@@ -372,7 +374,7 @@ def test_a_flipped_byte_among_the_ids_is_noticed(tmp_path):
         damaged[position] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"damaged|sha256|not a valid subset"):
-            s.Subset.load(path)
+            Subset.load(path)
 
 
 @pytest.mark.parametrize(
@@ -390,7 +392,7 @@ def test_ids_changed_in_the_file_are_refused(tmp_path, ids, message):
     content = json.loads(table.schema.metadata[b"kdlib"])["content"]
     write_parquet(path, pd.DataFrame({"example_id": ids}, dtype=np.int64), content)
     with pytest.raises(ValueError, match=message):
-        s.Subset.load(path)
+        Subset.load(path)
 
 
 @pytest.mark.parametrize(

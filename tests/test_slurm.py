@@ -14,8 +14,10 @@ import slurm
 import yaml
 from test_pipeline import ROOT, _results
 
-from kdlib import dataset, mapping, teaching
-from kdlib.params import load_study
+from kdlib.steps.cache import cache_images
+from kdlib.steps.datamap import make_datamap
+from kdlib.steps.teacher import make_teacher
+from kdlib.study.study import load_study
 
 pytestmark = pytest.mark.skipif(
     bool(slurm.missing()),
@@ -45,9 +47,9 @@ def start(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         study = load_study("params/sweep.yaml")
-        images = dataset.cache_images(study)
-        teaching.make_teacher(study, images)
-        mapping.make_datamap(study, images)
+        images = cache_images(study)
+        make_teacher(study, images)
+        make_datamap(study, images)
     return home
 
 

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from kdlib import sql
+from kdlib.compare.sql import query as sql_query
 
 duckdb = pytest.importorskip("duckdb")
 
@@ -35,7 +35,7 @@ def test_finished_runs_are_seen_with_the_axes_of_their_folders(odd):
     run(odd, "other", 0, 0.9)
     run(odd, "other", 1, 0.1, finished=False)
     run(odd / "runs" / "other" / "archive" / "abc", "other", 2, 0.1)
-    found = sql.query("SELECT * FROM metrics WHERE step = 20 ORDER BY study, seed")
+    found = sql_query("SELECT * FROM metrics WHERE step = 20 ORDER BY study, seed")
     assert found["study"].tolist() == ["other", "st.u-dy", "st.u-dy"]
     assert found["validation_accuracy"].tolist() == [0.9, 0.5, 0.7]
     assert found["fraction"].tolist() == [0.33, 0.33, 1.0]
@@ -50,8 +50,8 @@ def test_finished_runs_are_seen_with_the_axes_of_their_folders(odd):
 def test_values_are_parameters_and_end_no_string(odd):
     run(odd, "study", 0, 0.5)
     query = "SELECT count(*) AS n FROM metrics WHERE study = ?"
-    assert sql.query(query, ["study"])["n"].item() == 2
-    assert sql.query(query, ["x' OR 'a' = 'a"])["n"].item() == 0
+    assert sql_query(query, ["study"])["n"].item() == 2
+    assert sql_query(query, ["x' OR 'a' = 'a"])["n"].item() == 0
 
 
 def test_committed_tables_of_all_studies_are_one_view(odd):
@@ -59,8 +59,8 @@ def test_committed_tables_of_all_studies_are_one_view(odd):
         folder = odd / "figures" / study / "tables"
         folder.mkdir(parents=True)
         pd.DataFrame(columns).to_parquet(folder / "results.parquet")
-    found = sql.query("SELECT study, x, y FROM results ORDER BY study")
+    found = sql_query("SELECT study, x, y FROM results ORDER BY study")
     assert found["study"].tolist() == ["a", "b"]
     assert found["y"].isna().tolist() == [True, False]
     with pytest.raises(duckdb.Error, match="metrics"):
-        sql.query("SELECT * FROM metrics")
+        sql_query("SELECT * FROM metrics")

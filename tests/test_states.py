@@ -1,11 +1,18 @@
-"""`kdlib.states`: whole or not at all, the two newest, and nothing that executes."""
+"""`kdlib.trainer.state`: whole or not at all, the two newest, and nothing that executes."""
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from kdlib import states
-from kdlib.states import StateError, delete_states, read_state, saved_step, write_state
+from kdlib.trainer.state import (
+    BEFORE,
+    NAME,
+    StateError,
+    delete_states,
+    read_state,
+    saved_step,
+    write_state,
+)
 
 SETTINGS = {"own": {"training": {"lr_peak": 0.1, "steps": None}}}
 
@@ -30,9 +37,9 @@ def test_where_nothing_was_saved_there_is_nothing(tmp_path):
 def test_the_two_newest_are_kept(tmp_path):
     for step in (1, 2, 3):
         put(tmp_path, step)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [states.BEFORE, states.NAME]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [BEFORE, NAME]
     assert read_state(tmp_path, SETTINGS)[1]["step"] == 3
-    (tmp_path / states.NAME).unlink()
+    (tmp_path / NAME).unlink()
     assert read_state(tmp_path, SETTINGS)[1]["step"] == 2
 
 
@@ -40,7 +47,7 @@ def test_the_two_newest_are_kept(tmp_path):
 def test_a_damaged_state_is_passed_over_and_said(tmp_path, capsys, where):
     put(tmp_path, 1)
     put(tmp_path, 2)
-    path = tmp_path / states.NAME
+    path = tmp_path / NAME
     data = bytearray(path.read_bytes())
     if where == "cut":
         data = data[:-2]
@@ -61,13 +68,13 @@ def test_a_damaged_state_is_passed_over_and_said(tmp_path, capsys, where):
 
 def test_when_every_state_is_damaged_it_is_said_what_to_do(tmp_path):
     put(tmp_path, 1)
-    (tmp_path / states.NAME).write_bytes(b"\x80\x04 no tensors")
+    (tmp_path / NAME).write_bytes(b"\x80\x04 no tensors")
     with pytest.raises(StateError, match=r"not a whole training state .*delete it to train from"):
         read_state(tmp_path, SETTINGS)
 
 
 def test_a_file_of_tensors_that_is_no_state_is_refused(tmp_path):
-    save_file({"w": torch.zeros(1)}, tmp_path / states.NAME)
+    save_file({"w": torch.zeros(1)}, tmp_path / NAME)
     with pytest.raises(StateError, match="not a whole training state"):
         read_state(tmp_path, SETTINGS)
 
@@ -96,6 +103,6 @@ def test_a_full_disk_keeps_both_states(tmp_path, monkeypatch):
 def test_the_states_of_an_ended_training_are_removed(tmp_path):
     put(tmp_path, 1)
     put(tmp_path, 2)
-    (tmp_path / f".{states.NAME}.new.123.tmp").write_bytes(b"of a killed process")
+    (tmp_path / f".{NAME}.new.123.tmp").write_bytes(b"of a killed process")
     delete_states(tmp_path)
     assert list(tmp_path.iterdir()) == []

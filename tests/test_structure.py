@@ -245,7 +245,7 @@ def test_no_module_unpickles_evaluates_or_touches_a_global_generator(module):
 def test_the_safe_yaml_loader_of_params_is_a_safe_loader():
     import yaml
 
-    from kdlib.params import _SafeLoader
+    from kdlib.study.study import _SafeLoader
 
     assert issubclass(_SafeLoader, yaml.SafeLoader)
     inherited = yaml.SafeLoader.yaml_constructors

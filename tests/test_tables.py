@@ -6,22 +6,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdlib import tables
+from kdlib.repro.tables import read_parquet, write_parquet
 
 
 def test_table_with_texts_and_gaps_returns_unchanged_and_a_renamed_value_is_noticed(tmp_path):
     table = pd.DataFrame(
         {"probe": ["linear", None], "accuracy": [0.5, np.nan], "ok": [True, False]}
     )
-    path = tables.write_parquet(tmp_path / "t.parquet", table, {"a": 1})
-    found, metadata = tables.read_parquet(path, "a test")
+    path = write_parquet(tmp_path / "t.parquet", table, {"a": 1})
+    found, metadata = read_parquet(path, "a test")
     pd.testing.assert_frame_equal(found, table)
     assert metadata == {"a": 1}
     whole = path.read_bytes()
     assert whole.count(b"linear") >= 1
     path.write_bytes(whole.replace(b"linear", b"linera"))
     with pytest.raises(ValueError, match="does not match its sha256"):
-        tables.read_parquet(path, "a test")
+        read_parquet(path, "a test")
 
 
 def test_a_small_file_of_very_many_rows_is_refused_before_it_is_read(tmp_path):
@@ -33,7 +33,7 @@ def test_a_small_file_of_very_many_rows_is_refused_before_it_is_read(tmp_path):
             writer.write_table(pa.table([column], schema=schema))
     assert path.stat().st_size < 10**6
     with pytest.raises(ValueError, match=r"40000000 rows in a file of \d+ bytes"):
-        tables.read_parquet(path, "the step")
+        read_parquet(path, "the step")
 
 
 def test_metadata_nested_without_end_are_refused(tmp_path):
@@ -41,4 +41,4 @@ def test_metadata_nested_without_end_are_refused(tmp_path):
     deep = {b"kdlib": b"[" * 100_000 + b"]" * 100_000}
     pq.write_table(pa.table({"x": [1]}).replace_schema_metadata(deep), path)
     with pytest.raises(ValueError, match=r"deep\.parquet is cut or damaged .*run the step again"):
-        tables.read_parquet(path, "the step")
+        read_parquet(path, "the step")

@@ -1,4 +1,4 @@
-"""`kdlib.teacher`: stored outputs belong to their examples, their teacher and their images."""
+"""`kdlib.cache.outputs`: stored outputs belong to their examples, their teacher and their images."""
 
 from pathlib import Path
 
@@ -8,25 +8,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib import teacher
-from kdlib.augment import Pixels, augment
-from kdlib.cache import Cache, CacheError
-from kdlib.evaluation import all_outputs, evaluate
-from kdlib.models import Network, Resized, build_network
-from kdlib.params import Augment, Model
-from kdlib.teacher import (
+from kdlib.cache import outputs
+from kdlib.cache.outputs import decode_logits, encoded, open_outputs, stored_columns, stored_logits
+from kdlib.cache.shards import Cache, CacheError
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.views import augment
+from kdlib.models.evaluation import all_outputs, evaluate
+from kdlib.models.networks import Network, Resized, build_network
+from kdlib.models.outputs import (
     Replay,
-    decode_logits,
-    encoded,
-    open_outputs,
     output_header,
     store_outputs,
     stored_accuracy,
-    stored_columns,
-    stored_logits,
     verify_outputs,
 )
-from kdlib.weights import weights_fingerprint
+from kdlib.models.weights import weights_fingerprint
+from kdlib.study.study import Augment, Model
 
 PIXELS = Pixels([0.5, 0.5, 0.5], [0.3, 0.3, 0.3])
 N = 31  # shards of 7, 7, 7, 7, 3
@@ -213,7 +210,7 @@ def test_verify_looks_at_the_first_and_the_last_example(images, stored, example)
 
 def test_a_killed_store_resumes_and_gives_the_same_bytes(images, stored, tmp_path, monkeypatch):
     folder, made = tmp_path / "resumed", []
-    half = teacher._to_float16
+    half = outputs._to_float16
 
     def counting(values, name):
         made.append(name)
@@ -221,7 +218,7 @@ def test_a_killed_store_resumes_and_gives_the_same_bytes(images, stored, tmp_pat
             raise KeyboardInterrupt
         return half(values, name)
 
-    monkeypatch.setattr(teacher, "_to_float16", counting)
+    monkeypatch.setattr(outputs, "_to_float16", counting)
     with pytest.raises(KeyboardInterrupt):
         store_outputs(network_of(), PIXELS, images, folder)
     with pytest.raises(CacheError, match="unfinished build"):

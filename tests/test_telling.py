@@ -5,9 +5,15 @@ import re
 import numpy as np
 from test_compare import EASY, RANDOM, cell, compared
 
-from kdlib import telling
-from kdlib.compare import COLUMNS
-from kdlib.telling import summary_lines, to_latex, to_markdown
+from kdlib.compare.statistics import COLUMNS
+from kdlib.compare.text import (
+    bootstrap_line,
+    escaped,
+    inflation_line,
+    summary_lines,
+    to_latex,
+    to_markdown,
+)
 
 
 def test_summary_says_what_was_found():
@@ -99,15 +105,15 @@ def test_a_long_latex_table_may_break_over_pages_and_says_its_head_again():
 
 
 def test_every_sign_that_latex_reads_is_escaped():
-    assert telling.escaped(r"\&%$#_{}~^±a") == (
+    assert escaped(r"\&%$#_{}~^±a") == (
         r"\textbackslash{}\&\%\$\#\_\{\}\textasciitilde{}\textasciicircum{}$\pm$a"
     )
 
 
 def test_the_notes_on_best_epoch_and_bootstrap_give_their_numbers():
-    assert "+0.32 points on average and +0.92 at most (40 runs)" in telling.inflation_line(
+    assert "+0.32 points on average and +0.92 at most (40 runs)" in inflation_line(
         0.0032, 0.0092, 40
     )
-    assert "5 paired differences" in telling.bootstrap_line(
+    assert "5 paired differences" in bootstrap_line(
         compared(cell("random", RANDOM), cell("easy", EASY))
     )

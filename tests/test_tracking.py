@@ -1,4 +1,4 @@
-"""`kdlib.tracking`: switches that write offline, and change nothing else."""
+"""`kdlib.trainer.tracking`: switches that write offline, and change nothing else."""
 
 import random
 import subprocess
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.params import Tracking
-from kdlib.tracking import open_tracker
+from kdlib.study.study import Tracking
+from kdlib.trainer.tracking import open_tracker
 
 ROW = {"train_loss": 0.5, "validation_accuracy": 0.25}
 third_party = pytest.mark.filterwarnings("ignore")  # what the packages themselves warn of

@@ -15,19 +15,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from kdlib import trainer
-from kdlib.augment import Pixels
-from kdlib.building import build
-from kdlib.dynamics import DynamicsLog
-from kdlib.loading import Loader, View
-from kdlib.models import Network, build_network
-from kdlib.objectives import build_distiller, student_outputs
-from kdlib.params import Compute, Model, Objective, Training
-from kdlib.runs import Run
-from kdlib.sampling import Plan
-from kdlib.seeds import derive
-from kdlib.states import BEFORE, NAME, StateError
-from kdlib.trainer import Task, TrainingError, train
+from kdlib.cache.build import build_shards
+from kdlib.cartography.log import DynamicsLog
+from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.plan import Plan
+from kdlib.models.networks import Network, build_network
+from kdlib.repro.run import Run
+from kdlib.repro.seeds import derive
+from kdlib.study.study import Compute, Model, Objective, Training
+from kdlib.trainer import loop
+from kdlib.trainer.loop import train
+from kdlib.trainer.objectives import build_distiller, student_outputs
+from kdlib.trainer.state import BEFORE, NAME, StateError
+from kdlib.trainer.step import Learner, Step, Task, TrainingError
 
 N, CLASSES = 90, 3
 PIXELS = Pixels([0.5], [0.25])
@@ -74,7 +75,7 @@ def images(tmp_path):
         rng.integers(0, 120, (N, 1, 4, 4), dtype=np.uint8)
         + (labels * 60).astype(np.uint8)[:, None, None, None]
     )
-    return build(
+    return build_shards(
         tmp_path / "images",
         {"kind": "images"},
         {"images": ("|u1", (1, 4, 4)), "labels": ("<i8", ())},
@@ -94,7 +95,7 @@ def _task(
     ids = np.arange(n)
     plan = Plan(ids, training.batch_size, training.n_steps(n), seed)
     one_hot = torch.nn.functional.one_hot(images.resident("labels"), CLASSES).half() * 4
-    teacher = build(
+    teacher = build_shards(
         images.folder.parent / "outputs",
         {"view": "clean", "top_k": None, "n_classes": CLASSES},
         {"logits": ("<f2", (1, CLASSES))},
@@ -154,7 +155,7 @@ def _bytes(folder):
 
 def _stop_after(monkeypatch, n):
     """Let `n` more training steps happen, then stop as abruptly as an exception can."""
-    real, left = trainer.Step.__call__, [n]
+    real, left = Step.__call__, [n]
 
     def step(*arguments):
         if left[0] == 0:
@@ -162,7 +163,7 @@ def _stop_after(monkeypatch, n):
         left[0] -= 1
         return real(*arguments)
 
-    monkeypatch.setattr(trainer.Step, "__call__", step)
+    monkeypatch.setattr(Step, "__call__", step)
 
 
 @pytest.mark.parametrize("observed", ["train", "eval"])
@@ -185,7 +186,7 @@ def test_stopped_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(
         return trained
 
     whole = one(tmp_path / "whole")
-    monkeypatch.setattr(trainer, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "STATE_EVERY_S", 0.0)
     for n_steps in (1, 4, 7):  # three stops; the fourth start ends the run
         with monkeypatch.context() as patch:
             _stop_after(patch, n_steps)
@@ -251,7 +252,7 @@ def test_the_last_step_is_measured_even_off_the_evaluation_grid(tmp_path, images
 
 def test_the_best_step_is_the_first_of_those_that_tie(tmp_path, images, monkeypatch):
     told = iter([0.5, 0.9, 0.9])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: (1.0, next(told)))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(told)))
     assert train(_run(tmp_path / "run"), _task(images)).best_step == 10
 
 
@@ -321,13 +322,13 @@ def test_a_missing_compiler_is_named(tmp_path, images, monkeypatch):
         raise InductorError("no working C++ compiler")
 
     task = _task(images, compute=Compute(compile=True))
-    monkeypatch.setattr(trainer.Step, "__call__", explode)
+    monkeypatch.setattr(Step, "__call__", explode)
     with pytest.raises(TrainingError, match=r"needs a C\+\+ compiler .*compute\.compile: false"):
         train(_run(tmp_path / "run"), task)
 
 
 def test_a_full_disk_keeps_the_last_state_whole(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(trainer, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "STATE_EVERY_S", 0.0)
     with monkeypatch.context() as patch:
         _stop_after(patch, 3)
         with pytest.raises(_Stopped):
@@ -345,7 +346,7 @@ def test_a_full_disk_keeps_the_last_state_whole(tmp_path, images, monkeypatch):
 
 
 def test_a_state_of_other_settings_or_of_another_kind_is_refused(tmp_path, images, monkeypatch):
-    monkeypatch.setattr(trainer, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "STATE_EVERY_S", 0.0)
     _stop_after(monkeypatch, 2)
     run = _run(tmp_path / "run")
     with pytest.raises(_Stopped):
@@ -361,11 +362,11 @@ def test_a_state_of_other_settings_or_of_another_kind_is_refused(tmp_path, image
 def test_permuted_teacher_rows_show_in_the_pairing(tmp_path, images):
     task = _task(images)
     train(_run(tmp_path / "run"), task)
-    learner = trainer.Learner(task.network, task.distiller, task.objective)
-    honest = trainer.pairing(task, learner)
+    learner = Learner(task.network, task.distiller, task.objective)
+    honest = loop.pairing(task, learner)
     shuffled, rows = np.random.default_rng(0).permutation(60), task.loader.teacher_rows
     task.loader.teacher_rows = lambda ranks, views: rows(shuffled[ranks], views)
-    broken = trainer.pairing(task, learner)
+    broken = loop.pairing(task, learner)
     assert honest["paired"] < 0.5 * honest["permuted"]
     assert honest["teacher_accuracy"] == 1.0
     assert broken["teacher_accuracy"] < 0.6
@@ -397,7 +398,7 @@ def test_every_way_to_train_resumes_to_the_bit(tmp_path, images, monkeypatch, na
         return train(_run(folder), _task(images, training=training))
 
     whole = one(tmp_path / "whole")
-    monkeypatch.setattr(trainer, "STATE_EVERY_S", 0.0)
+    monkeypatch.setattr(loop, "STATE_EVERY_S", 0.0)
     for n_steps in (1, 2):
         with monkeypatch.context() as patch:
             _stop_after(patch, n_steps)
@@ -430,7 +431,7 @@ def test_a_network_with_its_channels_last_resumes_to_the_bit(
 
 def test_kept_weights_are_the_running_mean_of_those_of_every_step(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(update={"ema": 0.5})
-    seen, real = [], trainer.Step.__call__
+    seen, real = [], Step.__call__
 
     def step(self, *arguments):
         told = real(self, *arguments)
@@ -439,7 +440,7 @@ def test_kept_weights_are_the_running_mean_of_those_of_every_step(tmp_path, imag
 
     task = _task(images, training=training)
     mean = task.network.conv1.weight.detach().clone()
-    monkeypatch.setattr(trainer.Step, "__call__", step)
+    monkeypatch.setattr(Step, "__call__", step)
     trained = train(_run(tmp_path / "run"), task)
     for number, weight in enumerate(seen):
         keep = min(0.5, (1 + number) / (10 + number))
@@ -458,7 +459,7 @@ def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(images):
         network.drop = nn.Identity()
         training = TRAINING.model_copy(update={"accumulate": accumulate})
         task = _task(images, network=network, training=training)
-        step = trainer.Step(task)
+        step = Step(task)
         loss, logits, _ = step(task.loader.batch(0), 0)
         gradients.append([loss, logits, *(p.grad for p in network.parameters())])
     for whole, pieces in zip(*gradients, strict=True):
@@ -468,7 +469,7 @@ def test_a_batch_in_pieces_gives_the_gradient_of_the_whole(images):
 def test_a_clipped_gradient_has_at_most_the_norm_asked_for(images):
     training = TRAINING.model_copy(update={"clip_norm": 0.01})
     task = _task(images, training=training)
-    step = trainer.Step(task)
+    step = Step(task)
     _, _, norm = step(task.loader.batch(0), 0)
     found = torch.cat([p.grad.flatten() for p in task.network.parameters()]).norm()
     assert norm > 0.01
@@ -478,7 +479,7 @@ def test_a_clipped_gradient_has_at_most_the_norm_asked_for(images):
 def test_early_stopping_ends_the_run_and_keeps_its_last_weights(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
     told = iter([0.5, 0.6, 0.7])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: (next(told), 0.5))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(told), 0.5))
     trained = train(_run(tmp_path / "run"), _task(images, training=training))
     assert (trained.last_step, trained.evidence["stopped_early"]) == (6, True)
     assert (tmp_path / "run" / trained.checkpoints[6][0]).exists()
@@ -490,7 +491,7 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path, images, monkeypatch):
         update={"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 3}
     )
     told = iter([0.5, 0.6, 0.7, 0.8, 0.9])
-    monkeypatch.setattr(trainer, "evaluate", lambda *_: (next(told), 0.5))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(told), 0.5))
     metrics = train(_run(tmp_path / "run"), _task(images, training=training)).metrics
     # the third evaluation is one too many, and the fifth again
     assert metrics["learning_rate"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])

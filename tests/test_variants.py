@@ -6,9 +6,10 @@ import math
 import numpy as np
 from test_dynamics import LOGITS, finished, random_dynamics, softmax
 
-from kdlib import cartography, params
-from kdlib import variants as v
-from kdlib.dynamics import DynamicsLog
+from kdlib.cartography import scores
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.variants import SAME_NAME, tdds_still_window, variants
+from kdlib.study.study import SCORES
 
 
 def recorded(folder, seed=0, n_epochs=12):
@@ -24,7 +25,7 @@ def recorded(folder, seed=0, n_epochs=12):
 
 def test_variants_of_three_examples_are_as_worked_by_hand(tmp_path):
     # id 10: p = 1/4 3/4 1/4 3/4; id 20: 3/4 always; id 30: 1/4 always, never right
-    table = v.variants(finished(tmp_path), window=3)
+    table = variants(finished(tmp_path), window=3)
     expected = {
         "correctness_half": [0.5, 1, 0],
         "forgetting_unlearned_last": [1, 0, 4],
@@ -37,7 +38,7 @@ def test_variants_of_three_examples_are_as_worked_by_hand(tmp_path):
         # each step of id 10: |3/4 ln 3| + |1/4 ln(1/3)| = ln 3, the same in both directions
         "tdds_absolute": [0, 0, 0],
         # logits are (0, 0) to (ln 3) and 0: one log is of 1e-8, another of a negative number
-        "tdds_still_window": v.tdds_still_window(LOGITS, window=3),
+        "tdds_still_window": tdds_still_window(LOGITS, window=3),
     }
     assert set(table.columns) == set(expected)
     for name, values in expected.items():
@@ -45,9 +46,9 @@ def test_variants_of_three_examples_are_as_worked_by_hand(tmp_path):
 
 
 def test_variants_of_logits_equal_slow_loops(tmp_path, monkeypatch):
-    monkeypatch.setattr(cartography, "CHUNK_VALUES", 12 * 5 * 7)  # several blocks
+    monkeypatch.setattr(scores, "CHUNK_VALUES", 12 * 5 * 7)  # several blocks
     log, logits, labels = recorded(tmp_path)
-    table = v.variants(log, window=4)
+    table = variants(log, window=4)
     for i in range(40):
         probs = [softmax(logits[e, i]) for e in range(12)]
         margins = [p[labels[i]] - max(q for k, q in enumerate(p) if k != labels[i]) for p in probs]
@@ -85,11 +86,11 @@ def _raw_step(before, after):
 def test_el2n_is_summed_over_ten_epochs_at_most(tmp_path):
     log, _, _ = recorded(tmp_path)
     expected = log["el2n"][:10].astype(float).sum(axis=0)
-    np.testing.assert_allclose(v.variants(log, window=4)["el2n_first_ten"], expected)
+    np.testing.assert_allclose(variants(log, window=4)["el2n_first_ten"], expected)
 
 
 def test_without_logits_and_epochs_to_spare_fewer_variants_are_there(tmp_path):
-    table = v.variants(finished(tmp_path, logits=False), window=4)  # as many epochs as the window
+    table = variants(finished(tmp_path, logits=False), window=4)  # as many epochs as the window
     assert set(table.columns) == {
         "correctness_half", "forgetting_unlearned_last", "entropy_last", "el2n_first_ten",
     }  # fmt: skip
@@ -97,7 +98,7 @@ def test_without_logits_and_epochs_to_spare_fewer_variants_are_there(tmp_path):
 
 def test_every_name_of_the_table_is_a_score_or_a_variant(tmp_path):
     log, _, _ = recorded(tmp_path)
-    columns = set(v.variants(log, window=4).columns)
-    assert set(v.SAME_NAME) <= set(params.SCORES)
-    others = {name for names in v.SAME_NAME.values() for name in names}
-    assert others - set(params.SCORES) == columns
+    columns = set(variants(log, window=4).columns)
+    assert set(SAME_NAME) <= set(SCORES)
+    others = {name for names in SAME_NAME.values() for name in names}
+    assert others - set(SCORES) == columns

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from test_models import build, images
 from torch import nn
 
-from kdlib.models import Network
-from kdlib.weights import load_weights, save_weights, weights_fingerprint
+from kdlib.models.networks import Network
+from kdlib.models.weights import load_weights, save_weights, weights_fingerprint
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
-from kdlib import distilling, files
-from kdlib.dataset import Images
-from kdlib.params import Cell, Study, load_study
+from kdlib.dataset.images import Images
+from kdlib.repro import files
+from kdlib.steps.distill import student_folder, train_student
+from kdlib.study.study import Cell, Study, load_study
 
 TINY = files.workspace() / "params" / "tiny.yaml"
 
@@ -31,13 +32,13 @@ def tiny_study(home: Path, **changes: Any) -> Study:
 
 def first_run(study: Study) -> Path:
     """The folder of its first student."""
-    return distilling.student_folder(study, study.cells()[0], study.seeds[0])
+    return student_folder(study, study.cells()[0], study.seeds[0])
 
 
 def student(study: Study, images: Images, **axes: Any) -> tuple[Cell, dict[str, Any]]:
     """The student of one cell and seed 0, and its evidence."""
     cell = study.cell(**axes)
-    return cell, distilling.train_student(study, images, cell, 0)
+    return cell, train_student(study, images, cell, 0)
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -1,0 +1,321 @@
+"""What the audit's exhibits are made of: small trainings on a study's images, from the rooms that
+studies use, and how an exhibit is told.
+
+Leaves to others: the defects themselves (`subset_defects`, `feature_defects`), and the report
+(`audit`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib.cache.shards import Cache
+from kdlib.cartography.datamap import compute_datamap
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.selection import select
+from kdlib.dataset.images import Images
+from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.plan import Plan, budget
+from kdlib.models.evaluation import all_outputs, evaluate
+from kdlib.models.networks import Network
+from kdlib.models.outputs import store_outputs
+from kdlib.models.weights import weights_fingerprint
+from kdlib.probes.classifiers import Features, linear_probe
+from kdlib.repro import checks
+from kdlib.repro.run import Run
+from kdlib.repro.seeds import derive, generator
+from kdlib.steps.training import CROSS_ENTROPY, training_evidence
+from kdlib.study.study import Augment, Model, Objective, Training
+from kdlib.trainer.loop import Trained, train
+from kdlib.trainer.objectives import Distiller, build_distiller, student_outputs, teacher_columns
+from kdlib.trainer.step import Task
+
+N_EXAMPLES, N_TEST = 1100, 500  # of larger data, so many: a seeded draw
+
+
+SEEDS = (0, 1, 2)
+
+
+THIRD = 0.33  # the fraction of the first earlier study
+
+
+STUDENT = Model(name="tiny_cnn", options={"width": 16})
+
+
+TEACHER = Model(name="tiny_cnn", options={"width": 24})
+
+
+BRIEF = Training(epochs=10, batch_size=64, lr_peak=0.4, warmup_steps=10)
+
+
+RECORDED = BRIEF.model_copy(update={"augment": Augment(crop_padding=1)})  # the teacher's
+
+
+C_GRID = (0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """One defect of an earlier study, made again in miniature.
+
+    Attributes:
+        study: `A` or `B`.
+        name: In a few words.
+        happened: What went wrong there, in one sentence.
+        measure: What both numbers are, shares in [0, 1] or their differences.
+        defect: The number that the defect gives.
+        honest: The number without it.
+        tripwire: What of kdlib catches it.
+        sentence: What that says, in its own words.
+        caught: Whether it spoke on the defect.
+        quiet: Whether it let the honest number pass; a tripwire that always speaks says nothing.
+    """
+
+    study: str
+    name: str
+    happened: str
+    measure: str
+    defect: float
+    honest: float
+    tripwire: str
+    sentence: str
+    caught: bool
+    quiet: bool
+
+
+def judged(
+    tripwires: Sequence[Callable[[checks.Evidence], checks.Check]],
+    defect: checks.Evidence,
+    honest: checks.Evidence,
+) -> dict[str, Any]:
+    """What tripwires say of the evidence with the defect and without it: the last fields of an
+    exhibit. All must speak on the defect."""
+    failed = [check for check in checks.run_all(tripwires, defect) if not check.passed]
+    return {
+        "tripwire": ", ".join(f"checks.{wire.__name__}" for wire in tripwires),
+        "sentence": "; ".join(check.sentence for check in failed),
+        "caught": len(failed) == len(tripwires),
+        "quiet": all(check.passed for check in checks.run_all(tripwires, honest)),
+    }
+
+
+def refused(call: Callable[[], Any]) -> str:
+    """The sentence with which kdlib refuses something; empty when it does not."""
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One finished training.
+
+    Attributes:
+        plan: What it was meant to see.
+        validation_ids: From which its best epoch was chosen.
+        accuracy: On the test images, of the last step.
+    """
+
+    task: Task
+    plan: Plan
+    trained: Trained
+    accuracy: float
+    folder: Path
+    validation_ids: np.ndarray
+
+    @property
+    def evidence(self) -> checks.Evidence:
+        """What the tripwires of a training read; that it may stop early is declared nowhere."""
+        declared = self.task.training.model_copy(update={"early_stopping": None})
+        return training_evidence(
+            self.validation_ids, declared, self.plan, self.trained, self.task.seed
+        )
+
+
+class Bench:
+    """A study's images, a small recorded teacher, and trainings beside it.
+
+    Attributes:
+        ids: (N,) int64, sorted: what may be trained on.
+        test_ids: int64, sorted.
+    """
+
+    def __init__(self, images: Images, folder: Path) -> None:
+        """Nothing is trained before it is asked for; files go below `folder`."""
+        self.images, self.folder, self._n = images, folder, 0
+        self._known: dict[tuple, Fit] = {}
+        self.ids = _at_most(images.train_ids, N_EXAMPLES)
+        self.test_ids = _at_most(np.arange(images.test.n_examples), N_TEST)
+
+    def labels(self, ids: np.ndarray) -> np.ndarray:
+        """Labels of training examples, (n,) int64."""
+        return self.images.train.read("labels", ids)
+
+    @cached_property
+    def test(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images (n, C, H, W) uint8, labels (n,) int64) of the test split."""
+        return self._read(self.images.test, self.test_ids)
+
+    @staticmethod
+    def _read(cache: Cache, ids: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(torch.from_numpy(cache.read(c, ids)) for c in ("images", "labels"))
+
+    def place(self) -> Path:
+        """A folder of its own."""
+        self._n += 1
+        folder = self.folder / f"{self._n:03d}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def network(self, seed: int, model: Model = STUDENT) -> Network:
+        """A network with the initial weights of a seed."""
+        return self.images.network(model, derive(seed, "init"), "cpu")
+
+    def third(self, strategy: str, seed: int) -> np.ndarray:
+        """A third of the examples, by the study's own selection."""
+        return select(self.table, budget(len(self.ids), THIRD), strategy, seed)
+
+    def plan(self, ids: np.ndarray, seed: int, training: Training = BRIEF) -> Plan:
+        """What a training on some examples sees."""
+        return Plan(ids, training.batch_size, training.n_steps(len(ids)), seed)
+
+    def loader(self, plan: Plan, seed: int, training: Training = BRIEF, **more: Any) -> Loader:
+        """Batches of a plan."""
+        view = View(training.augment, derive(seed, "augment"), self.images.pixels)
+        return Loader(plan, self.images.train, view=view, reuse=True, **more)
+
+    def task(
+        self,
+        plan: Plan,
+        seed: int,
+        *,
+        training: Training = BRIEF,
+        objective: Objective = CROSS_ENTROPY,
+        model: Model = STUDENT,
+        network: Network | None = None,
+        distiller: Callable[..., Distiller] | None = None,
+        log: DynamicsLog | None = None,
+        observed: str = "train",
+    ) -> Task:
+        """What is trained on what; `distiller` makes another one of the objective and shapes."""
+        network = network or self.network(seed, model)
+        reads = teacher_columns(objective, network.n_stages)
+        outputs = {"teacher": self.outputs, "reads": reads} if reads else {}
+        heard = self.outputs.header["columns"] if reads else {}
+        distiller = (distiller or build_distiller)(
+            objective,
+            network.output_shapes(
+                self.images.image_shape, student_outputs(objective, network.n_stages)
+            ),
+            {name: tuple(heard[name][1][1:]) for name in reads},
+            seed=seed,
+            n_examples=len(plan.example_ids),
+        )
+        return Task(
+            network=network,
+            distiller=distiller,
+            pixels=self.images.pixels,
+            loader=self.loader(plan, seed, training, **outputs),
+            objective=objective,
+            training=training,
+            validation=self._read(self.images.train, self.images.validation_ids[:N_TEST]),
+            full_size=len(self.ids),
+            n_examples=self.images.train.n_examples,
+            seed=seed,
+            log=log,
+            observed=observed,
+        )
+
+    def fit(self, task: Task, plan: Plan | None = None, folder: Path | None = None) -> Fit:
+        """Train to the end; `plan` is what it is declared to see, where that is not what it does
+        see."""
+        folder = folder or self.place()
+        trained = train(Run(folder, {}), task, describe=None)
+        plan, accuracy = plan or task.loader.plan, self.accuracy(task.network)
+        return Fit(task, plan, trained, accuracy, folder, self.images.validation_ids)
+
+    def student(self, ids: np.ndarray, seed: int, **options: Any) -> Fit:
+        """A student of some examples."""
+        plan = self.plan(ids, seed, options.get("training", BRIEF))
+        return self.fit(self.task(plan, seed, **options))
+
+    def known(self, strategy: str, seed: int, objective: Objective = CROSS_ENTROPY) -> Fit:
+        """The student of the full set or of a third, trained once for all exhibits; its network
+        must stay as it is."""
+        key = (strategy, seed, objective.kind)
+        if key not in self._known:
+            ids = self.ids if strategy == "full" else self.third(strategy, seed)
+            self._known[key] = self.student(ids, seed, objective=objective)
+        return self._known[key]
+
+    def accuracy(self, network: Network) -> float:
+        """On the test images, in [0, 1]."""
+        return evaluate(network, self.images.pixels, *self.test)[1]
+
+    @cached_property
+    def taught(self) -> tuple[Network, DynamicsLog]:
+        """A teacher of all examples, and the log of its training."""
+        plan = self.plan(self.ids, 0, RECORDED)
+        log = self.log(plan)
+        fit = self.fit(self.task(plan, 0, training=RECORDED, model=TEACHER, log=log))
+        return fit.task.network, log.finish()
+
+    def log(self, plan: Plan, observed: str = "train") -> DynamicsLog:
+        """An empty log of a training's dynamics."""
+        return DynamicsLog.create(
+            self.place() / "dynamics",
+            plan.example_ids,
+            self.labels(plan.example_ids),
+            n_epochs=plan.n_passes,
+            n_classes=self.images.n_classes,
+            observed=observed,
+            logits=False,
+            provenance=self.images.fingerprints,
+        )
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The datamap of the teacher's training."""
+        log = self.taught[1]
+        return compute_datamap(log, el2n_epoch=log.n_epochs // 2, window=3)
+
+    @cached_property
+    def outputs(self) -> Cache:
+        """The teacher's logits, features and grids of the training images."""
+        wanted = ("logits", "features", "stage1", "stage2")
+        folder, images = self.place() / "outputs", self.images
+        return store_outputs(self.taught[0], images.pixels, images.train, folder, wanted=wanted)
+
+    def features(self, network: Network, split: str) -> Features:
+        """A network's features of one split."""
+        cache, ids = (
+            (self.images.train, self.ids) if split == "train" else (self.images.test, self.test_ids)
+        )
+        pixels, labels = self._read(cache, ids)
+        (values,) = all_outputs(network, self.images.pixels, pixels, ("features",))
+        sha256 = weights_fingerprint(network)
+        return Features(values.numpy(), labels.numpy(), ids, split, sha256)
+
+    def probed(self, network: Network) -> float:
+        """Test accuracy of a linear probe of a network's features."""
+        pair = (self.features(network, split) for split in ("train", "test"))
+        return linear_probe(*pair, C_GRID, 0).accuracy
+
+
+def _at_most(ids: np.ndarray, n: int) -> np.ndarray:
+    if len(ids) <= n:
+        return ids
+    return np.sort(generator(0, "subset").choice(ids, n, replace=False))
+
+
+def mean(values: Sequence[float]) -> float:
+    """Over seeds."""
+    return float(np.mean(values))

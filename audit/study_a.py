@@ -1,0 +1,415 @@
+"""What went wrong in study A, which chose subsets by training dynamics: each defect made again in
+miniature, beside the honest number and the tripwire that catches it.
+
+The code of the defects lives here alone, marked `wrong`. Leaves to others: the trainings
+(`exhibits`), study B (`feature_defects`).
+"""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audit.bench import BRIEF, SEEDS, THIRD, Bench, Exhibit, judged, mean, refused
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.selection import select
+from kdlib.cartography.subset import Subset
+from kdlib.dataset.plan import budget
+from kdlib.models.evaluation import accuracy, all_outputs, evaluate
+from kdlib.models.weights import weights_fingerprint
+from kdlib.repro import checks, files
+from kdlib.repro.seeds import generator
+from kdlib.study.study import Objective, Selection
+from kdlib.trainer.step import Step, Task
+
+ACCURACY = "test accuracy"
+
+
+KD = Objective(kind="kd", alpha=0.7, temperature=4.0)
+
+
+def ignored_subset(bench: Bench) -> Exhibit:
+    """A `random third` that trains on everything, at equal epochs."""
+    wrong, honest = [], []
+    for seed in SEEDS:
+        honest.append(bench.known("random", seed))
+        declared = honest[-1].plan  # wrong: the loader forgot this plan
+        wrong.append(dataclasses.replace(bench.known("full", seed), plan=declared))
+    return Exhibit(
+        study="A",
+        name="a random third that was the full set",
+        happened="A guard forgot the probability of the random subset, so that the baseline of a "
+        "third trained on all images; that random wins rests on it.",
+        measure=f"{ACCURACY} of a random third",
+        defect=mean([fit.accuracy for fit in wrong]),
+        honest=mean([fit.accuracy for fit in honest]),
+        **judged((checks.budget, checks.coverage), wrong[0].evidence, honest[0].evidence),
+    )
+
+
+# At BRIEF's rate the loss of a network without BatchNorm's training is soon NaN
+GENTLE = BRIEF.model_copy(update={"lr_peak": 0.05, "epochs": 5})
+
+
+def _wrong_recording(task: Task) -> None:
+    """Record a clean pass after each epoch, and leave the network in evaluation mode."""
+    step, loader = Step(task), task.loader
+    n = len(loader.plan.example_ids)
+    task.network.train()
+    for k in range(loader.plan.n_steps):
+        step(loader.batch(k), k)
+        if (k + 1) * loader.plan.batch_size // n > k * loader.plan.batch_size // n:
+            task.network.eval()  # wrong: never undone
+            with torch.no_grad():
+                task.network(task.pixels.prepare(loader.raw(np.arange(n))))
+
+
+def frozen_statistics(bench: Bench) -> Exhibit:
+    """Recording that ends BatchNorm's training after the first epoch."""
+    wrong, honest, same, differ = [], [], [], []
+    sentence = ""
+    for seed in SEEDS[:2]:
+        plan = bench.plan(bench.ids, seed, GENTLE)
+        plain = bench.fit(bench.task(plan, seed, training=GENTLE))
+        log = bench.log(plan, "eval")
+        recorded = bench.fit(bench.task(plan, seed, training=GENTLE, log=log, observed="eval"))
+        log.finish()
+        task = bench.task(plan, seed, training=GENTLE)
+        _wrong_recording(task)
+        wrong.append(bench.accuracy(task.network))
+        honest.append(recorded.accuracy)
+        unrecorded, ours, theirs = (
+            weights_fingerprint(network)[:12]
+            for network in (plain.task.network, recorded.task.network, task.network)
+        )
+        same.append(unrecorded == ours)
+        differ.append(unrecorded != theirs)
+        sentence = sentence or (
+            f"weights {unrecorded} unrecorded, {theirs} recorded: recording changed the training; "
+            f"recorded by kdlib {ours}"
+        )
+    return Exhibit(
+        study="A",
+        name="recording that froze BatchNorm",
+        happened="The callback that recorded dynamics called eval() and never undid it: from the "
+        "second epoch on BatchNorm was frozen in every recorded run, the teacher's included.",
+        measure=f"{ACCURACY} of the recorded network",
+        defect=mean(wrong),
+        honest=mean(honest),
+        tripwire="weights fingerprint",
+        sentence=sentence,
+        caught=all(differ),
+        quiet=all(same),
+    )
+
+
+def one_seed(bench: Bench) -> Exhibit:
+    """Three requested seeds, each overwritten by the teacher's."""
+    honest = [bench.known("random", seed) for seed in SEEDS]
+    same = bench.known("random", 0)  # wrong: whatever was requested
+    evidences = [fit.evidence for fit in honest]
+    forged = [
+        same.evidence | {"seeds": evidence["seeds"] | {"requested": seed}}
+        for seed, evidence in zip(SEEDS, evidences, strict=True)
+    ]
+    found = checks.distinct_seeds(forged)
+    return Exhibit(
+        study="A",
+        name="three seeds that were one",
+        happened="Every seed and split was overwritten by the teacher's, so that three replicates "
+        "were one training three times.",
+        measure=f"s.d. of {ACCURACY} over seeds",
+        defect=float(np.std([same.accuracy for _ in SEEDS], ddof=1)),
+        honest=float(np.std([fit.accuracy for fit in honest], ddof=1)),
+        tripwire="checks.distinct_seeds",
+        sentence=f"seed {SEEDS[0]} {found[0].sentence}",
+        caught=not any(check.passed for check in found),
+        quiet=all(check.passed for check in checks.distinct_seeds(evidences)),
+    )
+
+
+def unsaved_subset(bench: Bench) -> Exhibit:
+    """A random subset drawn before the seed is set, and never saved."""
+    n = budget(len(bench.ids), THIRD)
+    # wrong: what the generator happens to hold; two sessions are two states
+    drawn = [np.sort(generator(s, "subset").choice(bench.ids, n, replace=False)) for s in (11, 12)]
+    ours = [bench.third("random", 0) for _ in range(2)]
+
+    def saved(ids: np.ndarray) -> Subset:
+        return Subset(ids, "random", THIRD, 0, None, files.fingerprint(bench.images.fingerprints))
+
+    path = saved(drawn[0]).save(bench.place() / "subset.parquet")
+    sentence = refused(lambda: saved(drawn[1]).save(path))
+    again = saved(ours[0]).save(bench.place() / "subset.parquet")
+    return Exhibit(
+        study="A",
+        name="subsets drawn before the seed was set",
+        happened="Random subsets were drawn before seeding and never saved: the same seed meant "
+        "another subset each time.",
+        measure="examples that two draws of one seed share",
+        defect=len(np.intersect1d(*drawn)) / n,
+        honest=len(np.intersect1d(*ours)) / n,
+        tripwire="selection.Subset.save",
+        sentence=sentence,
+        caught=bool(sentence),
+        quiet=not refused(lambda: saved(ours[1]).save(again)),
+    )
+
+
+def _size_evidence(n_declared: int, ids: np.ndarray) -> checks.Evidence:
+    declared = {"unique_examples": n_declared}
+    return {"budget": {"declared": declared, "recorded": {"unique_examples": len(ids)}}}
+
+
+def overlapping_union(bench: Bench) -> Exhibit:
+    """A mixture of two regions as the union of their ids."""
+    n, table = budget(len(bench.ids), THIRD), bench.table
+    halves = {"ambiguous": n - n // 2, "hard": n // 2}
+    # wrong: what both regions hold counts once
+    union = np.unique(np.concatenate([select(table, m, s, 0) for s, m in halves.items()]))
+    rule = Selection(kind="mixture", shares={"ambiguous": 0.5, "hard": 0.5})
+    mixed = select(table, n, rule, 0)
+    return Exhibit(
+        study="A",
+        name="a union of regions that overlap",
+        happened="Mixtures were unions of overlapping regions, so that rows of one table had "
+        "subsets of different size.",
+        measure="size of a third, half ambiguous, half hard",
+        defect=len(union) / len(bench.ids),
+        honest=len(mixed) / len(bench.ids),
+        **judged((checks.budget,), _size_evidence(n, union), _size_evidence(n, mixed)),
+    )
+
+
+def slice_of_minus_zero(bench: Bench) -> Exhibit:
+    """The last n of a ranking as a slice from -n, with n = 0."""
+    n, order = 0, bench.table["confidence"].sort_values(kind="stable").index.to_numpy()
+    wrong = order[-n:]  # wrong: -0 is 0
+    ours = select(bench.table, n, "confidence_top", 0)
+    return Exhibit(
+        study="A",
+        name="a slice of -0 that took everything",
+        happened="The top n of a ranking was its slice from -n: a share of nothing selected the "
+        "whole data set.",
+        measure="size of an empty part of a mixture",
+        defect=len(wrong) / len(bench.ids),
+        honest=len(ours) / len(bench.ids),
+        **judged((checks.budget,), _size_evidence(n, wrong), _size_evidence(n, ours)),
+    )
+
+
+def ties_in_order(bench: Bench) -> Exhibit:
+    """The most often correct third, of a data set that is sorted by class."""
+    n, table = budget(len(bench.ids), THIRD), bench.table
+    by_class = table.sort_values(["label", "confidence"], kind="stable")
+    shuffled = by_class.iloc[generator(0, "order").permutation(len(by_class))]
+
+    def wrong(rows) -> np.ndarray:
+        """Ties stay in the order of the data set."""
+        ranked = rows["correctness"].sort_values(ascending=False, kind="stable")
+        return np.sort(ranked.index[:n].to_numpy())
+
+    def ours(rows) -> np.ndarray:
+        return select(rows, n, "correctness_top", 0)
+
+    shares = [len(np.intersect1d(rule(by_class), rule(shuffled))) / n for rule in (wrong, ours)]
+    return Exhibit(
+        study="A",
+        name="ties cut in the order of the data set",
+        happened="Most images are right in every epoch: which of them are the top third was "
+        "decided by their place in the data set.",
+        measure=f"{ACCURACY}, data set sorted by class",
+        defect=mean([bench.student(wrong(by_class), seed).accuracy for seed in SEEDS]),
+        honest=mean([bench.student(ours(by_class), seed).accuracy for seed in SEEDS]),
+        tripwire="a permuted data set",
+        sentence=f"the data set permuted, {shares[0]:.0%} of the selection is the same; of "
+        f"kdlib's, whose ties are drawn by seed and id, {shares[1]:.0%}",
+        caught=shares[0] < 1,
+        quiet=shares[1] == 1,
+    )
+
+
+def keyed_by_position(bench: Bench) -> Exhibit:
+    """Scores found by their position in a subset instead of the example's id."""
+    n, table = budget(len(bench.ids), THIRD), bench.table
+    easiest = select(table, n, "easy", 0)
+    places = np.searchsorted(bench.ids, easiest)  # wrong: positions, taken for ids
+    log = bench.taught[1]
+    fresh = bench.log(bench.plan(bench.ids, 0))
+    rng = generator(0, "order")
+    logits = rng.normal(size=(len(places), bench.images.n_classes)).astype(np.float32)
+    epochs, labels = np.zeros(len(places), np.int64), bench.labels(places)
+    sentence = refused(lambda: fresh.record(epochs, places, logits, labels))
+    honest = refused(lambda: fresh.record(epochs, places, logits, log.labels[places]))
+    other = bench.images.fingerprints | {"split": "another"}
+    split = refused(lambda: DynamicsLog.open(log.folder, other))
+    return Exhibit(
+        study="A",
+        name="dynamics keyed by position",
+        happened="Dynamics were keyed by the position in a subset: after another split, every "
+        "score belonged to another image.",
+        measure="examples of the easiest third that are easy",
+        defect=float(np.isin(places, easiest).mean()),
+        honest=float(np.isin(bench.ids[np.searchsorted(bench.ids, easiest)], easiest).mean()),
+        tripwire="DynamicsLog.record, DynamicsLog.open",
+        sentence=f"{sentence}; of another split: {split}",
+        caught=bool(sentence) and bool(split),
+        quiet=not honest,
+    )
+
+
+def _wrong_accuracy(logits: Tensor, labels: Tensor, batch_size: int = 64) -> float:
+    """The mean over batches of the accuracy so far."""
+    right = (logits.argmax(1) == labels).double()
+    ends = [*range(batch_size, len(right), batch_size), len(right)]
+    return mean([float(right[:end].mean()) for end in ends])
+
+
+def prefix_accuracy(bench: Bench) -> Exhibit:
+    """Test accuracy as the mean of the accuracies of all prefixes of the test set."""
+    network = bench.known("random", 0).task.network
+    images, labels = bench.test
+    (logits,) = all_outputs(network, bench.images.pixels, images, ("logits",))
+    # an order that a test set may have as well: the images that are right first
+    right = (logits.argmax(1) == labels).long()
+    order = right.argsort(descending=True, stable=True)
+    found = {
+        rule: [rule(logits, labels), rule(logits[order], labels[order])]
+        for rule in (_wrong_accuracy, accuracy)
+    }
+    (wrong, sorted_wrong), (ours, sorted_ours) = found.values()
+    return Exhibit(
+        study="A",
+        name="the mean of prefix accuracies",
+        happened="Test accuracy was logged as the mean over batches of the accuracy so far: "
+        "the first images counted more than the last ones.",
+        measure=f"{ACCURACY} of one network",
+        defect=wrong,
+        honest=ours,
+        tripwire="evaluation.accuracy",
+        sentence=f"the same logits, the right ones first: {wrong:.1%} becomes {sorted_wrong:.1%}; "
+        f"counts summed and divided once, {ours:.1%} stays {sorted_ours:.1%}",
+        caught=wrong != sorted_wrong,
+        quiet=ours == sorted_ours,
+    )
+
+
+RESTLESS = BRIEF.model_copy(update={"schedule": "constant"})
+
+
+def best_on_test(bench: Bench) -> Exhibit:
+    """The best epoch, chosen on the test set, reported as the result."""
+    best, last = [], []
+    for seed in (*SEEDS, 3, 4):
+        task = bench.task(bench.plan(bench.third("random", seed), seed), seed, training=RESTLESS)
+        step, seen = Step(task), []
+        for k in range(task.loader.plan.n_steps):
+            task.network.train()
+            step(task.loader.batch(k), k)
+            if k % 5 == 4 or k == task.loader.plan.n_steps - 1:
+                seen.append(bench.accuracy(task.network))
+        best.append(max(seen))  # wrong: the test set chose
+        last.append(seen[-1])
+    chosen = {"overlap": 0, "teacher_overlap": 0, "steers": None}
+    return Exhibit(
+        study="A",
+        name="the best epoch, chosen on test",
+        happened="What a table called the result was the best epoch of the set it was measured on.",
+        measure=f"{ACCURACY}, mean of 5 seeds",
+        defect=mean(best),
+        honest=mean(last),
+        **judged(
+            (checks.untouched_test,),
+            {"selection": chosen | {"best_epoch_by": "test"}},
+            {"selection": chosen | {"best_epoch_by": "validation"}},
+        ),
+    )
+
+
+def last_called_best(bench: Bench) -> Exhibit:
+    """The number of the best epoch beside the weights of the last one."""
+    training = RESTLESS.model_copy(update={"evaluate_every_steps": 5})
+    for seed in range(10):
+        fit = bench.student(bench.third("random", seed), seed, training=training)
+        if fit.trained.best_step != fit.trained.last_step:
+            break
+    entries = {}
+    for which, step in (("last", fit.trained.last_step), ("best", fit.trained.best_step)):
+        file = fit.trained.checkpoints[step][0]
+        entries[which] = {"file": file, "file_sha256": files.sha256_file(fit.folder / file)}
+    evidence = {"checkpoints": entries}
+    before = checks.checkpoint_hashes(fit.folder, evidence)
+    last, best = (fit.folder / entries[which]["file"] for which in ("last", "best"))
+    shutil.copy(last, best)  # wrong: only the last weights were ever kept
+    after = checks.checkpoint_hashes(fit.folder, evidence)
+    rows = fit.trained.metrics["validation_accuracy"]
+    validation = evaluate(fit.task.network, bench.images.pixels, *fit.task.validation)[1]
+    return Exhibit(
+        study="A",
+        name="last weights called best",
+        happened="Numbers of the best epoch stood beside the weights of the last one, and the "
+        "best of a glob became the teacher.",
+        measure="validation accuracy told of the kept weights",
+        defect=float(rows.max()),
+        honest=validation,
+        tripwire="checks.checkpoint_hashes",
+        sentence=after.sentence,
+        caught=not after.passed,
+        quiet=before.passed,
+    )
+
+
+def no_plain_student(bench: Bench) -> Exhibit:
+    """What the subset does, credited to the teacher."""
+    taught = [bench.known("random", seed, KD).accuracy for seed in SEEDS]
+    plain, elsewhere = (
+        [bench.known(strategy, seed).accuracy for seed in SEEDS] for strategy in ("random", "easy")
+    )
+
+    def settings(strategy: str, objective: Objective) -> dict:
+        return {"subset": {"strategy": strategy}, "objective": objective.model_dump()}
+
+    cross_entropy = Objective(kind="cross_entropy")
+    pairs = [
+        checks.differing(settings("random", KD), settings(strategy, cross_entropy), ["objective."])
+        for strategy in ("easy", "random")
+    ]
+    return Exhibit(
+        study="A",
+        name="no student without the teacher",
+        happened="No subset was trained on without distillation: what the subset does was "
+        "credited to the teacher.",
+        measure="points credited to the teacher",
+        defect=mean(taught) - mean(elsewhere),  # wrong: another subset
+        honest=mean(taught) - mean(plain),
+        tripwire="checks.differing",
+        sentence="differs from the other runs in " + ", ".join(pairs[0]),
+        caught=bool(pairs[0]),
+        quiet=not pairs[1],
+    )
+
+
+def stopped_early(bench: Bench) -> Exhibit:
+    """Early stopping left on in a comparison of equal budgets."""
+    honest = bench.known("random", 0)
+    eager = RESTLESS.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
+    wrong = bench.fit(bench.task(honest.plan, 0, training=eager))
+    return Exhibit(
+        study="A",
+        name="early stopping left on",
+        happened="Early stopping was left on and unknown arguments were dropped in silence: runs "
+        "of one table had different budgets.",
+        measure="steps taken, of those declared",
+        defect=wrong.trained.last_step / wrong.plan.n_steps,
+        honest=honest.trained.last_step / honest.plan.n_steps,
+        **judged((checks.budget, checks.coverage), wrong.evidence, honest.evidence),
+    )
+
+
+DEFECTS = (
+    ignored_subset, frozen_statistics, one_seed, unsaved_subset, overlapping_union,
+    slice_of_minus_zero, ties_in_order, keyed_by_position, prefix_accuracy, best_on_test,
+    last_called_best, no_plain_student, stopped_early,
+)  # fmt: skip

@@ -1,0 +1,200 @@
+"""What a person asks of caches on the command line: build them, see what they hold, verify them.
+
+Leaves to others: how shards are made (`building`), and what their files mean (`cache`).
+"""
+
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlib.cache.build import build_images, part_of
+from kdlib.cache.build import repair as build_repair
+from kdlib.cache.journal import journal_paths, read_journal
+from kdlib.cache.shards import (
+    Cache,
+    CacheError,
+    count_shards,
+    damaged_files,
+    index_paths,
+    read_indexes,
+    shard_span,
+)
+from kdlib.cache.sources import SPLITS, open_source
+from kdlib.repro.files import workspace
+from kdlib.study.study import Study, cache_folder, load_study, parse_part
+
+MOST_RANGES = 6  # more runs of shards are counted, not listed
+
+
+def find_caches(path: str) -> list[Path]:
+    """The caches a person means by a path: a cache, a folder of caches, or a study's caches.
+
+    Args:
+        path: Absolute, or relative to the current folder or to the workspace.
+
+    Raises: FileNotFoundError when there is none; StudyError for an invalid study file.
+    """
+    folder = next((c for c in (Path(path), workspace() / path) if c.is_dir()), None)
+    if folder is not None:
+        candidates = [folder, *sorted(folder.iterdir())]
+    elif Path(path).suffix in (".yaml", ".yml"):
+        study = load_study(path)
+        outputs = sorted((study.upstream.runs / "teacher").glob("outputs-*"))
+        outputs += sorted((study.runs / "teachers").glob("**/outputs-*"))
+        images = [study.data, *study.probe.others.values()]
+        candidates = [cache_folder(data) / split for data in images for split in SPLITS] + outputs
+    else:
+        raise FileNotFoundError(f"{path} is neither a cache folder nor a study file")
+    found = [c for c in candidates if index_paths(c) or journal_paths(c)]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no cache in {folder or path}; run `python -m kdlib cache build STUDY`"
+        )
+    return found
+
+
+def build(
+    study: Study, split: str | None = None, part: str | None = None, n_workers: int | None = None
+) -> None:
+    """Build the image cache of a study, and those of the data sets it probes on, and print what is
+    there now.
+
+    Args:
+        split: None: both, but with `part` the training split alone.
+        part: `i/k`; None: of the training split what the study asks for, of the test split all.
+        n_workers: As in `building.build_images`.
+    """
+    splits = (split,) if split else ("train",) if part else SPLITS
+    # what is probed beside is small: whole, where nothing else was asked for
+    others = () if split or part else study.probe.others.values()
+    for data in (study.data, *others):
+        for name in splits:
+            mine = part or (data.part if name == "train" else "1/1")
+            source, folder = open_source(data, name), cache_folder(data) / name
+            build_images(source, folder, data.shard_size, parse_part(mine), n_workers)
+            print(state(Cache(folder)))
+
+
+def state(cache: Cache) -> str:
+    """One line: how much of a cache is there, and what is missing."""
+    n_shards, n_here = count_shards(cache.header), len(cache.example_ids)
+    if cache.whole:
+        return (
+            f"{cache.folder}: whole, {_counted(n_here, 'example')} in {_counted(n_shards, 'shard')}"
+        )
+    return (
+        f"{cache.folder}: {len(cache.shards):,} of {_counted(n_shards, 'shard')}, {n_here:,} of "
+        f"{_counted(cache.n_examples, 'example')}; missing: {_spans(cache.header, cache.missing)}"
+    )
+
+
+def describe(folder: Path) -> str:
+    """What a cache, or an unfinished one, holds: aligned lines under its path.
+
+    Raises: CacheError for one that cannot be trusted.
+    """
+    header, entries = read_indexes(folder)
+    journals = [(path, *read_journal(path)) for path in journal_paths(folder)]
+    header = header or next((found for _, found, _ in journals if found), {})
+    if not header:
+        Cache(folder)  # raises, and says what is there
+    n_shards = count_shards(header)
+    columns = [
+        f"{name} {np.dtype(dtype).name} {tuple(shape)}"
+        for name, (dtype, shape) in header["columns"].items()
+    ]
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    whose = [str(header[key]) for key in ("kind", "source", "split") if key in header]
+    lines = [
+        ("holds", ", ".join(whose)),
+        ("examples", f"{header['n_examples']:,}"),
+        *[("columns" if i == 0 else "", column) for i, column in enumerate(columns)],
+        ("shards", f"{n_shards:,} of up to {_counted(header['shard_size'], 'example')}"),
+        ("on disk", _in_bytes(size)),
+        ("fingerprint", Cache(folder).fingerprint if entries else "none yet"),
+    ]
+    for index in index_paths(folder):
+        lines.append(("part", f"{index.name}: {_part(index, header)}"))
+    missing = sorted(set(range(n_shards)) - set(entries))
+    lines.append(("missing", _spans(header, missing) if missing else "nothing"))
+    for path, _, done in journals:
+        first, stop = part_of(path, n_shards)
+        lines.append(
+            ("unfinished", f"{path.name}: {len(done):,} of {_counted(stop - first, 'shard')} made")
+        )
+    return "\n".join([str(folder), *(f"  {key:<12} {text}" for key, text in lines)])
+
+
+def verify(folder: Path, repair: bool = False, study: str = "STUDY") -> bool:
+    """Compare every byte of a cache with its checksums, and print the names of damaged files.
+
+    Args:
+        repair: Also make a damaged cache an unfinished build that keeps what is whole.
+        study: The study file, where it is known.
+
+    Returns: Whether the cache is whole as far as it was built.
+    """
+    try:
+        _, entries = read_indexes(folder)
+        sums = {n: good for e in entries.values() for n, good in e["sha256"].items()}
+        sizes = [p.stat().st_size for p in (folder / name for name in sums) if p.is_file()]
+        start = time.perf_counter()
+        bad = damaged_files(folder, sums)
+        elapsed_s = time.perf_counter() - start
+        if not bad:
+            cache = Cache(folder)  # raises when there is no index
+            cache.check(cache.header["columns"], cache.shards.tolist())
+    except CacheError as error:
+        print(f"CacheError: {error}", file=sys.stderr)
+        return False
+    speed = f"{sum(sizes) / elapsed_s / 1e9:.2f} GB/s"
+    if not bad:
+        print(f"{folder}: {_counted(len(sums), 'file')}, {_in_bytes(sum(sizes))}, whole ({speed})")
+        return True
+    print(f"{folder}: {len(bad):,} of {_counted(len(sums), 'file')} damaged or missing ({speed})")
+    print(*(f"  {name}" for name in bad), sep="\n")
+    if not repair:
+        print("run this again with --repair: it keeps what is whole")
+        return False
+    build_repair(folder)
+    again = f"run `python -m kdlib cache build {study}`"
+    if folder.name.startswith("outputs-"):
+        again = "run notebooks/02_teacher.ipynb"
+        if "subset=" in str(folder):  # of a teacher that learns from a subset alone
+            again = "run notebooks/04_distill.ipynb"
+    print(f"whole shards are kept; {again} to make the others")
+    return False
+
+
+def _part(index: Path, header: dict[str, Any]) -> str:
+    return _spans(header, range(*part_of(index, count_shards(header))))
+
+
+def _spans(header: dict[str, Any], shards: Iterable[int]) -> str:
+    """`shards 2-4 (examples 10-24), shard 7 (examples 35-39)`."""
+    numbers = np.array(list(shards))
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+    texts = []
+    for first, last in ((int(run[0]), int(run[-1])) for run in runs[:MOST_RANGES]):
+        start, stop = shard_span(header, first)[0], shard_span(header, last)[1]
+        name = f"shard {first}" if first == last else f"shards {first}-{last}"
+        texts.append(f"{name} (examples {start:,}-{stop - 1:,})")
+    if len(runs) > MOST_RANGES:
+        texts.append(f"and {len(runs) - MOST_RANGES:,} more runs, {len(numbers):,} shards in all")
+    return ", ".join(texts)
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def _in_bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"
+        n /= 1000
+    return f"{n:.2f} TB"

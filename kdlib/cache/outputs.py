@@ -1,0 +1,128 @@
+"""A teacher's outputs for every example and view, stored once in the shards of `cache` and bound to
+it.
+
+The stored header names the teacher's weights, the images and the views, so that outputs of another
+teacher, of other images or of other views are refused. Logits are kept whole, or as the k largest
+and the probability mass of the others. Leaves to others: how a teacher is trained (`trainer`) and
+which student reads what (`experiment`).
+Sources: [Hinton2015] Distilling the Knowledge in a Neural Network, arXiv:1503.02531; [Wu2022]
+TinyViT: Fast Pretraining Distillation, arXiv:2207.10666 (sparse logits of replayed views).
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlib.cache.shards import Cache, CacheError
+
+KIND = "teacher_outputs"
+
+
+CLEAN_VIEW = "clean"  # one view per example, without augmentation
+
+
+def encoded(outputs: Mapping[str, torch.Tensor], top_k: int | None) -> dict[str, np.ndarray]:
+    """The stored form of some outputs.
+
+    Args:
+        outputs: By name, (B, ...) float.
+
+    Returns: Per column the rows without their view axis.
+    """
+    whole = {k: v for k, v in outputs.items() if top_k is None or k != "logits"}
+    rows = {name: _to_float16(values, name) for name, values in whole.items()}
+    if len(whole) == len(outputs):
+        return rows
+    logits = outputs["logits"]
+    values, indices = logits.topk(top_k)
+    others = logits.double().scatter(1, indices, -torch.inf)
+    log_tail = others.logsumexp(1) - logits.double().logsumexp(1)
+    return rows | {
+        "values": _to_float16(values, "logits"),
+        "indices": indices.cpu().numpy(),
+        "log_tail": _to_float16(log_tail, "log tail"),
+    }
+
+
+def decode_logits(columns: Mapping[str, torch.Tensor], n_classes: int) -> torch.Tensor:
+    """Logits from their stored form; what top-k left out shares its mass evenly.
+
+    Args:
+        columns: Rows of the columns that hold logits, without their view axis.
+
+    Returns: (B, C) float32. From top-k form, the softmax at temperature 1 gives the stored classes
+        their probabilities and all others together theirs.
+    """
+    if "logits" in columns:
+        return columns["logits"].float()
+    values, log_tail = columns["values"].float(), columns["log_tail"].float()
+    log_total = values.logsumexp(1) - torch.log(-torch.expm1(log_tail))
+    rest = log_tail + log_total - float(np.log(n_classes - values.shape[1]))
+    dense = rest[:, None].expand(len(values), n_classes).clone()
+    return dense.scatter_(1, columns["indices"].long(), values)
+
+
+def _to_float16(values: torch.Tensor, name: str) -> np.ndarray:
+    half = values.half()
+    if not bool(torch.isfinite(half).all()):
+        raise OverflowError(
+            f"teacher {name} reach {float(values.abs().max()):.4g}, beyond float16's 65,504; "
+            "check the teacher's normalisation (study: teacher.mean, teacher.std)"
+        )
+    return half.cpu().numpy()
+
+
+def open_outputs(
+    folder: Path, images: Cache, teacher: str, part: tuple[int, int] | None = None
+) -> Cache:
+    """Open stored outputs for reading.
+
+    Args:
+        images: The image cache they must belong to.
+        teacher: Fingerprint of the weights they must come from.
+        part: (i, k): only the i-th of k equal runs of shards; None: all.
+
+    Raises: CacheError that says which of the two differs, or that the outputs are unfinished.
+    """
+    expected = {"kind": KIND, "images": images.fingerprint, "teacher": teacher}
+    return Cache(folder, expected, part)
+
+
+def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
+    """The columns that hold some outputs: logits are whole, or the largest and the others' mass.
+
+    Raises: CacheError for an output that was not stored.
+    """
+    sparse = stored.header["top_k"] is not None
+    logits = ("values", "indices", "log_tail") if sparse else ("logits",)
+    columns = [c for name in wanted for c in (logits if name == "logits" else (name,))]
+    if missing := [c for c in columns if c not in stored.header["columns"]]:
+        raise CacheError(
+            f"{stored.folder} holds {', '.join(stored.header['columns'])} of the teacher, and no "
+            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives ask "
+            "for them"
+        )
+    return tuple(columns)
+
+
+def decoded(parts: Mapping[str, torch.Tensor], n_classes: int) -> dict[str, torch.Tensor]:
+    """Outputs by name, float32, from rows of stored columns without their view axis."""
+    logits = {k: v for k, v in parts.items() if k in ("logits", "values", "indices", "log_tail")}
+    rows = {k: v.float() for k, v in parts.items() if k not in logits}
+    return rows | {"logits": decode_logits(logits, n_classes)} if logits else rows
+
+
+def stored_views(stored: Cache) -> dict[str, Any] | None:
+    """{"n", "augment", "seed"} of the replayed views; None when the clean image was seen."""
+    view = stored.header["view"]
+    return None if view == CLEAN_VIEW else view
+
+
+def stored_logits(stored: Cache, example_ids: np.ndarray, view: int = 0) -> torch.Tensor:
+    """Logits of one view of some examples as they are stored: (B, C) float32."""
+    columns = stored_columns(stored, ("logits",))
+    parts = {c: torch.from_numpy(stored.read(c, example_ids)[:, view]) for c in columns}
+    return decode_logits(parts, stored.header["n_classes"])

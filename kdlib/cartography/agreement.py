@@ -1,0 +1,152 @@
+"""How far scores, runs and architectures agree on a ranking of examples.
+
+Pure functions on tables and arrays of scores. Leaves to others: the scores (cartography, variants),
+the recordings they come from, drawing (maps).
+
+[Spearman1904] Spearman, The Proof and Measurement of Association between Two Things, 1904
+[Brown1910] Brown, Some Experimental Results in the Correlation of Mental Abilities, 1910
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from kdlib.repro.seeds import generator
+
+MOST_DRAWS = 30  # of groups of runs
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks along the last axis, ties averaged, centred and of length 1; zeros where all tie."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(values, axis=-1)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    length = np.linalg.norm(ranks, axis=-1, keepdims=True)
+    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 0)
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's rank correlation, ties averaged; NaN where one side is constant.
+
+    Args:
+        first, second: (N,) finite numbers.
+
+    Returns: In [-1, 1]. Raises: ValueError for other shapes, or values that are not finite.
+    Source: [Spearman1904].
+
+    >>> spearman(np.array([1, 2, 3]), np.array([10, 30, 20]))
+    0.5
+    """
+    if np.ndim(first) != 1 or np.shape(first) != np.shape(second):
+        raise ValueError(
+            f"got {np.shape(first)} and {np.shape(second)}; expected two rows of one length"
+        )
+    return float(_correlations(np.stack([first, second]))[0, 1].round(12))
+
+
+def _correlations(rows: np.ndarray) -> np.ndarray:
+    rows = np.asarray(rows, np.float64)
+    if not np.isfinite(rows).all():
+        raise ValueError("scores hold NaN or infinity; a ranking needs finite numbers")
+    ranks = _ranks(rows)
+    found = ranks @ ranks.T
+    constant = ~ranks.any(axis=1)
+    found[constant] = found[:, constant] = np.nan
+    return found
+
+
+def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
+    """Spearman's correlation of each pair of columns.
+
+    Args:
+        table: Scores, one row per example.
+
+    Returns: A square table, 1 on the diagonal, NaN for columns that are constant.
+    """
+    found = _correlations(table.to_numpy(dtype=np.float64).T)
+    return pd.DataFrame(found, index=table.columns, columns=table.columns)
+
+
+def between_runs(runs: np.ndarray) -> dict[str, float]:
+    """How far single runs agree on one score.
+
+    Args:
+        runs: (R, N) the score in each of R >= 2 runs.
+
+    Returns: `correlation`, the mean over pairs of runs; `low`, `high`, the extremes of the pairs;
+        all NaN where the score is constant in a run.
+    Raises: ValueError for fewer than two runs, or scores that are not finite.
+    """
+    if np.ndim(runs) != 2 or len(runs) < 2:
+        raise ValueError(
+            f"got scores of shape {np.shape(runs)}; expected at least two runs, (R, N)"
+        )
+    pairs = _correlations(runs)[np.triu_indices(len(runs), 1)]
+    return {
+        "correlation": float(pairs.mean()), "low": float(pairs.min()), "high": float(pairs.max())
+    }  # fmt: skip
+
+
+def stability(runs: np.ndarray, seed: int = 0) -> pd.DataFrame:
+    """How far the mean over n runs agrees with the mean over n other runs, for each n.
+
+    Args:
+        runs: (R, N) the score in each of R >= 2 runs.
+        seed: Of the groups drawn where there are more than `MOST_DRAWS`.
+
+    Returns: One row per n in [1, R // 2]: `n_runs`, `correlation` (mean), `low` and `high`
+        (extremes over the pairs of disjoint groups).
+    """
+    runs = np.asarray(runs, np.float64)
+    if runs.ndim != 2 or len(runs) < 2:
+        raise ValueError(f"got scores of shape {runs.shape}; expected at least two runs, (R, N)")
+    rows = []
+    for n in range(1, len(runs) // 2 + 1):
+        groups = list(_disjoint(len(runs), n))
+        if len(groups) > MOST_DRAWS:
+            chosen = generator(seed, "bootstrap", n).choice(len(groups), MOST_DRAWS, replace=False)
+            groups = [groups[i] for i in sorted(chosen)]
+        found = [
+            spearman(runs[list(a)].mean(axis=0), runs[list(b)].mean(axis=0)) for a, b in groups
+        ]
+        rows.append(
+            {"n_runs": n, "correlation": np.mean(found), "low": min(found), "high": max(found)}
+        )
+    return pd.DataFrame(rows)
+
+
+def _disjoint(n_runs: int, size: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Each unordered pair of disjoint groups of runs, once."""
+    for first in itertools.combinations(range(n_runs), size):
+        rest = [i for i in range(n_runs) if i not in first and i > first[0]]
+        for second in itertools.combinations(rest, size):
+            yield first, second
+
+
+def runs_needed(correlation: float, target: float = 0.95) -> float:
+    """How many runs must be averaged until two such averages would agree to `target`.
+
+    Args:
+        correlation: Between two single runs.
+        target: In (0, 1).
+
+    Returns: A whole number >= 1, infinity where single runs do not agree at all, NaN for NaN.
+    Source: the prophecy formula of [Brown1910] and Spearman, r(n) = n r / (1 + (n - 1) r), solved
+        for n; it holds for averages of like runs and is a prediction, not a measurement.
+
+    >>> runs_needed(0.5, target=0.9), runs_needed(0.97), runs_needed(0.0)
+    (9.0, 1.0, inf)
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"target is {target}; expected a number in (0, 1)")
+    if math.isnan(correlation):
+        return math.nan
+    if correlation <= 0:
+        return math.inf
+    if correlation >= target:
+        return 1.0
+    return float(math.ceil(target * (1 - correlation) / (correlation * (1 - target)) - 1e-9))

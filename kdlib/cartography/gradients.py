@@ -1,0 +1,92 @@
+"""Norms of per-example gradients: how much one example alone would move the weights.
+
+Leaves to others: of which epoch and weights (mapping), what the norms choose (selection).
+
+[Paul2021] Paul et al., Deep Learning on a Data Diet, 2021, arXiv 2107.07075
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from tqdm.auto import tqdm
+
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.networks import Network
+
+CHUNK_BYTES = 2**27  # of one chunk's gradients; a ResNet-8 has 300 kB of them for each example
+
+
+def gradient_norms(
+    network: Network,
+    pixels: Pixels,
+    images: Tensor,
+    labels: Tensor,
+    describe: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """GraNd of each example under one set of weights: of all of them, and of the last layer alone.
+
+    The gradient is that of the example's own cross-entropy on its clean image, every example by
+    itself (`torch.func`). BatchNorm uses its running statistics, so that no example enters the
+    gradient of another; the network's mode is put back as it was.
+
+    Args:
+        images: (N, C, H, W) uint8, on the network's device.
+        labels: (N,) int64 in [0, n_classes).
+        describe: Word in front of a progress bar; None for none.
+
+    Returns: `grand` and `grand_last`, each (N,) float64 >= 0; high = hard. `grand_last` is
+        |softmax - onehot| * sqrt(|features|^2 + 1), the closed form for a linear layer with bias.
+    Raises: ValueError for labels that are not one per image or out of range.
+    Source: [Paul2021], definition 2.1; the paper averages over weights drawn anew, here it is one
+        run: average several (`agreement`). Its code computes the last layer alone.
+    """
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for {len(images)} images; expected one each"
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < network.n_classes:
+        raise ValueError(
+            f"labels span [{int(labels.min())}, {int(labels.max())}]; expected "
+            f"[0, {network.n_classes - 1}]"
+        )
+    if len(images) == 0:
+        return np.empty(0), np.empty(0)
+    modes = [(module, module.training) for module in network.modules()]
+    weights = {name: p.detach() for name, p in network.named_parameters()}
+    buffers = dict(network.named_buffers())
+
+    def loss(weights: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(network, (weights, buffers), (image[None],))
+        return F.cross_entropy(logits, label[None])
+
+    of_each = vmap(grad(loss), in_dims=(None, 0, 0))
+    n_bytes = sum(p.numel() * p.element_size() for p in weights.values())
+    chunk = max(1, min(256, CHUNK_BYTES // n_bytes))
+    whole, last = [], []
+    progress = tqdm(total=len(images), desc=describe, unit="img", leave=False, disable=not describe)
+    network.eval()
+    try:
+        for some, gold in zip(images.split(chunk), labels.split(chunk), strict=True):
+            inputs = pixels.prepare(some).contiguous()
+            gradients = of_each(weights, inputs, gold)
+            squares = sum(g.flatten(1).double().square().sum(1) for g in gradients.values())
+            whole.append(squares)
+            with torch.no_grad():
+                last.append(_last_layer(network, inputs, gold))
+            progress.update(len(some))
+    finally:
+        progress.close()
+        for module, training in modes:
+            module.training = training
+    # NumPy's root is the same on every processor; torch's is a library's
+    return np.sqrt(torch.cat(whole).cpu().numpy()), np.sqrt(torch.cat(last).cpu().numpy())
+
+
+def _last_layer(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Squared norm of the gradient of a last layer with bias: (p - onehot) x [features, 1]."""
+    features = network.features(inputs)
+    probs = torch.softmax(network.head(features).double(), 1)
+    error = probs - F.one_hot(labels, network.n_classes)
+    return error.square().sum(1) * (features.double().square().sum(1) + 1)

@@ -1,0 +1,228 @@
+"""Scores as detectors of wrong labels, measured where the right ones are known.
+
+Pure functions on arrays. Leaves to others: recordings, which labels are wrong (the cache keeps the
+source's own), drawing (maps).
+
+[Pleiss2020] Pleiss et al., Identifying Mislabeled Data using the Area Under the Margin Ranking,
+    2020, arXiv 2001.10528
+[Northcutt2021] Northcutt et al., Confident Learning, 2021, arXiv 1911.00068
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.scores import aum as scores_aum
+from kdlib.cartography.scores import confidence, el2n, forgetting_events, loss
+from kdlib.study.study import DIFFICULTY
+
+CURVE_POINTS = 500  # at most, of a curve that is drawn
+
+
+PERCENTILE = 99  # of the threshold samples' AUM, as in the paper
+
+
+def _check(suspicion: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    suspicion, wrong = np.asarray(suspicion, np.float64), np.asarray(wrong)
+    if suspicion.ndim != 1 or wrong.shape != suspicion.shape or wrong.dtype != bool:
+        raise ValueError(
+            f"suspicion has shape {suspicion.shape} and wrong is {wrong.dtype} {wrong.shape}; "
+            "expected two rows of one length, wrong as bool"
+        )
+    if not np.isfinite(suspicion).all():
+        raise ValueError("suspicion holds NaN or infinity; a detector needs finite numbers")
+    if wrong.all() or not wrong.any():
+        raise ValueError(
+            f"{int(wrong.sum())} of {len(wrong)} labels are wrong; a detector is measured on some "
+            "wrong and some right ones"
+        )
+    return suspicion, wrong
+
+
+def auroc(suspicion: np.ndarray, wrong: np.ndarray) -> float:
+    """Probability that a wrong label is more suspicious than a right one, ties counted half.
+
+    Args:
+        suspicion: (N,) float, high = probably wrong.
+        wrong: (N,) bool.
+
+    Returns: In [0, 1]; 0.5 is chance.
+
+    >>> auroc(np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))
+    0.75
+    """
+    from scipy.stats import rankdata
+
+    suspicion, wrong = _check(suspicion, wrong)
+    n_wrong, n_right = int(wrong.sum()), int((~wrong).sum())
+    ranks = rankdata(suspicion)[wrong].sum()
+    return float((ranks - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
+
+
+def curves(suspicion: np.ndarray, wrong: np.ndarray) -> pd.DataFrame:
+    """ROC and precision-recall of a detector, a row for each threshold from strict to lax.
+
+    Args:
+        suspicion: (N,) float, high = probably wrong; examples that tie are flagged together.
+        wrong: (N,) bool.
+
+    Returns: Columns `false_positive_rate`, `true_positive_rate`, `recall` (the same), `precision`.
+    """
+    suspicion, wrong = _check(suspicion, wrong)
+    order = np.argsort(-suspicion, kind="stable")
+    found = np.cumsum(wrong[order])
+    last = np.append(np.diff(suspicion[order]) != 0, True)  # of a tie
+    found, flagged = found[last], np.flatnonzero(last) + 1
+    recall = found / wrong.sum()
+    return pd.DataFrame(
+        {
+            "false_positive_rate": np.append(0.0, (flagged - found) / (~wrong).sum()),
+            "true_positive_rate": np.append(0.0, recall),
+            "recall": np.append(0.0, recall),
+            "precision": np.append(found[0] / flagged[0], found / flagged),
+        }
+    )
+
+
+def average_precision(suspicion: np.ndarray, wrong: np.ndarray) -> float:
+    """Area under the precision-recall steps, as scikit-learn defines it.
+
+    >>> round(average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, False, True])), 4)
+    0.8333
+    """
+    table = curves(suspicion, wrong)
+    return float((np.diff(table["recall"]) * table["precision"].iloc[1:]).sum())
+
+
+def thinned(table: pd.DataFrame) -> pd.DataFrame:
+    """A curve of at most `CURVE_POINTS` rows, first and last kept."""
+    if len(table) <= CURVE_POINTS:
+        return table
+    return table.iloc[np.linspace(0, len(table) - 1, CURVE_POINTS).round().astype(int)]
+
+
+def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.DataFrame:
+    """AUROC of scores of the first e recorded epochs, for several e.
+
+    Args:
+        log: A log open for reading.
+        wrong: (N,) bool, by rank of the example id.
+        n_points: How many e at most; the last is all epochs.
+
+    Returns: Columns `detector`, `epoch`, `auroc`, for `aum`, `confidence`, `loss` (means over the
+        epochs), `el2n` (of epoch e alone), `forgetting_events`.
+    """
+    rows = []
+    for epoch in np.unique(np.linspace(1, log.n_epochs, n_points).round().astype(int)).tolist():
+        scores = {
+            "aum": scores_aum(log["margin"][:epoch]),
+            "confidence": confidence(log["gold_prob"][:epoch]),
+            "loss": loss(log["loss"][:epoch]),
+            "el2n": el2n(log["el2n"], epoch=epoch),
+            "forgetting_events": forgetting_events(log["correct"][:epoch]),
+        }
+        for name, score in scores.items():
+            found = auroc(DIFFICULTY[name] * score, wrong)
+            rows.append({"detector": name, "epoch": epoch, "auroc": found})
+    return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """What a rule with a threshold of its own calls wrong.
+
+    Attributes: flagged, (N,) bool; precision and recall against what is known, in [0, 1], precision
+        NaN when nothing is flagged.
+    """
+
+    flagged: np.ndarray
+    precision: float
+    recall: float
+
+    @classmethod
+    def judged(cls, flagged: np.ndarray, wrong: np.ndarray) -> "Flagged":
+        """Flags and how right they are."""
+        hits = int((flagged & wrong).sum())
+        n = int(flagged.sum())
+        return cls(flagged, hits / n if n else float("nan"), hits / int(wrong.sum()))
+
+
+def below_threshold_samples(
+    margins: tuple[np.ndarray, np.ndarray], pretending: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Examples whose AUM is below that of images whose label is wrong for certain.
+
+    Args:
+        margins: AUM (N,) of two trainings, in each of which some examples pretend to be of one more
+            class.
+        pretending: (N,) bool for each training: which; none in both.
+
+    Returns: (N,) bool: the AUM lies below the 99th percentile of the pretending examples', in the
+        training in which the example does not pretend (the second one where it does in neither).
+    Raises: ValueError when an example pretends in both, or none does.
+    Source: [Pleiss2020], sec. 3.2 and algorithm 1; the paper's second training pretends with the
+        examples left, here the two sets are equally large and drawn by a hash.
+
+    >>> aums = np.array([-3.0, 5.0, 1.0, -2.0])
+    >>> first, second = np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)
+    >>> below_threshold_samples((aums, aums), (first, second)).tolist()
+    [True, False, False, False]
+    """
+    first, second = pretending
+    if (first & second).any() or not first.any() or not second.any():
+        raise ValueError(
+            f"{int(first.sum())} and {int(second.sum())} examples pretend, "
+            f"{int((first & second).sum())} in both trainings; expected some in each, none in both"
+        )
+    below = [
+        aum < np.percentile(aum[mask], PERCENTILE)
+        for aum, mask in zip(margins, pretending, strict=True)
+    ]
+    return np.where(second, below[0], below[1])
+
+
+def held_out_scores(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Suspicion from probabilities of networks that have not learnt the example.
+
+    Args:
+        probs: (N, C) float, rows sum to 1.
+        labels: (N,) int64 in [0, C), as given.
+
+    Returns: `held-out loss` (nats, of float64 probabilities at least 1e-12) and `held-out margin`
+        (largest other probability minus that of the label), each (N,) float64, high = suspicious.
+    """
+    gold = probs[np.arange(len(labels)), labels]
+    others = np.where(labels[:, None] == np.arange(probs.shape[1]), -np.inf, probs).max(axis=1)
+    return {
+        "held-out loss": -np.log(np.maximum(gold, 1e-12)),
+        "held-out margin": others - gold,
+    }
+
+
+def confident_learning(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """cleanlab's confident learning on the same probabilities: the reference.
+
+    Args:
+        probs: (N, C) float, rows sum to 1, of networks that have not learnt the example.
+        labels: (N,) int64 in [0, C), as given; every class occurs.
+
+    Returns: (suspicion (N,) float64: 1 - label quality by the normalised margin of probabilities
+        adjusted for each class's confidence; flagged (N,) bool: its label issues, pruned by noise
+        rate).
+    Raises: ModuleNotFoundError where cleanlab is not installed.
+    Source: [Northcutt2021], as cleanlab implements it.
+    """
+    try:
+        from cleanlab.filter import find_label_issues
+        from cleanlab.rank import get_label_quality_scores
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "confident learning is cleanlab's; install it: pip install cleanlab"
+        ) from None
+    flagged = find_label_issues(labels, probs, n_jobs=1)
+    quality = get_label_quality_scores(
+        labels, probs, method="normalized_margin", adjust_pred_probs=True
+    )
+    return 1 - np.asarray(quality, np.float64), np.asarray(flagged, bool)

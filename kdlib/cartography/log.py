@@ -1,0 +1,413 @@
+"""The log of training dynamics: what a network did with each example in each recorded epoch.
+
+Leaves to others: when to record (trainer), what the numbers mean (cartography).
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdlib.repro import files
+from kdlib.repro.tables import check_provenance
+
+FORMAT = 2  # 1 had no seal
+
+
+QUANTITIES = ("gold_prob", "margin", "entropy", "el2n", "loss", "correct")
+
+
+class DynamicsLog:
+    """What a network did with each example in each recorded epoch, in memory-mapped `.npy` files.
+
+    A folder with one array per quantity, row = recorded epoch, column = rank of the example id:
+    `gold_prob`, `margin`, `entropy`, `el2n`, `loss` (E, N) float16 (NaN = not recorded), `correct`
+    (E, N) int8 (-1 = not recorded), and `logits` (E, N, C) float16 when asked for; beside them
+    `example_ids.npy` (N,) int64 sorted, `labels.npy` (N,) int64, `header.json` (written first: what
+    is being recorded) and `index.json` (written last: its presence means complete). `log["loss"]`
+    is the array of one quantity.
+
+    float16 resolves probabilities to 0.0005 near 1 and rounds those below 3e-8 to 0.
+
+    Attributes: folder, example_ids, labels, n_epochs, n_examples, n_classes, has_logits, observed
+        (`train`: the training pass itself; `eval`: a clean pass after the epoch), provenance.
+    """
+
+    def __init__(self, folder: Path, header: dict, arrays: dict[str, np.ndarray], writable: bool):
+        """Hold arrays that are open already; use `create` or `open`."""
+        self.folder = folder
+        self.n_epochs, self.n_classes = header["n_epochs"], header["n_classes"]
+        self.observed, self.provenance = header["observed"], header["provenance"]
+        self.example_ids, self.labels = arrays["example_ids"], arrays["labels"]
+        self.n_examples, self.has_logits = len(self.example_ids), header["logits"]
+        self._header, self._arrays, self._writable = header, arrays, writable
+        # Plain views of flat cells: indexing a memmap object costs several times as much.
+        cells = self.n_epochs * self.n_examples
+        self._cells = [np.asarray(arrays[q]).reshape(cells) for q in QUANTITIES]
+        if self.has_logits:
+            self._logit_cells = np.asarray(arrays["logits"]).reshape(cells, self.n_classes)
+
+    def __getitem__(self, quantity: str) -> np.ndarray:
+        """The mapped array of one quantity.
+
+        Raises: KeyError for a quantity that is unknown or was not recorded.
+        """
+        if quantity == "logits" and not self.has_logits:
+            raise KeyError(
+                f"{self.folder} holds no logits; record with `logits: true` (study key "
+                "dynamics.logits)"
+            )
+        if quantity not in (*QUANTITIES, "logits"):
+            raise KeyError(f"unknown quantity {quantity!r}; {files.nearest(quantity, QUANTITIES)}")
+        return self._arrays[quantity]
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        example_ids: np.ndarray,
+        labels: np.ndarray,
+        *,
+        n_epochs: int,
+        n_classes: int,
+        observed: str,
+        logits: bool,
+        provenance: dict,
+    ) -> "DynamicsLog":
+        """Begin a log, or go on with the one in `folder` when it was begun with the same arguments.
+
+        A finished log with the same arguments is reopened too, and is unfinished until `finish` is
+        called again: a run killed after `finish` and before its own last file resumes like any
+        other.
+
+        Args:
+            folder: Made when absent.
+            example_ids: (N,) int64, strictly increasing; N >= 1.
+            labels: (N,) int64 in [0, C).
+            n_epochs: E >= 1, the epochs that will be recorded.
+            n_classes: C >= 2.
+            observed: `train` or `eval`.
+            logits: Also keep all logits, 2 * E * N * C bytes.
+            provenance: JSON-able; what determines the content (fingerprints of data, split, ...).
+
+        Raises: ValueError for arguments out of range, for a folder begun with other arguments (with
+            the difference; nothing is overwritten), and for cut files.
+        """
+        folder = Path(folder)
+        example_ids, labels = np.asarray(example_ids), np.asarray(labels)
+        _check_examples(example_ids, labels, n_classes)
+        if n_epochs < 1:
+            raise ValueError(f"n_epochs is {n_epochs}; expected at least one recorded epoch")
+        if observed not in ("train", "eval"):
+            raise ValueError(f"observed is {observed!r}; expected 'train' or 'eval'")
+        example_ids, labels = example_ids.astype(np.int64), labels.astype(np.int64)
+        header = {
+            "format": FORMAT,
+            "n_epochs": int(n_epochs),
+            "n_examples": len(example_ids),
+            "n_classes": int(n_classes),
+            "observed": observed,
+            "logits": bool(logits),
+            "provenance": json.loads(files.canonical_json(provenance)),
+            "examples_sha256": files.sha256_array(example_ids, labels),
+        }
+        _begin(folder, header)
+        for name, array in (("example_ids", example_ids), ("labels", labels)):
+            if not (folder / f"{name}.npy").exists():
+                files.write_npy(folder / f"{name}.npy", array)
+        arrays = {"example_ids": example_ids, "labels": labels}
+        for name, (dtype, shape) in _layout(header).items():
+            if not (folder / f"{name}.npy").exists():
+                _write_unrecorded(folder / f"{name}.npy", dtype, shape)
+            if name not in arrays:
+                arrays[name] = _map(folder / f"{name}.npy", dtype, shape, "r+")
+        (folder / "index.json").unlink(missing_ok=True)
+        return cls(folder, header, arrays, writable=True)
+
+    @classmethod
+    def open(
+        cls, folder: Path, provenance: dict | None = None, *, verify: bool = False
+    ) -> "DynamicsLog":
+        """Map a finished log for reading.
+
+        Args:
+            folder: Where `create` put it.
+            provenance: The keys the reader expects, e.g. `{"split": ...}`; None accepts any.
+            verify: Also compare the sha256 of every file: reads everything once.
+
+        Raises: FileNotFoundError when there is no finished log; ValueError for another format or
+            provenance, a cut file, or (`verify`) changed bytes.
+        """
+        folder = Path(folder)
+        if not (folder / "index.json").exists():
+            state = "an unfinished" if (folder / "header.json").exists() else "no"
+            raise FileNotFoundError(
+                f"{folder} holds {state} dynamics log; run or resume notebooks/02_teacher.ipynb, "
+                "which records it"
+            )
+        index = files.read_record(folder / "index.json")
+        if index.get("format") not in (1, FORMAT):
+            raise ValueError(
+                f"{folder} has dynamics log format {index.get('format')}; expected {FORMAT}: "
+                f"{_remedy(folder)}"
+            )
+        try:
+            # one flipped bit does not make a 1 of a 2
+            if index["format"] == FORMAT and not files.is_sealed(index):
+                raise ValueError("it was changed after it was written")
+            layout = _layout(index)
+            sums = {name: index["sha256"][f"{name}.npy"] for name in layout}
+            made_from = dict(index["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{folder / 'index.json'} is not a whole index ({error}); {_remedy(folder)}"
+            ) from None
+        check_provenance(provenance, made_from, folder / "index.json")
+        arrays = {
+            name: _map(folder / f"{name}.npy", dtype, shape, "r")
+            for name, (dtype, shape) in layout.items()
+        }
+        if verify:
+            for name, sha256 in sums.items():
+                if files.sha256_file(folder / f"{name}.npy") != sha256:
+                    raise ValueError(
+                        f"{folder / name}.npy has changed since it was recorded (sha256 differs); "
+                        f"{_remedy(folder)}"
+                    )
+        return cls(folder, index, arrays, writable=False)
+
+    def record(
+        self,
+        epochs: torch.Tensor | np.ndarray,
+        ranks: torch.Tensor | np.ndarray,
+        logits: torch.Tensor | np.ndarray,
+        labels: torch.Tensor | np.ndarray,
+    ) -> None:
+        """Write one batch; a cell written before is overwritten, so that a resumed run may repeat.
+
+        Invisible to training: no gradient, no random number, no module. Computed in float32 on the
+        device of `logits`; one small copy to the host (which waits for the device).
+
+        Args:
+            epochs: (B,) int64 in [0, E), the recorded epoch of each example.
+            ranks: (B,) int64 in [0, N), the column: `np.searchsorted(log.example_ids, ids)`.
+            logits: (B, C) float.
+            labels: (B,) int64; must be the log's own labels of these ranks, which shows that the
+                ranks belong to this split.
+
+        Raises: ValueError for another shape, an epoch or rank out of range, other labels, or values
+            float16 cannot hold. Nothing of the batch is written then.
+        """
+        # 82 us for B=64, C=10, 115 us for C=100 with logits kept (median of 2000 calls, one thread
+        # of a 2-core x86-64 virtual machine, torch 2.15).
+        epochs, ranks, labels = (
+            _integers(v, n) for v, n in ((epochs, "epochs"), (ranks, "ranks"), (labels, "labels"))
+        )
+        logits = torch.as_tensor(logits).detach()  # no graph is built from here on
+        self._check_batch(epochs, ranks, logits, labels)
+        if len(ranks) == 0:
+            return
+        values = _observe(logits.float(), torch.as_tensor(labels, device=logits.device))
+        kept = logits.half().cpu().numpy() if self.has_logits else values
+        if not (np.isfinite(values).all() and np.isfinite(kept).all()):
+            raise ValueError(
+                f"logits reach {float(logits.abs().max())}, which float16 cannot hold as logits or "
+                "loss; expected finite logits: training has diverged (study key training.lr_peak)"
+            )
+        cells = epochs * self.n_examples + ranks  # (B,)
+        for array, row in zip(self._cells, values, strict=True):
+            array[cells] = row
+        if self.has_logits:
+            self._logit_cells[cells] = kept
+
+    def _check_batch(
+        self, epochs: np.ndarray, ranks: np.ndarray, logits: torch.Tensor, labels: np.ndarray
+    ) -> None:
+        if not self._writable:
+            raise ValueError(f"{self.folder} is open for reading; DynamicsLog.create writes")
+        n = len(ranks)
+        if tuple(logits.shape) != (n, self.n_classes) or len(epochs) != n or len(labels) != n:
+            raise ValueError(
+                f"got {len(epochs)} epochs, {n} ranks, {len(labels)} labels and logits of shape "
+                f"{tuple(logits.shape)}; expected one of each per example and {self.n_classes} "
+                "classes"
+            )
+        for name, values, end in (
+            ("epochs", epochs, self.n_epochs),
+            ("ranks", ranks, self.n_examples),
+        ):
+            # As unsigned numbers negative ones are huge: one comparison covers both ends.
+            if n and values.view(np.uint64).max() >= end:
+                raise ValueError(
+                    f"{name} span [{values.min()}, {values.max()}]; expected [0, {end - 1}] "
+                    f"in {self.folder}"
+                )
+        wrong = labels != self.labels[ranks]
+        if wrong.any():
+            raise ValueError(
+                f"labels differ from those of the log for {wrong.sum()} of {n} examples (first: id "
+                f"{self.example_ids[ranks[wrong][0]]}, label {labels[wrong][0]}, expected "
+                f"{self.labels[ranks[wrong][0]]}); ranks must come from the log's own example_ids"
+            )
+
+    def flush(self) -> None:
+        """Bring everything recorded so far to the disk; call before saving a checkpoint."""
+        for name in _layout(self._header):
+            if isinstance(self._arrays[name], np.memmap):
+                self._arrays[name].flush()
+
+    def finish(self) -> "DynamicsLog":
+        """Check that every cell was recorded, write `index.json`, and return the log for reading.
+
+        Raises: ValueError that counts the cells without a record; the log stays unfinished.
+        """
+        if not self._writable:
+            raise ValueError(f"{self.folder} is finished already and open for reading")
+        missing = np.zeros(self.n_epochs, dtype=np.int64)
+        for quantity in (*QUANTITIES, *(("logits",) if self.has_logits else ())):
+            for epoch, row in enumerate(self._arrays[quantity]):
+                first = row if row.ndim == 1 else row[:, 0]  # the logits of a cell come together
+                gaps = first < 0 if quantity == "correct" else np.isnan(first)
+                missing[epoch] = max(missing[epoch], np.count_nonzero(gaps))
+        if missing.any():
+            raise ValueError(
+                f"{self.folder}: {missing.sum()} of {self.n_epochs * self.n_examples} cells were "
+                f"never recorded, in {np.count_nonzero(missing)} of {self.n_epochs} epochs (first: "
+                f"epoch {np.flatnonzero(missing)[0]}); record every example in every epoch, then "
+                "finish"
+            )
+        self.flush()
+        names = [f"{name}.npy" for name in _layout(self._header)]
+        hashes = {name: files.sha256_file(self.folder / name) for name in names}
+        content = {**self._header, "sha256": hashes}
+        files.write_json(self.folder / "index.json", files.sealed(content))
+        self._writable = False
+        return DynamicsLog.open(self.folder)
+
+
+def _check_examples(example_ids: np.ndarray, labels: np.ndarray, n_classes: int) -> None:
+    if example_ids.dtype.kind not in "iu" or example_ids.ndim != 1 or len(example_ids) == 0:
+        raise ValueError(
+            f"example_ids are {example_ids.dtype} of shape {example_ids.shape}; expected a "
+            "non-empty row of int64"
+        )
+    if (np.diff(example_ids) <= 0).any():
+        raise ValueError("example_ids are not strictly increasing; pass np.unique(example_ids)")
+    if n_classes < 2:
+        raise ValueError(f"n_classes is {n_classes}; expected at least 2")
+    if labels.dtype.kind not in "iu" or labels.shape != example_ids.shape:
+        raise ValueError(
+            f"labels are {labels.dtype} of shape {labels.shape}; expected int64 of shape "
+            f"{example_ids.shape}, one per example id"
+        )
+    if labels.min() < 0 or labels.max() >= n_classes:
+        raise ValueError(
+            f"labels span [{labels.min()}, {labels.max()}]; expected [0, {n_classes - 1}] "
+            "(a datamap needs labelled examples)"
+        )
+
+
+def _layout(header: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every array of a log."""
+    n_epochs, n_examples = header["n_epochs"], header["n_examples"]
+    row, table = (n_examples,), (n_epochs, n_examples)
+    layout = {"example_ids": (np.dtype(np.int64), row), "labels": (np.dtype(np.int64), row)}
+    for quantity in QUANTITIES:
+        layout[quantity] = (np.dtype(np.int8 if quantity == "correct" else np.float16), table)
+    if header["logits"]:
+        layout["logits"] = (np.dtype(np.float16), (*table, header["n_classes"]))
+    return layout
+
+
+def _begin(folder: Path, header: dict) -> None:
+    """Write the header of a new log, or compare it with the one that is there."""
+    if (folder / "header.json").exists():
+        lines = files.difference(header, files.read_record(folder / "header.json"))
+        if lines:
+            raise ValueError(
+                f"{folder} holds a dynamics log begun differently (key: there -> asked for):\n  "
+                + "\n  ".join(lines)
+                + "\nuse another folder, or delete this one"
+            )
+        return
+    strays = sorted(p.name for p in folder.glob("*.npy")) if folder.exists() else []
+    if strays:
+        raise ValueError(
+            f"{folder} holds {', '.join(strays)} but no header.json, so nothing says what they "
+            "are; use another folder, or delete this one"
+        )
+    files.write_json(folder / "header.json", header)
+
+
+def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """Write an array of cells without record; under its final name it is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with files.writing(path):
+            array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+            with open(temporary, "r+b") as file:
+                # a mapped page for which the disk has no room would end the process: take it now
+                if hasattr(os, "posix_fallocate"):  # macOS has none
+                    os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        array[...] = -1 if dtype == np.int8 else np.nan
+        array.flush()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.memmap:
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("it is no file")
+        array = np.lib.format.open_memmap(path, mode=mode)  # no pickles, and no zip archives
+    except files.NOT_NPY as error:
+        raise ValueError(
+            f"{path} is missing, cut or not an .npy file ({error}); {_remedy(path.parent)}"
+        ) from None
+    if array.dtype != dtype or array.shape != shape:
+        raise ValueError(
+            f"{path} holds {array.dtype} of shape {array.shape}; expected {dtype} of shape "
+            f"{shape}: {_remedy(path.parent)}"
+        )
+    if path.stat().st_size != array.offset + array.nbytes:
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes; expected {array.offset + array.nbytes}: "
+            f"{_remedy(path.parent)}"
+        )
+    return array
+
+
+def _remedy(folder: Path) -> str:
+    return f"delete the folder of its run ({folder.parent}) and record again"
+
+
+def _integers(values: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
+    values = values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name} are {values.dtype} of shape {values.shape}; expected a row of int64"
+        )
+    return values.astype(np.int64, copy=False)
+
+
+def _observe(logits: torch.Tensor, labels: torch.Tensor) -> np.ndarray:
+    """The quantities of one batch in the order of `QUANTITIES`: (B, C), (B,) -> (6, B) float16."""
+    gold = labels[:, None]
+    is_gold = gold == torch.arange(logits.shape[1], device=logits.device)  # (B, C)
+    log_probs = torch.log_softmax(logits, dim=1)
+    probs = log_probs.exp()
+    gold_log_prob = log_probs.gather(1, gold)[:, 0]  # (B, C) -> (B,)
+    rival = logits.masked_fill(is_gold, -torch.inf).amax(dim=1)
+    rows = [
+        gold_log_prob.exp(),
+        logits.gather(1, gold)[:, 0] - rival,
+        -(probs * log_probs).sum(dim=1),
+        torch.linalg.vector_norm(probs - is_gold.to(probs.dtype), dim=1),
+        -gold_log_prob,
+        (logits.argmax(dim=1) == labels).to(probs.dtype),
+    ]
+    return torch.stack(rows).half().cpu().numpy()

@@ -1,0 +1,125 @@
+"""A subset of the training images: example ids with how they were chosen."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kdlib.repro import files
+from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
+
+FORMAT = 1  # of the subset file
+
+
+MAKER = "notebooks/04_distill.ipynb"
+
+
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Chosen examples and where the choice came from; a selection made by hand is one too.
+
+    Attributes: example_ids, (n,) int64, sorted, distinct, >= 0, read-only; strategy, its name;
+        fraction, what was asked for, in [0, 1]; seed; parent, fingerprint of the datamap, None when
+        the choice looked at ids alone; data_fingerprint, of the data set the ids belong to.
+
+    Raises: ValueError for ids that are not sorted, distinct and >= 0, and for fields out of range.
+    """
+
+    example_ids: np.ndarray
+    strategy: str
+    fraction: float
+    seed: int
+    parent: str | None
+    data_fingerprint: str
+
+    def __post_init__(self):
+        ids = np.array(self.example_ids)
+        if ids.ndim != 1 or (ids.dtype.kind not in "iu" and len(ids)):
+            raise ValueError(
+                f"example_ids are {ids.dtype} of shape {ids.shape}; expected a row of int64"
+            )
+        ids = ids.astype(np.int64)
+        if (np.diff(ids) <= 0).any() or (len(ids) and ids[0] < 0):
+            raise ValueError(
+                "example_ids are not sorted, distinct and >= 0; pass them through np.unique"
+            )
+        if not (math.isfinite(self.fraction) and 0 <= self.fraction <= 1):
+            raise ValueError(f"fraction is {self.fraction}; expected a number in [0, 1]")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected an integer >= 0")
+        ids.flags.writeable = False
+        object.__setattr__(self, "example_ids", ids)
+
+    def __len__(self) -> int:
+        return len(self.example_ids)
+
+    @property
+    def sha256(self) -> str:
+        """sha256 of the ids: equal for equal choices, wherever they came from."""
+        return files.sha256_array(self.example_ids)
+
+    def _metadata(self) -> dict:
+        return {
+            "format": FORMAT,
+            "strategy": self.strategy,
+            "fraction": float(self.fraction),
+            "seed": int(self.seed),
+            "parent": self.parent,
+            "data_fingerprint": self.data_fingerprint,
+            "n_examples": len(self),
+            "sha256": self.sha256,
+        }
+
+    def save(self, path: Path) -> Path:
+        """Write the subset as parquet; a file that holds the same subset is left as it is.
+
+        Raises: ValueError when the file holds another subset, with the difference, or is damaged.
+        """
+        path = Path(path)
+        if path.exists():
+            lines = files.difference(self._metadata(), Subset.load(path)._metadata())
+            if lines:
+                raise ValueError(
+                    f"{path} holds another subset (key: there -> to be saved):\n  "
+                    + "\n  ".join(lines)
+                    + "\nsave under another name, or delete the file"
+                )
+            return path
+        return write_parquet(path, pd.DataFrame({"example_id": self.example_ids}), self._metadata())
+
+    @classmethod
+    def load(cls, path: Path, data_fingerprint: str | None = None) -> "Subset":
+        """Read a subset.
+
+        Args:
+            path: The parquet file.
+            data_fingerprint: Of the data set the caller trains on; None accepts any.
+
+        Raises: FileNotFoundError; ValueError for a damaged file, another format, ids that do not
+            match their hash, or a subset of another data set.
+        """
+        path = Path(path)
+        table, metadata = read_parquet(path, MAKER)
+        if metadata.get("format") != FORMAT or list(table.columns) != ["example_id"]:
+            raise ValueError(
+                f"{path} has subset format {metadata.get('format')} and columns "
+                f"{list(table.columns)}; expected format {FORMAT} and ['example_id']: run {MAKER} "
+                "again"
+            )
+        if data_fingerprint is not None:
+            check_provenance({"data_fingerprint": data_fingerprint}, metadata, path)
+        try:
+            subset = cls(
+                table["example_id"].to_numpy(),
+                *(metadata[k] for k in ("strategy", "fraction", "seed", "parent")),
+                metadata["data_fingerprint"],
+            )
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a valid subset ({error}); run {MAKER} again") from None
+        if subset.sha256 != metadata.get("sha256"):
+            raise ValueError(
+                f"{path}: the ids do not match the sha256 stored with them; run {MAKER} again"
+            )
+        return subset

@@ -1,0 +1,142 @@
+"""Tables of a study's runs small enough to be committed beside its figures, which they can redraw
+when the runs are elsewhere.
+
+`figures/<study>/tables/<name>.parquet` holds a hash of its content and the settings of the study it
+was compiled from; a file that was changed, or that belongs to other settings, is refused. Leaves to
+others: what the tables mean, and how they are compiled (compiling).
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdlib.repro import files
+from kdlib.repro.tables import read_parquet, write_parquet
+from kdlib.study.study import Study
+
+NAMES = ("results", "curves", "probes", "costs")
+
+
+POINTS = 8_000  # rows of all curves together, where each then has between LEAST and MOST
+
+
+LEAST, MOST = 12, 40
+
+
+MAKER = "notebooks/06_compare.ipynb"
+
+
+# Read after the tables are compiled: they change what is told of the runs, not the runs.
+TOLD = ("baseline", "objective", "margin", "confidence_level")
+
+
+def folder(study: Study) -> Path:
+    """Where a study's committed tables are."""
+    return study.figures / "tables"
+
+
+def there(study: Study) -> bool:
+    """Whether any table of the study is committed; a folder that lacks one is still one."""
+    return any((folder(study) / f"{name}.parquet").is_file() for name in NAMES)
+
+
+def write(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Write the tables, and return them as a reader will get them.
+
+    Figures are drawn from what is returned, so that they are the same whether the runs are there or
+    the tables alone.
+
+    Args:
+        tables: The tables of `NAMES`; numbers become float32 in `curves` and `probes`, and curves
+            are thinned.
+
+    Returns: The same names.
+    """
+    if set(tables) != set(NAMES):
+        raise ValueError(f"tables are {sorted(tables)}; expected {sorted(NAMES)}")
+    small = tables | {
+        "curves": _single(thin(tables["curves"])),
+        "probes": _single(tables["probes"]),
+    }
+    for name, table in small.items():
+        metadata = {"table": name, "study": study.name, "settings": _settings(study)}
+        write_parquet(folder(study) / f"{name}.parquet", table, metadata, compression="zstd")
+    return read(study)
+
+
+def read(study: Study) -> dict[str, pd.DataFrame]:
+    """The committed tables of a study.
+
+    Raises: FileNotFoundError for a table that is not there; ValueError for one that was changed, of
+        another name, or of other settings than the study file has now, with the difference.
+    """
+    found = {}
+    for name in NAMES:
+        path = folder(study) / f"{name}.parquet"
+        found[name], metadata = read_parquet(path, MAKER)
+        belongs = {"table": metadata.get("table"), "study": metadata.get("study")}
+        lines = files.difference({"table": name, "study": study.name}, belongs)
+        lines += _unlike(study, metadata.get("settings", {}))
+        if lines:
+            raise ValueError(
+                f"{path} was compiled before the study was changed (there -> now): "
+                f"{'; '.join(lines)}; run the study again, or take the change back"
+            )
+    return found
+
+
+def thin(curves: pd.DataFrame) -> pd.DataFrame:
+    """Some rows of each run's curve: at steps evenly chosen from those of its cell, the same for
+    every seed, the first among them, and at its own last step.
+
+    Args:
+        curves: One row per run and evaluation: `student strategy fraction objective seed`, `step`
+            and numbers.
+
+    Returns: Rows of `curves` in their order: all of a cell that has few steps, else about 12 to 40
+        of each run, as many as keep the whole near 8,000 rows.
+    """
+    cell = ["student", "strategy", "fraction", "objective"]
+    n_runs = curves.groupby([*cell, "seed"]).ngroups
+    most = int(np.clip(POINTS // max(n_runs, 1), LEAST, MOST))
+    kept = curves["step"] == curves.groupby([*cell, "seed"])["step"].transform("max")
+    for _, rows in curves.groupby(cell):
+        steps = np.unique(rows["step"])
+        chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
+        kept.loc[rows.index[rows["step"].isin(steps[chosen])]] = True
+    return curves[kept].reset_index(drop=True)
+
+
+def _single(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with float32 for measured numbers; the axis `fraction` keeps its exact value."""
+    halved = [c for c in table.select_dtypes("float64").columns if c != "fraction"]
+    return table.astype(dict.fromkeys(halved, np.float32))
+
+
+def _settings(study: Study, **options: Any) -> dict[str, Any]:
+    """All that the tables depend on."""
+    aside = {"name", "shares", "recordings", "audit", "tracking"}
+    dump = study.model_dump(mode="json", exclude=aside, **options)
+    dump.get("compute", {}).pop("images", None)
+    for key in TOLD:
+        dump.get("compare", {}).pop(key, None)
+    return dump
+
+
+def _unlike(study: Study, stored: dict[str, Any]) -> list[str]:
+    """Lines `key: stored -> now`; a key that settings did not have yet, and that the study leaves
+    at its default, is no difference."""
+    now, written = _settings(study), _settings(study, exclude_defaults=True)
+    return files.difference(now, _filled(copy.deepcopy(stored), now, written))
+
+
+def _filled(stored: dict, now: dict, written: dict) -> dict:
+    for key, value in now.items():
+        if key not in stored and key not in written:
+            stored[key] = value
+        elif isinstance(value, dict) and isinstance(stored.get(key), dict):
+            _filled(stored[key], value, written.get(key) or {})
+    return stored

@@ -1,0 +1,136 @@
+"""What a selection costs, and after how many students it has paid for itself.
+
+At equal steps a subset saves nothing: a step costs the same whatever it is drawn from. It saves
+time only where its student gets as far in fewer steps, so that is what is asked of the learning
+curves. Leaves to others: where times and curves come from (compiling).
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+
+from kdlib.study.study import AXES
+
+CELL = list(AXES)
+
+
+COLUMNS = [
+    "student", "objective", "strategy", "fraction", "full_run_s", "run_s", "target", "full_steps",
+    "steps", "s_per_step", "saved_s", "selection_s", "pays_after",
+]  # fmt: skip
+
+
+def ledger(
+    results: pd.DataFrame,
+    curves: pd.DataFrame,
+    costs: pd.DataFrame,
+    margin: float,
+    selection_s: Callable[[str, str], float],
+) -> pd.DataFrame:
+    """For each cell on a subset: what its student saves against one on the full set, and how many
+    students it takes to save what the selection cost.
+
+    The target is the mean validation accuracy (over seeds) of the full set's students at their last
+    step, less the margin. Either side is charged the steps after which its own mean curve is first
+    at the target, `full_steps` and `steps`, so that the full set is not charged for steps that add
+    less than the margin; a curve that never gets there saves nothing. A step costs the median over
+    all runs of the student and objective of wall time / steps, evaluations included. What this
+    cannot say: steps are read from evaluations, between which nothing is known, and from curves of
+    one schedule, which a shorter training would run through faster; the curves are of validation
+    images; and wall times are those of machines that may have done other things.
+
+    Args:
+        results: One row per run: the four axes, `seed`, `refused`.
+        curves: The axes, `seed`, `step`, `validation_accuracy` in [0, 1] of the accepted runs.
+        costs: One row per run: the axes, `seed`, `wall_s`, `steps`.
+        margin: Accuracy that does not matter, in (0, 1).
+        selection_s: (strategy, objective) -> seconds spent before the first such subset was there,
+            that a student on the full set would not have needed; 0 for a random one.
+
+    Returns: Sorted by student, objective, fraction and strategy: `full_run_s` and `run_s`, the
+        median wall times of whole runs as the study asks for them; `target`; `full_steps`; `steps`,
+        NaN for never; `s_per_step`; `saved_s` for each student, NaN for never; `selection_s`;
+        `pays_after`, a number of students, NaN for never. Cells whose full set has no accepted run
+        are left out.
+    """
+    accepted = results[~results["refused"]][[*CELL, "seed"]]
+    timed = costs.merge(accepted, on=[*CELL, "seed"])
+    timed = timed.assign(s_per_step=timed["wall_s"] / timed["steps"])
+    run_s = timed.groupby(CELL)["wall_s"].median()
+    per_step = timed.groupby(["student", "objective"])["s_per_step"].median()
+    means = {cell: _mean_curve(rows) for cell, rows in curves.groupby(CELL)}
+    rows = []
+    for (student, strategy, fraction, objective), curve in means.items():
+        whole = (student, "full", 1.0, objective)
+        if strategy == "full" or whole not in means or (student, objective) not in per_step.index:
+            continue
+        target = means[whole].iloc[-1] - margin
+        full_steps, steps = _first(means[whole], target), _first(curve, target)
+        saved = (full_steps - steps) * per_step[student, objective]
+        spent = selection_s(strategy, objective)
+        cell = (student, strategy, fraction, objective)
+        rows.append(
+            {
+                **dict(zip(CELL, cell, strict=True)),
+                "full_run_s": run_s.get(whole, np.nan),
+                "run_s": run_s.get(cell, np.nan),
+                "target": target,
+                "full_steps": full_steps,
+                "steps": steps,
+                "s_per_step": per_step[student, objective],
+                "saved_s": saved,
+                "selection_s": spent,
+                "pays_after": pays_after(spent, saved),
+            }
+        )
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.sort_values(["student", "objective", "fraction", "strategy"], ignore_index=True)
+
+
+def pays_after(spent: float, saved: float) -> float:
+    """Students after which a cost is saved: spent / saved, rounded up; NaN for never.
+
+    >>> pays_after(100.0, 30.0), pays_after(0.0, 1.0), pays_after(100.0, -1.0)
+    (4.0, 0.0, nan)
+    """
+    return float(math.ceil(spent / saved)) if saved > 0 else math.nan
+
+
+def to_markdown(table: pd.DataFrame) -> str:
+    """The ledger as a Markdown table; lines joined by newlines."""
+    head = (
+        "student", "objective", "strategy", "fraction", "whole run (s)", "on the full set (s)",
+        "target (%)", "steps", "of the full set", "saved per student (s)", "selection (s)",
+        "pays after",
+    )  # fmt: skip
+    lines = [head, ["---"] * 4 + ["---:"] * 8]
+    for row in table.itertuples():
+        never = math.isnan(row.steps)
+        pays = "never" if math.isnan(row.pays_after) else _students(row.pays_after)
+        lines.append(
+            (
+                row.student, row.objective, row.strategy, f"{100 * row.fraction:.4g} %",
+                f"{row.run_s:.3g}", f"{row.full_run_s:.3g}", f"{100 * row.target:.1f}",
+                "never" if never else f"{row.steps:.0f}", f"{row.full_steps:.0f}",
+                "-" if never else f"{row.saved_s:+.3g}", f"{row.selection_s:.3g}", pays,
+            )
+        )  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _students(n: float) -> str:
+    return "at once" if n == 0 else f"{n:.0f} student{'s' if n > 1 else ''}"
+
+
+def _mean_curve(rows: pd.DataFrame) -> pd.Series:
+    """Step -> mean validation accuracy, at the steps at which every seed was evaluated."""
+    by_seed = rows.pivot(index="step", columns="seed", values="validation_accuracy")
+    return by_seed.astype(np.float64).dropna().mean(axis=1)
+
+
+def _first(curve: pd.Series, target: float) -> float:
+    """First step at which a curve is at the target; NaN when it never is."""
+    there = curve.index[curve >= target]
+    return float(there[0]) if len(there) else math.nan

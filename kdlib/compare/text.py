@@ -1,0 +1,251 @@
+"""Comparisons in words: sentences, Markdown and LaTeX, all from the same rows.
+
+Leaves to others: the statistics (compare), and where the text is written (report).
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdlib.compare.statistics import AGAINST, AXES, EQUIVALENCE_LEVEL, VERDICTS
+
+MEASURED = {  # what the compared number is called, by column
+    "test_accuracy": "last step on the test split",
+    "linear_accuracy": "linear probe of the last step's features, on the test split",
+    "knn_accuracy": "k-NN probe of the last step's features, on the test split",
+}
+
+
+LONG = 40  # rows that fit on a page of LaTeX
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "±": r"$\pm$",
+}  # fmt: skip
+
+
+def summary_lines(comparison: pd.DataFrame) -> list[str]:
+    """What was found, in plain sentences: the counts first, then better, worse, equivalent and
+    inconclusive, the largest differences first.
+
+    Args:
+        comparison: From `paired_differences` or `objective_differences`.
+
+    Returns: One sentence per element; accuracies and differences in percentage points.
+    """
+    if comparison.empty:
+        return ["There is nothing to compare: no cell but those to compare with."]
+    first, n = comparison.iloc[0], len(comparison)
+    counts = comparison["verdict"].value_counts()
+    told = ", ".join(f"{counts.get(name, 0)} {name}" for name in VERDICTS)
+    lines = [
+        f"{count(n, 'comparison')} at {first.budget.replace('_', ' ')} with a "
+        f"margin of {count(100 * first.margin, 'point')}: {told}."
+    ]
+    settled = comparison[comparison["verdict"].isin(["better", "worse"])]
+    if len(settled):
+        kept = int((settled["p_holm"] < 1 - settled["level"]).sum())
+        lines.append(
+            f"Of the {len(settled)} better or worse, {kept} stay significant after Holm's "
+            f"correction for {count(int(comparison['p_value'].notna().sum()), 'test')}."
+        )
+    order = comparison.assign(
+        rank=comparison["verdict"].map(VERDICTS.index), size=-comparison["difference"].abs()
+    ).sort_values(["rank", "size", *AXES, *AGAINST], kind="stable")
+    several = comparison["student"].nunique() > 1
+    return lines + [_sentence(row, several) for row in order.itertuples()]
+
+
+def inflation_line(mean: float, most: float, n_runs: int) -> str:
+    """By how much accuracy at the best validation epoch lies above that at the last one."""
+    return (
+        f"The best validation epoch would change them by {100 * mean:+.2f} points on average and "
+        f"{100 * most:+.2f} at most ({count(n_runs, 'run')}): it is shown beside the last step, "
+        "which alone is judged."
+    )
+
+
+def bootstrap_line(comparison: pd.DataFrame) -> str:
+    """What the bootstrap interval is worth, with this number of seeds."""
+    n = 0 if comparison.empty else int(comparison["n_seeds"].max())
+    return (
+        f"The bootstrap interval resamples {count(n, 'paired difference')} 10,000 times; with few "
+        "seeds it is narrower than it says (of five normal ones its 95 % cover 84 %), and the "
+        "verdict rests on the t interval before it."
+    )
+
+
+def to_markdown(comparison: pd.DataFrame) -> str:
+    """The comparison as a Markdown table: accuracies in %, mean ± sd (ddof=1) over paired seeds.
+
+    Args:
+        comparison: From `paired_differences` or `objective_differences`.
+
+    Returns: Lines joined by newlines, without one at the end; a number that is not there is "-",
+        and best epochs have a column only where one is reported.
+    """
+    head, rows = _table(comparison)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def to_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
+    """The same table for LaTeX, in the rules of booktabs; a long one may break over pages.
+
+    Args:
+        comparison: From `paired_differences` or `objective_differences`.
+        caption, label: Plain text, escaped here; the label loses what LaTeX does not allow in one.
+
+    Returns: A `table`, or a `longtable` of more than 40 rows, ending with a newline.
+    """
+    head, rows = _table(comparison)
+    numbers = {"fraction", "seeds", "p (Holm)"}
+    columns = "".join("r" if name in numbers else "l" for name in head)
+    told = rf"\caption{{{escaped(caption)}}}\label{{tab:{_label(label)}}}"
+    header = rf"{' & '.join(map(escaped, head))} \\"
+    body = [rf"{' & '.join(map(_typeset, row))} \\" for row in rows]
+    if len(rows) > LONG:
+        lines = [
+            rf"\begin{{longtable}}{{{columns}}}", rf"{told} \\", r"\toprule", header,
+            r"\midrule", r"\endfirsthead", r"\toprule", header, r"\midrule", r"\endhead",
+            r"\bottomrule", r"\endfoot", *body, r"\end{longtable}",
+        ]  # fmt: skip
+    else:
+        lines = [
+            r"\begin{table}", r"\centering", told, rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
+            r"\end{table}",
+        ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text that LaTeX prints as it stands.
+
+    >>> escaped("aum_top, 33 %")
+    'aum\\\\_top, 33 \\\\%'
+    """
+    return "".join(_LATEX.get(sign, sign) for sign in text)
+
+
+def cell_table(cells: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of cells and the command that makes each again.
+
+    Args:
+        cells: student, strategy, fraction, objective, command; the command holds no backtick.
+    """
+    lines = [[*AXES, "command"], ["---"] * 5]
+    lines += [[*map(str, cell[:-1]), f"`{cell[-1]}`"] for cell in cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _table(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of a comparison, as text."""
+    head = [
+        "student", "objective", "fraction", "strategy", "accuracy (%)", "against",
+        "its accuracy (%)", "difference (points)", "bootstrap", "p (Holm)", "seeds", "verdict",
+    ]  # fmt: skip
+    shown = comparison["best_mean"].notna().any()
+    rows = []
+    for row in comparison.itertuples():
+        interval = f"({100 * row.level:g} %: {_points(row.low, '+')} to {_points(row.high, '+')})"
+        best = f"{_points(row.best_mean)} ({_points(row.best_difference, '+')})"
+        rows.append(
+            [
+                row.student, row.objective, f"{100 * row.fraction:.4g} %", row.strategy,
+                f"{_points(row.mean)} ± {_points(row.sd)}", _against(row),
+                f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
+                f"{_points(row.difference, '+')} {interval}",
+                f"{_points(row.boot_low, '+')} to {_points(row.boot_high, '+')}",
+                _probability(row.p_holm), str(row.n_seeds), row.verdict,
+                *([best] if shown else []),
+            ]
+        )  # fmt: skip
+    return head + (["best epoch (%)"] if shown else []), rows
+
+
+def _probability(p: float) -> str:
+    if np.isnan(p):
+        return "-"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _typeset(text: str) -> str:
+    """A cell of a table: names escaped, signs of numbers in mathematics."""
+    words = []
+    for word in text.split(" "):
+        bare = word.strip("()")
+        if bare[:1] in ("+", "-") and bare[1:2].isdigit():
+            word = word.replace(bare, f"${bare}$")
+        else:
+            word = escaped(word) if word not in ("<", "-") else {"<": "$<$", "-": "--"}[word]
+        words.append(word)
+    return " ".join(words)
+
+
+def _label(text: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "-.:" else "-" for sign in text)
+
+
+def _points(accuracy: float, sign: str = "") -> str:
+    """An accuracy or a difference in percent, "-" for NaN."""
+    rounded = round(100 * accuracy, 1)
+    if rounded == 0:
+        return "0.0"  # neither +0.0 nor -0.0
+    return "-" if np.isnan(rounded) else f"{rounded:{sign}.1f}"
+
+
+def count(n: float, thing: str) -> str:
+    """A number of things.
+
+    >>> count(1, "point"), count(2.5, "point")
+    ('1 point', '2.5 points')
+    """
+    return f"{n:g} {thing}" if n == 1 else f"{n:g} {thing}s"
+
+
+def _against(row: Any) -> str:
+    """What a row is compared with: only what differs from its own cell."""
+    parts = [row.against_strategy] if row.against_strategy != row.strategy else []
+    if row.against_objective != row.objective:
+        parts.append(f"with {row.against_objective}")
+    if row.against_fraction != row.fraction:
+        parts.append(f"at {100 * row.against_fraction:.4g} %")
+    return " ".join(parts)
+
+
+def _sentence(row: Any, name_student: bool) -> str:
+    """One row of a comparison in words; the student is named where there are several."""
+    is_full = row.strategy == "full"
+    subject = (
+        f"With {row.objective}, the full set"
+        if is_full
+        else f"At {100 * row.fraction:.4g} % with {row.objective}, {row.strategy}"
+    )
+    level, ends = row.level, (row.low, row.high)
+    if row.verdict == "equivalent":
+        level, ends = EQUIVALENCE_LEVEL, (row.low90, row.high90)
+    facts = [f"{100 * level:g} % interval {_points(ends[0])} to {_points(ends[1])}"]
+    facts = [] if np.isnan(row.low) else facts
+    facts.append(count(row.n_seeds, "paired seed"))
+    if row.n_refused:
+        facts.append(f"{count(row.n_refused, 'refused run')} left out")
+    if name_student:
+        facts.append(f"student {row.student}")
+    told, after = f"({', '.join(facts)})", _against(row)
+    if row.verdict in ("better", "worse"):
+        size = _points(abs(row.difference))
+        return f"{subject} is {row.verdict} than {after} by {size} points {told}."
+    if row.verdict == "equivalent":
+        margin, size = count(100 * row.margin, "point"), _points(row.difference, "+")
+        return f"{subject} is as good as {after} within {margin}: it differs by {size} {told}."
+    if row.n_seeds < 2:
+        return f"{subject} cannot be compared with {after}: two paired seeds are needed {told}."
+    ending = "the difference may lie between 0 and the margin, where seeds tell least"
+    if row.seeds_needed > row.n_seeds:
+        ending = f"about {row.seeds_needed} paired seeds would settle it"
+    size = _points(row.difference, "+")
+    return f"{subject} cannot be told from {after}: {size} points {told}; {ending}."

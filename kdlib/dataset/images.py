@@ -1,0 +1,75 @@
+"""Step 01: a study's cached images, their split, and the pixels measured on it.
+
+Leaves to others: files of images (building, cache), who learns from them (experiment).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kdlib.cache.shards import Cache
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.networks import Network, build_network
+from kdlib.repro import files
+from kdlib.study.study import Model
+
+
+@dataclass(frozen=True)
+class Images:
+    """A study's cached images and their split.
+
+    Attributes:
+        train: Cache of the training split, validation images included.
+        test: Cache of the test split.
+        train_ids: (N,) int64, sorted: what teachers and students may learn from.
+        validation_ids: int64, sorted: what curves and best epochs are read from.
+        pixels: Normalisation measured on `train_ids`.
+    """
+
+    train: Cache
+    test: Cache
+    train_ids: np.ndarray
+    validation_ids: np.ndarray
+    pixels: Pixels
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        split = files.sha256_array(self.train_ids, self.validation_ids)
+        return {"train": self.train.fingerprint, "test": self.test.fingerprint, "split": split}
+
+    @property
+    def n_classes(self) -> int:
+        """Classes of the labels.
+
+        Raises: ValueError for images without labels.
+        """
+        names = self.train.header["class_names"]
+        if not names:
+            raise ValueError(
+                f"the images of {self.train.folder} have no labels (study: data.labelled), and "
+                "every objective, datamap and probe of this study needs them"
+            )
+        return len(names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the cached images."""
+        return self.train.layout("images")[1]
+
+    def network(self, model: Model, seed: int, device: str, n_more: int = 0) -> Network:
+        """A network for these images, and `n_more` classes, with weights drawn from `seed`."""
+        n_classes = self.n_classes + n_more
+        built = build_network(model, n_classes=n_classes, image_shape=self.image_shape, seed=seed)
+        return built.to(device, memory_format=self.pixels.memory_format)
+
+    def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images (N, C, H, W) uint8, labels (N,) int64) of the held-out training images."""
+        images = torch.from_numpy(self.train.read("images", self.validation_ids))
+        labels = torch.from_numpy(self.train.read("labels", self.validation_ids))
+        return images.to(device), labels.to(device)
+
+
+def probe_examples(images: Images) -> list[tuple[Cache, np.ndarray]]:
+    """(cache, ids) of what a probe learns from, and of what it is tested on."""
+    return [(images.train, images.train_ids), (images.test, np.arange(images.test.n_examples))]

@@ -1,0 +1,58 @@
+"""Pixel normalisation and memory format."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def pixel_scale(mean: list[float], std: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """`scale` and `shift`, (C,) float32 each, with which `pixel * scale + shift` normalises.
+
+    Args:
+        mean: C floats, for pixels in [0, 1].
+        std: C floats > 0, for pixels in [0, 1].
+    """
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return np.array([1 / (255 * s) for s in std], np.float32), np.array(shift, np.float32)
+
+
+def normalise(
+    images: torch.Tensor, mean: list[float], std: list[float], out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """uint8 pixels to float32 `(pixel / 255 - mean) / std`, per channel.
+
+    A product and a sum, each rounded: never one fused operation, whose bits would be others.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        mean: As in `pixel_scale`.
+        std: As in `pixel_scale`.
+        out: (B, C, H, W) float32 to write to, in any memory format.
+
+    Returns: (B, C, H, W) float32, `out` or new, in the memory format of the input.
+    """
+    scale, shift = (
+        torch.from_numpy(x).to(images.device)[:, None, None] for x in pixel_scale(mean, std)
+    )
+    out = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
+    return out.mul_(scale).add_(shift)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How a network wants its pixels: per-channel mean and std of pixels in [0, 1]."""
+
+    mean: list[float]
+    std: list[float]
+    channels_last: bool = False
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Where the channels stand in memory."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def prepare(self, images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, C, H, W) uint8 -> float32, normalised, in the memory format the study asks for."""
+        images = images.contiguous(memory_format=self.memory_format)
+        return normalise(images, self.mean, self.std, out)

@@ -1,0 +1,76 @@
+"""Training started from the map, in a process of its own."""
+
+import atexit
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kdlib
+
+
+class Training:
+    """Commands that run one after another in the background; they end with the kernel.
+
+    Attributes: code, the first exit code that is not 0, or 0 at the end; None before. stopped.
+    """
+
+    def __init__(
+        self, commands: list[list[str]], log: Path, tell: Callable[[str], Any], end: Callable
+    ) -> None:
+        """Start.
+
+        Args:
+            log: File of what they print.
+            tell: Called twice a second with the log's last line.
+            end: Called with this training when all is over.
+        """
+        self.commands, self.log, self.tell, self.end = commands, log, tell, end
+        self.code: int | None = None
+        self.stopped, self._process = False, None
+        atexit.register(self.stop)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        code = 0
+        with open(self.log, "w") as log:
+            for command in self.commands:
+                if self.stopped or code:
+                    break
+                try:  # a session of its own: interrupting a cell leaves it alone
+                    self._process = subprocess.Popen(
+                        command, cwd=Path(kdlib.__file__).parents[1], stdin=subprocess.DEVNULL,
+                        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                    )  # fmt: skip
+                except OSError as error:
+                    log.write(str(error))
+                    code = 1
+                    break
+                while (code := self._wait()) is None:
+                    self.tell(self.last_line())
+        self.code = code
+        atexit.unregister(self.stop)
+        self.end(self)
+
+    def _wait(self) -> int | None:
+        try:
+            return self._process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def last_line(self) -> str:
+        """The last line printed so far, without colours."""
+        text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
+        return next((line for line in reversed(re.split(r"[\r\n]+", text)) if line.strip()), "")
+
+    def stop(self) -> None:
+        """End the running command: papermill takes its kernel down on an interrupt."""
+        self.stopped = True
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            threading.Timer(10, self._process.kill).start()

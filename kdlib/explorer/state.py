@@ -1,0 +1,335 @@
+"""What is picked, hidden and shown of a datamap: the state behind the walkable map, no widgets.
+
+Holds the selection and what can be done with it (looked at, counted, saved, restored, trained on),
+and the HTML that shows it. Leaves to others: drawing and controls (explorer), what a saved
+selection is (selection), the training itself (`notebooks/04_distill.ipynb`).
+"""
+
+import base64
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdlib.cartography.selection import tie_break
+from kdlib.cartography.subset import Subset
+from kdlib.repro import files
+from kdlib.repro.run import read_evidence
+from kdlib.steps.cache import open_images
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.distill import open_student
+from kdlib.steps.training import written
+from kdlib.study.study import PICKED, Study
+
+LIMITS = {"variability": (0.0, 0.5), "confidence": (0.0, 1.0), "correctness": (0.0, 1.0)}
+
+
+REGIONS = ("region_variability", "region_corner")
+
+
+PAGE = 48  # images of the gallery at a time
+
+
+SIDE = 96  # pixels: smaller images are enlarged without smoothing, larger ones shrunk
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+def drawn(table: pd.DataFrame, max_points: int) -> pd.DataFrame:
+    """The rows of a datamap that are drawn: all, or a seeded sample that has of each class and
+    region its share, and at least one example while there is room."""
+    if len(table) <= max_points:
+        return table
+    strata = table.groupby(["label", *REGIONS], observed=True, sort=False).ngroup().to_numpy()
+    ties = tie_break(table.index.to_numpy(), seed=0)
+    order = np.lexsort((ties, strata))
+    first = np.searchsorted(strata[order], strata[order])
+    size = np.bincount(strata)[strata[order]]
+    quantile = (np.arange(len(order)) - first) / size  # of an example within its stratum
+    kept = order[np.lexsort((ties[order], quantile))[:max_points]]
+    return table.iloc[np.sort(kept)]
+
+
+class Explorer:
+    """What is selected, hidden and shown of one datamap, and what can be done with it.
+
+    Attributes:
+        table: The whole datamap; index of N example ids, sorted.
+        shown: Its rows that are drawn.
+        other: The drawn rows of the second map, None without one; `other_name` names it.
+        names: Class names by label.
+        scores: Columns that can be an axis, a colour, an order or a filter.
+        picked: (n,) int64, sorted: what was selected; `selected` is the visible part of it.
+        visible: (N,) bool: which examples the filter lets pass.
+        sort, ascending, number: Order and page (from 0) of the gallery.
+    """
+
+    def __init__(
+        self, study: Study, against: pd.DataFrame | Study | None = None, max_points: int = 1_000_000
+    ) -> None:
+        if max_points < 1:
+            raise ValueError(f"max_points is {max_points}; expected at least 1")
+        self.study, self.images = study, open_images(study)
+        self.table = open_datamap(study, self.images)
+        self.names = [str(name) for name in self.images.train.header["class_names"]]
+        self.shown = drawn(self.table, max_points)
+        self.other, self.other_name = None, getattr(against, "name", "the other map")
+        if against is not None:
+            self.other = drawn(self._checked(against), max_points)
+        numbers = self.table.select_dtypes("number").columns
+        self.scores = [c for c in numbers if c != "label" and np.isfinite(self.table[c]).any()]
+        self.picked = np.empty(0, np.int64)
+        self.sort, self.ascending, self.number = "confidence", True, 0
+        self.clear_filter()
+
+    def _checked(self, against: pd.DataFrame | Study) -> pd.DataFrame:
+        """The other datamap, which must be of the same images."""
+        if isinstance(against, Study):
+            images = open_images(against)
+            mine, other = (
+                i.train.header["identity"] | {"relabel": 0} for i in (self.images, images)
+            )
+            if mine != other:  # other labels of the same images do not matter
+                raise ValueError(
+                    f"{against.name} has other images than {self.study.name}, so that equal ids "
+                    "are different images; expected a study of the same data"
+                )
+            return open_datamap(against, images)
+        lacking = {"label", *LIMITS, *REGIONS} - set(against.columns)
+        if lacking or not against.index.isin(self.table.index).any():
+            raise ValueError(
+                f"the other datamap lacks {sorted(lacking) or 'every example of this one'}; "
+                "expected a table as mapping.open_datamap returns it, indexed by example id"
+            )
+        return against.sort_index()
+
+    @property
+    def note(self) -> str:
+        """What is drawn, in one sentence."""
+        n, total = len(self.shown), len(self.table)
+        if n == total:
+            return f"All {total:,} training examples are drawn."
+        return (
+            f"{n:,} of {total:,} examples are drawn: a seeded sample, stratified by class and "
+            "region. Only drawn examples can be selected on the map."
+        )
+
+    @property
+    def selected(self) -> np.ndarray:
+        """(n,) int64, sorted: the selected examples that no filter hides."""
+        return self.picked[self.visible[self.table.index.get_indexer(self.picked)]]
+
+    def select(self, ids: Iterable[int]) -> str:
+        """Select these examples and no others.
+
+        Returns: A sentence that counts those that are in one map alone, or hidden, and so ignored.
+        """
+        ids = np.unique(np.asarray(ids, np.int64))
+        mine = self.table.index.get_indexer(ids) >= 0
+        self.picked, self.number = ids[mine], 0
+        chosen = self.selected
+        self.picked = chosen  # what is hidden now was not selected
+        said = [f"{len(chosen):,} selected"]
+        for n, why in (
+            ((~mine).sum(), f"not in {self.study.name}"),
+            (mine.sum() - len(chosen), "hidden by the filter"),
+        ):
+            said += [f"{n:,} ignored ({why})"] if n else []
+        if self.other is not None and (n := (~np.isin(chosen, self.other.index)).sum()):
+            said.append(f"{n:,} of them not in {self.other_name}")
+        return "; ".join(said) + "."
+
+    def filter(self, classes: Iterable[int] = (), **ranges: tuple[float, float]) -> str:
+        """Hide all but these classes (none given: all stay) and these ranges `score=(low, high)`,
+        both ends included. The hidden part of a selection returns when it is shown again."""
+        visible = np.ones(len(self.table), bool)
+        if classes := list(classes):
+            visible &= self.table["label"].isin(classes).to_numpy()
+        for score, (low, high) in ranges.items():
+            self._known(score)
+            visible &= self.table[score].between(low, high).to_numpy()
+        self.visible, self.number = visible, 0
+        if not visible.any():
+            return "No example passes this filter."
+        return f"{visible.sum():,} of {len(visible):,} examples pass the filter."
+
+    def clear_filter(self) -> str:
+        """Show all."""
+        return self.filter()
+
+    def find(self, text: str | int) -> str:
+        """Select the one example of this id.
+
+        Raises: ValueError for what is no id of the map, or hidden.
+        """
+        try:
+            place = self.table.index.get_loc(int(text))
+        except (ValueError, KeyError):
+            ids = self.table.index
+            raise ValueError(
+                f"There is no example {str(text)!r} in this map; its ids lie between {ids[0]} and "
+                f"{ids[-1]}, without those of the validation images."
+            ) from None
+        if not self.visible[place]:
+            raise ValueError(f"Example {int(text)} is hidden by the filter; clear it first.")
+        self.select([int(text)])
+        where = "" if int(text) in self.shown.index else " It is not among the drawn points."
+        return f"Example {int(text)}: {self.class_name(self.table['label'].iloc[place])}.{where}"
+
+    def order(self, score: str, ascending: bool) -> None:
+        """Sort the gallery."""
+        self._known(score)
+        self.sort, self.ascending, self.number = score, ascending, 0
+
+    @property
+    def n_pages(self) -> int:
+        """Pages of the gallery; 1 when nothing is selected."""
+        return max(1, -(-len(self.selected) // PAGE))
+
+    def page(self, number: int | None = None) -> pd.DataFrame:
+        """The rows of one page of the gallery, in its order; a number out of range is moved in."""
+        self.number = min(max(self.number if number is None else number, 0), self.n_pages - 1)
+        rows = self.table.loc[self.selected]
+        rows = rows.sort_values(self.sort, ascending=self.ascending, kind="stable")
+        return rows.iloc[self.number * PAGE : (self.number + 1) * PAGE]
+
+    def counts(self) -> pd.DataFrame:
+        """Per class, in the order of the labels: name, how many are selected, how many there are,
+        and the selected share."""
+        n, labels = len(self.names), self.table["label"]
+        chosen = np.bincount(labels.loc[self.selected], minlength=n)
+        whole = np.bincount(labels, minlength=n)
+        share = chosen / np.maximum(whole, 1)
+        return pd.DataFrame(
+            {"class": self.names, "selected": chosen, "whole": whole, "share": share}
+        )
+
+    def pictures(self, ids: Sequence[int]) -> list[str]:
+        """PNGs of some examples as data URIs; these alone are read."""
+        return [data_uri(pixels) for pixels in self.images.train.read("images", np.asarray(ids))]
+
+    def class_name(self, label: int) -> str:
+        """Name of a class, as the source gave it: escape it where it enters HTML."""
+        return self.names[int(label)]
+
+    def _known(self, score: str) -> None:
+        if score not in self.scores:
+            raise ValueError(f"unknown score {score!r}; {files.nearest(score, self.scores)}")
+
+    # Saved selections
+
+    def _path(self, name: str) -> Path:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                f"{name!r} names no selection: expected letters, digits, _ and -, a letter or "
+                "digit first."
+            )
+        return self.study.picked(PICKED + name)
+
+    def saved(self) -> list[str]:
+        """Names of the saved selections."""
+        return sorted(path.stem for path in (self.study.runs / "selections").glob("*.parquet"))
+
+    def save(self, name: str) -> Path:
+        """Save what is selected as a subset, the strategy `picked_<name>` of the study.
+
+        Raises: ValueError for a name that is no name or is taken, and when nothing is selected.
+        """
+        path, ids = self._path(name), self.selected
+        if not len(ids):
+            raise ValueError("Nothing is selected; draw a lasso around some points first.")
+        if path.exists() and not np.array_equal(there := Subset.load(path).example_ids, ids):
+            raise ValueError(
+                f"{name!r} already names another selection, of {len(there):,} examples, which "
+                "stays as it is; choose another name."
+            )
+        parent = read_evidence(self.study.upstream.runs / "datamap")["datamap_sha256"]
+        data = files.fingerprint(self.images.fingerprints)
+        fraction = len(ids) / len(self.images.train_ids)
+        return Subset(ids, PICKED + name, fraction, 0, parent, data).save(path)
+
+    def restore(self, name: str) -> str:
+        """Select what was saved under a name; the filter is cleared."""
+        data = files.fingerprint(self.images.fingerprints)
+        subset = Subset.load(self._path(name), data)
+        self.clear_filter()
+        return f"{name}: {self.select(subset.example_ids)}"
+
+    # Students
+
+    def commands(self, name: str) -> list[list[str]]:
+        """The commands that train the study's students on a saved selection, and on a random one
+        of the same size."""
+        path = written(self.study)
+        fraction = Subset.load(self._path(name)).fraction
+        made = []
+        for strategy, more in ((PICKED + name, []), ("random", ["-p", "fraction", repr(fraction)])):
+            executed = self._path(name).with_name(f"{name}-{strategy}-04_distill.ipynb")
+            if strategy != "random":
+                executed = self._path(name).with_name(f"{name}-04_distill.ipynb")
+            made.append(
+                [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar",
+                 "notebooks/04_distill.ipynb", str(executed),
+                 "-p", "study", str(path), "-p", "strategy", strategy, *more]
+            )  # fmt: skip
+        return made
+
+    def _students(self, name: str) -> list[tuple[Any, Any, int]]:
+        """(cell of the selection, cell of the random subset of equal size, seed)."""
+        fraction = Subset.load(self._path(name)).fraction
+        return [
+            (
+                self.study.cell(strategy=PICKED + name, objective=objective),
+                self.study.cell(strategy="random", fraction=fraction, objective=objective),
+                seed,
+            )
+            for objective in self.study.axes.objective
+            for seed in self.study.seeds
+        ]
+
+    def trained(self, name: str) -> tuple[int, int]:
+        """How many of the students of `commands` are done, and how many there will be."""
+        wanted = [(c, seed) for *pair, seed in self._students(name) for c in pair]
+        done = 0
+        for cell, seed in wanted:
+            # not there, or of settings from before the study was changed
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                open_student(self.study, cell, seed)
+                done += 1
+        return done, len(wanted)
+
+    def results(self, name: str) -> pd.DataFrame:
+        """Test accuracies of the last step: objective, seed, picked, random, difference.
+
+        Raises: FileNotFoundError when not all students are trained.
+        """
+        rows = []
+        for picked, random, seed in self._students(name):
+            accuracy = [
+                open_student(self.study, c, seed)["checkpoints"]["last"]["test_accuracy"]
+                for c in (picked, random)
+            ]
+            rows.append((picked.objective, seed, *accuracy, accuracy[0] - accuracy[1]))
+        return pd.DataFrame(rows, columns=["objective", "seed", "picked", "random", "difference"])
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """A (C, H, W) uint8 image as a PNG of about SIDE pixels."""
+    from PIL import Image
+
+    n_channels, height, width = pixels.shape
+    plain = pixels[0] if n_channels != 3 else pixels.transpose(1, 2, 0)
+    image = Image.fromarray(np.ascontiguousarray(plain))
+    if (times := SIDE // max(height, width)) > 1:
+        image = image.resize((times * width, times * height), Image.Resampling.NEAREST)
+    image.thumbnail((SIDE, SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

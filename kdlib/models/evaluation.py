@@ -1,0 +1,80 @@
+"""The one evaluator: a network's outputs for a list of examples, and accuracy counted once.
+
+Leaves to others: what is done with the outputs (teacher cache, metrics, probes, datamap).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.networks import Network
+
+
+@torch.no_grad()
+def outputs(
+    network: Network,
+    pixels: Pixels,
+    images: torch.Tensor,
+    wanted: Sequence[str] = ("features", "logits"),
+    batch_size: int = 500,
+) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Outputs of clean images, batch by batch, in evaluation mode.
+
+    The mode of each of its modules is put back as it was, and nothing else of it changes.
+
+    Args:
+        images: (N, C, H, W) uint8, on the network's device.
+        wanted: Names of `Network.outputs`.
+
+    Yields: One (B, ...) tensor for each name, float32.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        for chunk in torch.split(images, batch_size):
+            found = network.outputs(pixels.prepare(chunk), wanted)
+            yield tuple(found[name] for name in wanted)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def all_outputs(
+    network: Network,
+    pixels: Pixels,
+    images: torch.Tensor,
+    wanted: Sequence[str] = ("features", "logits"),
+) -> tuple[torch.Tensor, ...]:
+    """Outputs of all images, one (N, ...) float32 tensor for each name."""
+    parts = list(outputs(network, pixels, images, wanted))
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
+
+
+def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarray) -> float:
+    """Fraction of rows whose largest logit is the label's: counts summed, divided once.
+
+    Args:
+        logits: (N, C) float, N > 0.
+        labels: (N,) int64.
+
+    Returns: In [0, 1].
+    Raises: ValueError for no rows, or another number of labels.
+
+    >>> accuracy(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1]))
+    0.5
+    """
+    logits, labels = torch.as_tensor(logits), torch.as_tensor(labels)
+    if len(logits) == 0 or len(logits) != len(labels):
+        raise ValueError(f"{len(logits)} rows of logits for {len(labels)} labels; expected as many")
+    return int((logits.argmax(1) == labels).sum()) / len(labels)
+
+
+def evaluate(
+    network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
+) -> tuple[float, float]:
+    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on clean images."""
+    (logits,) = all_outputs(network, pixels, images, ("logits",))
+    return float(F.cross_entropy(logits.double(), labels)), accuracy(logits, labels)

@@ -1,0 +1,201 @@
+"""Outputs of a network, stored in shards by example id, and their verification."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from kdlib.cache.build import build_shards
+from kdlib.cache.outputs import CLEAN_VIEW, KIND, encoded, stored_columns, stored_logits
+from kdlib.cache.shards import Cache, CacheError
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.views import augment
+from kdlib.models.evaluation import accuracy, all_outputs
+from kdlib.models.networks import Network, Resized
+from kdlib.models.weights import weights_fingerprint
+from kdlib.study.study import Augment
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Views that teacher and students both see: view v of an example is that of pass v.
+
+    Attributes:
+        n: How many; a student's pass p sees view p % n.
+        augment: Which augmentation.
+        seed: Its seed.
+    """
+
+    n: int
+    augment: Augment
+    seed: int
+
+
+def output_header(
+    network: Network, pixels: Pixels, images: Cache, replay: Replay | None, top_k: int | None
+) -> dict[str, Any]:
+    """What determines a teacher's outputs: weights, normalisation, images, views, form."""
+    view: Any = CLEAN_VIEW
+    if replay is not None:
+        view = {
+            "n": replay.n,
+            "augment": replay.augment.model_dump(mode="json"),
+            "seed": replay.seed,
+        }
+    return {
+        "kind": KIND,
+        "split": images.header["split"],
+        "teacher": weights_fingerprint(network),
+        "pixels": {"mean": pixels.mean, "std": pixels.std},
+        "images": images.fingerprint,
+        "view": view,
+        "n_classes": network.n_classes,
+        "top_k": top_k,
+    } | ({"image_size": network.size} if isinstance(network, Resized) else {})
+
+
+def store_outputs(
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    folder: Path,
+    device: str = "cpu",
+    *,
+    replay: Replay | None = None,
+    top_k: int | None = None,
+    wanted: Collection[str] = ("logits", "features"),
+    part: tuple[int, int] = (1, 1),
+) -> Cache:
+    """Store a teacher's outputs for all images of a cache, resuming a killed build.
+
+    Columns, all but `indices` in float16, for V views (1 without `replay`): `logits` (V, C), or
+    with `top_k` `values` (V, k), `indices` int16 or int32 (V, k) and `log_tail` (V,), the log of
+    the probability of all other classes; `features` (V, D); `stage<k>` (V, D_k, H_k, W_k), the
+    feature grid of a stage; `attention<k>` (V, H_k, W_k), its attention map.
+
+    Args:
+        replay: Views to store; None is the clean image alone.
+        top_k: In [1, C); None stores all logits.
+        wanted: Names of `Network.outputs`.
+        part: (i, k): only the i-th of k equal runs of shards.
+
+    Returns: The open cache of outputs, aligned with the image cache by example id.
+    Raises: CacheError when the folder holds outputs of another teacher, of other images or views;
+        OverflowError when an output does not fit into float16; ValueError for a `top_k` outside its
+        range, or an output the network does not have.
+    """
+    n_classes, n_views = network.n_classes, 1 if replay is None else replay.n
+    if top_k is not None and not 1 <= top_k < n_classes:
+        raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
+    _, image_shape = images.layout("images")
+    shapes = network.output_shapes(image_shape, wanted)
+    columns = {name: ("<f2", (n_views, *shape)) for name, shape in shapes.items()}
+    if top_k is not None and columns.pop("logits", None):
+        kind = "<i2" if n_classes <= 2**15 else "<i4"
+        columns |= {
+            "values": ("<f2", (n_views, top_k)),
+            "indices": (kind, (n_views, top_k)),
+            "log_tail": ("<f2", (n_views,)),
+        }
+
+    def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
+        ids = np.arange(*span)
+        parts = [
+            encoded(_outputs(network, pixels, images, ids, v, replay, device, wanted), top_k)
+            for v in range(n_views)
+        ]
+        stacked = {name: np.stack([part[name] for part in parts], 1) for name in columns}
+        return {name: stacked[name].astype(dtype) for name, (dtype, _) in columns.items()}
+
+    return build_shards(
+        folder,
+        output_header(network, pixels, images, replay, top_k),
+        columns,
+        make,
+        n_examples=images.n_examples,
+        shard_size=images.shard_size,
+        part=part,
+        describe=f"teacher outputs, {images.header['split']}",
+    )
+
+
+def _outputs(
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    ids: np.ndarray,
+    view: int,
+    replay: Replay | None,
+    device: str | torch.device,
+    wanted: Collection[str],
+) -> dict[str, torch.Tensor]:
+    """Outputs by name of one view of some examples."""
+    seen = torch.from_numpy(images.read("images", ids)).to(device)
+    if replay is not None:
+        epochs = torch.full((len(ids),), view)
+        seen = augment(seen, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
+    wanted = tuple(wanted)
+    return dict(zip(wanted, all_outputs(network, pixels, seen, wanted), strict=True))
+
+
+def stored_accuracy(stored: Cache, images: Cache, example_ids: np.ndarray | None = None) -> float:
+    """The teacher's accuracy on the first view, as read back from its stored outputs, in [0, 1].
+
+    Args:
+        example_ids: Which examples; None: all that are here.
+    """
+    ids = images.example_ids if example_ids is None else example_ids
+    return accuracy(stored_logits(stored, ids), images.read("labels", ids))
+
+
+def verify_outputs(
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    stored: Cache,
+    replay: Replay | None = None,
+    n: int = 256,
+) -> float:
+    """Recompute `n` evenly spaced examples, of views in turn, and compare with what is stored.
+
+    Returns: Largest absolute difference of a stored output, relative to the largest value of it in
+        the sample; with top-k, of the others' probability when that is larger.
+    Raises: CacheError when it exceeds 1 %: the rows are then not those of these examples.
+    """
+    known = stored.example_ids
+    ids = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]
+    n_views, drift = 1 if replay is None else replay.n, 0.0
+    held = stored.header["columns"]
+    sparse = {"values", "indices", "log_tail"}
+    wanted = [*(["logits"] if sparse & set(held) else []), *(c for c in held if c not in sparse)]
+    device = next(network.parameters()).device
+    for view, some in enumerate(np.array_split(ids, min(n_views, len(ids)))):
+        fresh = _outputs(network, pixels, images, some, view, replay, device, wanted)
+        drift = float(np.maximum(drift, _drift(stored, some, view, fresh)))  # keeps NaN
+    if not drift <= 0.01:  # NaN, too
+        raise CacheError(
+            f"stored teacher outputs in {stored.folder} differ from recomputed ones by {drift:.1%} "
+            "of the largest value; delete the folder and run notebooks/02_teacher.ipynb"
+        )
+    return drift
+
+
+def _drift(stored: Cache, ids: np.ndarray, view: int, fresh: Mapping[str, torch.Tensor]) -> float:
+    drifts = [0.0]
+    for name, values in fresh.items():
+        columns = stored_columns(stored, (name,))
+        parts = {c: torch.from_numpy(stored.read(c, ids)[:, view]) for c in columns}
+        values = values.float().cpu()
+        largest = values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
+        if name in parts:
+            drifts.append(float((values - parts[name].float()).abs().max() / largest))
+            continue
+        indices = parts["indices"].long()
+        kept = (values.gather(1, indices) - parts["values"].float()).abs().max() / largest
+        tail = 1 - values.double().softmax(1).gather(1, indices).sum(1)
+        lost = (tail - parts["log_tail"].double().exp()).abs().max()
+        drifts += [float(kept), float(lost)]
+    return float(np.max(drifts))  # NaN stays

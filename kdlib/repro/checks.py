@@ -1,0 +1,273 @@
+"""The tripwires: conditions under which a number would be a lie.
+
+Each is a function from a run's evidence to pass or fail with a sentence. They run where the number
+is made (a failure stops the notebook) and again when a table is compiled (a failure refuses the
+row and says why). They trust nothing but the evidence and the files it names.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlib.repro import files
+from kdlib.repro.seeds import derive
+
+# Teacher terms are float64. Of a loss that is 0 whatever it compares they differ by rounding, by
+# 1e-33 measured (2026-11), in either direction.
+ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of one tripwire."""
+
+    name: str
+    passed: bool
+    sentence: str
+
+
+class TripwireError(RuntimeError):
+    """A number that must not be printed."""
+
+
+Evidence = dict[str, Any]
+
+
+def budget(evidence: Evidence) -> Check:
+    """Unique examples, samples and steps on record are those declared."""
+    declared, recorded = evidence["budget"]["declared"], evidence["budget"]["recorded"]
+    lines = files.difference(recorded, declared)
+    sentence = f"declared -> recorded: {'; '.join(lines)}" if lines else f"recorded {recorded}"
+    return Check("budget", not lines, sentence)
+
+
+def coverage(evidence: Evidence) -> Check:
+    """Exactly the subset was visited, each example as often as planned: as any other, give or take
+    one, unless each pass draws some shards."""
+    visits, wanted = evidence["coverage"], evidence["subset"]["n_examples"]
+    even = visits["most"] - visits["fewest"] <= 1 or visits["shards_per_pass"] is not None
+    seen_all = visits["unique"] == evidence["budget"]["declared"]["unique_examples"]
+    return Check(
+        "coverage",
+        even and seen_all and visits["outside_subset"] == visits["unlike_plan"] == 0,
+        f"{visits['unique']} of {wanted} examples visited {visits['fewest']} to {visits['most']} "
+        f"times, {visits['unlike_plan']} not as often as planned, {visits['outside_subset']} "
+        "visits outside the subset",
+    )
+
+
+def seeds(evidence: Evidence) -> Check:
+    """Every stream on record is the one the requested seed gives; that a run draws from these is
+    what the tests of equal bytes hold."""
+    requested, resolved = evidence["seeds"]["requested"], evidence["seeds"]["resolved"]
+    wrong = [p for p, value in resolved.items() if value != derive(requested, p)]
+    sentence = f"seed {requested}" + (f" does not give the streams of {wrong}" if wrong else "")
+    return Check("seeds", not wrong, sentence)
+
+
+def gradient(evidence: Evidence) -> Check:
+    """The first step's gradient reached every trained tensor."""
+    found = evidence["gradient"]
+    return Check(
+        "gradient",
+        found["norm"] > 0 and found["tensors_without"] == 0,
+        f"gradient norm {found['norm']:.3g}; {found['tensors_without']} of {found['tensors']} "
+        "parameter tensors got none",
+    )
+
+
+def pairing(evidence: Evidence) -> Check:
+    """Teacher rows belong to their examples: permuting them raises the objective's teacher term,
+    and the logits a loader hands out are as accurate as the teacher they came from."""
+    found = evidence["pairing"]
+    if found is None:
+        return Check("pairing", True, "no teacher in this objective")
+    passed = found["permuted"] - found["paired"] > ROUNDING
+    sentence = f"teacher term {found['paired']:.4g}, {found['permuted']:.4g} with permuted rows"
+    if found["teacher_accuracy"] is not None:
+        read, measured = found["teacher_accuracy"], found["stored_accuracy"]
+        passed = passed and abs(read - measured) < 1e-9
+        sentence += f"; teacher rows {read:.2%} right where the teacher is {measured:.2%}"
+    return Check("pairing", passed, sentence)
+
+
+def teacher_card(evidence: Evidence) -> Check:
+    """The teacher reaches the accuracy on its card, as read from its stored outputs."""
+    card = evidence["teacher"]
+    if card is None:
+        return Check("teacher_card", True, "no teacher in this objective")
+    return Check(
+        "teacher_card",
+        card["measured"] >= card["claimed"] - card["tolerance"],
+        f"teacher measured {card['measured']:.2%} on the {card['split']} split by "
+        f"{card['measured_by']}, claimed {card['claimed']:.2%} (tolerance "
+        f"{card['tolerance']:.2%}), trained on: {card['trained_on']}",
+    )
+
+
+def untouched_test(evidence: Evidence) -> Check:
+    """No test data and no training data took part in choosing the best epoch, and no validation
+    image the teacher has learnt from steered the training."""
+    found = evidence["selection"]
+    chosen, overlap, heard = (found[k] for k in ("best_epoch_by", "overlap", "teacher_overlap"))
+    sentence = f"best epoch chosen on {chosen}; {overlap} of its examples were trained on"
+    if heard:
+        sentence += f"; the teacher has learnt from {heard}: the best epoch is not reported"
+    steered = heard > 0 and found["steers"] is not None
+    if steered:
+        sentence += f"; yet `{found['steers']}` read them"
+    return Check(
+        "untouched_test", chosen == "validation" and overlap == 0 and not steered, sentence
+    )
+
+
+def probe_floor(evidence: Evidence) -> Check:
+    """A trained network's probe is not below that of its own random initialisation."""
+    trained, floor, slack = (evidence["floor"][k] for k in ("trained", "untrained", "slack"))
+    return Check(
+        "probe_floor",
+        trained >= floor - slack,
+        f"linear probe {trained:.2%} trained, {floor:.2%} untrained (slack {slack:.2%})"
+        + (
+            ""
+            if trained >= floor - slack
+            else ": were test features extracted with the weights of this checkpoint?"
+        ),
+    )
+
+
+def same_weights(evidence: Evidence) -> Check:
+    """Train and test features of every probe came from the same weights."""
+    wrong = [p for p in evidence["probes"] if p["train_weights"] != p["test_weights"]]
+    sentence = f"{len(wrong)} of {len(evidence['probes'])} probes mix features of two weights"
+    return Check("same_weights", not wrong, sentence)
+
+
+def not_collapsed(evidence: Evidence) -> Check:
+    """Features keep a fair part of the rank isotropic features of their shape would have."""
+    ratio, least = evidence["collapse"]["ratio"], evidence["collapse"]["threshold"]
+    return Check(
+        "not_collapsed",
+        ratio >= least,
+        f"effective rank is {ratio:.1%} of that of isotropic features (at least {least:.1%})",
+    )
+
+
+TEACHER = (teacher_card,)
+
+
+RUN = (budget, coverage, seeds, gradient, untouched_test)  # every training
+
+
+STUDENT = (*RUN, pairing, teacher_card)
+
+
+PROBE = (probe_floor, same_weights, not_collapsed)
+
+
+def run_all(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[Check]:
+    """Every tripwire on one run's evidence; missing evidence is a failure, not an exemption."""
+    results = []
+    for tripwire in tripwires:
+        try:
+            results.append(tripwire(evidence))
+        except (KeyError, TypeError) as error:
+            sentence = f"the evidence this needs is missing ({error})"
+            results.append(Check(tripwire.__name__, False, sentence))
+    return results
+
+
+def demand(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[dict]:
+    """Run tripwires and stop at failures.
+
+    Returns: The results, ready for the evidence.
+    Raises: TripwireError that gives every failed sentence.
+    """
+    results = run_all(tripwires, evidence)
+    if failed := [f"{c.name}: {c.sentence}" for c in results if not c.passed]:
+        raise TripwireError("this result must not be used.\n  " + "\n  ".join(failed))
+    return [asdict(check) for check in results]
+
+
+def as_exhibit(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[dict]:
+    """Run tripwires on what is known to be wrong: it must fail one, and is kept with the failure.
+
+    Returns: The results, ready for the evidence; a table refuses the run by them.
+    Raises: TripwireError when all pass: an exhibit that nothing catches.
+    """
+    results = run_all(tripwires, evidence)
+    if all(check.passed for check in results):
+        raise TripwireError("this exhibit of a defect passes every tripwire; expected one to fail")
+    return [asdict(check) for check in results]
+
+
+def checkpoint_hashes(folder: Path, evidence: Evidence) -> Check:
+    """The weights on the disk are those the accuracies were measured with."""
+    wrong = []
+    for which in ("last", "best"):
+        entry = evidence.get("checkpoints", {}).get(which)
+        path = folder / entry["file"] if entry else None
+        if path is None or not path.is_file() or files.sha256_file(path) != entry["file_sha256"]:
+            wrong.append(which)
+    sentence = f"checkpoints missing or changed: {', '.join(wrong)}" if wrong else "hashes match"
+    return Check("checkpoint_hashes", not wrong, sentence)
+
+
+def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
+    """Within one cell, two seeds share neither initial weights nor order; one result per run."""
+    results = []
+    for i, mine in enumerate(evidences):
+        twins = [
+            other["seeds"]["requested"]
+            for j, other in enumerate(evidences)
+            if i != j
+            and (
+                mine["initialisation"]["weights_sha256"]
+                == other["initialisation"]["weights_sha256"]
+                or mine["order_sha256"] == other["order_sha256"] is not None
+            )
+        ]
+        sentence = f"shares initial weights or order with seed {twins}" if twins else "own draws"
+        results.append(Check("distinct_seeds", not twins, sentence))
+    return results
+
+
+def differing(ours: dict[str, Any], theirs: dict[str, Any], allowed: Iterable[str]) -> list[str]:
+    """Settings in which two runs differ besides the factors under comparison.
+
+    Args:
+        ours, theirs: Their settings.
+        allowed: Dotted prefixes of settings that may differ, such as `own.subset`.
+
+    Returns: Lines `key: theirs -> ours`; empty when one factor differs at a time.
+    """
+    allowed = tuple(allowed)
+    return [line for line in files.difference(ours, theirs) if not line.startswith(allowed)]
+
+
+def coverage_evidence(
+    visits: np.ndarray,
+    subset_ids: np.ndarray,
+    planned: np.ndarray,
+    shards_per_pass: int | None = None,
+) -> dict[str, int | None]:
+    """Summary of recorded visits, counted over all examples of the split.
+
+    Args:
+        visits: (n_examples,) int64, visits per example id.
+        subset_ids: (N,) the declared training set.
+        planned: (N,) int64, the visits its plan gives each of them.
+        shards_per_pass: How many shards each pass draws; None when it has all.
+    """
+    inside = visits[subset_ids]
+    return {
+        "unique": int((visits > 0).sum()),
+        "fewest": int(inside.min()),
+        "most": int(inside.max()),
+        "outside_subset": int(visits.sum() - inside.sum()),
+        "unlike_plan": int((inside != planned).sum()),
+        "shards_per_pass": shards_per_pass,
+    }

@@ -1,0 +1,244 @@
+"""A run's folder: its settings, its lock, its evidence; and many runs read back.
+
+A run is finished when `evidence.json` stands in its folder and names the fingerprint of the
+`settings.json` beside it; the evidence is renamed into place last. A folder made with other
+settings is never reused and never overwritten: it moves to the study's `archive/`.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import itertools
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kdlib.repro import files, processor
+from kdlib.repro.tables import read_parquet
+from kdlib.study.study import Study
+from kdlib.trainer.state import delete_states
+
+FORMAT = 2  # 1 had no seal
+
+
+class Run:
+    """An open run: the holder may write into its folder.
+
+    Attributes:
+        folder: Where the run's files are.
+        settings: What was asked for: the step's own settings and the fingerprints of its inputs.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        self.settings_sha256 = files.fingerprint(settings)
+        self._started = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether valid evidence for these very settings is there."""
+        path = self.folder / "evidence.json"
+        return path.exists() and _whole(path)["settings_sha256"] == self.settings_sha256
+
+    def finish(self, evidence: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+        """Write the evidence, and with it mark the run finished.
+
+        Args:
+            evidence: JSON-able facts of the run; format, settings fingerprint and circumstances
+                (versions, machine, commit, wall time) are added.
+
+        Returns: The evidence as written, with a seal.
+        """
+        made = circumstances(device) | {"wall_s": round(time.monotonic() - self._started, 3)}
+        whole = evidence | {"format": FORMAT, "settings_sha256": self.settings_sha256, "made": made}
+        whole = files.sealed(whole)
+        files.write_json(self.folder / "evidence.json", whole)
+        delete_states(self.folder)
+        return whole
+
+
+@contextlib.contextmanager
+def open_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[Run]:
+    """Open a run's folder under its lock, creating it when there is none.
+
+    When the folder was made with other settings, the difference is printed and the old folder
+    moves to `runs/<study>/archive/<fingerprint of its settings>/`.
+
+    Args:
+        folder: A folder below `study.runs`.
+        settings: JSON-able; all that determines the run's result.
+    """
+    with files.locked(folder.parent / f".{folder.name}.lock"):
+        before = folder / "settings.json"
+        if before.exists() and (
+            lines := files.difference(settings, old := files.read_record(before))
+        ):
+            aside = study.runs / "archive" / files.fingerprint(old)[:12]
+            target = aside / folder.relative_to(study.runs)
+            while target.exists():
+                target = target.with_name(target.name + "+")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(target)
+            print(f"{folder} was made with other settings (there -> now):", *lines, sep="\n  ")
+            print(f"the old run is kept in {target}")
+        if not before.exists():
+            files.write_json(before, settings)
+        yield Run(folder, settings)
+
+
+def read_evidence(folder: Path, own: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The evidence of a finished run.
+
+    Args:
+        own: What the study now asks of this step (`Study.step_settings`); None asks nothing.
+
+    Raises: FileNotFoundError that says which run is missing; ValueError for evidence of another
+        format, evidence that does not belong to the settings beside it, or a run made before the
+        study was changed, with the difference.
+    """
+    path = folder / "evidence.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no finished run; run the notebook that makes it")
+    evidence = _whole(path)
+    settings = files.read_record(folder / "settings.json")
+    if evidence["settings_sha256"] != files.fingerprint(settings):
+        raise ValueError(
+            f"{path} belongs to other settings than the settings.json beside it; run the notebook "
+            "that makes it again"
+        )
+    if own is not None and (lines := files.difference(own, settings["own"])):
+        raise ValueError(
+            f"{folder} was made before the study was changed (there -> now): {'; '.join(lines)}; "
+            "run the notebook that makes it again"
+        )
+    return evidence
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """Evidence as it was written.
+
+    Raises: ValueError for evidence that is cut, was changed, or is of another format.
+    """
+    evidence = files.read_record(path)
+    found = evidence.get("format")
+    if found not in (1, FORMAT):
+        raise ValueError(
+            f"{path} has format {found}; expected {FORMAT}: delete it and run the notebook that "
+            "makes it again"
+        )
+    # one flipped bit does not make a 1 of a 2
+    if (found == FORMAT and not files.is_sealed(evidence)) or "settings_sha256" not in evidence:
+        raise ValueError(
+            f"{path} was changed after it was written; delete it and run the notebook that makes "
+            "it again"
+        )
+    return evidence
+
+
+def read_metrics(folder: Path) -> pd.DataFrame:
+    """The metrics of a finished training, one row per evaluation.
+
+    Raises: As `read_evidence`; ValueError for a table that is missing or was changed.
+    """
+    path = folder / "metrics.parquet"
+    expected = read_evidence(folder).get("metrics_sha256")  # format 1 has none
+    if not path.is_file() or (expected is not None and files.sha256_file(path) != expected):
+        raise ValueError(
+            f"{path} is missing or was changed after the training; delete {folder} and run the "
+            "notebook that makes it again"
+        )
+    return pd.read_parquet(path, partitioning=None)
+
+
+def read_table(
+    path: Path, own: dict[str, Any], maker: str, key: str = "table_sha256"
+) -> pd.DataFrame:
+    """A table of a finished run, in its folder.
+
+    Args:
+        own: What the study now asks of the step.
+        maker: What makes it, for the messages.
+        key: Where the evidence holds the hash of the file.
+
+    Raises: As `read_evidence` and `tables.read_parquet`; ValueError for a table that differs from
+        the evidence.
+    """
+    evidence = read_evidence(path.parent, own)
+    table, _ = read_parquet(path, maker)
+    if files.sha256_file(path) != evidence[key]:
+        raise ValueError(
+            f"{path} differs from its evidence; delete {path.parent} and run {maker} again"
+        )
+    return table
+
+
+def code_sha256() -> str:
+    """Fingerprint of this package's source: runs that share it were made by the same code."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def circumstances(device: str) -> dict[str, Any]:
+    """Where and by what something was made: device, versions, git commit, code fingerprint."""
+    names = ("torch", "numpy", "pandas", "scikit-learn")
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:  # no git on this machine
+        commit = dirty = None
+    known = commit is not None and commit.returncode == 0
+    hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor.name()
+    return {
+        "device": f"{device} ({hardware})",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in names},
+        "git_commit": commit.stdout.strip() if known else None,
+        "git_clean": not dirty.stdout.strip() if known else None,
+        "code_sha256": code_sha256(),
+    }
+
+
+def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
+    """Executed notebooks of a study in which a cell failed: (path, `Error: message` of that cell).
+
+    Reads papermill's mark; a killed notebook carries none and shows as an unfinished run instead.
+    """
+    failed = []
+    for path in sorted(study.runs.glob("**/*.ipynb")):
+        if "archive" in path.parts:
+            continue
+        if path.stat().st_size == 0:  # Snakemake makes place for it, and could not start its job
+            failed.append((path, "did not start; what kept it from that stands above"))
+            continue
+        try:
+            cells = files.read_json(path)["cells"]
+        except (ValueError, KeyError, TypeError) as error:  # cut by a full disk, say
+            failed.append((path, str(error)))
+            continue
+        for cell in cells:
+            for output in cell.get("outputs", ()):
+                if output.get("output_type") == "error":
+                    failed.append((path, f"{output['ename']}: {output['evalue']}"))
+    return failed
+
+
+def failed_logs(study: Study) -> list[tuple[Path, str]]:
+    """Logs of recordings and further teachers that have begun and are not finished: (path, last
+    line)."""
+    failed = []
+    logs = (study.runs.glob(where) for where in ("recorded/model=*/*.log", "teachers/*.log"))
+    for path in sorted(itertools.chain(*logs)):
+        if not (path.with_suffix("") / "evidence.json").exists():
+            lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+            failed.append((path, lines[-1] if lines else "stopped before it said anything"))
+    return failed

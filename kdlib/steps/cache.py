@@ -1,0 +1,56 @@
+"""Step 01: a study's cached images, their split, and the pixel statistics."""
+
+from kdlib.cache.build import build_images
+from kdlib.cache.shards import Cache, pixel_statistics
+from kdlib.cache.sources import open_source
+from kdlib.dataset.images import Images
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.plan import split_ids
+from kdlib.repro import processor
+from kdlib.repro.run import open_run, read_evidence
+from kdlib.study.study import Study
+
+
+def cache_images(study: Study) -> Images:
+    """Step 01: cache both splits, split off validation images, measure the pixels."""
+    _ask_for_portable(study)
+    study, caches = study.upstream, {}
+    for split in ("train", "test"):
+        source, part = open_source(study.data, split), study.data.part_of(split)
+        caches[split] = build_images(source, study.cache / split, study.data.shard_size, part)
+        caches[split].verify()
+    train_ids, _ = split_ids(
+        caches["train"].example_ids, study.data.n_validation, study.data.split_seed
+    )
+    settings = {
+        "own": study.step_settings("cache"),
+        "inputs": {split: cache.fingerprint for split, cache in caches.items()},
+    }
+    with open_run(study, study.runs / "cache", settings) as run:
+        if not run.finished:
+            mean, std = pixel_statistics(caches["train"], train_ids)
+            run.finish({"step": "cache", "study": study.name, "mean": mean, "std": std})
+    return open_images(study)
+
+
+def _ask_for_portable(study: Study) -> None:
+    if study.compute.portable:  # pixels are the first that torch computes; `use` sees that it held
+        processor.ask()
+
+
+def open_images(study: Study) -> Images:
+    """What step 01 made.
+
+    Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
+    """
+    _ask_for_portable(study)
+    study = study.upstream
+    evidence = read_evidence(study.runs / "cache", study.step_settings("cache"))
+    train, test = (
+        Cache(study.cache / split, part=study.data.part_of(split)) for split in ("train", "test")
+    )
+    train_ids, validation_ids = split_ids(
+        train.example_ids, study.data.n_validation, study.data.split_seed
+    )
+    pixels = Pixels(evidence["mean"], evidence["std"], study.compute.channels_last)
+    return Images(train, test, train_ids, validation_ids, pixels)

@@ -1,0 +1,154 @@
+"""Step 04: which examples a student learns from, and the student.
+
+Leaves to others: rules of selection (selection), the training (experiment).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kdlib.cartography.selection import select
+from kdlib.cartography.subset import Subset
+from kdlib.dataset.images import Images
+from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
+from kdlib.repro import checks, files
+from kdlib.repro.run import read_evidence
+from kdlib.repro.seeds import derive
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.teacher import open_heard
+from kdlib.steps.teacher_outputs import teacher_features
+from kdlib.steps.training import launch_run, open_shared_run, plan_run, train_run, use
+from kdlib.study.objectives import needs_teacher
+from kdlib.study.study import EXHIBITS, PICKED, SHARD_POLICIES, Cell, Study
+from kdlib.trainer.distributed import Ranks
+from kdlib.trainer.step import ALONE
+
+
+def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
+    """The training examples of one cell and seed, exactly as many as the fraction says.
+
+    Of `fixed_shards` whole shards, as many as the fraction says of them; of `random_shards` all,
+    since each pass draws its own. The exhibits take the shards of the policy they are named after.
+    """
+    ids, data, parent = images.train_ids, files.fingerprint(images.fingerprints), None
+    if cell.strategy in (*SHARD_POLICIES, *EXHIBITS):
+        if cell.strategy.startswith("fixed_shards"):
+            size = images.train.shard_size
+            ids = fixed_shards(ids, size, shards_in_fraction(ids, size, cell.fraction), seed)
+        return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
+    if cell.strategy.startswith(PICKED):
+        return _picked(study, cell, seed, ids, data)
+    rule = cell.strategy if cell.strategy == "full" else study.selection(cell.strategy)
+    features = None
+    if rule == "full" or (rule.kind == "random" and not rule.balanced):  # these look at ids alone
+        table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
+    else:
+        table = open_datamap(study, images)
+        parent = read_evidence(study.upstream.runs / "datamap")["datamap_sha256"]
+        if rule.kind in ("k_center", "herding", "d2"):
+            features = teacher_features(study, images.train, table.index.to_numpy())
+    asked = budget(len(ids), cell.fraction)
+    ids = select(table, asked, rule, seed, features)
+    if len(ids) != asked:  # a plan declares what it is given: this is where the fraction is held
+        raise ValueError(
+            f"{cell.strategy} chose {len(ids)} of {len(images.train_ids)} training images; a "
+            f"fraction of {cell.fraction:g} is {asked}"
+        )
+    return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
+
+
+def _picked(study: Study, cell: Cell, seed: int, ids: np.ndarray, data: str) -> Subset:
+    """A selection made by hand: the same examples for every seed."""
+    saved = Subset.load(study.picked(cell.strategy), data)
+    strange = np.setdiff1d(saved.example_ids, ids)
+    if len(strange) or budget(len(ids), cell.fraction) != len(saved):
+        raise ValueError(
+            f"{study.picked(cell.strategy)} has {len(saved)} examples, {len(strange)} of them no "
+            f"training images of this study; expected {budget(len(ids), cell.fraction)} of "
+            f"{len(ids)} (fraction {cell.fraction:g}): leave the fraction out, or pick again"
+        )
+    return Subset(saved.example_ids, cell.strategy, cell.fraction, seed, saved.parent, data)
+
+
+def train_student(
+    study: Study, images: Images, cell: Cell, seed: int, ranks: Ranks = ALONE
+) -> dict[str, Any] | None:
+    """Step 04: one student of one cell and seed.
+
+    Returns: Its evidence, of this training or, when the run is finished, of the earlier one; None
+        on all but the first of several processes.
+    Raises: TripwireError when a tripwire fails; the run is then not finished.
+    """
+    device = use(study.compute, ranks)
+    subset = make_subset(study, images, cell, seed)
+    objective = study.objectives[cell.objective]
+    card = stored = None
+    inputs = images.fingerprints | {"subset": subset.sha256}
+    if needs_teacher(objective):
+        card, stored = open_heard(study, images, objective, subset, seed, ranks)
+        inputs["teacher_outputs"] = stored.fingerprint
+    settings = {"own": student_settings(study, cell, seed), "inputs": inputs}
+    folder = student_folder(study, cell, seed)
+    if launch_run(study, ranks, folder, settings, "distill", **dict(cell.items()), seed=seed):
+        return read_evidence(folder)
+    with open_shared_run(study, folder, settings, ranks) as run:
+        if run.finished:
+            return read_evidence(run.folder)
+        if ranks.first:
+            subset.save(run.folder / "subset.parquet")
+        network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
+        n_shards = None
+        if cell.strategy in ("random_shards", "random_shards_cut"):
+            n_shards = shards_in_fraction(
+                subset.example_ids, images.train.shard_size, cell.fraction
+            )
+        plan = plan_run(images, study.training, subset.example_ids, seed, n_shards)
+        declared, exhibit = plan, cell.strategy in EXHIBITS
+        if exhibit:
+            plan = plan_run(images, study.training, subset.example_ids, seed, n_shards, biased=True)
+        describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
+        evidence = train_run(
+            run, study, images, network, study.training, plan, objective, seed, describe, ranks,
+            teacher=stored, card=card, declared=declared,
+        )  # fmt: skip
+        if evidence is None:
+            return None
+        evidence |= {
+            "step": "distill",
+            "study": study.name,
+            "cell": dict(cell.items()),
+            "data": images.fingerprints,
+            "teacher": card,
+            "exhibit": exhibit,
+        }
+        evidence["subset"] |= {
+            "sha256": subset.sha256,
+            "strategy": cell.strategy,
+            "seed": seed,
+            "parent_datamap": subset.parent,
+        }
+        judged = checks.as_exhibit if exhibit else checks.demand
+        evidence["checks"] = judged(checks.STUDENT, evidence)
+        return run.finish(evidence, device)
+
+
+def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
+    """What the study asks of one student run."""
+    return study.step_settings("distill", cell) | {"seed": seed}
+
+
+def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
+    """The evidence of one student run.
+
+    Raises: FileNotFoundError when it is not finished; ValueError when the study has been changed
+        since it was made.
+    """
+    own = student_settings(study, cell, seed)
+    return read_evidence(student_folder(study, cell, seed), own)
+
+
+def student_folder(study: Study, cell: Cell, seed: int) -> Path:
+    """Where the run of one cell and seed is."""
+    return study.runs / "distill" / cell.path / f"seed={seed}"

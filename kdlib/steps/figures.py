@@ -1,0 +1,368 @@
+"""Every figure of a study, from its run records, or from its committed tables.
+
+What the notebooks show and what `make figures` redraws is the same call. Leaves to others: how a
+figure looks (`plots`, `progress`, `maps`), its numbers (`compiling`).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from kdlib.cartography.datamap import compute_datamap
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.scores import confidence, correctness, variability
+from kdlib.cartography.variants import SAME_NAME
+from kdlib.compare.comparisons import Tables
+from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
+from kdlib.dataset.images import Images
+from kdlib.dataset.plan import (
+    EARLIER_BATCH,
+    EARLIER_BATCHES,
+    EARLIER_DRAWN,
+    EARLIER_SHARDS,
+    EARLIER_SIZE,
+    earlier_plan,
+    fixed_shards,
+)
+from kdlib.plots import theme
+from kdlib.plots.curves import (
+    REFERENCES,
+    diagnostics,
+    learning_curves_by_student,
+    probe_curves,
+    probe_places,
+)
+from kdlib.plots.datamaps import against, datamap, forming
+from kdlib.plots.images import region_grid, shard_visits
+from kdlib.plots.results import (
+    accuracy_by_fraction,
+    accuracy_by_objective,
+    accuracy_by_strategy,
+    differences,
+)
+from kdlib.plots.scores import detectors, rank_correlations, stability
+from kdlib.steps.cache import open_images
+from kdlib.steps.compare import open_tables
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.noise import DETECTORS, _suspects, describe_noise, noise_tables
+from kdlib.steps.recordings import open_log
+from kdlib.steps.scores import describe_scores, score_tables
+from kdlib.study.study import AXES, MEASURES, STEPS, Study
+
+# Drawn as lines; the tables hold all scores.
+DRAWN = ("confidence", "variability", "aum", "el2n", "grand", "forgetting_events", "dual", "tdds")
+
+
+MOST_LINES = 20  # strategies that can be told apart over the fractions
+
+
+def draw_datamap(study: Study) -> dict[str, Path]:
+    """Draw `datamap`, `forming` (the map after fewer epochs) and `regions` (the images deepest
+    inside each region).
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    images = open_images(study)
+    table = open_datamap(study, images)
+    log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
+    with theme.style():
+        fig_map = Figure(figsize=(theme.WIDE, 4.6))
+        title = f"{study.name}, N = {len(table):,}, E = {log.n_epochs}"
+        datamap(fig_map, table, title, class_names=images.train.header["class_names"])
+        snapshots = _snapshots(log)
+        fig_forming = Figure(figsize=(theme.WIDE, 2.5 if len(snapshots) <= 3 else 4.5))
+        forming(fig_forming, snapshots, f"{study.name}, N = {len(table):,}")
+        fig_grid = Figure(figsize=(theme.WIDE, 3.2))
+        region_grid(fig_grid, *_typical_images(images, table))
+    return _save(study, {"datamap": fig_map, "forming": fig_forming, "regions": fig_grid})
+
+
+def _snapshots(log: DynamicsLog) -> dict[int, pd.DataFrame]:
+    """The map's coordinates after each of up to six numbers of epochs."""
+    found = {}
+    for epoch in np.unique(np.geomspace(min(2, log.n_epochs), log.n_epochs, 6).round()).astype(int):
+        gold_prob, correct = log["gold_prob"][:epoch], log["correct"][:epoch]
+        found[int(epoch)] = pd.DataFrame(
+            {
+                "confidence": confidence(gold_prob),
+                "variability": variability(gold_prob),
+                "correctness": correctness(correct),
+            }
+        )
+    return found
+
+
+def _typical_images(images: Images, table: pd.DataFrame, n: int = 12) -> tuple[dict, dict]:
+    """The images deepest inside each region: region -> uint8 (n, C, H, W), region -> captions."""
+    names = images.train.header["class_names"]
+    deepest = {
+        "easy": np.hypot(table["variability"], 1 - table["confidence"]),
+        "ambiguous": -table["variability"],
+        "hard": np.hypot(table["variability"], table["confidence"]),
+    }
+    pixels, captions = {}, {}
+    for region, distance in deepest.items():
+        ids = distance.sort_values(kind="stable").index[:n].to_numpy()
+        pixels[region] = images.train.read("images", ids)
+        captions[region] = [str(names[label]) for label in table.loc[ids, "label"]]
+    return pixels, captions
+
+
+def draw_shard_visits(study: Study) -> dict[str, Path]:
+    """Draw `shard_visits`: how often the shard policies read each shard, and how often the scheme
+    did that sorts the drawn shards and cuts every pass short.
+
+    The numbers are those of an earlier study: 122 shards of 2,048 images, 25 of them per pass, 200
+    passes of 500 batches of 64 (800 would be needed to read 25 shards).
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    n_passes, size, ids = 200, EARLIER_SIZE, np.arange(EARLIER_SHARDS * EARLIER_SIZE)
+
+    def visits(shards: np.ndarray | None = None, **how: bool) -> np.ndarray:
+        """Of each shard; of none but `shards`, whose examples every pass has."""
+        if shards is None:
+            return earlier_plan(n_passes, **how).shard_visits()
+        found, own = np.zeros(EARLIER_SHARDS), ids[np.isin(ids // size, shards)]
+        found[shards] = earlier_plan(n_passes, drawn=False, example_ids=own, **how).shard_visits()
+        return found
+
+    chosen = np.unique(fixed_shards(ids, size, EARLIER_DRAWN, seed=0) // size)
+    told = {
+        "all": visits(drawn=False),
+        "fixed": visits(chosen),
+        f"random, {EARLIER_DRAWN} a pass": visits(),
+        "earlier scheme (sorted, cut short), fixed": visits(np.arange(EARLIER_DRAWN), biased=True),
+        "earlier scheme (sorted, cut short), random": visits(biased=True),
+    }
+    with theme.style():
+        fig = Figure(figsize=(theme.WIDE, 5.6))
+        n_batches = n_passes * EARLIER_BATCHES
+        title = f"{n_batches:,} batches of {EARLIER_BATCH} from {EARLIER_SHARDS} shards of {size:,}"
+        shard_visits(fig, told, f"{title} images")
+    return _save(study, {"shard_visits": fig})
+
+
+def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
+    """Draw `accuracy`, `differences` (of strategies, or of objectives where there are many),
+    `objective_differences` and `control_differences` where there are such, `fractions` where there
+    are three or more, `curves`, `probes`, of the first student `diagnostics`, and `places` where
+    probes are of several layers or data sets.
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    accepted = tables["results"][~tables["results"]["refused"]]
+    figures, names = {}, study.axes.objective
+    measure, margin = MEASURES[study.compare.measure], study.compare.margin
+    kinds = {"differences": "strategies", "objective_differences": "objectives",
+             "control_differences": "controls"}  # fmt: skip
+    with theme.style():
+        figures["accuracy"] = Figure(figsize=(theme.WIDE, 4.4))
+        if len(names) <= len(theme.OBJECTIVES) and set(accepted["strategy"]) != {"full"}:
+            accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"], measure)
+        else:
+            accuracy_by_objective(figures["accuracy"], accepted, names, measure)
+            if "objectives" in tables:
+                kinds = {"differences": "objectives", "control_differences": "controls"}
+        for name, kind in kinds.items():
+            if len(tables.get(kind, ())):
+                figures[name] = Figure(figsize=(theme.WIDE, 5.0))
+                differences(figures[name], _in_order(study, tables[kind]), margin)
+        subsets = accepted[accepted["strategy"] != "full"]
+        if subsets["fraction"].nunique() >= 3 and subsets["strategy"].nunique() <= MOST_LINES:
+            figures["fractions"] = Figure(figsize=(theme.WIDE, 3.2))
+            accuracy_by_fraction(figures["fractions"], accepted, measure)
+        figures["curves"] = Figure(figsize=(theme.WIDE, 3.4))
+        rows, by = _shown_curves(study, _common(study, tables["curves"], ["objective"]))
+        learning_curves_by_student(figures["curves"], rows, by)
+        probed = _judged(tables["probes"], tables["results"])
+        probed = _common(study, probed, ["objective", "probe"])
+        # lines are strategies, or, where nothing but the full set is probed, objectives
+        several = probed[~probed["strategy"].isin(REFERENCES)]["strategy"].nunique() > 1
+        panels = list(probed.groupby(["student", "objective"][: 1 + several], sort=False))
+        figures["probes"] = Figure(figsize=(theme.WIDE, 0.6 + 2.8 * len(panels)))
+        axs = figures["probes"].subplots(len(panels), 2, squeeze=False)
+        for (i, j), ax in np.ndenumerate(axs):
+            (student, *_), rows = panels[i]
+            probe_curves(ax, rows, probe=("linear", "knn")[j])
+            if probed["student"].nunique() > 1:
+                title = f"{theme.in_words(student)}\n{ax.get_title(loc='left')}"
+                ax.set_title(title, fontsize=theme.TEXT_PT)
+        figures["diagnostics"] = Figure(figsize=(theme.WIDE, 4.2))
+        first = probed["student"] == probed["student"].iloc[0]
+        diagnostics(figures["diagnostics"], probed[first])
+        if len(probed[["on", "layer"]].drop_duplicates()) > 1:
+            figures["places"] = Figure(figsize=(theme.WIDE, 3.0))
+            probe_places(figures["places"], probed)
+    return _save(study, figures)
+
+
+def _in_order(study: Study, comparison: pd.DataFrame) -> pd.DataFrame:
+    """The comparison with the students in the order of the study."""
+    place = comparison["student"].map(study.axes.student.index)
+    return comparison.iloc[np.argsort(place.to_numpy(), kind="stable")]
+
+
+def _judged(probes: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Probe rows of accepted runs; a cell of which every run is refused stays, and is called so."""
+    cell = list(AXES)
+    marked = results.assign(lost=results.groupby(cell)["refused"].transform("all"))
+    known = marked[[*cell, "seed", "refused", "lost"]]
+    rows = probes.merge(known, on=[*cell, "seed"], how="left")  # references are no runs
+    refused, lost = (rows[name].eq(True) for name in ("refused", "lost"))
+    names = rows["strategy"].where(~lost, rows["strategy"] + "_(refused)")
+    kept = rows.assign(strategy=names)[~refused | lost]
+    return kept.drop(columns=["refused", "lost"])
+
+
+def _common(study: Study, rows: pd.DataFrame, more: list[str]) -> pd.DataFrame:
+    """Of a study whose runs may stop early, the steps that every seed of a cell has reached."""
+    if study.training.early_stopping is None:
+        return rows
+    cell = ["student", "strategy", "fraction", *more]
+    of_step = rows.groupby([*cell, "step"])["seed"].transform("nunique")
+    return rows[of_step == rows.groupby(cell)["seed"].transform("nunique")]
+
+
+def _shown_curves(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The curves of the probed cells of one objective; of all objectives on the full set, where
+    nothing else is probed. And what tells them apart."""
+    full = rows["strategy"] == "full"
+    shown = [s for s in study.probe.strategy if s != "full"]
+    if not shown:
+        return rows[full], "objective"
+    of_subsets = rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction)
+    of_objective = rows["objective"] == study.probe.objective[0]
+    return rows[of_objective & (full | of_subsets)], "strategy"
+
+
+def redraw_comparison(study: Study) -> tuple[dict[str, Path], str]:
+    """Every figure and text of the comparison, from the study's runs, or from its committed tables
+    where the runs are elsewhere.
+
+    Returns: Figure name -> its PNG, and what they were drawn from.
+    Raises: As `open_tables`.
+    """
+    tables, origin = open_tables(study)
+    drawn = draw_comparison(study, tables)
+    summary(study, tables)
+    objective_table(study, tables)
+    comparison_texts(study, tables)
+    ledger_text(study, tables)
+    return drawn, origin
+
+
+def drawable(study: Study) -> bool:
+    made = [study.runs / step / "evidence.json" for step in ("compare", *STEPS)]
+    return _committed(study) or any(path.is_file() for path in made)
+
+
+def redraw(study: Study) -> None:
+    """Redraw what a study has records or committed tables of; say what it lacks."""
+    drawn, missing = {}, []
+    made = [(study.runs / step / "evidence.json").is_file() for step in STEPS]
+    if any(made[:2]):  # of the recordings
+        drawn |= redraw_scores(study, open_images(study))
+    if not drawn or (study.runs / "compare" / "evidence.json").is_file() or _committed(study):
+        of_comparison, origin = redraw_comparison(study)
+        drawn |= of_comparison
+        if study.shares is None:  # else step 01 is the other study's, and its figure
+            drawn |= draw_shard_visits(study)
+        print(f"{study.name}: the comparison is drawn from {origin}")
+        if (study.runs / "datamap" / "evidence.json").is_file():
+            drawn |= draw_datamap(study)
+        elif study.shares is None:  # else they are the other study's
+            missing += ["datamap", "forming", "regions"]
+    print(f"{', '.join(drawn)} drawn in {study.figures}")
+    if study.recordings is not None and not made[0]:
+        missing.append("those of notebook 07")
+    if study.recordings is not None and study.data.relabel is not None and not made[1]:
+        missing.append("those of notebook 08")
+    if missing:
+        print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
+
+
+def _committed(study: Study) -> bool:
+    return (study.figures / "tables").is_dir()
+
+
+def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Path]:
+    return {n: theme.save_figure(figure, study.figures, n)[1] for n, figure in figures.items()}
+
+
+def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
+    """Draw `same_name`, `stability` and, with two models, `map_against`.
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    matrix, models = tables["correlations"], list(study.recordings.models)
+    groups = {}
+    for name, others in SAME_NAME.items():
+        there = [n for n in (name, *others) if n in matrix and not matrix[n].isna().all()]
+        if len(there) > 1:
+            groups[theme.in_words(name)] = there
+    shown = [name for group in groups.values() for name in group]
+    figures = {}
+    with theme.style():
+        if shown:  # at least one name with a variant that is not constant
+            figures["same_name"] = Figure(figsize=(theme.WIDE, 5.2))
+            axis = figures["same_name"].subplots()
+            rank_correlations(axis, matrix.loc[shown, shown], groups)
+        figures["stability"] = Figure(figsize=(theme.WIDE, 3.4))
+        rows = tables["stability"]
+        rows = rows[(rows["model"] == models[0]) & rows["score"].isin(DRAWN)]
+        stability(figures["stability"].subplots(), rows)
+        if len(models) > 1:
+            figures["map_against"] = Figure(figsize=(theme.WIDE, 2.55))
+            part = f"seed={study.recordings.seeds[0]}"
+            pair = [_map(study, images, model, part) for model in models[:2]]
+            title = f"{study.name}, {part.replace('=', ' ')}, N = {len(pair[0]):,}"
+            against(figures["map_against"], *pair, tuple(models[:2]), title)
+    return _save(study, figures)
+
+
+def _map(study: Study, images: Images, model: str, part: str) -> pd.DataFrame:
+    log = open_log(study, images, model, part)
+    return compute_datamap(log, el2n_epoch=study.dynamics.el2n_epoch, window=study.dynamics.window)
+
+
+def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
+    """Draw `detectors` and `suspects`, the images whose labels AUM suspects most.
+
+    Returns: Figure name -> its PNG; a PDF lies beside it.
+    """
+    shown = [n for n in (*DETECTORS, "cleanlab") if n in set(tables["detectors"]["detector"])]
+    curves = tables["curves"][tables["curves"]["detector"].isin(shown)]
+    over = tables["over_epochs"]
+    counts = tables["labels"].iloc[0]
+    figures = {}
+    with theme.style():
+        figures["detectors"] = Figure(figsize=(theme.WIDE, 3.0))
+        summary = tables["detectors"][tables["detectors"]["detector"].isin(shown)]
+        detectors(
+            figures["detectors"], curves, summary, over[over["detector"].isin(shown)],
+            noise_rate=counts["wrong"] / counts["n_examples"],
+        )  # fmt: skip
+        figures["suspects"] = Figure(figsize=(theme.WIDE, 2.4))
+        region_grid(figures["suspects"], *_suspects(study, images))
+    return _save(study, figures)
+
+
+def redraw_scores(study: Study, images: Images) -> dict[str, Any]:
+    """Every figure of notebooks 07 and 08, whichever of them is finished, with its text.
+
+    Raises: FileNotFoundError and ValueError for recordings that are gone or of another study.
+    """
+    drawn: dict[str, Any] = {}
+    for step, compute, draw, describe in (
+        ("scores", score_tables, draw_scores, describe_scores),
+        ("noise", noise_tables, draw_noise, describe_noise),
+    ):
+        if (study.runs / step / "evidence.json").is_file():
+            tables = compute(study, images)
+            drawn |= draw(study, images, tables)
+            describe(study, tables)
+    return drawn

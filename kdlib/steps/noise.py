@@ -1,0 +1,136 @@
+"""Step 08: scores as detectors of wrong labels."""
+
+import numpy as np
+import pandas as pd
+
+from kdlib.cartography import label_noise
+from kdlib.cartography.scores import aum
+from kdlib.compare.comparisons import Tables
+from kdlib.dataset.images import Images
+from kdlib.steps.recordings import open_held_out, open_log, threshold_samples
+from kdlib.steps.scores import _tell, _write, recorded_scores
+from kdlib.study.study import DIFFICULTY, Study, StudyError
+
+DETECTORS = ("aum", "loss", "confidence", "el2n", "forgetting_events", "held-out margin")
+
+
+def noise_tables(study: Study, images: Images) -> Tables:
+    """How well scores find the labels that are wrong.
+
+    Returns: `detectors`, AUROC and average precision of each (mean and extremes over seeds, one
+        value of what comes from cross-validation); `curves` of the first seed; `over_epochs`, AUROC
+        against epochs recorded (mean over seeds); `rules`, what rules with a threshold of their own
+        flag.
+    Raises: StudyError when the study's labels are those of its source.
+    """
+    if study.data.relabel is None:
+        raise StudyError(
+            f"the labels of {study.name} are those of its source, so that none is known to be "
+            "wrong: give `data` a `relabel`, as params/digits_noise.yaml has"
+        )
+    ids = images.train_ids
+    labels, originals = (images.train.read(c, ids) for c in ("labels", "original_labels"))
+    wrong = labels != originals
+    model = next(iter(study.recordings.models))
+    scores = recorded_scores(study, images, [model])[model]
+    rows, curves, epochs = [], [], []
+
+    def add(name: str, suspicions: list[np.ndarray]) -> None:
+        roc = [label_noise.auroc(s, wrong) for s in suspicions]
+        precision = [label_noise.average_precision(s, wrong) for s in suspicions]
+        row = {"detector": name, "auroc": np.mean(roc), "low": min(roc), "high": max(roc)}
+        row |= {"average_precision": np.mean(precision), "n_runs": len(roc)}
+        rows.append(row)
+        curves.append(
+            label_noise.thinned(label_noise.curves(suspicions[0], wrong)).assign(detector=name)
+        )
+
+    for name, sign in DIFFICULTY.items():
+        if sign and name in next(iter(scores.values())):
+            add(name, [sign * table[name].to_numpy(np.float64) for table in scores.values()])
+    rules = {}
+    if study.recordings.folds:
+        probs = open_held_out(study, images).to_numpy()
+        for name, suspicion in label_noise.held_out_scores(probs, labels).items():
+            add(name, [suspicion])
+        suspicion, flagged = label_noise.confident_learning(probs, labels)
+        add("cleanlab", [suspicion])
+        rules["cleanlab: label issues"] = flagged
+    if study.recordings.threshold_samples:
+        rules["AUM below threshold samples"] = _below_threshold(study, images)
+    for seed in study.recordings.seeds:
+        log = open_log(study, images, model, f"seed={seed}")
+        epochs.append(label_noise.over_epochs(log, wrong))
+    judged = {name: label_noise.Flagged.judged(flags, wrong) for name, flags in rules.items()}
+    tables = {
+        "detectors": pd.DataFrame(rows).sort_values("auroc", ascending=False, ignore_index=True),
+        "curves": pd.concat(curves, ignore_index=True),
+        "over_epochs": pd.concat(epochs).groupby(["detector", "epoch"], as_index=False).mean(),
+        "rules": pd.DataFrame(
+            [
+                {"rule": name, "flagged": int(found.flagged.sum()), "precision": found.precision,
+                 "recall": found.recall}
+                for name, found in judged.items()
+            ],
+            columns=["rule", "flagged", "precision", "recall"],
+        ),
+        "labels": pd.DataFrame({"wrong": [int(wrong.sum())], "n_examples": [len(wrong)]}),
+    }  # fmt: skip
+    return _write(study, "noise", tables)
+
+
+def _below_threshold(study: Study, images: Images) -> np.ndarray:
+    model, ids = next(iter(study.recordings.models)), images.train_ids
+    margins, pretending = [], []
+    for which in (1, 2):
+        log = open_log(study, images, model, f"threshold={which}")
+        margins.append(aum(log["margin"]))
+        drawn = threshold_samples(ids, images.n_classes, which)
+        pretending.append(np.isin(ids, drawn))
+    return label_noise.below_threshold_samples(tuple(margins), tuple(pretending))
+
+
+def _suspects(study: Study, images: Images, n: int = 12) -> tuple[dict, dict]:
+    """The lowest AUM (mean over seeds) among wrong and among right labels, with captions."""
+    ids = images.train_ids
+    model, seeds = next(iter(study.recordings.models)), study.recordings.seeds
+    logs = [open_log(study, images, model, f"seed={seed}") for seed in seeds]
+    mean = np.mean([aum(log["margin"]) for log in logs], axis=0)
+    labels, originals = (images.train.read(c, ids) for c in ("labels", "original_labels"))
+    names = images.train.header["class_names"]
+    pixels, captions = {}, {}
+    rows = (("wrong label", labels != originals), ("right label", labels == originals))
+    for name, mask in rows:
+        chosen = np.flatnonzero(mask)[np.argsort(mean[mask], kind="stable")[:n]]
+        pixels[name] = images.train.read("images", ids[chosen])
+        captions[name] = [str(names[label]) for label in labels[chosen]]
+    return pixels, captions
+
+
+def describe_noise(study: Study, tables: Tables) -> str:
+    """What the noise tables say, as Markdown; also written to the figures folder."""
+    counts = tables["labels"].iloc[0]
+    lines = [
+        f"# {study.name}: which scores find wrong labels",
+        "",
+        f"{counts['wrong']:,} of {counts['n_examples']:,} training labels differ from those of the "
+        f"source ({counts['wrong'] / counts['n_examples']:.1%}). AUROC: mean (extremes) over runs; "
+        "0.5 is chance. Held-out scores and cleanlab judge each image by a network that has not "
+        "learnt it.",
+        "",
+        "| detector | AUROC | average precision | runs |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for row in tables["detectors"].to_dict("records"):
+        spread = f" ({row['low']:.3f} to {row['high']:.3f})" if row["n_runs"] > 1 else ""
+        lines.append(
+            f"| {row['detector']} | {row['auroc']:.3f}{spread} | {row['average_precision']:.3f} "
+            f"| {row['n_runs']} |"
+        )
+    if len(tables["rules"]):
+        lines += ["", "| rule with a threshold | flagged | precision | recall |",
+                  "| --- | ---: | ---: | ---: |"]  # fmt: skip
+        for row in tables["rules"].to_dict("records"):
+            lines.append(f"| {row['rule']} | {row['flagged']:,} | {row['precision']:.3f} "
+                         f"| {row['recall']:.3f} |")  # fmt: skip
+    return _tell(study, "noise", lines)

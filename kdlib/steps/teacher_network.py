@@ -1,0 +1,133 @@
+"""The teacher's network: its folder, weights and pixels."""
+
+from pathlib import Path
+from typing import Any
+
+from kdlib.dataset.images import Images
+from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.plan import Plan
+from kdlib.models.networks import Network, Resized, build_network
+from kdlib.models.pretrained import load_pretrained
+from kdlib.models.weights import load_weights, weights_fingerprint
+from kdlib.repro import files
+from kdlib.repro.seeds import derive
+from kdlib.study.study import Study, StudyError, Teacher, Training, data_path
+
+
+def _teacher(study: Study, name: str | None) -> Teacher:
+    if name is None:
+        return study.teacher
+    if name not in study.teachers:
+        known = files.nearest(name, study.teachers) if study.teachers else "it has none"
+        raise StudyError(f"no teacher {name!r} in this study's `teachers`; {known}")
+    return study.teachers[name]
+
+
+def teacher_folder(study: Study, name: str | None = None) -> Path:
+    """The run of the study's teacher, or of a further one."""
+    return study.upstream.runs / "teacher" if name is None else study.runs / "teachers" / name
+
+
+def teacher_network(
+    study: Study, images: Images, device: str, name: str | None = None, seed: int | None = None
+) -> Network:
+    """The teacher, or a further one, with its published or loaded weights, or with those its
+    training begins from, drawn from its own seed or from another one.
+
+    It sees images of `teacher.image_size` where that is set, whatever their size in the cache.
+    """
+    teacher = _teacher(study, name)
+    shape, size = images.image_shape, teacher.image_size
+    seen = shape if size is None else (shape[0], size, size)
+    if teacher.pretrained:
+        network = load_pretrained(
+            teacher.model,
+            n_classes=images.n_classes,
+            image_shape=seen,
+            trust_code=teacher.trust_code,
+        )
+    else:
+        network = build_network(
+            teacher.model,
+            n_classes=images.n_classes,
+            image_shape=seen,
+            seed=derive(teacher.seed if seed is None else seed, "init"),
+        )
+        if teacher.weights is not None:
+            load_weights(network, _weights_file(teacher.weights))
+    network = network if size is None else Resized(network, size)
+    return network.to(device, memory_format=images.pixels.memory_format)
+
+
+def made_teacher(
+    study: Study,
+    images: Images,
+    device: str,
+    folder: Path,
+    evidence: dict[str, Any],
+    name: str | None = None,
+) -> Network:
+    """A finished teacher, with the weights its card names.
+
+    Args:
+        folder, evidence: Of its run.
+
+    Raises: ValueError for other weights.
+    """
+    network = teacher_network(study, images, device, name)
+    if _teacher(study, name).training is not None:
+        load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
+    if weights_fingerprint(network) != evidence["teacher"]["weights_sha256"]:
+        raise ValueError(
+            f"the teacher's weights are not those of {folder}; delete it and run the notebook that "
+            "makes it again"
+        )
+    return network
+
+
+def _weights_file(weights: str) -> Path:
+    path = data_path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"teacher weights {path} are not there; put the file into the data folder "
+            f"({files.data_root()}), set KDLIB_DATA, or write an absolute path (teacher.weights)"
+        )
+    return path
+
+
+def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pixels:
+    """The normalisation the teacher, or a further one, was trained with."""
+    teacher = _teacher(study, name)
+    if teacher.mean is None:
+        return images.pixels
+    if len(teacher.mean) != images.image_shape[0]:
+        raise StudyError(
+            f"teacher.mean and std have {len(teacher.mean)} numbers; expected one for each of "
+            f"{images.image_shape[0]} channels"
+        )
+    return Pixels(list(teacher.mean), list(teacher.std), study.compute.channels_last)
+
+
+def keep_epoch(training: Training, plan: Plan, epoch: int | None) -> Training:
+    """A training that also keeps its weights at the end of one epoch, counted from 1.
+
+    Raises: ValueError for an epoch beyond its end.
+    """
+    if epoch is None:
+        return training
+    steps_of_epoch = len(plan.example_ids) / plan.batch_size
+    step = round(epoch * steps_of_epoch)  # as those who read it say
+    if step > plan.n_steps:
+        raise ValueError(
+            f"dynamics.gradient_epoch is {epoch}; the recorded training ends after "
+            f"{plan.n_steps / steps_of_epoch:g} epochs"
+        )
+    kept = (*training.checkpoint_fractions, step / plan.n_steps)
+    return training.model_copy(update={"checkpoint_fractions": kept})
+
+
+def recorded_network(study: Study, images: Images, device: str) -> Network:
+    """The network whose dynamics make the datamap, for its weights to be loaded into."""
+    if study.dynamics.model is None:
+        return teacher_network(study, images, device)
+    return images.network(study.dynamics.model, derive(study.dynamics.seed, "init"), device)

@@ -1,0 +1,185 @@
+"""The teacher's outputs for the study's images: stored once, opened by the steps after it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlib.cache.outputs import open_outputs
+from kdlib.cache.shards import Cache, CacheError
+from kdlib.dataset.images import Images, probe_examples
+from kdlib.dataset.pixels import Pixels
+from kdlib.models.networks import Network
+from kdlib.models.outputs import store_outputs, stored_accuracy, verify_outputs
+from kdlib.models.weights import weights_fingerprint
+from kdlib.probes.classifiers import knn_probe
+from kdlib.probes.features import labelled_features
+from kdlib.repro.run import read_evidence
+from kdlib.steps.teacher_network import (
+    _teacher,
+    made_teacher,
+    teacher_folder,
+    teacher_network,
+    teacher_pixels,
+)
+from kdlib.steps.training import (
+    replay,
+    use,
+)
+from kdlib.study.study import Study
+from kdlib.trainer.objectives import teacher_columns
+
+REPLAYED = "replayed"  # teacher outputs of the views that the students will see
+
+
+def _store_all(
+    study: Study, images: Images, network: Network, name: str | None, folder: Path, device: str
+) -> dict[str, Any]:
+    """Store a teacher's outputs below its run, and measure it by them: its card."""
+    teacher, pixels = _teacher(study, name), teacher_pixels(study, images, name)
+    stored = {
+        split: _store(study, network, pixels, cache, folder / f"outputs-{split}", device, name=name)
+        for split, cache in (("train", images.train), ("test", images.test))
+    }
+    outputs = {split: cache.fingerprint for split, cache in stored.items()}
+    if replay(study) is not None:
+        place = folder / f"outputs-{REPLAYED}"
+        replayed = _store(study, network, pixels, images.train, place, device, name=name)
+        outputs[REPLAYED] = replayed.fingerprint
+    return _measured(study, images, network.n_classes, stored) | {
+        "name": name or "teacher",
+        "claimed": teacher.expected_accuracy,
+        "tolerance": teacher.tolerance,
+        "split": "test",
+        "weights_sha256": weights_fingerprint(network),
+        "n_stages": network.n_stages,
+        "outputs": outputs,
+        "trained_here": teacher.training is not None,
+        "trained_on": teacher.trained_on
+        or ("kept" if teacher.learns_from == "train" else "subset"),
+    }
+
+
+def _measured(
+    study: Study, images: Images, n_classes: int, stored: dict[str, Cache]
+) -> dict[str, Any]:
+    """A teacher's accuracy as read back from its stored outputs: of its logits, or of the nearest
+    neighbours of its features among the study's training images where it has no classifier."""
+    if n_classes:
+        return {
+            "measured": stored_accuracy(stored["test"], images.test),
+            "measured_train": stored_accuracy(stored["train"], images.train),
+            "measured_by": "logits",
+        }
+    pair = []
+    for split, (cache, ids) in zip(("train", "test"), probe_examples(images), strict=True):
+        values = stored[split].read("features", ids)[:, 0].astype(np.float32)
+        pair.append(labelled_features(cache, ids, values, stored[split].header["teacher"]))
+    found = knn_probe(*pair, study.probe.k)
+    return {"measured": found.accuracy, "measured_train": None, "measured_by": "knn"}
+
+
+def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:
+    """Store part i of k of a loaded teacher's outputs for the training images, and for the replayed
+    views where the study asks for them: for several processes at once, before step 02.
+
+    Returns: What is stored now, restricted to the part.
+    Raises: ValueError for a teacher that this study trains: step 02 stores its outputs.
+    """
+    study = study.upstream
+    if study.teacher.training is not None:
+        raise ValueError(
+            "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
+            "its outputs; parts are for a loaded one (study: teacher.weights or teacher.pretrained)"
+        )
+    device = use(study.compute)
+    network = teacher_network(study, images, device)
+    pixels = teacher_pixels(study, images)
+    kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
+    folders = [outputs_folder(study, kind) for kind in kinds]
+    return [_store(study, network, pixels, images.train, f, device, part) for f in folders]
+
+
+def _store(
+    study: Study,
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    folder: Path,
+    device: str,
+    part: tuple[int, int] | None = None,
+    name: str | None = None,
+) -> Cache:
+    """Store and spot-check a teacher's outputs of one split, or of the replayed views."""
+    replayed = folder.name == f"outputs-{REPLAYED}"
+    views = replay(study) if replayed else None
+    wanted = ["logits"] if network.n_classes else []
+    if not replayed:  # for the probes
+        wanted.append("features")
+    if replayed or (images.header["split"] == "train" and replay(study) is None):
+        for objective in study.objectives.values():
+            if objective.teacher == name:
+                wanted += teacher_columns(objective, network.n_stages)
+    stored = store_outputs(
+        network,
+        pixels,
+        images,
+        folder,
+        device,
+        replay=views,
+        top_k=study.teacher.outputs.top_k,
+        wanted=tuple(dict.fromkeys(wanted)),
+        part=part or study.data.part_of(images.header["split"]),
+    )
+    verify_outputs(network, pixels, images, stored, views)
+    return stored
+
+
+def _restore_outputs(
+    study: Study,
+    images: Images,
+    name: str | None,
+    folder: Path,
+    evidence: dict[str, Any],
+    device: str,
+) -> None:
+    """Store again what of a finished teacher's outputs was taken away as damaged."""
+    gone = []
+    for which in evidence["teacher"]["outputs"]:
+        try:
+            part = study.data.part_of("test" if which == "test" else "train")
+            Cache(folder / f"outputs-{which}", part=part)
+        except CacheError:
+            gone.append(which)
+    if not gone:
+        return
+    network = made_teacher(study, images, device, folder, evidence, name)
+    pixels = teacher_pixels(study, images, name)
+    for which in gone:
+        of = images.test if which == "test" else images.train
+        _store(study, network, pixels, of, folder / f"outputs-{which}", device, name=name)
+
+
+def open_teacher(study: Study, name: str | None = None) -> dict[str, Any]:
+    """The card of the teacher, or of a further one, as step 02 measured it.
+
+    Raises: FileNotFoundError when there is no teacher; ValueError when the study has been changed
+        since it was made.
+    """
+    study = study.upstream if name is None else study
+    own = study.step_settings("teacher", teacher=name)
+    return read_evidence(teacher_folder(study, name), own)["teacher"]
+
+
+def outputs_folder(study: Study, which: str) -> Path:
+    """Where a study's stored teacher outputs of one split, or of the replayed views, are."""
+    return teacher_folder(study) / f"outputs-{which}"
+
+
+def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    """The teacher's stored features of some examples of one split, (n, D) float32."""
+    teacher, split = open_teacher(study), cache.header["split"]
+    folder = outputs_folder(study, split)
+    stored = open_outputs(folder, cache, teacher["weights_sha256"], study.data.part_of(split))
+    stored.verify()
+    return stored.read("features", ids)[:, 0].astype(np.float32)

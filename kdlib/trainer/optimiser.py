@@ -1,0 +1,122 @@
+"""How weights move: learning-rate schedules, optimisers, the running mean of weights.
+
+Leaves to others: when a step is taken, and what state is kept between runs (`trainer`).
+
+Sources:
+    [Loshchilov2017] Loshchilov, Hutter: SGDR: Stochastic Gradient Descent with Warm Restarts.
+        arXiv 1608.03983 (cosine).
+    [Smith2018] Smith, Topin: Super-Convergence: Very Fast Training of Neural Networks Using Large
+        Learning Rates. arXiv 1708.07120 (one cycle).
+    [Loshchilov2019] Loshchilov, Hutter: Decoupled Weight Decay Regularization. arXiv 1711.05101
+        (AdamW).
+    [Polyak1992] Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging. SIAM J.
+        Control Optim. 30(4) (averaged weights).
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.study.study import Training
+
+
+def learning_rate(training: Training, step: int, n_steps: int) -> float:
+    """Learning rate of step `step` in [0, n_steps), before what `plateau` takes off.
+
+    The warm-up rises linearly to `lr_peak`. Then: `constant` and `plateau` stay; `cosine` falls to
+    0 along half a cosine [Loshchilov2017]; `one_cycle` falls linearly to 0, the momentum stays
+    [Smith2018]; `step` multiplies by `decay` from each milestone on.
+    """
+    peak, warmup = training.lr_peak, training.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if training.schedule in ("constant", "plateau"):
+        return peak
+    if training.schedule == "step":
+        return peak * training.decay ** sum(step >= m * n_steps for m in training.milestones)
+    done = (step - warmup) / max(1, n_steps - warmup)
+    if training.schedule == "one_cycle":
+        return peak * (1 - done)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW [Loshchilov2019]; biases and normalisation weights are
+    not decayed."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if training.optimiser == "adamw":
+        return torch.optim.AdamW(groups, lr=training.lr_peak, fused=True)
+    momentum = training.momentum
+    return torch.optim.SGD(
+        groups, lr=training.lr_peak, momentum=momentum, nesterov=momentum > 0, fused=True
+    )
+
+
+class Ema:
+    """Running mean of a network's weights and BatchNorm statistics [Polyak1992].
+
+    After update t (from 0) the decay is min(decay, (1 + t) / (10 + t)), so that the first weights,
+    which are random, are forgotten early.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay, self.n_updates = decay, 0
+        self.weights = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module) -> None:
+        """Move towards the network's weights; counters are copied."""
+        keep = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
+        state = network.state_dict()
+        moving = [k for k, v in state.items() if v.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.weights[k] for k in moving], [state[k] for k in moving], 1 - keep
+        )
+        for key in state.keys() - set(moving):
+            self.weights[key].copy_(state[key])
+        self.n_updates += 1
+
+    def load(self, weights: Mapping[str, Tensor], n_updates: int) -> None:
+        """Go on from a saved mean."""
+        self.n_updates = n_updates
+        for key, value in weights.items():
+            self.weights[key].copy_(value)
+
+
+class Patience:
+    """Counts evaluations since the validation loss last fell.
+
+    Attributes:
+        limit: How many are borne.
+        best: Lowest loss so far.
+        waited: Evaluations since then.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.best, self.waited = limit, math.inf, 0
+
+    def spent(self, loss: float) -> bool:
+        """Note one more evaluation's loss; whether it was one too many, after which the count
+        begins anew."""
+        if loss < self.best:
+            self.best, self.waited = loss, 0
+            return False
+        self.waited += 1
+        if self.waited <= self.limit:
+            return False
+        self.waited = 0
+        return True
+
+    def numbers(self) -> list[float]:
+        """What `load` takes back."""
+        return [self.best, self.waited]
+
+    def load(self, numbers: list[float]) -> None:
+        """Go on from saved numbers."""
+        self.best, self.waited = float(numbers[0]), int(numbers[1])
