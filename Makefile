@@ -16,7 +16,7 @@ study: .venv/installed
 
 # Two files at a time; the long ones first (and not those of the most tests).
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib audit
 
 lab: .venv/installed
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_cache.ipynb

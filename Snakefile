@@ -10,11 +10,12 @@
 import os
 from pathlib import Path
 
-from kdlib import files, params, processor
+from kdlib.repro import files, processor
+from kdlib.study import load_study
 
 # Not a rule's parameter: where the file lies does not change what it asks for.
 STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
-study = params.load_study(STUDY)
+study = load_study(STUDY)
 if study.compute.portable:
     processor.hold_children()
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
@@ -88,9 +89,6 @@ wildcard_constraints:
 
 localrules:
     all,
-    scores,
-    noise,
-    audit,
 
 
 rule all:
@@ -99,22 +97,6 @@ rule all:
         students(study.cells()),
         [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
         QUESTIONS,
-
-
-# By name, without the students: `snakemake scores`, `snakemake noise`, `snakemake audit`.
-rule scores:
-    input:
-        f"{RUNS}/scores/evidence.json",
-
-
-rule noise:
-    input:
-        f"{RUNS}/noise/evidence.json",
-
-
-rule audit:
-    input:
-        f"{RUNS}/audit/evidence.json",
 
 
 rule cache:
@@ -199,7 +181,8 @@ rule record:
         "python -m kdlib record {STUDY:q} --model {wildcards.model:q} --part {wildcards.part:q}" + LOG
 
 
-rule ask_scores:
+# Can be asked for by name, without the students: `snakemake scores`.
+rule scores:
     input:
         RECORDINGS,
         notebook=notebook("07_scores.ipynb"),
@@ -214,7 +197,7 @@ rule ask_scores:
         PAPERMILL + LOG
 
 
-rule ask_noise:
+rule noise:
     input:
         RECORDINGS,
         notebook=notebook("08_noise.ipynb"),
@@ -229,7 +212,7 @@ rule ask_noise:
         PAPERMILL + LOG
 
 
-rule ask_audit:
+rule audit:
     input:
         f"{UPSTREAM}/cache/evidence.json",
         notebook=notebook("09_audit.ipynb"),

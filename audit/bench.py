@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kdlib.models.networks import network_for
 from kdlib.cache.shards import Cache
 from kdlib.cartography.datamap import compute_datamap
 from kdlib.cartography.log import DynamicsLog
@@ -177,7 +178,7 @@ class Bench:
 
     def network(self, seed: int, model: Model = STUDENT) -> Network:
         """A network with the initial weights of a seed."""
-        return self.images.network(model, derive(seed, "init"), "cpu")
+        return network_for(self.images, model, derive(seed, "init"), "cpu")
 
     def third(self, strategy: str, seed: int) -> np.ndarray:
         """A third of the examples, by the study's own selection."""

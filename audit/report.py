@@ -55,7 +55,7 @@ def make(study: Study, images: Images) -> pd.DataFrame:
     """
     settings = {"own": study.step_settings("audit"), "inputs": images.fingerprints}
     folder = study.runs / "audit"
-    with open_run(study, folder, settings) as run:
+    with open_run(study.runs, folder, settings) as run:
         if not run.finished:
             use(study.compute.model_copy(update={"device": "cpu"}))  # small trainings
             table = pd.DataFrame([dataclasses.asdict(e) for e in exhibits(images)])

@@ -616,7 +616,7 @@ KINDS = (
     Kind("weights at a step", "probe", (f"{STUDENT}/weights-*",), probe_again, ("run",)),
     Kind("weights measured", "comparison", (f"{STUDENT}/weights-00000120.safetensors",),
          read_results, ("run",)),
-    Kind("training state", "students", (f"{STUDENT}/state.safetensors",), resume, ("run",),
+    Kind("training state", "students", (f"{STUDENT}/state/state.safetensors",), resume, ("run",),
          _half_trained),
     Kind("metrics", "comparison", (f"{STUDENT}/metrics.parquet",), read_metrics, ("run",)),
     Kind("probes", "comparison", (f"{RUN}/probe/**/probes.parquet",), read_probe, ("run",)),

@@ -61,7 +61,7 @@ def _wait(process: subprocess.Popen) -> int:
 def _tell_failures(study: Study) -> None:
     from kdlib.repro.run import failed_logs, failed_notebooks
 
-    failed = failed_notebooks(study) + failed_logs(study)
+    failed = failed_notebooks(study.runs) + failed_logs(study.runs)
     told = f"{len(failed)} step(s) failed:"
     if not failed:  # a job that is killed writes nothing
         told = (

@@ -258,7 +258,7 @@ def test_the_tests_that_hold_an_invariant_are_there(invariant, tests):
 
 
 @pytest.mark.parametrize(("asked", "target", "made_by"), [
-    (True, "all", {"cache", "ask_audit"}), (False, "audit", {"cache", "ask_audit"}),
+    (True, "all", {"cache", "audit"}), (False, "audit", {"cache", "audit"}),
     (False, "all", {"cache"}),
 ])  # fmt: skip
 def test_a_study_that_asks_for_it_or_a_call_by_name_makes_the_audit(home, asked, target, made_by):
@@ -275,4 +275,4 @@ def test_a_study_that_asks_for_it_or_a_call_by_name_makes_the_audit(home, asked,
     rules = {line[0] for line in lines if len(line) == 2 and line[1].isdigit()}
     rules -= {"total", "all", "audit"}
     assert rules == made_by if target == "audit" else made_by <= rules
-    assert ("ask_audit" in rules) == ("ask_audit" in made_by)
+    assert ("audit" in rules) == ("audit" in made_by)

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import first_run, forge, tiny_study
 
+from kdlib.models.networks import network_for
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
 from kdlib.models.weights import weights_fingerprint
@@ -44,7 +45,7 @@ def test_every_run_says_where_its_weights_began(lab):
     for cell in study.cells():
         for seed in study.seeds:
             found = read_evidence(student_folder(study, cell, seed))["initialisation"]
-            network = images.network(study.students["tiny"].model, derive(seed, "init"), "cpu")
+            network = network_for(images, study.students["tiny"].model, derive(seed, "init"), "cpu")
             assert found == {"source": "random", "weights_sha256": weights_fingerprint(network)}
 
 

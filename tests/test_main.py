@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from kdlib.models.networks import network_for
 from kdlib.__main__ import main
 from kdlib.cache.build import build_shards, repair
 from kdlib.cache.shards import Cache
@@ -343,7 +344,7 @@ def weights(study: Study, home: Path) -> Path:
     from kdlib.steps.cache import cache_images
 
     images = cache_images(study)
-    network = images.network(Model(name="tiny_cnn", options={"width": 6}), 3, "cpu")
+    network = network_for(images, Model(name="tiny_cnn", options={"width": 6}), 3, "cpu")
     save_weights(network, home / "outside.safetensors", {})
     return home / "outside.safetensors"
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny import forge, tiny_study
 
+from kdlib.models.networks import network_for
 from kdlib.cartography.feature_scores import class_distance
 from kdlib.models.weights import load_weights
 from kdlib.repro import files
@@ -69,7 +70,7 @@ def test_the_datamap_holds_gradients_and_distances_of_the_recorded_network_and_t
     images = open_images(study)
     table = open_datamap(study, images)
     recorded = read_evidence(study.recorded_run)
-    network = images.network(study.teacher.model, 0, "cpu")
+    network = network_for(images, study.teacher.model, 0, "cpu")
     epoch = round(2 * recorded["epochs_in_steps"])  # dynamics.gradient_epoch: 2
     load_weights(network, study.recorded_run / recorded["series"][str(epoch)])
     grand, grand_last = gradients(images, network, table.index.to_numpy()[:9], "cpu")

@@ -114,7 +114,7 @@ def test_a_second_run_makes_nothing_anew(home):
 
 
 ALL = {"cache": 1, "teacher": 1, "datamap": 1, "distill": 3, "probe": 2, "compare": 1}
-SCORES = {"record": 4, "ask_scores": 1}
+SCORES = {"record": 4, "scores": 1}
 
 
 def _planned(home, study):
@@ -140,7 +140,7 @@ def _planned(home, study):
         (
             ("dynamics", "window"),
             4,
-            {k: ALL[k] for k in ("datamap", "distill", "probe", "compare")} | {"ask_scores": 1},
+            {k: ALL[k] for k in ("datamap", "distill", "probe", "compare")} | {"scores": 1},
         ),
         (("training", "lr_peak"), 0.2, {k: ALL[k] for k in ("distill", "probe", "compare")}),
         (
@@ -149,7 +149,7 @@ def _planned(home, study):
             {"distill": 3, "probe": 2, "compare": 1},
         ),
         (("seeds",), [0, 1, 2], {k: ALL[k] for k in ("distill", "probe", "compare")}),
-        (("recordings", "seeds"), [0, 1, 2], {"record": 6, "ask_scores": 1}),
+        (("recordings", "seeds"), [0, 1, 2], {"record": 6, "scores": 1}),
         (("probe", "k"), 7, {"probe": 2, "compare": 1}),
         (("compare", "margin"), 0.03, {"compare": 1}),
         (("axes", "strategy"), ["random", "easy", "hard"], {"distill": 1, "compare": 1}),
@@ -220,7 +220,8 @@ def test_a_failing_run_is_listed_stops_no_other_and_is_mended_by_the_next_call(d
     other = home / "runs/tiny/distill/student=tiny/strategy=random/fraction=0.33/objective=plain"
     shutil.rmtree(other)
     (broken / "evidence.json").unlink()
-    (broken / "state.safetensors").write_bytes(b"not a training state")
+    (broken / "state").mkdir()
+    (broken / "state" / "state.safetensors").write_bytes(b"not a training state")
     process = _run(home)
     assert process.returncode != 0
     assert "1 step(s) failed" in process.stderr
@@ -228,7 +229,7 @@ def test_a_failing_run_is_listed_stops_no_other_and_is_mended_by_the_next_call(d
     assert str(broken.parents[1] / "04_distill.ipynb") in process.stderr
     assert (other / "seed=1" / "evidence.json").exists()
     assert (broken.parent / "seed=0" / "evidence.json").exists()
-    (broken / "state.safetensors").unlink()
+    (broken / "state" / "state.safetensors").unlink()
     assert _run(home).returncode == 0
     assert _results(home) == _results(done[0])
 

@@ -18,13 +18,13 @@ def study(monkeypatch, tmp_path):
 
 
 def _finish(study, settings, content="first"):
-    with open_run(study, study.runs / "teacher", settings) as run:
+    with open_run(study.runs, study.runs / "teacher", settings) as run:
         files.write_json(run.folder / "result.json", content)
         return run.finish({"step": "teacher"})
 
 
 def test_a_run_is_finished_when_its_evidence_is_there_and_not_before(study):
-    with open_run(study, study.runs / "teacher", {"lr": 1}) as run:
+    with open_run(study.runs, study.runs / "teacher", {"lr": 1}) as run:
         assert not run.finished
         run.finish({"step": "teacher"})
         assert run.finished
@@ -41,7 +41,7 @@ def test_evidence_names_its_circumstances(study):
 
 def test_other_settings_move_the_old_run_aside_and_print_the_difference(study, capsys):
     _finish(study, {"training": {"lr": 1}})
-    with open_run(study, study.runs / "teacher", {"training": {"lr": 2}}) as run:
+    with open_run(study.runs, study.runs / "teacher", {"training": {"lr": 2}}) as run:
         assert not run.finished
         assert not (run.folder / "result.json").exists()
     assert "training.lr: 1 -> 2" in capsys.readouterr().out
@@ -59,7 +59,7 @@ def test_nothing_in_the_archive_is_overwritten_when_settings_go_back_and_forth(s
 def test_evidence_of_other_settings_does_not_finish_a_run(study):
     _finish(study, {"lr": 1})
     evidence = (study.runs / "teacher" / "evidence.json").read_bytes()
-    with open_run(study, study.runs / "teacher", {"lr": 2}) as run:
+    with open_run(study.runs, study.runs / "teacher", {"lr": 2}) as run:
         # a pipeline engine that restores the outputs of a failed job puts the old file back
         (run.folder / "evidence.json").write_bytes(evidence)
         assert not run.finished
@@ -91,7 +91,7 @@ def test_failed_notebooks_are_listed_with_their_error(study):
     files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
     (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
     (study.runs / "a" / "empty.ipynb").touch()
-    bad, cut, empty = failed_notebooks(study)
+    bad, cut, empty = failed_notebooks(study.runs)
     assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
     assert cut[0].name == "cut.ipynb"
     assert empty[1].startswith("did not start")
@@ -106,7 +106,7 @@ def test_logs_of_what_is_not_finished_are_listed_with_their_last_line(study):
     teacher = study.runs / "teachers" / "small.log"
     teacher.parent.mkdir()
     teacher.write_text("RuntimeError: neither\n")
-    assert failed_logs(study) == [
+    assert failed_logs(study.runs) == [
         (folder / "seed=1.log", "ValueError: no"), (teacher, "RuntimeError: neither"),
     ]  # fmt: skip
 
@@ -121,7 +121,7 @@ def test_evidence_that_was_changed_is_refused_by_reader_and_step(study):
         with pytest.raises(ValueError, match=r"evidence\.json was changed .*delete it and run"):
             read_evidence(folder)
         with (
-            open_run(study, folder, {"lr": 1}) as run,
+            open_run(study.runs, folder, {"lr": 1}) as run,
             pytest.raises(ValueError, match="was changed after it was written"),
         ):
             assert run.finished
@@ -143,7 +143,7 @@ def test_metrics_that_were_changed_are_refused(study):
     path = folder / "metrics.parquet"
     table = pd.DataFrame({"step": [1, 2], "train_loss": [0.5, 0.25]})
     settings = {"own": {"lr": 1}}
-    with open_run(study, folder, settings) as run:
+    with open_run(study.runs, folder, settings) as run:
         table.to_parquet(path)
         run.finish({"step": "teacher", "metrics_sha256": files.sha256_file(path)})
     pd.testing.assert_frame_equal(read_metrics(folder), table)

@@ -85,7 +85,7 @@ def test_a_sweep_on_slurm_ends_as_on_one_machine_whatever_fails_is_killed_or_los
     assert code == 0, printed
 
     runs = there / "runs/sweep/distill/student=tiny"
-    broken = runs / "strategy=easy/fraction=0.33/objective=kd/seed=1/state.safetensors"
+    broken = runs / "strategy=easy/fraction=0.33/objective=kd/seed=1/state/state.safetensors"
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b"not a training state")
     with slurm.cluster() as cluster:

@@ -333,7 +333,7 @@ def test_a_full_disk_keeps_the_last_state_whole(tmp_path, images, monkeypatch):
         _stop_after(patch, 3)
         with pytest.raises(_Stopped):
             train(_run(tmp_path / "run"), _task(images))
-    state = (tmp_path / "run" / "state.safetensors").read_bytes()
+    state = (tmp_path / "run" / "state" / "state.safetensors").read_bytes()
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -342,7 +342,7 @@ def test_a_full_disk_keeps_the_last_state_whole(tmp_path, images, monkeypatch):
         patch.setattr("os.fsync", full)
         with pytest.raises(OSError, match="No space left"):
             train(_run(tmp_path / "run"), _task(images))
-    assert (tmp_path / "run" / "state.safetensors").read_bytes() == state
+    assert (tmp_path / "run" / "state" / "state.safetensors").read_bytes() == state
 
 
 def test_a_state_of_other_settings_or_of_another_kind_is_refused(tmp_path, images, monkeypatch):
@@ -354,7 +354,7 @@ def test_a_state_of_other_settings_or_of_another_kind_is_refused(tmp_path, image
     with pytest.raises(StateError, match=r"of other settings.*some: settings -> other"):
         train(Run(run.folder, {"some": "other"}), _task(images))
     for name in (NAME, BEFORE):
-        (run.folder / name).write_bytes(b"\x80\x04not tensors")
+        (run.state / name).write_bytes(b"\x80\x04not tensors")
     with pytest.raises(StateError, match="not a whole training state"):
         train(run, _task(images))
 

@@ -1,0 +1,23 @@
+"""From the log of training dynamics to scores, datamap and subset."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "log": ["DynamicsLog"],
+        "datamap": ["compute_datamap", "regions"],
+        "selection": ["select"],
+        "subset": ["Subset"],
+        "scores": [
+            "confidence",
+            "variability",
+            "correctness",
+            "aum",
+            "el2n",
+            "forgetting_events",
+            "tdds",
+            "dual",
+        ],
+    },
+)

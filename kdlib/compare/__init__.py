@@ -1,0 +1,10 @@
+"""Paired statistics, costs, words, committed tables."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "statistics": ["paired_differences", "objective_differences", "verdict", "seeds_needed"],
+    },
+)

@@ -10,7 +10,6 @@ import torch
 
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network, build_network
 from kdlib.repro import files
 from kdlib.study.study import Model
 
@@ -56,12 +55,6 @@ class Images:
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the cached images."""
         return self.train.layout("images")[1]
-
-    def network(self, model: Model, seed: int, device: str, n_more: int = 0) -> Network:
-        """A network for these images, and `n_more` classes, with weights drawn from `seed`."""
-        n_classes = self.n_classes + n_more
-        built = build_network(model, n_classes=n_classes, image_shape=self.image_shape, seed=seed)
-        return built.to(device, memory_format=self.pixels.memory_format)
 
     def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (N, C, H, W) uint8, labels (N,) int64) of the held-out training images."""

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdlib.dataset.images import Images
 from kdlib.repro import files
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.study import Model
@@ -332,6 +333,13 @@ def build_network(
             return MlperfResNet8(n_classes, image_shape[0])
         depth = int(model.name.removeprefix("cifar_resnet"))
         return CifarResNet(n_classes, image_shape[0], depth)
+
+
+def network_for(images: Images, model: Model, seed: int, device: str, n_more: int = 0) -> Network:
+    """A network for a study's images, and `n_more` classes, with weights drawn from `seed`."""
+    n_classes = images.n_classes + n_more
+    built = build_network(model, n_classes=n_classes, image_shape=images.image_shape, seed=seed)
+    return built.to(device, memory_format=images.pixels.memory_format)
 
 
 def _check_options(model: Model, known: set[str]) -> None:

@@ -1,0 +1,14 @@
+"""Matplotlib figures from tables."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "theme": ["style", "save_figure"],
+        "datamaps": ["datamap"],
+        "curves": ["learning_curves"],
+        "results": ["differences"],
+        "images": ["region_grid"],
+    },
+)

@@ -1,0 +1,11 @@
+"""How good frozen features are."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "classifiers": ["Features", "linear_probe", "knn_probe", "few_shot_probe"],
+        "diagnostics": ["effective_rank", "linear_cka"],
+    },
+)

@@ -32,7 +32,7 @@ def workspace() -> Path:
         that JupyterLab (started in `notebooks/`), papermill (started anywhere) and pytest agree.
     """
     home = os.environ.get("KDLIB_HOME")
-    return Path(home).resolve() if home else Path(__file__).resolve().parents[1]
+    return Path(home).resolve() if home else Path(__file__).resolve().parents[2]
 
 
 def data_root() -> Path:

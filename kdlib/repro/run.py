@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -21,8 +22,6 @@ import torch
 
 from kdlib.repro import files, processor
 from kdlib.repro.tables import read_parquet
-from kdlib.study.study import Study
-from kdlib.trainer.state import delete_states
 
 FORMAT = 2  # 1 had no seal
 
@@ -39,6 +38,11 @@ class Run:
         self.folder, self.settings = folder, settings
         self.settings_sha256 = files.fingerprint(settings)
         self._started = time.monotonic()
+
+    @property
+    def state(self) -> Path:
+        """Folder of the resumable state of a training that is not finished."""
+        return self.folder / "state"
 
     @property
     def finished(self) -> bool:
@@ -59,19 +63,21 @@ class Run:
         whole = evidence | {"format": FORMAT, "settings_sha256": self.settings_sha256, "made": made}
         whole = files.sealed(whole)
         files.write_json(self.folder / "evidence.json", whole)
-        delete_states(self.folder)
+        if self.state.exists():
+            shutil.rmtree(self.state)
         return whole
 
 
 @contextlib.contextmanager
-def open_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[Run]:
+def open_run(root: Path, folder: Path, settings: dict[str, Any]) -> Iterator[Run]:
     """Open a run's folder under its lock, creating it when there is none.
 
     When the folder was made with other settings, the difference is printed and the old folder
     moves to `runs/<study>/archive/<fingerprint of its settings>/`.
 
     Args:
-        folder: A folder below `study.runs`.
+        root: The study's runs.
+        folder: A folder below it.
         settings: JSON-able; all that determines the run's result.
     """
     with files.locked(folder.parent / f".{folder.name}.lock"):
@@ -79,8 +85,8 @@ def open_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[R
         if before.exists() and (
             lines := files.difference(settings, old := files.read_record(before))
         ):
-            aside = study.runs / "archive" / files.fingerprint(old)[:12]
-            target = aside / folder.relative_to(study.runs)
+            aside = root / "archive" / files.fingerprint(old)[:12]
+            target = aside / folder.relative_to(root)
             while target.exists():
                 target = target.with_name(target.name + "+")
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,8 +187,9 @@ def read_table(
 def code_sha256() -> str:
     """Fingerprint of this package's source: runs that share it were made by the same code."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -208,13 +215,13 @@ def circumstances(device: str) -> dict[str, Any]:
     }
 
 
-def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
+def failed_notebooks(root: Path) -> list[tuple[Path, str]]:
     """Executed notebooks of a study in which a cell failed: (path, `Error: message` of that cell).
 
     Reads papermill's mark; a killed notebook carries none and shows as an unfinished run instead.
     """
     failed = []
-    for path in sorted(study.runs.glob("**/*.ipynb")):
+    for path in sorted(root.glob("**/*.ipynb")):
         if "archive" in path.parts:
             continue
         if path.stat().st_size == 0:  # Snakemake makes place for it, and could not start its job
@@ -232,11 +239,11 @@ def failed_notebooks(study: Study) -> list[tuple[Path, str]]:
     return failed
 
 
-def failed_logs(study: Study) -> list[tuple[Path, str]]:
+def failed_logs(root: Path) -> list[tuple[Path, str]]:
     """Logs of recordings and further teachers that have begun and are not finished: (path, last
     line)."""
     failed = []
-    logs = (study.runs.glob(where) for where in ("recorded/model=*/*.log", "teachers/*.log"))
+    logs = (root.glob(where) for where in ("recorded/model=*/*.log", "teachers/*.log"))
     for path in sorted(itertools.chain(*logs)):
         if not (path.with_suffix("") / "evidence.json").exists():
             lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]

@@ -1,0 +1,1 @@
+"""One file per notebook: make what the step makes, or open it."""

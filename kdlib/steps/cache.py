@@ -26,7 +26,7 @@ def cache_images(study: Study) -> Images:
         "own": study.step_settings("cache"),
         "inputs": {split: cache.fingerprint for split, cache in caches.items()},
     }
-    with open_run(study, study.runs / "cache", settings) as run:
+    with open_run(study.runs, study.runs / "cache", settings) as run:
         if not run.finished:
             mean, std = pixel_statistics(caches["train"], train_ids)
             run.finish({"step": "cache", "study": study.name, "mean": mean, "std": std})

@@ -35,7 +35,7 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
         "inputs": images.fingerprints | _made_from(study),
     }
     path = study.runs / "datamap" / "datamap.parquet"
-    with open_run(study, path.parent, settings) as run:
+    with open_run(study.runs, path.parent, settings) as run:
         if not run.finished:
             images.train.verify()
             device, scoring = use(study.compute), study.dynamics

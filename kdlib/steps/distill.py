@@ -11,6 +11,7 @@ import pandas as pd
 
 from kdlib.cartography.selection import select
 from kdlib.cartography.subset import Subset
+from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
 from kdlib.repro import checks, files
@@ -98,7 +99,9 @@ def train_student(
             return read_evidence(run.folder)
         if ranks.first:
             subset.save(run.folder / "subset.parquet")
-        network = images.network(study.students[cell.student].model, derive(seed, "init"), device)
+        network = network_for(
+            images, study.students[cell.student].model, derive(seed, "init"), device
+        )
         n_shards = None
         if cell.strategy in ("random_shards", "random_shards_cut"):
             n_shards = shards_in_fraction(

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
+from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import split_ids
@@ -68,7 +69,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
         | ({"others": _fingerprints(others)} if others else {}),
     }
     folder = probe_folder(study, cell)
-    with open_run(study, folder, settings) as run:
+    with open_run(study.runs, folder, settings) as run:
         if not run.finished:
             further = (cache for examples in others.values() for cache, _ in examples)
             for cache in (images.train, images.test, *further):
@@ -120,7 +121,7 @@ def probe_weights(
     Raises: FileNotFoundError or ValueError for a file that is not there or fits another network.
     """
     device = use(study.compute)
-    network = images.network(model, 0, device)
+    network = network_for(images, model, 0, device)
     weights = load_weights(network, path)
     places = {OWN: probe_examples(images)}
     places |= {name: other_examples(data) for name, data in study.probe.others.items()}
@@ -182,7 +183,7 @@ def _probe_students(
     others: dict[str, Examples],
     device: str,
 ) -> Iterator[dict[str, Any]]:
-    network = images.network(study.students[cell.student].model, 0, device)
+    network = network_for(images, study.students[cell.student].model, 0, device)
     own = diagnostics.shared(teacher.values, teacher.values)
     places = {OWN: probe_examples(images)} | others
     inputs = images.fingerprints | {"teacher": outputs}
@@ -269,7 +270,7 @@ def _once(
     """
     own, folder = study.step_settings("probe"), study.runs / "probe" / "once"
     path = folder / files.fingerprint(inputs)[:12] / "probes.parquet"
-    with open_run(study, path.parent, {"own": own, "inputs": inputs}) as run:
+    with open_run(study.runs, path.parent, {"own": own, "inputs": inputs}) as run:
         if not run.finished:
             write_parquet(path, pd.DataFrame(make()), {"settings": run.settings_sha256})
             sha256 = files.sha256_file(path)

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from kdlib.cartography.log import DynamicsLog
+from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images
 from kdlib.models.evaluation import all_outputs
 from kdlib.repro import checks, files
@@ -100,11 +101,11 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
         pretending = threshold_samples(ids, images.n_classes, int(number))
         labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
     settings = {"own": own, "inputs": images.fingerprints}
-    with open_run(study, recording_folder(study, model, part), settings) as run:
+    with open_run(study.runs, recording_folder(study, model, part), settings) as run:
         if run.finished:
             return read_evidence(run.folder)
-        network = images.network(
-            study.recordings.models[model], derive(seed, "init"), device, n_more
+        network = network_for(
+            images, study.recordings.models[model], derive(seed, "init"), device, n_more
         )
         plan = plan_run(images, training, ids, seed)
         training = keep_epoch(training, plan, epoch)

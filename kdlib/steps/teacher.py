@@ -106,7 +106,7 @@ def _subset_teacher(study: Study, images: Images, name: str, subset: Subset, see
     settings = {"own": own, "inputs": images.fingerprints | {"subset": subset.sha256}}
     requested = derive(seed, "teacher")  # its student draws from `seed` itself
     folder = _subset_teacher_folder(study, name, subset, seed)
-    with open_run(study, folder, settings) as run:
+    with open_run(study.runs, folder, settings) as run:
         if run.finished:
             evidence = read_evidence(folder)
             _restore_outputs(study, images, name, folder, evidence, device)

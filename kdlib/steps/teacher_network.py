@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
@@ -130,4 +131,4 @@ def recorded_network(study: Study, images: Images, device: str) -> Network:
     """The network whose dynamics make the datamap, for its weights to be loaded into."""
     if study.dynamics.model is None:
         return teacher_network(study, images, device)
-    return images.network(study.dynamics.model, derive(study.dynamics.seed, "init"), device)
+    return network_for(images, study.dynamics.model, derive(study.dynamics.seed, "init"), device)

@@ -60,7 +60,7 @@ def open_shared_run(
 ) -> Iterator[Run]:
     """The run, opened and locked by the first of the processes that share it."""
     if ranks.first:
-        with open_run(study, folder, settings) as run:
+        with open_run(study.runs, folder, settings) as run:
             wait(ranks)
             yield run
     else:
@@ -213,7 +213,7 @@ def train_run(
     )
     tracking = study.tracking if ranks.first else Tracking()
     with open_tracker(
-        tracking, run.folder, describe, run.settings, saved_step(run.folder)
+        tracking, run.folder, describe, run.settings, saved_step(run.state)
     ) as tracker:
         trained = train(run, task, describe, tracker)
     if not ranks.first:

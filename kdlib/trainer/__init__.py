@@ -1,0 +1,14 @@
+"""One step and one loop for teachers and students; the losses."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "loop": ["train"],
+        "step": ["Task"],
+        "objectives": ["Distiller"],
+        "logit_losses": ["soft_loss", "decoupled"],
+        "feature_losses": ["hint", "rkd", "crd"],
+    },
+)

@@ -283,10 +283,10 @@ class _Loop:
             numbers["ema_updates"] = self.ema.n_updates
         if self.task.log is not None:
             self.task.log.flush()
-        write_state(self.run.folder, self.run.settings, tensors, numbers)
+        write_state(self.run.state, self.run.settings, tensors, numbers)
 
     def _restore(self) -> None:
-        found = read_state(self.run.folder, self.run.settings)
+        found = read_state(self.run.state, self.run.settings)
         if found is None:
             return
         tensors, numbers = found

@@ -104,11 +104,3 @@ def _content_sha256(tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]
     names = sorted(tensors)
     arrays = files.sha256_array(*(tensors[name].numpy() for name in names))
     return files.fingerprint([names, arrays, told["numbers"], told["settings"]])
-
-
-def delete_states(folder: Path) -> None:
-    """Remove the states of a training that has ended, and what a killed writer left."""
-    for name in (NAME, BEFORE, f"{NAME}.new"):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob(f".{NAME}*.tmp"):
-        path.unlink(missing_ok=True)

@@ -3,12 +3,12 @@
 import contextlib
 import math
 from collections.abc import Iterator
+from typing import Protocol
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.loader import Batch, Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.networks import Network
@@ -19,6 +19,16 @@ from kdlib.trainer.objectives import Distiller, student_outputs
 from kdlib.trainer.optimiser import learning_rate, make_optimiser
 
 ALONE = Ranks()
+
+
+class Recorder(Protocol):
+    """Records training dynamics, as `kdlib.cartography.DynamicsLog` does."""
+
+    def record(self, epochs: Tensor, positions: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Record the logits (B, C) of some examples at their positions among the run's ids."""
+
+    def flush(self) -> None:
+        """Write what was recorded to the disk."""
 
 
 class TrainingError(RuntimeError):
@@ -53,7 +63,7 @@ class Task:
     full_size: int
     n_examples: int
     seed: int
-    log: DynamicsLog | None = None
+    log: Recorder | None = None
     observed: str = "train"
     compute: Compute = field(default_factory=Compute)
     ranks: Ranks = field(default_factory=Ranks)
