@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdlib.models.networks import network_for
 from kdlib.cache.shards import Cache
 from kdlib.cartography.datamap import compute_datamap
 from kdlib.cartography.log import DynamicsLog
@@ -24,7 +23,7 @@ from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader, View
 from kdlib.dataset.plan import Plan, budget
 from kdlib.models.evaluation import all_outputs, evaluate
-from kdlib.models.networks import Network
+from kdlib.models.networks import Network, network_for
 from kdlib.models.outputs import store_outputs
 from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import Features, linear_probe

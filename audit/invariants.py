@@ -4,124 +4,150 @@ A test finds each of these tests. Leaves to others: the defects themselves (`sub
 `feature_defects`).
 """
 
-_T = {m: f"tests/test_{m}.py::test_" for m in (
-    "audit", "building", "cache", "checks", "compare", "compiling", "diagnostics", "distilling",
-    "dynamics", "evaluation", "experiment", "features", "loading", "losses", "models", "params",
-    "pipeline", "probe", "probing", "sampling", "seeds", "selection", "states", "structure",
-    "teacher", "trainer",
-)}  # fmt: skip
+_T = {
+    m: f"tests/{m[: m.rfind('/') + 1]}test_{m[m.rfind('/') + 1 :]}.py::test_"
+    for m in (
+        "audit/report",
+        "cache/build",
+        "cache/shards",
+        "cartography/log",
+        "cartography/selection",
+        "compare/statistics",
+        "dataset/loader",
+        "dataset/plan",
+        "models/evaluation",
+        "models/networks",
+        "models/outputs",
+        "pipeline",
+        "probes/classifiers",
+        "probes/diagnostics",
+        "repro/checks",
+        "repro/seeds",
+        "steps/compare",
+        "steps/distill",
+        "steps/probe",
+        "steps/training",
+        "structure",
+        "study/study",
+        "trainer/feature_losses",
+        "trainer/logit_losses",
+        "trainer/loop",
+        "trainer/state",
+    )
+}
 
 
 # (study, invariant, names of tests)
 INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("A", "a run whose loader ignores its subset enters no table", (
-        _T["experiment"] + "a_loader_that_ignores_its_subset_cannot_finish_a_run",
-        _T["compiling"] + "a_row_with_another_budget_is_refused_and_shown",
+        _T["steps/training"] + "a_loader_that_ignores_its_subset_cannot_finish_a_run",
+        _T["steps/compare"] + "a_row_with_another_budget_is_refused_and_shown",
     )),
     ("A", "recording is invisible", (
-        _T["trainer"] + "recording_dynamics_leaves_the_weights_as_they_are",
-        _T["evaluation"] + "weights_statistics_and_mode_are_left_as_they_were",
+        _T["trainer/loop"] + "recording_dynamics_leaves_the_weights_as_they_are",
+        _T["models/evaluation"] + "weights_statistics_and_mode_are_left_as_they_were",
     )),
     ("A", "seeds are separate streams, requested = recorded", (
-        _T["seeds"] + "seeds_s_and_s_plus_1_are_unrelated",
-        _T["trainer"] + "two_seeds_share_neither_initial_weights_nor_order",
-        _T["experiment"] + "two_seeds_that_are_one_are_refused",
+        _T["repro/seeds"] + "seeds_s_and_s_plus_1_are_unrelated",
+        _T["trainer/loop"] + "two_seeds_share_neither_initial_weights_nor_order",
+        _T["steps/training"] + "two_seeds_that_are_one_are_refused",
     )),
     ("A", "a subset is a file of ids with a hash; same seed, same hash", (
-        _T["selection"] + "same_seed_gives_the_same_hash_and_other_choices_others",
-        _T["distilling"] + "a_saved_subset_is_what_the_student_was_trained_on",
+        _T["cartography/selection"] + "same_seed_gives_the_same_hash_and_other_choices_others",
+        _T["steps/distill"] + "a_saved_subset_is_what_the_student_was_trained_on",
     )),
     ("A", "a selection has exactly its budget, of distinct ids", (
-        _T["selection"] + "every_strategy_returns_exactly_its_budget_of_distinct_ids",
-        _T["selection"] + "a_mixture_takes_its_shares_though_its_regions_overlap",
+        _T["cartography/selection"] + "every_strategy_returns_exactly_its_budget_of_distinct_ids",
+        _T["cartography/selection"] + "a_mixture_takes_its_shares_though_its_regions_overlap",
     )),
     ("A", "ties are broken by seed; permuting the data permutes the selection", (
-        _T["selection"] + "permuting_the_data_set_permutes_the_selection",
-        _T["selection"] + "ties_depend_on_the_seed_and_not_on_the_position",
+        _T["cartography/selection"] + "permuting_the_data_set_permutes_the_selection",
+        _T["cartography/selection"] + "ties_depend_on_the_seed_and_not_on_the_position",
     )),
     ("A", "everything is keyed by example id and the fingerprints of data and split", (
-        _T["dynamics"] + "loading_with_another_split_raises_and_names_it",
-        _T["dynamics"] + "ranks_of_another_split_are_refused_by_their_labels",
-        _T["selection"] + "a_subset_of_another_data_set_is_refused",
+        _T["cartography/log"] + "loading_with_another_split_raises_and_names_it",
+        _T["cartography/log"] + "ranks_of_another_split_are_refused_by_their_labels",
+        _T["cartography/selection"] + "a_subset_of_another_data_set_is_refused",
     )),
     ("A", "one factor differs at a time, and what differs is printed", (
-        _T["compiling"] + "a_run_that_differs_in_more_than_the_factor_is_refused",
-        _T["checks"] + "settings_that_differ_beside_the_factor_are_named",
-        _T["compare"] + "objectives_are_compared_at_the_same_subset",
+        _T["steps/compare"] + "a_run_that_differs_in_more_than_the_factor_is_refused",
+        _T["repro/checks"] + "settings_that_differ_beside_the_factor_are_named",
+        _T["compare/statistics"] + "objectives_are_compared_at_the_same_subset",
     )),
     ("A", "one evaluator: counts summed, divided once", (
-        _T["evaluation"] + "first_batch_all_wrong_and_second_all_right_is_one_half",
+        _T["models/evaluation"] + "first_batch_all_wrong_and_second_all_right_is_one_half",
     )),
     ("A", "the last epoch counts; a number without its checkpoint is refused", (
-        _T["compiling"] + "a_number_without_its_checkpoint_is_refused",
-        _T["checks"] + "a_checkpoint_that_is_missing_or_changed_is_named",
+        _T["steps/compare"] + "a_number_without_its_checkpoint_is_refused",
+        _T["repro/checks"] + "a_checkpoint_that_is_missing_or_changed_is_named",
     )),
     ("A", "budgets are exact, unknown keys are refused, seed 0 is a seed", (
-        _T["trainer"] + "every_budgeted_sample_is_seen_and_none_beside",
-        _T["params"] + "a_typo_in_a_key_gives_its_section_and_the_nearest_key",
-        _T["params"] + "seed_0_is_a_seed_not_an_absent_one",
+        _T["trainer/loop"] + "every_budgeted_sample_is_seen_and_none_beside",
+        _T["study/study"] + "a_typo_in_a_key_gives_its_section_and_the_nearest_key",
+        _T["study/study"] + "seed_0_is_a_seed_not_an_absent_one",
     )),
     ("A", "small images keep their resolution in the stem", (
-        _T["experiment"] + "every_run_says_where_its_weights_began",
-        _T["models"] + "small_images_keep_their_resolution_in_the_stem_and_large_ones_do_not",
+        _T["steps/training"] + "every_run_says_where_its_weights_began",
+        _T["models/networks"] + "small_images_keep_their_resolution_in_the_stem_and_large_"
+        "ones_do_not",
     )),
     ("B", "train and test features are of the same weights; no probe below its floor", (
-        _T["probing"] + "test_features_of_an_untrained_network_are_refused",
-        _T["probe"] + "all_probes_refuse_features_that_do_not_belong_together",
-        _T["checks"] + "each_lie_is_stopped_by_its_tripwire_alone",
+        _T["steps/probe"] + "test_features_of_an_untrained_network_are_refused",
+        _T["probes/classifiers"] + "all_probes_refuse_features_that_do_not_belong_together",
+        _T["repro/checks"] + "each_lie_is_stopped_by_its_tripwire_alone",
     )),
     ("B", "permuting teacher rows raises the loss, the gradient reaches the student, a copy is the "
      "minimum", (
-        _T["features"] + "permuting_teacher_rows_raises_the_loss",
-        _T["features"] + "a_perfect_copy_is_the_minimum",
-        _T["losses"] + "permuting_teacher_rows_raises_the_loss",
+        _T["trainer/feature_losses"] + "permuting_teacher_rows_raises_the_loss",
+        _T["trainer/feature_losses"] + "a_perfect_copy_is_the_minimum",
+        _T["trainer/logit_losses"] + "permuting_teacher_rows_raises_the_loss",
     )),
     ("B", "no parameter with a gradient lies before the target", (
-        _T["features"] + "the_gradient_reaches_the_student_and_only_the_student",
+        _T["trainer/feature_losses"] + "the_gradient_reaches_the_student_and_only_the_student",
     )),
     ("B", "grids are resized: a bright quadrant stays in its quadrant", (
-        _T["features"] + "a_bright_quadrant_stays_in_its_quadrant",
+        _T["trainer/feature_losses"] + "a_bright_quadrant_stays_in_its_quadrant",
     )),
     ("B", "what is planned is what is seen, of every shard", (
-        _T["sampling"] + "random_shards_come_equally_often_over_200_passes",
-        _T["sampling"] + "every_planned_example_is_seen_exactly_once_per_pass",
-        _T["experiment"] + "a_loader_that_draws_other_shards_than_planned_cannot_finish_a_run",
+        _T["dataset/plan"] + "random_shards_come_equally_often_over_200_passes",
+        _T["dataset/plan"] + "every_planned_example_is_seen_exactly_once_per_pass",
+        _T["steps/training"] + "a_loader_that_draws_other_shards_than_planned_cannot_finish_a_run",
     )),
     ("B", "generators are private; the global ones are left as they were", (
-        _T["seeds"] + "global_generators_are_left_as_they_were",
-        _T["trainer"] + "training_leaves_the_global_generators_as_they_were",
+        _T["repro/seeds"] + "global_generators_are_left_as_they_were",
+        _T["trainer/loop"] + "training_leaves_the_global_generators_as_they_were",
         _T["structure"] + "no_module_unpickles_evaluates_or_touches_a_global_generator",
     )),
     ("B", "identical views are refused", (
-        _T["features"] + "identical_views_are_refused",
+        _T["trainer/feature_losses"] + "identical_views_are_refused",
     )),
     ("B", "isotropic features pass as such, constant ones fail", (
-        _T["diagnostics"] + "isotropic_random_features_pass_and_constant_ones_fail",
+        _T["probes/diagnostics"] + "isotropic_random_features_pass_and_constant_ones_fail",
     )),
     ("B", "the test features choose nothing: noise labels give chance", (
-        _T["probe"] + "probing_noise_labels_gives_chance_on_test",
-        _T["probe"] + "no_choice_looks_at_the_test_features",
+        _T["probes/classifiers"] + "probing_noise_labels_gives_chance_on_test",
+        _T["probes/classifiers"] + "no_choice_looks_at_the_test_features",
     )),
     ("B", "teacher outputs are keyed by teacher, example id and view", (
-        _T["teacher"] + "another_teacher_is_refused_and_said",
-        _T["audit"] + "every_defect_is_caught_and_every_honest_number_passes",
-        _T["loading"] + "a_pass_sees_its_replayed_view_and_the_teacher_s_row_of_it",
-        _T["loading"] + "teacher_rows_are_those_of_their_examples",
+        _T["models/outputs"] + "another_teacher_is_refused_and_said",
+        _T["audit/report"] + "every_defect_is_caught_and_every_honest_number_passes",
+        _T["dataset/loader"] + "a_pass_sees_its_replayed_view_and_the_teacher_s_row_of_it",
+        _T["dataset/loader"] + "teacher_rows_are_those_of_their_examples",
     )),
     ("B", "grids of features are of the view the student sees: they are not augmented afterwards", (
-        _T["params"] + "grids_of_features_are_of_the_views_the_student_sees",
-        _T["teacher"] + "outputs_of_other_views_are_refused_and_said",
+        _T["study/study"] + "grids_of_features_are_of_the_views_the_student_sees",
+        _T["models/outputs"] + "outputs_of_other_views_are_refused_and_said",
     )),
     ("B", "a resumed run is the uninterrupted one, bit for bit", (
-        _T["trainer"] + "stopped_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one",
-        _T["trainer"] + "a_network_with_its_channels_last_resumes_to_the_bit",
-        _T["trainer"] + "a_killed_process_goes_on_to_the_same_bytes",
-        _T["states"] + "a_state_of_other_settings_is_refused_with_the_difference",
+        _T["trainer/loop"] + "stopped_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one",
+        _T["trainer/loop"] + "a_network_with_its_channels_last_resumes_to_the_bit",
+        _T["trainer/loop"] + "a_killed_process_goes_on_to_the_same_bytes",
+        _T["trainer/state"] + "a_state_of_other_settings_is_refused_with_the_difference",
     )),
     ("B", "writes are atomic, shards carry checksums, cut ones are refused", (
-        _T["cache"] + "a_cut_shard_is_refused_wherever_it_is_cut",
-        _T["cache"] + "a_changed_byte_is_found_by_verify",
-        _T["building"] + "a_killed_builder_of_a_part_resumes_to_the_same_bytes",
+        _T["cache/shards"] + "a_cut_shard_is_refused_wherever_it_is_cut",
+        _T["cache/shards"] + "a_changed_byte_is_found_by_verify",
+        _T["cache/build"] + "a_killed_builder_of_a_part_resumes_to_the_same_bytes",
     )),
     ("both", "tables and figures are made from run records alone", (
         _T["pipeline"] + "figures_are_redrawn_from_the_records_alone",

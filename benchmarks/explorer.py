@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from explorer.test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 from playwright.sync_api import sync_playwright
-from test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 
 from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import make_datamap
@@ -25,8 +25,8 @@ from kdlib.study.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import numpy as np, pandas as pd
-from kdlib import explorer, picking
-from kdlib.params import load_study
+from kdlib.explorer import app as explorer, state as picking
+from kdlib.study import load_study
 state, rng, n = picking.Explorer(load_study("params/tiny.yaml")), np.random.default_rng(0), {n}
 region = pd.Categorical(rng.choice(["easy", "ambiguous", "hard"], n))
 columns = dict(label=rng.integers(0, 10, n), confidence=rng.random(n),

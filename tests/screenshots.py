@@ -10,8 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from explorer.test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 from playwright.sync_api import sync_playwright
-from test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 
 from kdlib.explorer.state import Explorer
 from kdlib.repro import files
@@ -19,11 +19,13 @@ from kdlib.study.study import load_study
 
 LASSO = [(0.25, 0.05), (0.05, 0.02), (0.02, 0.2), (0.12, 0.4), (0.22, 0.47), (0.3, 0.42),
          (0.34, 0.25)]  # fmt: skip
-ONE = """from kdlib import explorer, params
-explorer.explore(params.load_study("params/digits.yaml"))"""
-TWO = """from kdlib import explorer, params
-study, against = (params.load_study(f"params/{name}.yaml") for name in ("digits", "tiny"))
-explorer.explore(study, against)"""
+ONE = """from kdlib.explorer import explore
+from kdlib.study import load_study
+explore(load_study("params/digits.yaml"))"""
+TWO = """from kdlib.explorer import explore
+from kdlib.study import load_study
+study, against = (load_study(f"params/{name}.yaml") for name in ("digits", "tiny"))
+explore(study, against)"""
 
 
 def shot(screen: Screen, name: str) -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import yaml
 
-from kdlib.models.networks import network_for
 from kdlib.__main__ import main
 from kdlib.cache.build import build_shards, repair
 from kdlib.cache.shards import Cache
 from kdlib.cache.workers import _Job
+from kdlib.models.networks import network_for
 from kdlib.repro import files
 from kdlib.study.study import Model, Study, load_study
 

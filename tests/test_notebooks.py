@@ -15,7 +15,7 @@ from nbclient.exceptions import CellExecutionError
 
 from kdlib.repro import files
 from kdlib.study.study import AXES as study_AXES
-from kdlib.study.study import EXHIBITS, STRATEGIES, __file__
+from kdlib.study.study import EXHIBITS, STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

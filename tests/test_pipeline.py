@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kdlib.repro import files
-from kdlib.study.study import __file__, load_study
+from kdlib.study.study import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = "params/tiny.yaml"

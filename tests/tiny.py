@@ -12,7 +12,8 @@ from kdlib.repro import files
 from kdlib.steps.distill import student_folder, train_student
 from kdlib.study.study import Cell, Study, load_study
 
-TINY = files.workspace() / "params" / "tiny.yaml"
+ROOT = Path(__file__).resolve().parents[1]  # of the repository
+TINY = ROOT / "params" / "tiny.yaml"
 
 
 def tiny_study(home: Path, **changes: Any) -> Study:

@@ -66,7 +66,7 @@ def build(
     Args:
         split: None: both, but with `part` the training split alone.
         part: `i/k`; None: of the training split what the study asks for, of the test split all.
-        n_workers: As in `building.build_images`.
+        n_workers: As in `build.build_images`.
     """
     splits = (split,) if split else ("train",) if part else SPLITS
     # what is probed beside is small: whole, where nothing else was asked for

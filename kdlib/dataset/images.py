@@ -11,7 +11,6 @@ import torch
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
 from kdlib.repro import files
-from kdlib.study.study import Model
 
 
 @dataclass(frozen=True)

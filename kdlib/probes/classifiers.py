@@ -110,7 +110,8 @@ def linear_probe(
     One fifth of the training features, stratified by class and drawn by `seed`, chooses C; ties go
     to the smallest C. The chosen C is refitted on all training features, and the test features are
     used once. Every fit standardises with the mean and standard deviation of the examples it is
-    fitted on; a constant feature is left at zero. Fits are those of `kdlib.probes.logistic` on one thread
+    fitted on; a constant feature is left at zero. Fits are those of `kdlib.probes.logistic` on
+    one thread
     (sums depend on the number of threads), along the grid with a warm start and for the refit with
     a cold one; `converged` says whether all of them did. Two classes share one weight vector. The
     order of the examples changes nothing.

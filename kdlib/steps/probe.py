@@ -19,11 +19,10 @@ from threadpoolctl import threadpool_limits
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
-from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import split_ids
-from kdlib.models.networks import Network
+from kdlib.models.networks import Network, network_for
 from kdlib.models.weights import load_weights
 from kdlib.probes import diagnostics
 from kdlib.probes.classifiers import Features, few_shot_probe, knn_probe, linear_probe

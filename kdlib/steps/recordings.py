@@ -13,9 +13,9 @@ import pandas as pd
 import torch
 
 from kdlib.cartography.log import DynamicsLog
-from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images
 from kdlib.models.evaluation import all_outputs
+from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
 from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.seeds import derive, hashed

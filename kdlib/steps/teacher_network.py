@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from kdlib.models.networks import network_for
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
-from kdlib.models.networks import Network, Resized, build_network
+from kdlib.models.networks import Network, Resized, build_network, network_for
 from kdlib.models.pretrained import load_pretrained
 from kdlib.models.weights import load_weights, weights_fingerprint
 from kdlib.repro import files

@@ -20,7 +20,7 @@ class Kind:
     test: str
 
 
-_L, _F = "tests/test_losses.py::test_", "tests/test_features.py::test_"
+_L, _F = "tests/trainer/test_logit_losses.py::test_", "tests/trainer/test_feature_losses.py::test_"
 
 
 KINDS = {
@@ -84,7 +84,7 @@ KINDS = {
     "own": Kind(
         "the study's own code",
         "-",
-        "tests/test_objectives.py::test_an_own_objective_is_what_its_file_says",
+        "tests/trainer/test_objectives.py::test_an_own_objective_is_what_its_file_says",
     ),
 }
 

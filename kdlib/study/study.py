@@ -553,7 +553,8 @@ class Student(Settings):
 
 
 class Code(Settings):
-    """What may come from a Python file of the study's own, as `kind: own`; `kdlib.study.own_code` runs it."""
+    """What may come from a Python file of the study's own, as `kind: own`;
+    `kdlib.study.own_code` runs it."""
 
     code: str | None = None  # the file, relative to the workspace
     code_sha256: str | None = None  # None: that of the file as it is

@@ -3,8 +3,8 @@
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Protocol
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn

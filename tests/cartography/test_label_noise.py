@@ -1,0 +1,131 @@
+"""Detectors of wrong labels: against scikit-learn, by hand, and where nothing is to be found."""
+
+import math
+
+import numpy as np
+import pytest
+from cartography.test_variants import recorded
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics
+
+from kdlib.cartography import label_noise
+
+SOME = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=40).filter(
+    lambda rows: 0 < sum(wrong for _, wrong in rows) < len(rows)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SOME)
+def test_areas_and_curves_are_those_of_scikit_learn_ties_included(rows):
+    suspicion, wrong = (np.array(column) for column in zip(*rows, strict=True))
+    assert label_noise.auroc(suspicion, wrong) == pytest.approx(
+        metrics.roc_auc_score(wrong, suspicion)
+    )
+    expected = metrics.average_precision_score(wrong, suspicion)
+    assert label_noise.average_precision(suspicion, wrong) == pytest.approx(expected)
+    table = label_noise.curves(suspicion, wrong)
+    x, y, _ = metrics.roc_curve(wrong, suspicion, drop_intermediate=False)
+    np.testing.assert_allclose(table["false_positive_rate"], x)
+    np.testing.assert_allclose(table["true_positive_rate"], y)
+    assert (table["recall"] == table["true_positive_rate"]).all()
+
+
+def test_curves_worked_by_hand():
+    table = label_noise.curves(np.array([3.0, 2.0, 2.0, 0.0]), np.array([True, False, True, False]))
+    assert table["recall"].tolist() == [0, 0.5, 1, 1]
+    assert table["precision"].tolist() == [1, 1, pytest.approx(2 / 3), 0.5]
+    assert table["false_positive_rate"].tolist() == [0, 0, 0.5, 1]
+
+
+def test_a_score_that_knows_nothing_is_at_chance():
+    wrong = np.arange(1000) % 5 == 0
+    assert label_noise.auroc(np.zeros(1000), wrong) == 0.5
+    assert label_noise.average_precision(np.zeros(1000), wrong) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("suspicion", "wrong", "message"),
+    [
+        (np.zeros(3), np.zeros(3, bool), "0 of 3 labels are wrong"),
+        (np.zeros(3), np.ones(3, bool), "3 of 3 labels are wrong"),
+        (np.array([np.nan, 1]), np.array([True, False]), "NaN or infinity"),
+        (np.zeros(3), np.zeros(3), "wrong as bool"),
+        (np.zeros(2), np.zeros(3, bool), "one length"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(suspicion, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        label_noise.auroc(suspicion, wrong)
+
+
+def test_a_thinned_curve_keeps_its_ends():
+    rng = np.random.default_rng(0)
+    table = label_noise.curves(rng.random(5000), rng.random(5000) < 0.3)
+    few = label_noise.thinned(table)
+    assert len(few) == label_noise.CURVE_POINTS
+    assert few.iloc[0].equals(table.iloc[0])
+    assert few.iloc[-1].equals(table.iloc[-1])
+
+
+def test_over_epochs_each_score_sees_only_the_epochs_so_far(tmp_path):
+    log, _, labels = recorded(tmp_path, n_epochs=6)
+    wrong = labels == 0
+    table = label_noise.over_epochs(log, wrong, n_points=3).set_index(["detector", "epoch"])[
+        "auroc"
+    ]
+    assert set(table.index.get_level_values("epoch")) == {1, 4, 6}
+    first = label_noise.auroc(-log["margin"][:4].astype(float).mean(axis=0), wrong)
+    assert table["aum", 4] == pytest.approx(first)
+    assert table["el2n", 4] == pytest.approx(label_noise.auroc(log["el2n"][3].astype(float), wrong))
+
+
+def test_examples_below_99_percent_of_the_pretending_ones_are_flagged():
+    aum = np.concatenate([np.linspace(-2, -1, 100), [-5.0, -1.005, 0.0, 3.0]])
+    first, second = np.zeros(104, bool), np.zeros(104, bool)
+    first[:50], second[50:100] = True, True
+    flagged = label_noise.below_threshold_samples((aum, aum), (first, second))
+    # of the second training: 50 samples up to -1, their 99th percentile lies just below
+    cutoffs = [np.percentile(aum[mask], 99) for mask in (first, second)]
+    assert flagged[100]
+    assert not flagged[102:].any()
+    assert flagged[101] == (cutoffs[1] > -1.005)
+    # an example that pretends in the second training is judged by the first
+    assert (flagged[50:100] == (aum[50:100] < cutoffs[0])).all()
+
+
+@pytest.mark.parametrize("masks", [([1, 0], [1, 0]), ([0, 0], [0, 1]), ([1, 0], [0, 0])])
+def test_pretending_twice_or_never_is_refused(masks):
+    masks = tuple(np.array(m, bool) for m in masks)
+    with pytest.raises(ValueError, match="expected some in each, none in both"):
+        label_noise.below_threshold_samples((np.zeros(2), np.zeros(2)), masks)
+
+
+def test_held_out_scores_worked_by_hand():
+    probs = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]])
+    found = label_noise.held_out_scores(probs, np.array([0, 1, 2]))
+    np.testing.assert_allclose(
+        found["held-out loss"], [-math.log(0.7), -math.log(0.1), -math.log(1e-12)]
+    )
+    np.testing.assert_allclose(found["held-out margin"], [-0.5, 0.7, 1.0])
+
+
+def test_confident_learning_finds_labels_that_were_turned():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 3, 600)
+    probs = rng.dirichlet([1, 1, 1], 600) * 0.3
+    probs[np.arange(600), truth] += 0.7
+    wrong = rng.random(600) < 0.1
+    labels = np.where(wrong, (truth + 1) % 3, truth)
+    suspicion, flagged = label_noise.confident_learning(probs, labels)
+    assert label_noise.auroc(suspicion, wrong) > 0.99
+    judged = label_noise.Flagged.judged(flagged, wrong)
+    assert judged.precision > 0.95
+    assert judged.recall > 0.8
+
+
+def test_flagging_nothing_has_no_precision():
+    judged = label_noise.Flagged.judged(np.zeros(3, bool), np.array([True, False, False]))
+    assert math.isnan(judged.precision)
+    assert judged.recall == 0

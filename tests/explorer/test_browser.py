@@ -1,0 +1,349 @@
+"""The explorer in a real JupyterLab in a headless Chromium: lasso, look, save, restore, train."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdlib.cartography.subset import Subset
+from kdlib.explorer.state import Explorer
+from kdlib.repro import files
+from kdlib.steps.cache import open_images
+from kdlib.steps.datamap import open_datamap
+from kdlib.steps.distill import open_student
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+LACKING = [
+    what
+    for what, there in (
+        ("a Chromium in the PATH (apt install chromium)", CHROMIUM),
+        ("playwright (pip install playwright)", importlib.util.find_spec("playwright")),
+        ("JupyterLab", importlib.util.find_spec("jupyterlab")),
+    )
+    if not there
+]
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"needs {' and '.join(LACKING)}")
+
+FLAGS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
+BAD_NAME = "<img src=x onerror=alert(1)>"
+CODE = f"""from kdlib.explorer import app as explorer
+from kdlib.study import load_study
+app = explorer.explore(load_study("params/tiny.yaml"))
+app.state.names[3] = {BAD_NAME!r}
+app = explorer.App(app.state)
+app"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory, make_datamap):
+    """The tiny study, its steps 01 to 03 done, in a workspace of its own."""
+    home = tmp_path_factory.mktemp("lab")
+    study = make_datamap(home)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        yield study
+
+
+@pytest.fixture(scope="module")
+def lab(study, tmp_path_factory):
+    """A running JupyterLab: the address of a notebook in it."""
+    home = files.workspace()
+    write_notebook(home / "explore.ipynb", CODE)
+    with serving(home, tmp_path_factory.mktemp("jupyter")) as address:
+        yield address("explore.ipynb")
+
+
+def write_notebook(path, code):
+    """A notebook of one cell."""
+    cell = {"cell_type": "code", "id": "one", "metadata": {}, "execution_count": None,
+            "outputs": [], "source": code}  # fmt: skip
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    content = {"cells": [cell], "metadata": {"kernelspec": kernel}, "nbformat": 4,
+               "nbformat_minor": 5}  # fmt: skip
+    path.write_text(json.dumps(content))
+
+
+@contextlib.contextmanager
+def serving(home, own):
+    """JupyterLab on a folder, its settings in another: from a notebook's name to its address."""
+    page = {"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}
+    (own / "labconfig").mkdir(parents=True)
+    (own / "labconfig" / "page_config.json").write_text(json.dumps(page))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
+    address, token = f"http://127.0.0.1:{port}", "explorer"
+    with open(own / "lab.log", "w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+             "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}",
+             "--ServerApp.port_retries=0", f"--ServerApp.root_dir={home}",
+             f"--IdentityProvider.token={token}"],
+            env=os.environ | {name: str(own) for name in folders} | {"OMP_NUM_THREADS": "1"},
+            cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        wait(lambda: answers(f"{address}/api/status?token={token}"), "JupyterLab", 60)
+        yield lambda name: f"{address}/doc/tree/{name}?token={token}"
+    finally:
+        server.send_signal(signal.SIGTERM)  # it takes its kernels down
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+@pytest.fixture
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=2).status == 200
+    except OSError:
+        return False
+
+
+def wait(true, what, timeout=30.0):
+    """Until `true()` is, which is returned; an error that says what did not come."""
+    end = time.monotonic() + timeout
+    while not (found := true()):
+        assert time.monotonic() < end, f"{what} did not come within {timeout:g} s"
+        time.sleep(0.1)
+    return found
+
+
+class Screen:
+    """The page as a person uses it."""
+
+    def __init__(self, page, folder):
+        self.page, self.folder, self.n = page, folder, 0
+
+    def shot(self, name):
+        self.n += 1
+        folders = [self.folder, os.environ.get("KDLIB_SCREENSHOTS")]
+        for folder in filter(None, folders):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.page.screenshot(path=Path(folder) / f"{self.n}_{name}.png")
+
+    def open(self, address):
+        self.page.goto(address)
+        self.page.wait_for_selector(".jp-Cell .cm-content", timeout=60_000)
+        self.page.wait_for_selector(
+            ".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000
+        )
+        prompt = self.page.locator(".jp-CodeCell .jp-InputPrompt").first
+        for _ in range(5):  # a first key press straight after idle can be lost
+            if (dialog := self.page.locator(".jp-Dialog .jp-mod-accept")).count():
+                dialog.first.click()
+            self.page.locator(".jp-Cell .cm-content").first.click()
+            self.page.keyboard.press("Control+Enter")
+            try:
+                wait(lambda: re.search(r"[\d*]", prompt.inner_text()), "the prompt", 4)
+                break
+            except AssertionError:
+                continue
+        self.page.wait_for_selector(".jp-OutputArea canvas", timeout=90_000)
+
+    def at(self, x, y):
+        """Where on the page a point of the map lies, from the ticks of its axes."""
+        place = []
+        for axis, value in (("x", x), ("y", y)):
+            ticks = self.page.eval_on_selector_all(
+                f".jp-OutputArea .{axis}-axis .tick",
+                """(ticks, axis) => ticks.filter(
+                    t => t.parentElement === ticks[0].parentElement).map(t => {
+                    const box = t.querySelector('line').getBoundingClientRect();
+                    const middle = axis == 'x' ? (box.left + box.right) : (box.top + box.bottom);
+                    return [Number(t.textContent.replace('\u2212', '-')), middle / 2]; })""",
+                axis,
+            )
+            numbers, pixels = np.transpose(ticks)
+            place.append(float(np.polyval(np.polyfit(numbers, pixels, 1), value)))
+        return place
+
+    def lasso(self, low, high, box=False):
+        """Draw around a rectangle of (variability, confidence), or from one corner of it to the
+        other; returns how many it selected."""
+        corners = [low, high] if box else [low, (high[0], low[1]), high, (low[0], high[1]), low]
+        for _ in range(3):  # a first one can be lost
+            points = [self.at(*corner) for corner in corners]
+            self.page.mouse.move(*points[0])
+            self.page.mouse.down()
+            if box:  # it begins where the first move finds the mouse
+                time.sleep(0.3)
+                self.page.mouse.move(points[0][0] + 0.5, points[0][1] - 0.5)
+                time.sleep(0.3)
+            for point in points[1:]:
+                self.page.mouse.move(*point, steps=10)
+                time.sleep(0.05)
+            for _ in range(2):  # the map follows the mouse some moves late where the CPU draws
+                time.sleep(0.2)
+                self.page.mouse.move(*points[-1])
+            self.page.mouse.up()
+            try:
+                return int(self.says(r"^([\d,]+) selected", 8)[1].replace(",", ""))
+            except AssertionError:
+                continue
+        raise AssertionError("no lasso selected anything")
+
+    def hover(self, x, y, picture):
+        """Rest on a point until its tooltip shows this image."""
+        x, y = self.at(x, y)
+        self.page.mouse.move(x - 40, y + 40)
+        self.page.mouse.move(x, y, steps=5)
+        script = """p => [...document.querySelectorAll('.jp-OutputArea div')]
+            .some(d => d.style.backgroundImage.includes(p))"""
+        wait(lambda: self.page.evaluate(script, picture), "its image in the tooltip", 10)
+        time.sleep(0.5)  # it fades in
+
+    def fill(self, placeholder, text):
+        self.page.get_by_placeholder(placeholder, exact=True).fill(text)
+
+    def menu(self, description):
+        label = self.page.locator(".widget-label", has_text=re.compile(f"^{description}$")).first
+        return label.locator("xpath=..").locator("select")
+
+    def button(self, text):
+        return self.page.locator(".jp-OutputArea .widget-button", has_text=text).first
+
+    def text(self, css, svg=False):
+        found = self.page.locator(css)
+        if not found.count():
+            return ""
+        return found.first.text_content() if svg else found.first.inner_text()
+
+    def says(self, pattern, timeout=30):
+        return wait(lambda: re.search(pattern, self.text(".kdlib-status")), pattern, timeout)
+
+
+def test_a_person_selects_saves_restores_and_trains_students(study, lab, browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1380, "height": 1180})
+    screen, dialogs = Screen(page, tmp_path), []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    try:
+        _drive(screen, study, lab)
+    except BaseException:
+        screen.shot("failed")
+        raise
+    assert dialogs == []  # a class name is never run as HTML
+
+
+def _saved_outputs():
+    """What the notebook on the disk holds below its cell."""
+    try:
+        cells = json.loads((files.workspace() / "explore.ipynb").read_text())["cells"]
+    except ValueError:  # half written
+        return []
+    return cells[0]["outputs"]
+
+
+def _gap(table, score, near):
+    """The middle of the widest gap between values of a score close to a value."""
+    values = np.sort(table[score][table[score].between(near, near + 0.05)])
+    widest = np.diff(values).argmax()
+    return values[widest : widest + 2].mean()
+
+
+def _drive(screen, study, lab):
+    page = screen.page
+    screen.open(lab)
+    screen.shot("open")
+
+    table = open_datamap(study, open_images(study))
+    # a rectangle whose sides keep away from all points
+    low, high = (_gap(table, "variability", 0.1), _gap(table, "confidence", 0.2)), (0.45, 0.95)
+    n = screen.lasso(low, high)
+    wait(lambda: page.locator(".kdlib-gallery img").count() == min(n, 48), "the gallery")
+    assert page.evaluate(
+        "[...document.querySelectorAll('.kdlib-gallery img')].every(i => i.naturalWidth > 0)"
+    )
+    counts = page.locator(".kdlib-counts tr").all_inner_texts()
+    assert sum(int(row.split("\t")[-2].replace(",", "")) for row in counts) == n
+    screen.shot("lasso")
+
+    screen.fill("letters, digits, _ -", "mine")
+    screen.button("Save").click()
+    screen.says(f"^{n} examples saved")
+    path = study.runs / "selections" / "mine.parquet"
+    saved = Subset.load(path)
+    assert len(saved) == n
+    inside = (table["variability"] > low[0]) & (table["confidence"] > low[1])
+    assert saved.example_ids.tolist() == table.index[inside].tolist()
+
+    screen.fill("id", str(table.index[0]))
+    screen.button("Find").click()
+    screen.says(f"Example {table.index[0]}: ")
+    screen.says("^Example")
+    screen.menu("draw").select_option("box")
+    assert screen.lasso(low, high, box=True) == n
+    screen.menu("draw").select_option("lasso")
+    screen.fill("id", str(table.index[0]))
+    screen.button("Find").click()
+    screen.says(f"Example {table.index[0]}: ")
+    screen.menu("saved").select_option("mine")
+    screen.says(f"^mine: {n} selected")
+    screen.shot("restored")
+
+    screen.menu("colour").select_option("class")
+    screen.menu("range of").select_option("aum")
+    page.locator("select[multiple]").select_option(["1", "5"])
+    some = table["label"].isin([1, 5])
+    screen.says(f"^{some.sum()} of 1,100 examples pass")
+    left = int(some.loc[saved.example_ids].sum())
+    wait(lambda: screen.text(".kdlib-page").endswith(f" {left} selected"), "the visible part")
+    point = table[some & inside].nlargest(1, "variability").iloc[0]
+    look = Explorer(study)
+    [picture] = look.pictures([point.name])
+    screen.hover(point["variability"], point["confidence"], picture)
+    screen.shot("filtered")
+    screen.button("Show all").click()
+    wait(lambda: screen.text(".kdlib-page").endswith(f" {n} selected"), "the whole selection")
+
+    for axis, score in (("x", "aum"), ("y", "el2n"), ("colour", "correctness")):
+        screen.menu(axis).select_option(score)  # faster than the map can be drawn
+    wait(
+        lambda: screen.text(".jp-OutputArea .y-axis-label", svg=True) == "el2n", "the new axis", 90
+    )
+    point = table.nlargest(1, "aum").iloc[0]
+    [picture] = look.pictures([point.name])
+    screen.hover(point["aum"], point["el2n"], picture)
+    screen.shot("axes")
+
+    screen.button("Train students on it").click()
+    wait(lambda: "of 8 students done" in screen.text(".kdlib-log"), "the log")
+    screen.shot("training")
+    wait(lambda: screen.text(".kdlib-results"), "the table of results", 120)
+    screen.shot("trained")
+    assert len(page.locator(".kdlib-results tr").all()) == 3  # heads, two objectives
+    for seed in study.seeds:
+        picked = study.cell(strategy="picked_mine")
+        evidence = open_student(study, picked, seed)
+        assert evidence["budget"]["recorded"]["unique_examples"] <= n
+        open_student(study, study.cell(strategy="random", fraction=picked.fraction), seed)
+
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+s")
+    found = wait(_saved_outputs, "the saved notebook")
+    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(found[0]["data"])

@@ -1,0 +1,195 @@
+"""Weight files: whole, ours, and never executed."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models.test_networks import build, images
+from torch import nn
+
+from kdlib.models.networks import Network
+from kdlib.models.weights import load_weights, save_weights, weights_fingerprint
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Network, Path, str]:
+    network, path = build("tiny_cnn", (1, 8, 8)), tmp_path / "w.safetensors"
+    network(images((1, 8, 8)))  # BatchNorm's buffers are no longer those of a new network
+    return network, path, save_weights(network, path, {"model": "tiny_cnn"})
+
+
+def test_weights_return_from_their_file(saved):
+    network, path, fingerprint = saved
+    other = build("tiny_cnn", (1, 8, 8), seed=1)
+    assert load_weights(other, path) == fingerprint == weights_fingerprint(network)
+    x = images((1, 8, 8))
+    assert torch.equal(other.eval()(x), network.eval()(x))
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "model": "tiny_cnn"}
+
+
+def test_equal_content_gives_equal_bytes_whatever_the_memory_format(saved, tmp_path):
+    network, path, _ = saved
+    metadata = {f"key {i}": str(i) for i in range(8)}
+    contents = set()
+    for i in range(6):
+        if i == 3:
+            network.to(memory_format=torch.channels_last)
+            metadata = dict(reversed(metadata.items()))
+        save_weights(network, path, metadata)
+        contents.add(path.read_bytes())
+    assert len(contents) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_any_changed_value_changes_the_fingerprint(data):
+    state = build("tiny_cnn", (1, 8, 8)).state_dict()
+    before = weights_fingerprint(state)
+    shuffled = dict(data.draw(st.permutations(list(state.items()))))
+    assert weights_fingerprint(shuffled) == before
+    key = data.draw(st.sampled_from(sorted(state)))
+    position = data.draw(st.integers(0, state[key].numel() - 1))
+    state[key].view(-1)[position] += 1
+    assert weights_fingerprint(state) != before
+
+
+def test_names_dtypes_and_shapes_are_part_of_the_fingerprint():
+    states = [
+        {"a": torch.zeros(4)},
+        {"b": torch.zeros(4)},
+        {"a": torch.zeros(2, 2)},
+        {"a": torch.zeros(4, dtype=torch.int32)},
+        {"a": torch.zeros(8, dtype=torch.bfloat16)},
+        {"a": torch.zeros(())},
+        {"a": torch.zeros(1)},
+        {"a": torch.zeros(2), "b": torch.zeros(2)},
+    ]
+    assert len({weights_fingerprint(state) for state in states}) == len(states)
+
+
+def test_batch_counters_may_be_absent_and_become_zero(saved):
+    network, path, _ = saved
+    state = {k: v for k, v in network.state_dict().items() if "num_batches" not in k}
+    safetensors.torch.save_file(state, path)
+    used = build("tiny_cnn", (1, 8, 8), seed=3)
+    used(images((1, 8, 8)))
+    assert load_weights(used, path) == load_weights(build("tiny_cnn", (1, 8, 8)), path)
+    assert used.bn1.num_batches_tracked == 0
+    assert torch.equal(used.bn1.running_mean, network.bn1.running_mean)
+
+
+class Bomb:
+    """Unpickling this leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch", "cut", "empty", "header", "flipped header"])
+def test_a_file_that_is_not_whole_safetensors_is_refused_and_runs_nothing(kind, saved, tmp_path):
+    network, path, fingerprint = saved
+    content = path.read_bytes()
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    elif kind == "torch":
+        torch.save({"conv1.weight": Bomb(tmp_path / "exploded")}, path)
+    else:
+        path.write_bytes(
+            {
+                "cut": content[:-7],
+                "empty": b"",
+                "header": content[:50],
+                "flipped header": b"\xff" * 8 + content[8:],
+            }[kind]
+        )
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors is not a whole safetensors file .*checkpoint"
+    ):
+        load_weights(network, path)
+    assert not (tmp_path / "exploded").exists()
+    assert weights_fingerprint(network) == fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".tar"])
+@pytest.mark.parametrize("wrapped", [None, "state_dict", "model", "model_state_dict", "net"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_pytorch_checkpoint_of_tensors_is_read(saved, tmp_path, suffix, wrapped, prefix):
+    network, path, _ = saved
+    state = {prefix + k: v for k, v in safetensors.torch.load_file(path).items()}
+    kept = tmp_path / f"w{suffix}"
+    torch.save({wrapped: state, "epoch": 3} if wrapped else state, kept)
+    other = build("tiny_cnn", (1, 8, 8), seed=9)
+    assert load_weights(other, kept) == load_weights(network, path)
+
+
+@pytest.mark.parametrize("kind", ["bomb", "cut", "pickle", "number"])
+def test_a_checkpoint_of_more_than_tensors_is_refused_and_runs_nothing(kind, saved, tmp_path):
+    network, _, fingerprint = saved
+    kept = tmp_path / "w.pth"
+    bomb = Bomb(tmp_path / "exploded")
+    torch.save({"w": bomb} if kind == "bomb" else {"w": 1}, kept)
+    if kind == "cut":
+        kept.write_bytes(kept.read_bytes()[:-40])
+    if kind == "pickle":
+        kept.write_bytes(pickle.dumps(bomb))
+    with pytest.raises(ValueError, match=r"w\.pth (is cut, or holds more than tensors|holds dict)"):
+        load_weights(network, kept)
+    assert not (tmp_path / "exploded").exists()
+    assert weights_fingerprint(network) == fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("conv1.weight"), r"1 keys .*conv1\.weight: \(absent\) -> torch\.float32"),
+        (lambda s: s.update(foreign=torch.zeros(2)), r"foreign: .*\(2,\) -> \(absent\)"),
+        (
+            lambda s: s.update({"linear.bias": torch.zeros(3)}),
+            r"linear\.bias: torch\.float32 \(3,\) -> torch\.float32 \(10,\)",
+        ),
+        (
+            lambda s: s.update({"linear.bias": s["linear.bias"].half()}),
+            r"linear\.bias: torch\.float16 \(10,\) -> torch\.float32 \(10,\)",
+        ),
+    ],
+)
+def test_weights_of_another_network_are_refused_and_change_nothing(change, message, saved):
+    _, path, _ = saved
+    state = build("tiny_cnn", (1, 8, 8), seed=7).state_dict()
+    change(state)
+    safetensors.torch.save_file(state, path)
+    network = build("tiny_cnn", (1, 8, 8), seed=8)
+    before = weights_fingerprint(network)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_weights(network, path)
+    assert str(path) in str(caught.value)
+    assert weights_fingerprint(network) == before
+
+
+def test_a_foreign_architecture_is_refused_in_a_short_message(saved):
+    with pytest.raises(ValueError, match=r"does not fit this CifarResNet.*\.\.\.; give") as caught:
+        load_weights(build("cifar_resnet20"), saved[1])
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.safetensors"):
+        load_weights(build("tiny_cnn"), tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize("n_bytes", [0, 40, 300])
+def test_a_cut_checkpoint_is_refused_in_words(tmp_path, n_bytes):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.ones(40)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes()[:n_bytes])
+    with pytest.raises(ValueError, match="is cut, or holds more than tensors"):
+        load_weights(nn.Linear(1, 1), path)
