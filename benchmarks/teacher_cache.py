@@ -27,9 +27,9 @@ from kdlib.models.evaluation import evaluate
 from kdlib.models.networks import build_network
 from kdlib.models.outputs import Replay, store_outputs, stored_accuracy
 from kdlib.models.weights import load_weights
-from kdlib.study.study import Augment, Data, Model, Objective, Training, weights_path
-from kdlib.trainer.loop import make_optimiser, training_step
-from kdlib.trainer.step import Task
+from kdlib.study.study import Augment, Data, Model, Objective, Training, data_path
+from kdlib.trainer.objectives import build_distiller
+from kdlib.trainer.step import Step, Task
 
 BATCH, BLOCK = 128, 8
 PIXELS = Pixels([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], channels_last=True)
@@ -54,20 +54,25 @@ class Form:
         ids = images.example_ids
         view = View(VIEW, 0, PIXELS, None if replay is None else replay.n)
         loader = Loader(Plan(ids, BATCH, n_steps, 0), images, view=view, teacher=stored, reuse=True)
-        plain = Objective(kind="cross_entropy")
+        taught = stored is not None or online is not None
+        objective = KD if taught else Objective(kind="cross_entropy")
+        outputs = {"logits": (10,)}
         self.online, self.step = online, 0
         self.task = Task(
             network=network("cifar_resnet8"),
+            distiller=build_distiller(
+                objective, outputs, outputs if taught else {}, seed=0, n_examples=len(ids)
+            ),
             pixels=PIXELS,
             loader=loader,
-            objective=KD if stored is not None or online is not None else plain,
+            objective=objective,
             training=training,
             validation=(torch.empty(0), torch.empty(0)),
             full_size=len(ids),
             n_examples=images.n_examples,
             seed=0,
         )
-        self.optimiser = make_optimiser(self.task.network, training)
+        self.train_one = Step(self.task)
 
     def advance(self) -> None:
         """One step, batch and teacher included."""
@@ -75,7 +80,7 @@ class Form:
         if self.online is not None:
             with torch.no_grad():
                 batch = batch._replace(teacher={"logits": self.online(batch.images)})
-        training_step(self.task, self.optimiser, batch, self.step)
+        self.train_one(batch, self.step)
         self.step += 1
 
 
@@ -89,7 +94,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     teacher = network("cifar_resnet56")
-    load_weights(teacher, weights_path("weights/resnet56-cifar10.safetensors"))
+    load_weights(teacher, data_path("weights/resnet56-cifar10.safetensors"))
     teacher.eval()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.cartography.scores import write_parquet
 from kdlib.cartography.selection import select, tie_break
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.plan import budget
+from kdlib.repro.tables import write_parquet
 from kdlib.study.study import SCORES, SELECTIONS, Selection
 
 

@@ -8,7 +8,6 @@ from kdlib.trainer.state import (
     BEFORE,
     NAME,
     StateError,
-    delete_states,
     read_state,
     saved_step,
     write_state,
@@ -98,11 +97,3 @@ def test_a_full_disk_keeps_both_states(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         put(tmp_path, 3)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_the_states_of_an_ended_training_are_removed(tmp_path):
-    put(tmp_path, 1)
-    put(tmp_path, 2)
-    (tmp_path / f".{NAME}.new.123.tmp").write_bytes(b"of a killed process")
-    delete_states(tmp_path)
-    assert list(tmp_path.iterdir()) == []
