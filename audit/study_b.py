@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from audit.bench import BRIEF, C_GRID, Bench, Exhibit, judged, mean, refused
 from kdlib.cache.outputs import open_outputs
-from kdlib.dataset.plan import EARLIER_DRAWN, EARLIER_SHARDS, EARLIER_SIZE, Plan, earlier_plan
+from kdlib.dataset.plan import Plan
 from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import Features, linear_probe
 from kdlib.probes.diagnostics import collapse
@@ -29,6 +29,11 @@ from kdlib.trainer.loop import train
 from kdlib.trainer.objectives import Distiller, build_distiller
 from kdlib.trainer.step import Learner, Step
 from kdlib.trainer.tracking import Tracker
+
+# The scheme of study B: a pass draws 25 of 122 shards of 2,048 images, sorts them, and ends after
+# 500 of their 800 batches of 64, so that the last shards are hardly read.
+N_SHARDS, SHARD_SIZE, N_DRAWN, N_BATCHES, BATCH_SIZE = 122, 2048, 25, 500, 64
+
 
 TOKENS = Objective(kind="tokens", cls_weight=1.0, patch_weight=1.0)
 
@@ -186,20 +191,36 @@ def truncated_patches(bench: Bench) -> Exhibit:
     )
 
 
+def drawn_shards(n_passes: int, order: str = "shuffled") -> Plan:
+    """The plan of a training of study B's size: 25 of 122 shards a pass, each pass whole."""
+    return Plan(
+        np.arange(N_SHARDS * SHARD_SIZE), BATCH_SIZE, n_passes * N_BATCHES, 0, order=order,
+        shard_size=SHARD_SIZE, shards_per_pass=N_DRAWN,
+    )  # fmt: skip
+
+
+def visits_cut_short(n_passes: int) -> np.ndarray:
+    """Visits of each example where every pass takes 500 batches in sorted order: (N,) int64."""
+    plan = drawn_shards(n_passes, "sequential")
+    counts = np.zeros(len(plan.example_ids), np.int64)
+    for number in range(n_passes):
+        counts[plan.order(number)[: N_BATCHES * BATCH_SIZE]] += 1  # wrong: the pass has 800
+    return counts
+
+
 def biased_shards(bench: Bench) -> Exhibit:
     """25 of 122 shards a pass, sorted, cut after 500 of 800 batches: at that study's own size."""
-    plans = [earlier_plan(200, biased=biased) for biased in (True, False)]  # wrong: the first
-    wrong, planned = (plan.visits() for plan in plans)
-    ids = plans[1].example_ids
+    plan = drawn_shards(200)
+    wrong, planned, ids = visits_cut_short(200), plan.visits(), plan.example_ids
     evidence = [
         {
-            "coverage": checks.coverage_evidence(visits, ids, planned, EARLIER_DRAWN),
+            "coverage": checks.coverage_evidence(visits, ids, planned, N_DRAWN),
             "subset": {"n_examples": len(ids)},
             "budget": {"declared": {"unique_examples": int((planned > 0).sum())}},
         }
         for visits in (wrong, planned)
     ]
-    last = slice(-(EARLIER_SHARDS // 3) * EARLIER_SIZE, None)
+    last = slice(-(N_SHARDS // 3) * SHARD_SIZE, None)
     return Exhibit(
         study="B",
         name="shards sorted and cut short",

@@ -15,7 +15,7 @@ from nbclient.exceptions import CellExecutionError
 
 from kdlib.repro import files
 from kdlib.study.study import AXES as study_AXES
-from kdlib.study.study import EXHIBITS, STRATEGIES
+from kdlib.study.study import STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -73,7 +73,7 @@ def home(tmp_path_factory):
         (home / "params").mkdir()
         tiny = (FOLDER.parent / "params" / "tiny.yaml").read_text()
         assert "strategy: [random, easy]" in tiny
-        every = f"strategy: [{', '.join((*STRATEGIES, *EXHIBITS))}]"
+        every = f"strategy: [{', '.join(STRATEGIES)}]"
         tiny = tiny.replace("strategy: [random, easy]", every)
         (home / "params" / "tiny.yaml").write_text(tiny)
         for name in ("01_cache", "02_teacher", "03_datamap"):
@@ -124,10 +124,6 @@ def test_command_line_and_jupyterlab_give_the_same_bytes(home, tmp_path, monkeyp
     assert len(made) >= 2 * 5
     for name in made:
         assert (home / name).read_bytes() == (other / name).read_bytes(), name
-
-
-def test_an_exhibit_ends_its_notebook_by_failing_a_tripwire(home):
-    _papermill(home, "04_distill", "-p", "strategy", "random_shards_cut")
 
 
 def test_the_walkable_map_is_the_still_one_where_nobody_looks(home):

@@ -7,7 +7,7 @@ import pandas as pd
 from kdlib.compare.costs import ledger
 from kdlib.compare.statistics import objective_differences, paired_differences
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import AXES, EXHIBITS, MEASURES, PICKED, SHARD_POLICIES, Cell, Study
+from kdlib.study.study import AXES, MEASURES, PICKED, SHARD_POLICIES, Cell, Study
 
 PROBED = {measure: column for measure, column in MEASURES.items() if measure != "accuracy"}
 
@@ -47,7 +47,7 @@ def selection_s(study: Study, spent: pd.DataFrame, strategy: str, objective: str
     Args:
         spent: From `costs`.
     """
-    if strategy in ("full", *SHARD_POLICIES, *EXHIBITS):
+    if strategy in ("full", *SHARD_POLICIES):
         return 0.0
     if not strategy.startswith(PICKED) and study.selection(strategy).kind == "random":
         return 0.0

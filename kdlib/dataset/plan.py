@@ -18,17 +18,6 @@ from kdlib.repro.seeds import generator
 ORDERS = ("shuffled", "windowed", "sequential")
 
 
-# The scheme of an earlier study: 25 of 122 shards of 2,048 images a pass, of which it took 500
-# batches of 64. The drawn shards were sorted, so that the last of them were never reached.
-EARLIER_SHARDS, EARLIER_SIZE, EARLIER_DRAWN = 122, 2048, 25
-
-
-EARLIER_BATCHES, EARLIER_BATCH = 500, 64
-
-
-CUT = EARLIER_BATCHES * EARLIER_BATCH / (EARLIER_DRAWN * EARLIER_SIZE)  # of each pass
-
-
 def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np.ndarray, ...]:
     """Hold out validation examples from a training split.
 
@@ -74,34 +63,6 @@ def fixed_shards(example_ids: np.ndarray, shard_size: int, n: int, seed: int) ->
     return np.asarray(example_ids)[np.isin(shards, chosen)]
 
 
-def earlier_plan(
-    n_passes: int,
-    *,
-    biased: bool = False,
-    drawn: bool = True,
-    example_ids: np.ndarray | None = None,
-) -> "Plan":
-    """What a training at the size of the earlier study sees.
-
-    Args:
-        n_passes: Of that study's cut passes: the budget.
-        biased: As it read them; else every pass is whole and in a random order.
-        drawn: Each pass draws 25 shards; else it has all that are given.
-        example_ids: Of some of the shards; None: of all.
-    """
-    ids = np.arange(EARLIER_SHARDS * EARLIER_SIZE) if example_ids is None else example_ids
-    return Plan(
-        ids,
-        EARLIER_BATCH,
-        n_passes * EARLIER_BATCHES,
-        0,
-        order="sequential" if biased else "shuffled",
-        shard_size=EARLIER_SIZE,
-        shards_per_pass=EARLIER_DRAWN if drawn else None,
-        cut=CUT if biased else 1.0,
-    )
-
-
 class Plan:
     """The order in which a run sees its examples.
 
@@ -122,7 +83,6 @@ class Plan:
         shard_size: int | None = None,
         window_shards: int = 8,
         shards_per_pass: int | None = None,
-        cut: float = 1.0,
     ) -> None:
         """Plan a run.
 
@@ -133,8 +93,6 @@ class Plan:
             shard_size: Examples per shard of the cache; needed for `windowed` and
                 `shards_per_pass`.
             shards_per_pass: Each pass has only so many shards, drawn anew for each; None: all.
-            cut: The share of each pass, in (0, 1], after which the next one begins; below 1 the
-                plan is a biased exhibit.
 
         Raises: ValueError when there is nothing to draw from, an id stands twice, or the shards are
             too few.
@@ -157,12 +115,7 @@ class Plan:
                 f"{shards_per_pass} shards per pass of {self.n_shards}; expected 1 to "
                 f"{self.n_shards}"
             )
-        shortest = len(ids) if shards_per_pass is None else int(np.diff(self._bounds).min())
-        if not 0 < cut <= 1 or int(cut * shortest) == 0:
-            raise ValueError(
-                f"cut is {cut}; expected a share in (0, 1] that leaves a pass something"
-            )
-        self.shards_per_pass, self._cut = shards_per_pass, cut
+        self.shards_per_pass = shards_per_pass
         self._starts = [0]  # of each pass, in samples; grows as it is asked for
         self._orders: dict[int, np.ndarray] = {}
         self._lock = threading.Lock()  # a loader's thread looks ahead in the same plan
@@ -175,22 +128,18 @@ class Plan:
     def _pass_at(self, sample: int) -> int:
         """Number of the pass that the sample at this place of the stream belongs to."""
         if self.shards_per_pass is None:
-            return sample // self._length(len(self.example_ids))
+            return sample // len(self.example_ids)
         with self._lock:
             while self._starts[-1] <= sample:
                 members = self.members(len(self._starts) - 1)
                 sizes = self._bounds[members + 1] - self._bounds[members]
-                self._starts.append(self._starts[-1] + self._length(int(sizes.sum())))
+                self._starts.append(self._starts[-1] + int(sizes.sum()))
         return bisect_right(self._starts, sample) - 1
-
-    def _length(self, n: int) -> int:
-        """Examples that a pass over n of them gets through."""
-        return n if self._cut == 1 else int(self._cut * n)
 
     def _start(self, number: int) -> int:
         """Place in the stream at which a pass begins."""
         if self.shards_per_pass is None:
-            return number * self._length(len(self.example_ids))
+            return number * len(self.example_ids)
         while len(self._starts) <= number:
             self._pass_at(self._starts[-1])
         return self._starts[number]
@@ -203,13 +152,11 @@ class Plan:
         return np.sort(rng.choice(self.n_shards, self.shards_per_pass, replace=False))
 
     def order(self, number: int) -> np.ndarray:
-        """Ranks in the order of pass `number`, int64; of all shards a permutation of (0..N-1), or
-        the first part of it where passes are cut."""
+        """Ranks in the order of pass `number`, int64; of all shards a permutation of (0..N-1)."""
         with self._lock:
             if number not in self._orders:
                 kept = {k: v for k, v in self._orders.items() if k >= number - 1}
-                drawn = self._draw(number)
-                self._orders = kept | {number: drawn[: self._length(len(drawn))]}
+                self._orders = kept | {number: self._draw(number)}
             return self._orders[number]
 
     def _draw(self, number: int) -> np.ndarray:
@@ -269,10 +216,7 @@ class Plan:
         int64."""
         n_samples = (self.n_steps if n_steps is None else n_steps) * self.batch_size
         counts, number = np.zeros(len(self.example_ids), np.int64), self._pass_at(n_samples)
-        if self._cut < 1:
-            for earlier in range(number):
-                counts[self.order(earlier)] += 1
-        elif self.shards_per_pass is None:
+        if self.shards_per_pass is None:
             counts += number
         else:
             drawn = np.zeros(self.n_shards, np.int64)

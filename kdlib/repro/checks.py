@@ -192,18 +192,6 @@ def demand(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence)
     return [asdict(check) for check in results]
 
 
-def as_exhibit(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[dict]:
-    """Run tripwires on what is known to be wrong: it must fail one, and is kept with the failure.
-
-    Returns: The results, ready for the evidence; a table refuses the run by them.
-    Raises: TripwireError when all pass: an exhibit that nothing catches.
-    """
-    results = run_all(tripwires, evidence)
-    if all(check.passed for check in results):
-        raise TripwireError("this exhibit of a defect passes every tripwire; expected one to fail")
-    return [asdict(check) for check in results]
-
-
 def checkpoint_hashes(folder: Path, evidence: Evidence) -> Check:
     """The weights on the disk are those the accuracies were measured with."""
     wrong = []

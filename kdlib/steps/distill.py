@@ -22,7 +22,7 @@ from kdlib.steps.teacher import open_heard
 from kdlib.steps.teacher_outputs import teacher_features
 from kdlib.steps.training import launch_run, open_shared_run, plan_run, train_run, use
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import EXHIBITS, PICKED, SHARD_POLICIES, Cell, Study
+from kdlib.study.study import PICKED, SHARD_POLICIES, Cell, Study
 from kdlib.trainer.distributed import Ranks
 from kdlib.trainer.step import ALONE
 
@@ -31,11 +31,11 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     """The training examples of one cell and seed, exactly as many as the fraction says.
 
     Of `fixed_shards` whole shards, as many as the fraction says of them; of `random_shards` all,
-    since each pass draws its own. The exhibits take the shards of the policy they are named after.
+    since each pass draws its own.
     """
     ids, data, parent = images.train_ids, files.fingerprint(images.fingerprints), None
-    if cell.strategy in (*SHARD_POLICIES, *EXHIBITS):
-        if cell.strategy.startswith("fixed_shards"):
+    if cell.strategy in SHARD_POLICIES:
+        if cell.strategy == "fixed_shards":
             size = images.train.shard_size
             ids = fixed_shards(ids, size, shards_in_fraction(ids, size, cell.fraction), seed)
         return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
@@ -103,18 +103,15 @@ def train_student(
             images, study.students[cell.student].model, derive(seed, "init"), device
         )
         n_shards = None
-        if cell.strategy in ("random_shards", "random_shards_cut"):
+        if cell.strategy == "random_shards":
             n_shards = shards_in_fraction(
                 subset.example_ids, images.train.shard_size, cell.fraction
             )
         plan = plan_run(images, study.training, subset.example_ids, seed, n_shards)
-        declared, exhibit = plan, cell.strategy in EXHIBITS
-        if exhibit:
-            plan = plan_run(images, study.training, subset.example_ids, seed, n_shards, biased=True)
         describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
         evidence = train_run(
             run, study, images, network, study.training, plan, objective, seed, describe, ranks,
-            teacher=stored, card=card, declared=declared,
+            teacher=stored, card=card,
         )  # fmt: skip
         if evidence is None:
             return None
@@ -124,7 +121,6 @@ def train_student(
             "cell": dict(cell.items()),
             "data": images.fingerprints,
             "teacher": card,
-            "exhibit": exhibit,
         }
         evidence["subset"] |= {
             "sha256": subset.sha256,
@@ -132,8 +128,7 @@ def train_student(
             "seed": seed,
             "parent_datamap": subset.parent,
         }
-        judged = checks.as_exhibit if exhibit else checks.demand
-        evidence["checks"] = judged(checks.STUDENT, evidence)
+        evidence["checks"] = checks.demand(checks.STUDENT, evidence)
         return run.finish(evidence, device)
 
 

@@ -18,15 +18,7 @@ from kdlib.cartography.variants import SAME_NAME
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
 from kdlib.dataset.images import Images
-from kdlib.dataset.plan import (
-    EARLIER_BATCH,
-    EARLIER_BATCHES,
-    EARLIER_DRAWN,
-    EARLIER_SHARDS,
-    EARLIER_SIZE,
-    earlier_plan,
-    fixed_shards,
-)
+from kdlib.dataset.plan import Plan, fixed_shards
 from kdlib.plots import theme
 from kdlib.plots.curves import (
     REFERENCES,
@@ -112,37 +104,27 @@ def _typical_images(images: Images, table: pd.DataFrame, n: int = 12) -> tuple[d
 
 
 def draw_shard_visits(study: Study) -> dict[str, Path]:
-    """Draw `shard_visits`: how often the shard policies read each shard, and how often the scheme
-    did that sorts the drawn shards and cuts every pass short.
-
-    The numbers are those of an earlier study: 122 shards of 2,048 images, 25 of them per pass, 200
-    passes of 500 batches of 64 (800 would be needed to read 25 shards).
+    """Draw `shard_visits`: how often a training on all shards, on fixed ones and on random ones
+    reads each shard, in an example of 100,000 batches of 64 from 122 shards of 2,048 images.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
-    n_passes, size, ids = 200, EARLIER_SIZE, np.arange(EARLIER_SHARDS * EARLIER_SIZE)
-
-    def visits(shards: np.ndarray | None = None, **how: bool) -> np.ndarray:
-        """Of each shard; of none but `shards`, whose examples every pass has."""
-        if shards is None:
-            return earlier_plan(n_passes, **how).shard_visits()
-        found, own = np.zeros(EARLIER_SHARDS), ids[np.isin(ids // size, shards)]
-        found[shards] = earlier_plan(n_passes, drawn=False, example_ids=own, **how).shard_visits()
-        return found
-
-    chosen = np.unique(fixed_shards(ids, size, EARLIER_DRAWN, seed=0) // size)
-    told = {
-        "all": visits(drawn=False),
-        "fixed": visits(chosen),
-        f"random, {EARLIER_DRAWN} a pass": visits(),
-        "earlier scheme (sorted, cut short), fixed": visits(np.arange(EARLIER_DRAWN), biased=True),
-        "earlier scheme (sorted, cut short), random": visits(biased=True),
+    n_shards, size, n_drawn, batch_size, n_batches = 122, 2048, 25, 64, 100_000
+    ids = np.arange(n_shards * size)
+    fixed_ids = fixed_shards(ids, size, n_drawn, seed=0)
+    fixed = np.zeros(n_shards)
+    plan = Plan(fixed_ids, batch_size, n_batches, 0, shard_size=size)
+    fixed[np.unique(fixed_ids // size)] = plan.shard_visits()
+    random = Plan(ids, batch_size, n_batches, 0, shard_size=size, shards_per_pass=n_drawn)
+    visits = {
+        "all": Plan(ids, batch_size, n_batches, 0, shard_size=size).shard_visits(),
+        "fixed": fixed,
+        f"random, {n_drawn} a pass": random.shard_visits(),
     }
     with theme.style():
-        fig = Figure(figsize=(theme.WIDE, 5.6))
-        n_batches = n_passes * EARLIER_BATCHES
-        title = f"{n_batches:,} batches of {EARLIER_BATCH} from {EARLIER_SHARDS} shards of {size:,}"
-        shard_visits(fig, told, f"{title} images")
+        fig = Figure(figsize=(theme.WIDE, 3.6))
+        title = f"{n_batches:,} batches of {batch_size} from {n_shards} shards of {size:,} images"
+        shard_visits(fig, visits, title)
     return _save(study, {"shard_visits": fig})
 
 

@@ -17,7 +17,7 @@ from kdlib.cache.shards import Cache
 from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader, View
-from kdlib.dataset.plan import CUT, Plan
+from kdlib.dataset.plan import Plan
 from kdlib.models.evaluation import evaluate
 from kdlib.models.networks import Network
 from kdlib.models.outputs import Replay, stored_accuracy
@@ -105,14 +105,9 @@ def plan_run(
     example_ids: np.ndarray,
     seed: int,
     shards_per_pass: int | None = None,
-    biased: bool = False,
 ) -> Plan:
     """The order of a run's examples; an epoch of drawn shards is as long as these are on
-    average.
-
-    Args:
-        biased: Read the shards of each pass in sorted order and cut it short, as an exhibit.
-    """
+    average."""
     n, size = len(example_ids), images.train.shard_size
     if shards_per_pass is not None:
         n = round(n * shards_per_pass / len(np.unique(example_ids // size)))
@@ -121,11 +116,10 @@ def plan_run(
         training.batch_size,
         training.n_steps(n),
         seed,
-        order="sequential" if biased else training.order,
+        order=training.order,
         shard_size=size,
         window_shards=training.window_shards,
         shards_per_pass=shards_per_pass,
-        cut=CUT if biased else 1.0,
     )
 
 
@@ -145,14 +139,12 @@ def train_run(
     teacher: Cache | None = None,
     card: dict[str, Any] | None = None,
     labels: np.ndarray | None = None,
-    declared: Plan | None = None,
 ) -> dict[str, Any] | None:
     """Train, measure the last and the best checkpoint on the test split, collect the evidence.
 
     Args:
         teacher, card: The teacher's stored outputs and what step 02 measured of it.
         labels: Instead of the stored ones, one for each example of the plan.
-        declared: The plan that the run is said to follow, where that is another one (an exhibit).
 
     Returns: The evidence; None on all but the first of several processes.
     Raises: CacheError when a shard of images, labels or teacher outputs is not as it was written.
@@ -236,7 +228,7 @@ def train_run(
             "test_loss": loss,
         }
     held_out = images.validation_ids
-    evidence = training_evidence(held_out, training, declared or plan, trained, seed, card)
+    evidence = training_evidence(held_out, training, plan, trained, seed, card)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
     if "logits" in reads:  # read past the loader, for the tripwire to compare
         read = stored_accuracy(teacher, images.train, plan.example_ids)

@@ -79,11 +79,6 @@ SELECTIONS = (  # subsets of an exact number of examples that need no `selection
 STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
 
 
-# The biased scheme of an earlier study, to be shown: passes over the shards in sorted order, cut
-# short. The tripwires refuse its runs, and tables show their numbers as refused.
-EXHIBITS = ("fixed_shards_cut", "random_shards_cut")
-
-
 PICKED = "picked_"  # and a name: a selection that was made by hand and saved
 
 
@@ -130,7 +125,7 @@ class Settings(BaseModel):
 def _strategy(name: str, selections: Iterable[str]) -> None:
     """Refuse a strategy that is neither built in, nor named by the study, nor picked by hand."""
     if not (name.startswith(PICKED) and _NAME.fullmatch(name)):
-        _known(name, (*STRATEGIES, *EXHIBITS, *selections, f"{PICKED}<name>"), "strategy")
+        _known(name, (*STRATEGIES, *selections, f"{PICKED}<name>"), "strategy")
 
 
 def _listed(value: Any) -> tuple:
@@ -899,7 +894,7 @@ class Study(Settings):
         for name in self.axes.student:
             _known(name, tuple(self.students), "student on the axis")
         for name in self.selections:
-            if name in (*STRATEGIES, *EXHIBITS) or name.startswith(PICKED):
+            if name in STRATEGIES or name.startswith(PICKED):
                 raise ValueError(f"selection {name!r} has the name of a built-in strategy")
         for name in self.axes.strategy:
             _strategy(name, self.selections)

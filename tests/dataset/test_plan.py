@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.dataset.plan import CUT, ORDERS, Plan, fixed_shards, shards_in_fraction, split_ids
+from kdlib.dataset.plan import ORDERS, Plan, fixed_shards, shards_in_fraction, split_ids
 
 SIZES = {"n": st.integers(1, 40), "batch_size": st.integers(1, 50), "seed": st.integers(0, 99)}
 
@@ -294,46 +294,8 @@ def test_sampling_leaves_the_global_generators_alone():
     assert torch.equal(torch.get_rng_state(), torch_before)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 99),
-    per_pass=st.sampled_from([None, 2]),
-    batch_size=st.integers(1, 30),
-    data=st.data(),
-)
-def test_a_plan_that_is_cut_short_counts_what_it_reads(seed, per_pass, batch_size, data):
-    ids = np.arange(40)
-    options = {"order": "sequential", "shard_size": 8, "shards_per_pass": per_pass, "cut": CUT}
-    plan, n_steps = Plan(ids, batch_size, 30, seed, **options), data.draw(st.integers(0, 30))
-    seen = [plan.at(step)[1] for step in range(n_steps)]
-    counted = np.bincount(np.concatenate([[], *seen]).astype(int), minlength=40)
-    np.testing.assert_array_equal(plan.visits(n_steps), counted)
-
-
-def test_shards_in_sorted_order_cut_short_starve_the_last_of_them():
-    # 5 shards of 8: a pass of 40 ends after 25, in the fourth shard
-    plan = Plan(np.arange(40), 5, 100, 0, order="sequential", shard_size=8, cut=CUT)
-    np.testing.assert_array_equal(plan.shard_visits(), [20, 20, 20, 20 / 8, 0])
-    assert plan.n_passes == 20
-    honest = Plan(np.arange(40), 5, 100, 0, order="sequential", shard_size=8)
-    assert np.ptp(honest.visits()) <= 1
-
-
-@pytest.mark.parametrize("cut", [0.0, -0.5, 1.5, 0.01])
-def test_a_cut_that_leaves_nothing_or_more_than_all_is_refused(cut):
-    with pytest.raises(ValueError, match=r"expected a share in \(0, 1\]"):
-        Plan(np.arange(40), 5, 10, 0, order="sequential", shard_size=8, cut=cut)
-
-
 @pytest.mark.parametrize(
     ("n_shards", "fraction", "n"), [(5, 0.5, 3), (100, 0.145, 15), (122, 0.2, 24), (3, 0.01, 1)]
 )
 def test_a_fraction_of_shards_is_rounded_half_up(n_shards, fraction, n):
     assert shards_in_fraction(np.arange(n_shards * 4), 4, fraction) == n
-
-
-def test_a_pass_over_all_shards_may_be_cut_where_one_of_them_has_a_single_example():
-    ids = np.array([0, 4, 5, 6, 7])  # shards of one and of four
-    assert Plan(ids, 1, 4, 0, shard_size=4, cut=0.5, order="sequential").visits().sum() == 4
-    with pytest.raises(ValueError, match="leaves a pass something"):
-        Plan(ids, 1, 4, 0, shard_size=4, cut=0.5, shards_per_pass=1)

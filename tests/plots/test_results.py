@@ -186,7 +186,7 @@ def test_no_two_names_share_a_place_in_the_order():
 
 
 def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
-    names = {"random": "random_shards_cut_(refused)", "easy": "fixed_shards_cut_(refused)"}
+    names = {"random": "easy_bottom_of_all_(refused)", "easy": "most_ambiguous_(refused)"}
     table = diagnostics_table()
     table["strategy"] = table["strategy"].replace(names)
     many = pd.concat([table, table.assign(objective="features")], ignore_index=True)

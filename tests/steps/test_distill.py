@@ -1,18 +1,18 @@
-"""Subsets and students: what they learn from, every objective, exhibits, and saved selections."""
+"""Subsets and students: what they learn from, every objective, and saved selections."""
 
 import json
 import shutil
 
 import numpy as np
 import pytest
-from tiny import first_run, student, tiny_study
+from tiny import first_run, tiny_study
 
 from kdlib.cartography.subset import Subset
-from kdlib.repro import checks, files
+from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps import datamap, distill, teacher, training
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import compile_tables, results
+from kdlib.steps.compare import compile_tables
 from kdlib.steps.probe import probe_cell
 
 
@@ -87,34 +87,6 @@ def _picked(study, images, ids, name="mine"):
     subset = Subset(np.sort(ids), f"picked_{name}", fraction, 0, parent, data)
     subset.save(study.runs / "selections" / f"{name}.parquet")
     return subset
-
-
-@pytest.mark.parametrize("policy", ["fixed_shards", "random_shards"])
-def test_the_biased_scheme_is_trained_refused_and_shown_with_its_number(lab, policy):
-    study = tiny_study(lab, axes__strategy=["random", "easy", policy, f"{policy}_cut"])
-    images = open_images(study)
-    for cell in study.cells():
-        for seed in study.seeds:
-            distill.train_student(study, images, cell, seed)
-    table = results(study)
-    exhibits = table["strategy"] == f"{policy}_cut"
-    assert exhibits.sum() == 4
-    assert table[exhibits]["refused"].all()
-    assert table[exhibits]["reason"].str.contains("coverage: ").all()
-    assert table[exhibits]["test_accuracy"].between(0, 1).all()
-    honest = table[table["strategy"] == policy]
-    assert not honest["refused"].any()
-    if policy == "fixed_shards":  # of the same shards the last ones are not reached
-        fewer = table[exhibits]["unique_examples"].to_numpy()
-        assert (fewer < honest["unique_examples"].to_numpy()).all()
-
-
-def test_an_exhibit_that_no_tripwire_catches_is_not_kept(lab, monkeypatch):
-    strategies = ["random", "easy", "fixed_shards_cut"]
-    study = tiny_study(lab, axes__strategy=strategies, training__order="sequential")
-    monkeypatch.setattr(training, "CUT", 1.0)
-    with pytest.raises(checks.TripwireError, match="passes every tripwire; expected one to fail"):
-        student(study, open_images(study), strategy="fixed_shards_cut")
 
 
 def test_a_selection_made_by_hand_is_trained_on_and_compared_with_a_random_one_of_its_size(lab):

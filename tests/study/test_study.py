@@ -1091,7 +1091,7 @@ def test_a_seed_given_twice_is_refused(write):
         ("probe.c_grid", [], "expected numbers > 0"),
         ("probe.c_grid", [-1.0], "expected numbers > 0"),
         ("probe.strategy", [], "at least 1 item"),
-        ("selections.fixed_shards_cut", {"kind": "easy"}, "the name of a built-in strategy"),
+        ("selections.fixed_shards", {"kind": "easy"}, "the name of a built-in strategy"),
         ("students.wide.model", {"name": "hub/a/b:main/c"}, "a student begins from none"),
     ],
 )
