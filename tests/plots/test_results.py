@@ -224,7 +224,8 @@ def test_saved_files_have_print_size_embedded_fonts_and_no_date_or_version(tmp_p
     for word in (b"CreationDate", b"Matplotlib", b"/Producer"):
         assert word not in pdf.read_bytes()
     with Image.open(png) as image:
-        assert image.size == (round(300 * theme.WIDE), round(300 * 3.4))
+        assert image.size == (round(theme.DPI * theme.WIDE), round(theme.DPI * 3.4))
+        assert image.mode == "P"
         assert set(image.info) == {"dpi"}
 
 
