@@ -72,6 +72,7 @@ from kdlib import (
 )
 from kdlib.cache import Cache
 from kdlib.data import open_source
+from kdlib.params import parse_yaml
 from kdlib.selection import Subset
 
 PIPED = 0.08  # of the kills, of the whole pipeline
@@ -111,7 +112,7 @@ class Row:
 
 def _write_studies(home: Path) -> None:
     """`small.yaml`, and `loaded.yaml`, whose teacher is a weight file that sees replayed views."""
-    content = yaml.safe_load((ROOT / "params" / "tiny.yaml").read_text())
+    content = parse_yaml((ROOT / "params" / "tiny.yaml").read_text())
     content["data"]["shard_size"] = 100
     content["axes"]["strategy"] = ["random"]
     content["recordings"]["models"] = {"tiny": content["teacher"]["model"]}
@@ -483,7 +484,7 @@ def kill_pipeline(shop: Shop, n: int, rng: np.random.Generator) -> Row:
     """Kill `python -m kdlib study` with all its processes, `n` times, in two studies one after
     another: each goes on where it was until it is killed again, and at last is left to end."""
     row = Row("kill -9: the whole pipeline")
-    content = yaml.safe_load((shop.before("cache") / "params/small.yaml").read_text())
+    content = parse_yaml((shop.before("cache") / "params/small.yaml").read_text())
     del content["recordings"]
 
     def prepared(home: Path) -> None:

@@ -38,6 +38,7 @@ from kdlib import (
 )
 from kdlib.dynamics import DynamicsLog
 from kdlib.models import build_network
+from kdlib.params import parse_yaml
 from kdlib.selection import Subset
 from kdlib.weights import load_weights
 
@@ -286,7 +287,7 @@ def _in_figures(home: Path) -> str:
 
 def _in_names(home: Path) -> str:
     """A student's name, which stands in Markdown tables and names a folder."""
-    content = yaml.safe_load((home / "params/small.yaml").read_text())
+    content = parse_yaml((home / "params/small.yaml").read_text())
     content["students"][EVIL] = content["students"]["tiny"]
     (home / "params/hostile.yaml").write_text(yaml.safe_dump(content))
     return _read_study(home)
@@ -487,7 +488,7 @@ def mutant(number: int, seed: int) -> bytes:
     studies = sorted((Path(__file__).parents[1] / "params").glob("*.yaml"))
     path = studies[rng.integers(len(studies))]
     if rng.integers(2):
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
         for _ in range(rng.integers(1, 4)):
             if content:
                 _mutate_content(content, rng)

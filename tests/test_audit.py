@@ -26,7 +26,7 @@ from kdlib import (
     subset_defects,
 )
 from kdlib.invariants import INVARIANTS
-from kdlib.params import load_study
+from kdlib.params import load_study, parse_yaml
 
 ROOT = Path(audit.__file__).resolve().parents[1]
 QUICK = (
@@ -263,7 +263,7 @@ def test_the_tests_that_hold_an_invariant_are_there(invariant, tests):
     (False, "all", {"cache"}),
 ])  # fmt: skip
 def test_a_study_that_asks_for_it_or_a_call_by_name_makes_the_audit(home, asked, target, made_by):
-    content = yaml.safe_load((ROOT / "params" / "tiny.yaml").read_text()) | {"audit": asked}
+    content = parse_yaml((ROOT / "params" / "tiny.yaml").read_text()) | {"audit": asked}
     (home / "tiny.yaml").write_text(yaml.safe_dump(content))
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", target, "--snakefile", str(ROOT / "Snakefile"),

@@ -25,7 +25,7 @@ from tiny import TINY
 from kdlib import dataset, distilling, explorer, files, mapping, picking, runs, teaching
 from kdlib.cache import Cache
 from kdlib.explorer import App, explore
-from kdlib.params import load_study
+from kdlib.params import load_study, parse_yaml
 from kdlib.picking import Explorer, Training, drawn
 from kdlib.selection import Subset
 
@@ -438,7 +438,7 @@ def test_two_maps_are_brushed_together(study, made):
 
 
 def test_another_study_of_the_same_images_can_stand_beside(study, made):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     content["data"] |= {"n_validation": 297, "shard_size": 400, "relabel": {"noise": 0.1}}
     path = made / "params" / "fewer.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -454,7 +454,7 @@ def test_another_study_of_the_same_images_can_stand_beside(study, made):
 
 
 def test_a_map_of_other_images_or_without_scores_is_refused(study, made):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     content["data"]["n_train"] = 1000
     path = made / "params" / "other.yaml"
     path.write_text(yaml.safe_dump(content))

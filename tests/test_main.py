@@ -15,7 +15,7 @@ import yaml
 from kdlib import building, files
 from kdlib.__main__ import main
 from kdlib.cache import Cache
-from kdlib.params import Model, Study, load_study
+from kdlib.params import Model, Study, load_study, parse_yaml
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -190,7 +190,7 @@ def test_a_study_and_a_folder_of_caches_mean_all_their_caches(study, run):
 
 def test_the_data_sets_of_probes_are_built_and_found_with_the_study_s_own(study, run, home):
     path = home / "params" / "tiny.yaml"
-    content = yaml.safe_load(path.read_text())
+    content = parse_yaml(path.read_text())
     larger = {"source": "digits", "n_validation": 797, "image_size": 16}
     content["probe"]["others"] = {"large": larger}
     path.write_text(yaml.safe_dump(content))

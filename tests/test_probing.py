@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from tiny import TINY, flip, tiny_study
 
 from kdlib import compiling, dataset, distilling, drawing, probing, teaching
+from kdlib.params import parse_yaml
 from kdlib.probe import Features, linear_probe
 
 
@@ -72,7 +72,7 @@ def probed(probed_once, tmp_path, monkeypatch):
 
 
 def _probed(lab):
-    study = tiny_study(lab, probe=yaml.safe_load(TINY.read_text())["probe"] | PLACES)
+    study = tiny_study(lab, probe=parse_yaml(TINY.read_text())["probe"] | PLACES)
     images = dataset.open_images(study)
     cell = study.probed_cells()[0]
     return study, images, cell, probing.probe_cell(study, images, cell)

@@ -10,13 +10,13 @@ import yaml
 from tiny import TINY
 
 from kdlib import files, published, tables
-from kdlib.params import load_study
+from kdlib.params import load_study, parse_yaml
 
 AXES = ["student", "strategy", "fraction", "objective"]
 
 
 def study_with(home, name="tiny", **changes):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     for dotted, value in changes.items():
         *path, key = dotted.split("__")
         place = content

@@ -185,7 +185,7 @@ def test_recordings_made_before_the_study_was_changed_are_not_read(study, made):
 
 
 def test_a_study_that_asks_for_nothing_or_has_the_source_s_labels_says_so(home):
-    content = yaml.safe_load(TINY.read_text())
+    content = params.parse_yaml(TINY.read_text())
     plain = params.Study.model_validate({"name": "plain", **content})
     with pytest.raises(params.StudyError, match="those of its source"):
         scorecard.noise_tables(plain, None)

@@ -27,7 +27,7 @@ from kdlib import (
 )
 from kdlib.cache import CacheError
 from kdlib.models import build_network
-from kdlib.params import Model, load_study
+from kdlib.params import Model, load_study, parse_yaml
 from kdlib.weights import save_weights
 
 
@@ -135,7 +135,7 @@ def _taught_study(lab, **own):
     }
     tiny_study(lab)
     path = lab / "params" / "tiny.yaml"
-    content = yaml.safe_load(path.read_text())
+    content = parse_yaml(path.read_text())
     content |= {"objectives": objectives, "teachers": {"other": OWN | own}}
     content["axes"]["objective"] = ["kd", "plain", "other"]
     path.write_text(yaml.safe_dump(content))

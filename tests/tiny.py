@@ -9,14 +9,14 @@ import yaml
 
 from kdlib import distilling, files
 from kdlib.dataset import Images
-from kdlib.params import Cell, Study, load_study
+from kdlib.params import Cell, Study, load_study, parse_yaml
 
 TINY = files.workspace() / "params" / "tiny.yaml"
 
 
 def tiny_study(home: Path, **changes: Any) -> Study:
     """The tiny study, some values changed (`section__key=...`), as a file of its own in `home`."""
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     for dotted, value in changes.items():
         *path, key = dotted.split("__")
         place = content
