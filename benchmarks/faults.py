@@ -73,7 +73,7 @@ from kdlib.steps.probe import open_probes, probe_cell, probe_folder
 from kdlib.steps.recordings import open_gradients, open_log, record
 from kdlib.steps.teacher import make_teacher as teacher_make_teacher
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
-from kdlib.study.study import Cell, Study, load_study
+from kdlib.study.study import Cell, Study, load_study, parse_yaml
 from kdlib.trainer import loop
 from kdlib.trainer.step import Step
 
@@ -114,7 +114,7 @@ class Row:
 
 def _write_studies(home: Path) -> None:
     """`small.yaml`, and `loaded.yaml`, whose teacher is a weight file that sees replayed views."""
-    content = yaml.safe_load((ROOT / "params" / "tiny.yaml").read_text())
+    content = parse_yaml((ROOT / "params" / "tiny.yaml").read_text())
     content["data"]["shard_size"] = 100
     content["axes"]["strategy"] = ["random"]
     content["recordings"]["models"] = {"tiny": content["teacher"]["model"]}
@@ -486,7 +486,7 @@ def kill_pipeline(shop: Shop, n: int, rng: np.random.Generator) -> Row:
     """Kill `python -m kdlib study` with all its processes, `n` times, in two studies one after
     another: each goes on where it was until it is killed again, and at last is left to end."""
     row = Row("kill -9: the whole pipeline")
-    content = yaml.safe_load((shop.before("cache") / "params/small.yaml").read_text())
+    content = parse_yaml((shop.before("cache") / "params/small.yaml").read_text())
     del content["recordings"]
 
     def prepared(home: Path) -> None:

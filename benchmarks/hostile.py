@@ -37,7 +37,7 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import train_student
-from kdlib.study.study import Model, Study, StudyError, load_study
+from kdlib.study.study import Model, Study, StudyError, load_study, parse_yaml
 from kdlib.trainer.state import NAME, read_state
 
 EVIL = '<img src=x onerror="alert(1)">|$x^{\\frac{</script>'
@@ -285,7 +285,7 @@ def _in_figures(home: Path) -> str:
 
 def _in_names(home: Path) -> str:
     """A student's name, which stands in Markdown tables and names a folder."""
-    content = yaml.safe_load((home / "params/small.yaml").read_text())
+    content = parse_yaml((home / "params/small.yaml").read_text())
     content["students"][EVIL] = content["students"]["tiny"]
     (home / "params/hostile.yaml").write_text(yaml.safe_dump(content))
     return _read_study(home)
@@ -486,7 +486,7 @@ def mutant(number: int, seed: int) -> bytes:
     studies = sorted((Path(__file__).parents[1] / "params").glob("*.yaml"))
     path = studies[rng.integers(len(studies))]
     if rng.integers(2):
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
         for _ in range(rng.integers(1, 4)):
             if content:
                 _mutate_content(content, rng)

@@ -18,7 +18,7 @@ from kdlib.cache.shards import Cache
 from kdlib.cache.workers import _Job
 from kdlib.models.networks import network_for
 from kdlib.repro import files
-from kdlib.study.study import Model, Study, load_study
+from kdlib.study.study import Model, Study, load_study, parse_yaml
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -193,7 +193,7 @@ def test_a_study_and_a_folder_of_caches_mean_all_their_caches(study, run):
 
 def test_the_data_sets_of_probes_are_built_and_found_with_the_study_s_own(study, run, home):
     path = home / "params" / "tiny.yaml"
-    content = yaml.safe_load(path.read_text())
+    content = parse_yaml(path.read_text())
     larger = {"source": "digits", "n_validation": 797, "image_size": 16}
     content["probe"]["others"] = {"large": larger}
     path.write_text(yaml.safe_dump(content))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kdlib.repro import files
-from kdlib.study.study import load_study
+from kdlib.study.study import load_study, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = "params/tiny.yaml"
@@ -157,7 +157,7 @@ def _planned(home, study):
     ids=lambda value: ".".join(value) if isinstance(value, tuple) else "",
 )
 def test_a_changed_value_makes_anew_only_what_depends_on_it(home, key, value, made):
-    content = yaml.safe_load((home / STUDY).read_text())
+    content = parse_yaml((home / STUDY).read_text())
     place = content
     for part in key[:-1]:
         place = place[part]
@@ -182,7 +182,7 @@ def test_a_study_that_shares_a_teacher_plans_students_and_its_further_teachers_a
 
 
 def test_a_study_on_gpus_asks_for_one_and_its_threads_for_each_process(home):
-    content = yaml.safe_load((home / STUDY).read_text())
+    content = parse_yaml((home / STUDY).read_text())
     content["compute"] = {"device": "cuda", "threads": 3, "processes": 2}
     (home / STUDY).write_text(yaml.safe_dump(content))
     process = subprocess.run(
@@ -204,7 +204,7 @@ def test_a_study_on_gpus_asks_for_one_and_its_threads_for_each_process(home):
 
 
 def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
-    content = yaml.safe_load((home / STUDY).read_text())
+    content = parse_yaml((home / STUDY).read_text())
     content["seeds"] = [0, 1, 2]
     (home / STUDY).write_text(yaml.safe_dump(content))
     cell = load_study(home / STUDY).cells()[0]

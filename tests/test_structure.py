@@ -170,8 +170,9 @@ def test_the_safe_yaml_loader_of_params_is_a_safe_loader():
     from kdlib.study.study import _SafeLoader
 
     assert issubclass(_SafeLoader, yaml.SafeLoader)
-    inherited = yaml.SafeLoader.yaml_constructors
-    assert _SafeLoader.yaml_constructors == inherited  # no tag was added
+    own = {"tag:yaml.org,2002:int": _SafeLoader.construct_core_int}
+    assert _SafeLoader.yaml_constructors == yaml.SafeLoader.yaml_constructors | own
+    assert set(own) < set(yaml.SafeLoader.yaml_constructors)  # no tag was added
     assert _SafeLoader.yaml_multi_constructors == yaml.SafeLoader.yaml_multi_constructors
 
 

@@ -10,7 +10,7 @@ import yaml
 from kdlib.dataset.images import Images
 from kdlib.repro import files
 from kdlib.steps.distill import student_folder, train_student
-from kdlib.study.study import Cell, Study, load_study
+from kdlib.study.study import Cell, Study, load_study, parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 TINY = ROOT / "params" / "tiny.yaml"
@@ -18,7 +18,7 @@ TINY = ROOT / "params" / "tiny.yaml"
 
 def tiny_study(home: Path, **changes: Any) -> Study:
     """The tiny study, some values changed (`section__key=...`), as a file of its own in `home`."""
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     for dotted, value in changes.items():
         *path, key = dotted.split("__")
         place = content

@@ -222,7 +222,7 @@ def uniformity(values: np.ndarray, rows: np.ndarray | None = None) -> float:
     Source: [Wang2020], sec. 4.1.2, with t = 2; the paper's mean is over independent pairs, here
         over all pairs of different examples.
 
-    >>> uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]]))
+    >>> round(uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]])), 9)
     -8.0
     """
     check_matrix(values, "features")
@@ -273,7 +273,8 @@ def linear_cka(first: np.ndarray, second: np.ndarray, own: float | None = None) 
     Raises: ValueError for another shape, non-finite values, or other numbers of examples.
     Source: [Kornblith2019], sec. 3, with the linear kernel.
 
-    >>> linear_cka(np.array([[1.0], [2.0], [4.0]]), np.array([[0.0, 2.0], [0.0, 4.0], [0.0, 8.0]]))
+    >>> one, other = np.array([[1.0], [2.0], [4.0]]), np.array([[0.0, 2.0], [0.0, 4.0], [0.0, 8.0]])
+    >>> round(linear_cka(one, other), 9)
     1.0
     """
     own = shared(second, second) if own is None else own

@@ -1230,10 +1230,42 @@ _MOST_BYTES = 2**18  # of a study file; the largest here has 3 kB
 
 
 _MOST_LINES = 20  # of what is wrong with a study
+_MALFORMED = (  # all but the first are what PyYAML lets through, for `!!int x` or [[[[...
+    yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError,
+    RecursionError,
+)  # fmt: skip
+
+
+# Types of plain scalars in the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2), and
+# the characters they begin with ("": the empty scalar). PyYAML follows 1.1, which reads 1e-06 as
+# text, 010 as 8, 1:30 as 90 and `no` as false.
+_CORE_SCHEMA = (
+    ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),  # before float, which has it
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+)
 
 
 class _SafeLoader(yaml.SafeLoader):
-    """YAML without tags that construct objects, and without keys given twice."""
+    """YAML with the scalars of 1.2, without tags that construct objects, and without keys given
+    twice."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}  # filled below; none of YAML 1.1
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        # JSON writes a character past U+FFFF as two surrogates, which PyYAML leaves two
+        text = super().construct_scalar(node)
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+
+    def construct_core_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -1251,6 +1283,24 @@ class _SafeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for _type, _form, _first in _CORE_SCHEMA:
+    _SafeLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_type}", re.compile(rf"(?:{_form})\Z"), list(_first)
+    )
+_SafeLoader.add_constructor("tag:yaml.org,2002:int", _SafeLoader.construct_core_int)
+
+
+def parse_yaml(text: str) -> Any:
+    """The content of a study file's text: mappings, lists, and scalars of the YAML 1.2 core schema.
+
+    Raises: yaml.YAMLError, and what PyYAML lets through (`_MALFORMED`), for text that is not YAML.
+
+    >>> parse_yaml("{a: 1e-3, b: 010, c: 0o10, d: 1:30, e: no, f: true, g: ~}")
+    {'a': 0.001, 'b': 10, 'c': 8, 'd': '1:30', 'e': 'no', 'f': True, 'g': None}
+    """
+    return yaml.load(text, Loader=_SafeLoader)
+
+
 def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The content of a study file, laid over that of its `base` where it names one.
 
@@ -1259,12 +1309,8 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         if (n_bytes := path.stat().st_size) > _MOST_BYTES:
             raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_SafeLoader)
-    # all but the first are what PyYAML lets through, for 2025-02-30 or `!!bool maybe` or [[[[...
-    except (
-        yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError,
-        RecursionError,
-    ) as error:  # fmt: skip
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except _MALFORMED as error:
         raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
     if not isinstance(content, dict):
         raise StudyError(

@@ -23,7 +23,7 @@ from audit.study_b import identical_views, keyed_by_pixels, seed_plus_epoch, tru
 from kdlib.compare.committed import write
 from kdlib.repro import checks, files
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.study.study import load_study
+from kdlib.study.study import load_study, parse_yaml
 
 QUICK = (
     unsaved_subset,
@@ -261,7 +261,7 @@ def test_the_tests_that_hold_an_invariant_are_there(invariant, tests):
     (False, "all", {"cache"}),
 ])  # fmt: skip
 def test_a_study_that_asks_for_it_or_a_call_by_name_makes_the_audit(home, asked, target, made_by):
-    content = yaml.safe_load((ROOT / "params" / "tiny.yaml").read_text()) | {"audit": asked}
+    content = parse_yaml((ROOT / "params" / "tiny.yaml").read_text()) | {"audit": asked}
     (home / "tiny.yaml").write_text(yaml.safe_dump(content))
     done = subprocess.run(
         [sys.executable, "-m", "snakemake", target, "--snakefile", str(ROOT / "Snakefile"),

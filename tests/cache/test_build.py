@@ -8,6 +8,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from cache.test_shards import COLUMNS, HEADER, SIZE, N, content, make, make_cach
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdlib.cache import workers
 from kdlib.cache.build import build_images, build_shards, fcntl, repair
 from kdlib.cache.build import shutil as build_shutil
 from kdlib.cache.journal import read_journal
@@ -482,9 +484,12 @@ def test_workers_give_the_same_bytes_and_hold_one_payload_more_than_they_are(tmp
     assert Counted.alive == 0
 
 
-def make_or_raise(span: tuple[int, int]) -> dict[str, np.ndarray]:
+def make_or_raise(last_s: float, span: tuple[int, int]) -> dict[str, np.ndarray]:
+    """`make`, which raises at the third shard and takes its time for the last one."""
     if span[0] == 2 * SIZE:
         raise ValueError("example 12 is no image")
+    if span[0] == 3 * SIZE:
+        time.sleep(last_s)
     return make(span)
 
 
@@ -495,22 +500,25 @@ def make_or_die(folder: Path, span: tuple[int, int]) -> dict[str, np.ndarray]:
     return make(span)
 
 
-@pytest.mark.parametrize("how", ["raises", "dies"])
-def test_what_is_finished_before_a_worker_fails_is_kept(pristine, tmp_path, how):
-    folder = tmp_path / "cache"
-    function = {"raises": make_or_raise, "dies": partial(make_or_die, tmp_path)}[how]
-    expected = {
-        "raises": (ValueError, "^example 12 is no image$"),
-        "dies": (CacheError, r"a worker process died while shards .*2.* were made, most often"),
-    }[how]
+@pytest.mark.parametrize("how", ["raises", "raises, noticed late", "dies"])
+def test_what_is_finished_before_a_worker_fails_is_kept(pristine, tmp_path, monkeypatch, how):
+    folder, kept = tmp_path / "cache", [0, 1]
+    function = partial(make_or_raise, 600)  # the last shard, queued behind, is never finished
+    expected = (ValueError, "^example 12 is no image$")
+    if how == "raises, noticed late":  # when the shard queued behind it is finished too
+        function, kept = partial(make_or_raise, 0), [0, 1, 3]
+        monkeypatch.setattr(workers, "wait", lambda running, return_when: wait(running))
+    if how == "dies":
+        function = partial(make_or_die, tmp_path)
+        expected = (CacheError, r"a worker process died while shards .*2.* were made, most often")
     options = {"n_examples": N, "shard_size": SIZE, "n_workers": 1}
     with pytest.raises(expected[0], match=expected[1]):
         build_shards(folder, HEADER, COLUMNS, function, **options)
     assert not list(folder.glob(".*.tmp"))
-    assert sorted(read_journal(folder / "journal.jsonl")[1]) == [0, 1]  # in the order they finished
+    assert sorted(read_journal(folder / "journal.jsonl")[1]) == kept  # in the order they finished
     starts = []
     make_cache(folder, recording(starts))
-    assert starts == [2 * SIZE, 3 * SIZE]
+    assert starts == [shard * SIZE for shard in range(4) if shard not in kept]
     assert content(folder) == content(pristine)
 
 

@@ -12,13 +12,13 @@ from tiny import TINY
 from kdlib.compare import committed
 from kdlib.repro import files
 from kdlib.repro.tables import read_parquet
-from kdlib.study.study import load_study
+from kdlib.study.study import load_study, parse_yaml
 
 AXES = ["student", "strategy", "fraction", "objective"]
 
 
 def study_with(home, name="tiny", **changes):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     for dotted, value in changes.items():
         *path, key = dotted.split("__")
         place = content

@@ -36,7 +36,7 @@ from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.datamap import make_datamap as datamap_make_datamap
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import load_study
+from kdlib.study.study import load_study, parse_yaml
 
 # jupyter-scatter 1.0.1 under pandas 3.1
 pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword")
@@ -447,7 +447,7 @@ def test_two_maps_are_brushed_together(study, made):
 
 
 def test_another_study_of_the_same_images_can_stand_beside(study, made):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     content["data"] |= {"n_validation": 297, "shard_size": 400, "relabel": {"noise": 0.1}}
     path = made / "params" / "fewer.yaml"
     path.write_text(yaml.safe_dump(content))
@@ -463,7 +463,7 @@ def test_another_study_of_the_same_images_can_stand_beside(study, made):
 
 
 def test_a_map_of_other_images_or_without_scores_is_refused(study, made):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     content["data"]["n_train"] = 1000
     path = made / "params" / "other.yaml"
     path.write_text(yaml.safe_dump(content))

@@ -11,7 +11,7 @@ import yaml
 from tiny import TINY, tiny_study
 
 from kdlib.repro import processor
-from kdlib.study.study import StudyError
+from kdlib.study.study import StudyError, parse_yaml
 
 HELD = processor.KERNELS | processor.LIBRARIES
 has_avx2 = pytest.mark.skipif(
@@ -109,7 +109,7 @@ def test_a_portable_study_gives_the_same_bytes_in_its_pipeline_and_by_hand(tmp_p
         "study = load_study('params/tiny.yaml'); "
         "make_teacher(study, cache_images(study))",
     ]  # fmt: skip
-    content = yaml.safe_load(TINY.read_text()) | {"compute": {"portable": True}}
+    content = parse_yaml(TINY.read_text()) | {"compute": {"portable": True}}
     made = []
     for name, command in (("pipeline", pipeline), ("by_hand", by_hand)):
         home = tmp_path / name

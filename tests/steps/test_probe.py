@@ -5,7 +5,6 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 from tiny import TINY, flip, tiny_study
 
 from kdlib.compare.comparisons import with_untrained
@@ -16,6 +15,7 @@ from kdlib.steps.compare import compile_tables, probes
 from kdlib.steps.distill import open_student, student_folder
 from kdlib.steps.figures import draw_comparison
 from kdlib.steps.teacher_outputs import open_teacher
+from kdlib.study.study import parse_yaml
 
 
 def test_kept_weights_that_were_changed_are_not_probed(lab):
@@ -78,7 +78,7 @@ def probed(probed_once, tmp_path, monkeypatch):
 
 
 def _probed(lab):
-    study = tiny_study(lab, probe=yaml.safe_load(TINY.read_text())["probe"] | PLACES)
+    study = tiny_study(lab, probe=parse_yaml(TINY.read_text())["probe"] | PLACES)
     images = open_images(study)
     cell = study.probed_cells()[0]
     return study, images, cell, probe.probe_cell(study, images, cell)

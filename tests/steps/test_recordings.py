@@ -13,7 +13,7 @@ from kdlib.steps.cache import cache_images
 from kdlib.steps.figures import draw_noise, draw_scores, redraw_scores
 from kdlib.steps.noise import describe_noise, noise_tables
 from kdlib.steps.scores import describe_scores, finish, recorded_scores, score_tables
-from kdlib.study.study import Study, StudyError, load_study
+from kdlib.study.study import Study, StudyError, load_study, parse_yaml
 
 MORE = {
     "base": str(TINY),
@@ -191,7 +191,7 @@ def test_recordings_made_before_the_study_was_changed_are_not_read(study, made):
 
 
 def test_a_study_that_asks_for_nothing_or_has_the_source_s_labels_says_so(home):
-    content = yaml.safe_load(TINY.read_text())
+    content = parse_yaml(TINY.read_text())
     plain = Study.model_validate({"name": "plain", **content})
     with pytest.raises(StudyError, match="those of its source"):
         noise_tables(plain, None)

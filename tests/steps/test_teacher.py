@@ -27,7 +27,7 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
-from kdlib.study.study import Model, load_study
+from kdlib.study.study import Model, load_study, parse_yaml
 
 
 def test_a_teacher_below_its_card_stops_the_study(lab):
@@ -134,7 +134,7 @@ def _taught_study(lab, **own):
     }
     tiny_study(lab)
     path = lab / "params" / "tiny.yaml"
-    content = yaml.safe_load(path.read_text())
+    content = parse_yaml(path.read_text())
     content |= {"objectives": objectives, "teachers": {"other": OWN | own}}
     content["axes"]["objective"] = ["kd", "plain", "other"]
     path.write_text(yaml.safe_dump(content))

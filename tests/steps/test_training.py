@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import first_run, forge, tiny_study
+from tiny import TINY, first_run, forge, tiny_study
 
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
@@ -22,7 +22,10 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import student_folder, train_student
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_network import keep_epoch
+from kdlib.study.study import Study, load_study, parse_yaml
 from kdlib.trainer.loop import checkpoint_steps
+
+STUDIES = sorted(TINY.parent.glob("*.yaml"))
 
 
 def test_the_same_study_gives_the_same_bytes(made, tmp_path, monkeypatch):
@@ -37,6 +40,29 @@ def test_the_same_study_gives_the_same_bytes(made, tmp_path, monkeypatch):
     assert len(names) > 20
     for name in names:
         assert (tmp_path / name).read_bytes() == (made / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_written_for_processes_of_its_own_is_read_back_as_it_is(home, path):
+    (home / "params").symlink_to(path.parent)  # for what it shares, and for code of its own
+    study = load_study(path)
+    launched = training_module.written(study)
+    assert launched.is_relative_to(home)
+    again = load_study(launched)
+    assert again == study
+    assert again.upstream == study.upstream
+
+
+def test_a_study_is_written_with_every_number_and_letter(home):
+    options = {"a": "1e-3", "b": "010", "c": "no", "d": "~", "e": "😀 é", "f": 1e-7}
+    content = parse_yaml(TINY.read_text()) | {"compute": {"processes": 2}}
+    content["training"]["lr_peak"] = 1e-7
+    content["probe"]["c_grid"] = [1e-300, 1e-6, 0.5, 1, 1e16]
+    content["students"]["tiny"]["model"]["options"] = options
+    study = Study.model_validate({"name": "tiny", **content})
+    again = load_study(training_module.written(study))
+    assert again == study
+    assert again.students["tiny"].model.options == options
 
 
 def test_every_run_says_where_its_weights_began(lab):

@@ -1,6 +1,7 @@
 """`kdlib.study.study`: a study is exactly what its file says, or a StudyError that says why not."""
 
 import copy
+import json
 import math
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from kdlib.study.study import (
     data_path,
     load_study,
     open_point,
+    parse_yaml,
 )
 
 STUDY = {
@@ -409,8 +411,8 @@ def test_tags_are_refused_and_execute_nothing(write, tmp_path, tag):
 
 @pytest.mark.parametrize(
     "text",
-    ["a: [", "a: 2025-02-30", "a: !!bool maybe", "a: !!timestamp x", "a: !!int x", "? [1]\n: 2",
-     "a: &x {b: *y}", "a: " + "[" * 3000, "\0"],
+    ["a: [", "a: !!timestamp 2025-02-30", "a: !!bool maybe", "a: !!timestamp x", "a: !!int x",
+     "? [1]\n: 2", "a: &x {b: *y}", "a: " + "[" * 3000, "\0"],
     ids=lambda text: repr(text[:12]),
 )  # fmt: skip
 def test_text_that_is_not_yaml_is_a_study_error(write, text):
@@ -423,6 +425,49 @@ def test_bytes_that_are_no_text_are_a_study_error(write):
     path.write_bytes(b"data: \xff")
     with pytest.raises(StudyError, match="not a readable YAML file"):
         load_study(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001), ("1E3", 1000.0), ("1e-06", 1e-6), ("1.5e+300", 1.5e300), (".5", 0.5),
+        ("5.", 5.0), ("-0.5", -0.5), ("+1", 1), ("-1", -1), ("0", 0), ("010", 10), ("-08", -8),
+        ("0o10", 8), ("0x1F", 31), (".inf", math.inf), ("-.Inf", -math.inf), ("+.INF", math.inf),
+        ("true", True), ("True", True), ("TRUE", True), ("false", False), ("False", False),
+        ("FALSE", False), ("null", None), ("Null", None), ("NULL", None), ("~", None), ("", None),
+        *((text, text) for text in (
+            "1:30", "1_000", "0b10", "-0x1F", "0o8", "1e", ".", "e3", "1.5.2", "+.nan", "yes", "no",
+            "on", "off", "Yes", "NO", "y", "n", "tRue", "nULL", "2025-01-31", "=", "<<",
+        )),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_the_core_schema_of_yaml_1_2(text, value):
+    found = parse_yaml(f"a: {text}\n{text or 'none'}: b\n")
+    assert list(found) == ["a", value if text else "none"]
+    assert (type(found["a"]), found["a"]) == (type(value), value)
+    if text:
+        assert parse_yaml(f"['{text}']") == [text]
+
+
+@pytest.mark.parametrize("text", [".nan", ".NaN", ".NAN"])
+def test_not_a_number_is_a_float(text):
+    assert math.isnan(parse_yaml(text))
+
+
+def test_a_study_takes_numbers_as_they_are_written(write):
+    text = yaml.safe_dump(STUDY).replace("lr_peak: 0.05", "lr_peak: 5e-2")
+    assert "lr_peak: 5e-2" in text
+    assert load_study(write(text)) == validated(STUDY)
+
+
+@pytest.mark.parametrize("text", ["😀", "\ud83d", "ü", "\x7f"])
+def test_text_written_as_json_is_read_as_it_was(text):
+    written = json.dumps({text: [text, "a" + text]})
+    if text == "\ud83d":  # half a character, which no file name has
+        with pytest.raises(UnicodeDecodeError):
+            parse_yaml(written)
+    else:
+        assert parse_yaml(written) == json.loads(written)
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "3", "word"])
@@ -949,7 +994,7 @@ def test_recordings_are_every_model_and_seed_and_what_else_is_asked_of_the_first
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &a {k: 1}\nb: {<<: [*a, *a]}", "could not determine a constructor"),
+        ("a: &a {k: 1}\nb: {<<: [*a, *a]}", "unknown key"),
         ("\n".join(f"key{i}: {i}" for i in range(10_000)), "unknown key"),
         ("# " + "x" * 2**21, "2,097,154 bytes; a study has at most 262,144"),
         ("? [a, b]\n: 1\n", "a key is a list"),

@@ -241,8 +241,8 @@ def test_a_student_equal_to_its_teacher_has_kl_0_and_no_soft_gradient(temperatur
         student = (teacher + shift).requires_grad_()
         loss = soft_loss(student, teacher, temperature)
         loss.backward()
-        assert loss.item() == pytest.approx(0, abs=1e-15)
-        assert student.grad.abs().max() < 1e-15
+        assert loss.item() == pytest.approx(0, abs=1e-12)
+        assert student.grad.abs().max() < 1e-12
 
 
 @settings(max_examples=50, deadline=None)
