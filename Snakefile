@@ -11,10 +11,10 @@ import os
 from pathlib import Path
 
 from kdlib.repro import files, processor
-from kdlib.study import load_study
+from kdlib.study import load_study, study_file
 
 # Not a rule's parameter: where the file lies does not change what it asks for.
-STUDY = str(Path(config.get("study", "params/digits.yaml")).resolve())
+STUDY = str(study_file(config.get("study", "params/digits.yaml")))
 study = load_study(STUDY)
 if study.compute.portable:
     processor.hold_children()

@@ -252,6 +252,9 @@ class Cache:
         self._maps: dict[tuple[str, int], torch.Tensor] = {}
         self._preambles: dict[tuple[str, tuple[int, ...]], bytes] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_maps": {}}  # another process maps the shards itself
+
     def _restrict(self, part: tuple[int, int]) -> None:
         first, stop = part_range(count_shards(self.header), part)
         absent = [shard for shard in range(first, stop) if shard not in self.entries]

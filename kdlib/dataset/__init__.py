@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "plan": ["Plan"],
         "loader": ["Loader", "View"],
         "pixels": ["Pixels"],
+        "torch_adapters": ["ImageDataset", "PlanSampler"],
     },
 )

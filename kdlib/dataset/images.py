@@ -4,12 +4,14 @@ Leaves to others: files of images (building, cache), who learns from them (exper
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.torch_adapters import ImageDataset
 from kdlib.repro import files
 
 
@@ -54,6 +56,32 @@ class Images:
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of the cached images."""
         return self.train.layout("images")[1]
+
+    def dataset(
+        self, split: str, subset: Any = None, *, normalised: bool = True, **options: Any
+    ) -> ImageDataset:
+        """The images of a split as a torch `Dataset`.
+
+        Args:
+            split: `train`, `validation` (held out from the training split) or `test`.
+            subset: A `Subset` or example ids; None: all of the split.
+            normalised: float32 images, normalised as the study's networks see them; else uint8.
+            options: `transform` and `teacher` of `ImageDataset`.
+
+        Raises: ValueError for another split, or examples that are not of it.
+        """
+        splits = {"train": self.train_ids, "validation": self.validation_ids}
+        splits["test"] = self.test.example_ids
+        if split not in splits:
+            raise ValueError(f"no split {split!r}; {files.nearest(split, splits)}")
+        ids = splits[split] if subset is None else getattr(subset, "example_ids", subset)
+        if len(strange := np.setdiff1d(ids, splits[split])):
+            raise ValueError(
+                f"{len(strange)} of {len(ids)} examples, {strange[0]} first, are not of the split "
+                f"{split}, which has {len(splits[split])}"
+            )
+        cache, pixels = self.test if split == "test" else self.train, self.pixels
+        return ImageDataset(cache, ids, pixels=pixels if normalised else None, **options)
 
     def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (N, C, H, W) uint8, labels (N,) int64) of the held-out training images."""

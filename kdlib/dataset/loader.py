@@ -5,7 +5,7 @@ nothing is done per image in Python. Where pixels are kept changes no byte of an
 others: which examples a step sees (`sampling`), what a view is (`augment`, `fused`).
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -167,6 +167,14 @@ class Loader:
     def labels(self) -> torch.Tensor:
         """(N,) int64: the label of each rank."""
         return torch.from_numpy(self._labels).to(self.device)
+
+    def __len__(self) -> int:
+        """Number of batches: the steps of the plan."""
+        return self.plan.n_steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every batch of the plan, from the first step to the last."""
+        return map(self.batch, range(len(self)))
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, on the device."""

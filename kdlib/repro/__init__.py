@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "run": ["Run", "open_run", "read_evidence"],
+        "run": ["Run", "open_run", "read_evidence", "read_metrics"],
         "seeds": ["derive", "generator", "torch_seeded"],
     },
 )

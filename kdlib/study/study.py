@@ -30,6 +30,7 @@ from pydantic import (
 )
 
 from kdlib.repro.files import data_root, difference, fingerprint, nearest, sha256_file, workspace
+from kdlib.study.place import study_file
 
 # Every score, and which end of it is difficult: 1 the high one, -1 the low one, 0 neither.
 DIFFICULTY = {
@@ -1358,18 +1359,12 @@ def load_study(path: str | Path) -> Study:
     """Read and validate a study file.
 
     Args:
-        path: Absolute, or relative to the current folder or to the workspace.
+        path: As in `study_file`.
 
     Raises: FileNotFoundError that lists the studies there are; StudyError that says which key is
         wrong and how.
     """
-    candidates = [Path(path), workspace() / path]
-    found = next((c for c in candidates if c.is_file()), None)
-    if found is None:
-        there = sorted(p.name for p in (workspace() / "params").glob("*.yaml"))
-        raise FileNotFoundError(
-            f"no study file {str(path)!r}; params/ has {', '.join(there) or 'none'}"
-        )
+    found = study_file(path)
     study = _validated(found)
     if study.shares is None:
         return study

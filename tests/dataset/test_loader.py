@@ -321,3 +321,10 @@ def test_the_limit_of_a_job_is_what_it_leaves(tmp_path):
     assert memory._allowed(root, own) == math.inf
     own.write_text("1:cpu:/\n")  # version 1 alone
     assert memory._allowed(root, own) == math.inf
+
+
+def test_a_loader_can_be_iterated_and_has_a_length(images):
+    loader = Loader(Plan(np.arange(40), 8, 7, seed=0), images)
+    seen = [batch.example_ids for batch in loader]
+    assert len(loader) == len(seen) == 7
+    assert torch.equal(torch.stack(seen[3:4]), loader.batch(3).example_ids[None])
