@@ -1,13 +1,15 @@
 """Everything about kdlib that only a GPU can tell, in one command and ten minutes.
 
     python benchmarks/gpu.py --out FOLDER [--minutes 9] [--parts facts,right,fast,study] [--dry]
+        [-- ARGUMENTS OF gpu_study.py]
 
 Four parts, in order of worth, each a process with a time limit of its own: `facts` (card, driver,
-rates), `right` (the tests marked `gpu`), `fast` (steps beside the barest loop, and where they wait),
-`study` (a small study on the card). What a part leaves of its time goes to the next ones. Every row
-is on the disk in `FOLDER/rows.jsonl` as soon as it is measured; a part that fails, is killed or runs
-out of time leaves a row that says so, and the next one begins. At the end, and at Ctrl-C or SIGTERM,
-`FOLDER/summary.md` is made from the rows. `--dry` runs the same on the CPU in miniature.
+rates), `right` (the tests marked `gpu`), `fast` (steps beside the barest loop, and where they
+wait), `study` (a small study on the card). What a part leaves of its time goes to the next ones.
+Every row is on the disk in `FOLDER/rows.jsonl` as soon as it is measured. A part that fails, is
+killed or runs out of time leaves a row that says so, and the next one begins. At the end, and at
+Ctrl-C or SIGTERM, `FOLDER/summary.md` is made from the rows. `--dry` runs the same on the CPU in
+miniature.
 """
 
 import argparse
@@ -29,6 +31,7 @@ HERE = Path(__file__).parent
 SHARES = {"facts": 5, "right": 20, "fast": 40, "study": 35}  # of the time, in order of worth
 GRACE_S = 5.0  # from SIGTERM to SIGKILL
 MARGIN_S = 5.0  # by which a part is asked to end before it is stopped
+FEW = 6  # rows of a step of the study that the summary shows one by one
 LOG_BYTES = 2**18  # of a part's output, its last ones
 MOST_FILES, MOST_BYTES = 8, 16 * 2**20  # of FOLDER
 
@@ -42,8 +45,13 @@ class Part:
     command: Callable[[float], list[str]]
 
 
-def parts_of(names: Iterable[str], out: Path, dry: bool) -> list[Part]:
-    """The parts by name, in order of worth."""
+def parts_of(names: Iterable[str], out: Path, dry: bool, study: Iterable[str] = ()) -> list[Part]:
+    """The parts by name, in order of worth.
+
+    Args:
+        out: The study writes into its folder `study`.
+        study: Further arguments of `gpu_study.py`.
+    """
 
     def part(name: str) -> Part:
         script = HERE / ("gpu_speed.py" if name == "fast" else f"gpu_{name}.py")
@@ -51,8 +59,9 @@ def parts_of(names: Iterable[str], out: Path, dry: bool) -> list[Part]:
         def command(limit_s: float) -> list[str]:
             seconds = ["--seconds", f"{max(1.0, limit_s - MARGIN_S):.0f}"]
             return [
-                sys.executable, str(script), "--out", str(out),
+                sys.executable, str(script), "--out", str(out / name if name == "study" else out),
                 *(seconds if name in ("fast", "study") else []), *(["--dry"] if dry else []),
+                *(study if name == "study" else ()),
             ]  # fmt: skip
 
         return Part(name, script, command)
@@ -93,7 +102,9 @@ def run_part(part: Part, limit_s: float, out: Path) -> None:
         "TQDM_DISABLE": "1",
     }
     begin, state, code = time.monotonic(), "interrupted", None
-    with tempfile.TemporaryFile() as log:
+    # a part that is killed cannot remove its temporary files
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as scratch:
+        environment["TMPDIR"] = scratch
         process = subprocess.Popen(
             part.command(limit_s), stdout=log, stderr=subprocess.STDOUT, env=environment,
             stdin=subprocess.DEVNULL, start_new_session=True,
@@ -226,13 +237,17 @@ def summary(rows: list[dict[str, Any]], warnings: list[str]) -> str:
         if broken := [row for row in tests if row["outcome"] in ("failed", "error")]:
             found.append(table(broken, {"test": "test", "seconds": "s", "why": "first line"}))
     found += [f"\n{row['what']}" for row in of("right", "missing")]
+    found += [f"\nStudies train with {_shown(_values(row))}." for row in of("fast", "settings")]
     for kind, (heading, columns) in TABLES.items():
         if some := of("fast", kind):
             found.append(f"\n## {heading}\n")
             found.append(table(some, columns))
     if study := [row for row in of("study") if row["row"] != "part"]:
         found.append("\n## Study\n")
-        found += [f"- {row['row']}: {_shown(_values(row))}" for row in study[:60]]
+        steps = Counter(str(row.get("step", row["row"])) for row in study)
+        found.append(", ".join(f"{n} {step}" for step, n in steps.items()) + "\n")
+        few = [r for r in study if steps[str(r.get("step", r["row"]))] <= FEW or "error" in r]
+        found += [f"- {_shown(_values(row))}" for row in few]
     return "\n".join(found) + "\n"
 
 
@@ -250,6 +265,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
     parser.add_argument("--parts", default=",".join(SHARES))
     parser.add_argument("--dry", action="store_true")
+    parser.add_argument("study", nargs="*", help="after --: arguments of gpu_study.py")
     arguments = parser.parse_args()
     names = arguments.parts.split(",")
     if unknown := set(names) - set(SHARES):
@@ -259,7 +275,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     out = arguments.out.resolve()
     try:
-        run_parts(parts_of(names, out, arguments.dry), arguments.minutes * 60, out)
+        parts = parts_of(names, out, arguments.dry, arguments.study)
+        run_parts(parts, arguments.minutes * 60, out)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     finally:

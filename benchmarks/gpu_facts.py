@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_rows import Rows, device_of, first_line, synchronise
+from gpu_rows import Rows, first_line
 
 REPEATS = 5
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,24 @@ CARD = (
     "name", "driver_version", "memory.total", "compute_mode", "clocks.max.sm", "power.limit",
     "pcie.link.gen.current", "pcie.link.width.current",
 )  # fmt: skip
+
+
+def device_of(dry: bool) -> str:
+    """`cuda`, or `cpu` in a dry run.
+
+    Raises: SystemExit when torch sees no GPU.
+    """
+    if dry:
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise SystemExit("torch sees no GPU here; --dry runs every part on the CPU in miniature")
+    return "cuda"
+
+
+def synchronise(device: str) -> None:
+    """Wait until the device has done all it was given."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def _version(package: str) -> str | None:
@@ -154,7 +172,7 @@ def main() -> None:
     rows.write("processor", **processor(), threads=torch.get_num_threads())
     device = device_of(arguments.dry)
     rows.write("card", device=device, **(card() if device == "cuda" else {}))
-    # what `precision: float32` of a study computes with, since kdlib leaves torch's defaults
+    # torch's defaults; the row `settings` of gpu_speed.py has those of a study
     rows.write(
         "float32",
         convolutions_tf32=torch.backends.cudnn.allow_tf32,

@@ -2,13 +2,12 @@
 
     python benchmarks/gpu_right.py --out FOLDER [--dry]
 
-A part of `gpu.py`. Runs `python -m pytest -m gpu` on the files that carry the marker alone, since
-others import what a GPU node may lack. A dry run collects them all, and runs the first `HANDFUL` of
-their files that are not marked, and the first one that is, which skips itself without a GPU.
+A part of `gpu.py`. Runs `python -m pytest -m gpu` on the files `test_gpu*.py` alone, since others
+import what a GPU node may lack. A dry run collects them, and runs the first `HANDFUL` of their
+tests that are not marked, and the first one that is, which skips itself without a GPU.
 """
 
 import argparse
-import re
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from gpu_rows import Rows, first_line
 
 ROOT = Path(__file__).parents[1]
 HANDFUL = 3
-MARK = re.compile(r"\bmark\.gpu\b")
-NONE_COLLECTED = pytest.ExitCode.NO_TESTS_COLLECTED
-
-
-def marked_files(folder: Path) -> list[Path]:
-    """Test files that speak of the marker."""
-    return [path for path in sorted(folder.glob("test_*.py")) if MARK.search(path.read_text())]
 
 
 class Recorder:
@@ -83,9 +75,9 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
     rows = Rows(arguments.out, "right")
-    found = marked_files(arguments.tests)
+    found = sorted(arguments.tests.glob("test_gpu*.py"))
     if not found:
-        rows.write("missing", what=f"no file of {arguments.tests.name} carries the marker gpu")
+        rows.write("missing", what=f"there is no {arguments.tests.name}/test_gpu*.py")
         return
     code = pytest.main(
         [

@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 
 class Rows:
     """Appends the rows of one part to `rows.jsonl`.
@@ -30,9 +28,10 @@ class Rows:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows of all `.jsonl` files in a folder; a line that was cut by a kill is a row `cut`."""
-    rows = []
-    for path in sorted(Path(folder).glob("*.jsonl")):
+    """All rows of the `.jsonl` files in a folder and in those of its parts; a line that was cut by
+    a kill is a row `cut`."""
+    rows, folder = [], Path(folder)
+    for path in sorted([*folder.glob("*.jsonl"), *folder.glob("*/*.jsonl")]):
         for line in path.read_text(errors="replace").splitlines():
             try:
                 content = json.loads(line)
@@ -40,7 +39,8 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
                 content = {"row": "cut"}
             if not isinstance(content, dict):
                 content = {"value": content}
-            rows.append({"part": path.stem, "row": "row"} | content)
+            part = path.stem if path.parent == folder else path.parent.name
+            rows.append({"part": part, "row": "row"} | content)
     return rows
 
 
@@ -49,21 +49,3 @@ def first_line(error: BaseException | str) -> str:
     text = str(error).strip().splitlines()
     head = "" if isinstance(error, str) else f"{type(error).__name__}: "
     return (head + (text[0] if text else ""))[:300]
-
-
-def device_of(dry: bool) -> str:
-    """`cuda`, or `cpu` in a dry run.
-
-    Raises: SystemExit when torch sees no GPU.
-    """
-    if dry:
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise SystemExit("torch sees no GPU here; --dry runs every part on the CPU in miniature")
-    return "cuda"
-
-
-def synchronise(device: str) -> None:
-    """Wait until the device has done all it was given."""
-    if device != "cpu":
-        torch.cuda.synchronize()

@@ -3,10 +3,11 @@
     python benchmarks/gpu_speed.py --out FOLDER [--seconds 220] [--dry]
 
 A part of `gpu.py`. Random images of 10 classes. kdlib's step is `training.ours`: the trainer's own,
-with a resident loader, flip and crop, channels last. The contestants of a case take turns in
-blocks of steps; before and after each block the host waits for the device. `ms` is the median over
-the rounds, `ratio` the median over the rounds of the ratio to the bare loop of the same round. Cases
-are in order of worth, and no case begins after `--seconds`.
+with a resident loader, flip and crop, channels last. All run under the settings that a study gives
+torch on that device (`experiment.use`), but for a bare loop whose name says otherwise. The
+contestants of a case take turns in blocks of steps; before and after each block the host waits for
+the device. `ms` is the median over the rounds, `ratio` the median over the rounds of the ratio to
+the bare loop of the same round. Cases are in order of worth, and no case begins after `--seconds`.
 """
 
 import argparse
@@ -27,13 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_rows import Rows, device_of, first_line, synchronise
+from gpu_facts import device_of, synchronise
+from gpu_rows import Rows, first_line
 from torch.profiler import ProfilerActivity, profile
 from training import caches, network_of, ours
 
 from kdlib.augment import Pixels
 from kdlib.cache import Cache
-from kdlib.params import Augment
+from kdlib.experiment import use
+from kdlib.params import Augment, Compute
 
 ROOT = Path(__file__).parents[1]
 PADDING = 4
@@ -42,7 +45,6 @@ BARE = "bare loop"
 OURS = "kdlib"
 WARM_UP = 8  # steps before anything is timed
 WAITED = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
-CPU_THREADS = 1  # the default of a study
 START_S = 120.0  # in which all processes of a crowd must have begun
 
 
@@ -145,15 +147,13 @@ def bare(
     )
     permuted = np.random.default_rng(1).permutation(len(labels))
     order = torch.from_numpy(permuted).to(device).split(case.batch)[: len(labels) // case.batch]
-    place = torch.arange(case.side, device=device)
 
     def inputs(chosen: torch.Tensor) -> torch.Tensor:
         if not views:
             return flat.index_select(0, chosen)
         top, left = torch.randint(2 * PADDING + 1, (2, len(chosen), 1), device=device)
         mirrored = torch.randint(2, (len(chosen), 1), device=device, dtype=torch.bool)
-        row, column = top + place, left + torch.where(mirrored, case.side - 1 - place, place)
-        return flat[chosen[:, None, None], row[:, :, None], column[:, None, :]]
+        return cropped(flat, chosen, top, left, mirrored)
 
     def trained(chosen: torch.Tensor) -> None:
         x = inputs(chosen).permute(0, 3, 1, 2)  # (B, H, W, C) -> (B, C, H, W), channels last
@@ -176,6 +176,27 @@ def bare(
     return step
 
 
+def cropped(
+    padded: torch.Tensor,
+    chosen: torch.Tensor,
+    top: torch.Tensor,
+    left: torch.Tensor,
+    mirrored: torch.Tensor,
+) -> torch.Tensor:
+    """Windows of padded images in one gather: (B, H, W, C).
+
+    Args:
+        padded: (N, H + 2 * PADDING, W + 2 * PADDING, C) float32.
+        chosen: (B,) int64 in [0, N).
+        top, left: (B, 1) int64 in [0, 2 * PADDING].
+        mirrored: (B, 1) bool.
+    """
+    height, width = (length - 2 * PADDING for length in padded.shape[1:3])
+    y, x = (torch.arange(length, device=padded.device) for length in (height, width))
+    row, column = top + y, left + torch.where(mirrored, width - 1 - x, x)
+    return padded[chosen[:, None, None], row[:, :, None], column[:, None, :]]
+
+
 def _captured(trained: Callable[[torch.Tensor], None], first: torch.Tensor) -> Callable:
     """A step as a CUDA graph that reads its positions from one place."""
     chosen = first.clone()
@@ -186,7 +207,8 @@ def _captured(trained: Callable[[torch.Tensor], None], first: torch.Tensor) -> C
             trained(chosen)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # a loader's thread may call CUDA meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         trained(chosen)
 
     def replay(other: torch.Tensor) -> None:
@@ -194,6 +216,32 @@ def _captured(trained: Callable[[torch.Tensor], None], first: torch.Tensor) -> C
         graph.replay()
 
     return replay
+
+
+@contextlib.contextmanager
+def torchs_own() -> Iterator[None]:
+    """Torch's default settings of a GPU: TF32 in convolutions, and kernels that need not be
+    deterministic."""
+    tf32, cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn
+    held = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn.allow_tf32 = True
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(held, warn_only=warns)
+
+
+def freed(step: Callable[[], None]) -> Callable[[], None]:
+    """A step under torch's own settings; to change them takes microseconds."""
+
+    def run() -> None:
+        with torchs_own():
+            step()
+
+    return run
 
 
 def ours_of(bench: Bench, case: Case, **options: Any) -> Callable[[], None]:
@@ -228,6 +276,7 @@ def makers(bench: Bench, case: Case) -> dict[str, Callable[[], Callable[[], None
         "kdlib, dynamics recorded": of_ours(recorded=True),
         "kdlib, no augmentation": of_ours(augment=Augment()),
         "bare loop, flip and crop": of_bare(views=True),
+        "bare loop, torch's own settings": lambda: freed(of_bare()()),
         **({} if bench.device == "cpu" else {"bare loop, CUDA graph": of_bare(graph=True)}),
     }
 
@@ -311,11 +360,7 @@ def variants(bench: Bench, case: Case) -> None:
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals [start, stop).
-
-    >>> covered([(0, 2), (1, 3), (5, 6)])
-    4.0
-    """
+    """Length of the union of intervals [start, stop)."""
     total, reached = 0.0, -np.inf
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, reached))
@@ -358,7 +403,7 @@ def synchronising_places(caught: Iterable[Any], n_steps: int) -> dict[str, float
     """Warnings of synchronising operations per step, by file and line."""
     places: Counter[str] = Counter()
     for warning in caught:
-        if "synchronizing" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             path = Path(warning.filename)
             shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else Path(*path.parts[-2:])
             places[f"{shown}:{warning.lineno}"] += 1
@@ -410,7 +455,7 @@ def waits(bench: Bench, case: Case) -> None:
             bench.rows.write(
                 "waits", **case._asdict(), device=device, contestant=name, ms=ms,
                 syncs=None if places is None else sum(places.values()), sync_places=places,
-                busy_share=counts["busy_ms"] / ms, **counts,
+                busy_share=counts["busy_ms"] / ms if counts["kernels"] else None, **counts,
             )  # fmt: skip
 
 
@@ -419,8 +464,8 @@ def waits(bench: Bench, case: Case) -> None:
 
 def _student(pipe: Any, case: Case, folder: Path, images: Path, device: str) -> None:
     """One student in a process of its own: trains from one moment to another, as often as asked."""
-    torch.set_num_threads(CPU_THREADS)
     try:
+        use(Compute(device=device))
         step = ours(
             Cache(images), case.network, folder, batch=case.batch, device=device,
             precision=case.precision, augment=VIEWS,
@@ -531,10 +576,16 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
     stop_at = time.monotonic() + arguments.seconds
-    torch.set_num_threads(CPU_THREADS)
     rows, size = Rows(arguments.out, "fast"), DRY if arguments.dry else FULL
+    device = use(Compute(device=device_of(arguments.dry)))
+    rows.write(
+        "settings",
+        threads=torch.get_num_threads(),
+        convolutions_tf32=torch.backends.cudnn.allow_tf32,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(rows, Path(folder), device_of(arguments.dry), size, stop_at)
+        bench = Bench(rows, Path(folder), device, size, stop_at)
         planned = schedule(size)
         for number, (measure, case) in enumerate(planned):
             if time.monotonic() > stop_at:
