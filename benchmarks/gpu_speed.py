@@ -45,7 +45,6 @@ BARE = "bare loop"
 OURS = "kdlib"
 WARM_UP = 8  # steps before anything is timed
 WAITED = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize", "cudaMemcpy")
-START_S = 120.0  # in which all processes of a crowd must have begun
 
 
 class Case(NamedTuple):
@@ -70,6 +69,7 @@ class Size:
         counted: Steps over which waits are counted.
         crowd: Numbers of students at once; the last is the number of processes started.
         crowd_s: Seconds for which each number is timed.
+        start_s: Seconds in which all processes must have begun.
     """
 
     sides: dict[str, int]
@@ -81,6 +81,7 @@ class Size:
     counted: int
     crowd: tuple[int, ...]
     crowd_s: float
+    start_s: float
 
 
 FULL = Size(
@@ -89,12 +90,12 @@ FULL = Size(
         "timm/efficientnet_b0": 32, "timm/vit_small_patch16_224": 96,
     },
     batches=(128, 512, 64), precisions=("bf16", "float32"), n_images={32: 51_200, 96: 10_240},
-    block_s=0.15, rounds=5, counted=20, crowd=(1, 2, 4, 8, 16), crowd_s=3.0,
+    block_s=0.15, rounds=5, counted=20, crowd=(1, 2, 4, 8, 16), crowd_s=3.0, start_s=90.0,
 )  # fmt: skip
 DRY = Size(
     sides={"tiny_cnn": 8},
     batches=(8,), precisions=("bf16", "float32"), n_images={8: 64},
-    block_s=0.0, rounds=2, counted=2, crowd=(1, 2), crowd_s=0.1,
+    block_s=0.0, rounds=2, counted=2, crowd=(1, 2), crowd_s=0.1, start_s=3600.0,
 )  # fmt: skip
 
 
@@ -474,8 +475,8 @@ def _student(pipe: Any, case: Case, folder: Path, images: Path, device: str) -> 
             step()
         synchronise(device)
         pipe.send("ready")
-        while (span := pipe.recv()) is not None:
-            begin, end = span
+        while True:
+            begin, end = pipe.recv()
             time.sleep(max(0.0, begin - time.monotonic()))
             started, n = time.monotonic(), 0
             while time.monotonic() < end or n == 0:
@@ -483,7 +484,6 @@ def _student(pipe: Any, case: Case, folder: Path, images: Path, device: str) -> 
                 n += 1
             synchronise(device)
             pipe.send((n, time.monotonic() - started))
-        close(step)
     except Exception as error:  # the parent makes a row of it
         pipe.send(first_line(error))
 
@@ -519,29 +519,25 @@ def crowd(bench: Bench, case: Case) -> None:
             theirs.close()
             pipes.append(pipe)
             processes.append(process)
-        _answers(pipes, min(bench.stop_at, time.monotonic() + START_S))
+        _answers(pipes, min(bench.stop_at, time.monotonic() + bench.size.start_s))
         alone = None
         for number in bench.size.crowd:
             begin = time.monotonic() + 0.1
             for pipe in pipes[:number]:
                 pipe.send((begin, begin + bench.size.crowd_s))
-            found = _answers(pipes[:number], begin + bench.size.crowd_s + 30)
+            found = _answers(pipes[:number], begin + bench.size.crowd_s + bench.size.start_s)
             rates = [case.batch * n / seconds for n, seconds in found]
             alone = alone or sum(rates)
             bench.rows.write(
                 "crowd", **case._asdict(), device=bench.device, students=number,
                 images_per_s=sum(rates), gain=sum(rates) / alone, slowest_images_per_s=min(rates),
             )  # fmt: skip
-        for pipe in pipes:
-            pipe.send(None)
-        for process in processes:
-            process.join(10)
     except (RuntimeError, OSError) as error:
         bench.rows.write("error", **case._asdict(), contestant="crowd", why=first_line(error))
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+        for process in processes:  # they have nothing to keep
+            process.kill()
+            process.join()
 
 
 # --- all of it, in order of worth -----------------------------------------------------------------
