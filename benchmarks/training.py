@@ -37,18 +37,18 @@ STEPS = 1_000_000  # of the plan: more than are ever taken
 PLAIN, KD = Objective(kind="cross_entropy"), Objective(kind="kd", alpha=0.7, temperature=4.0)
 
 
-def caches(folder: Path) -> tuple[Cache, Cache]:
-    """Random images, and random outputs of a teacher of theirs."""
+def caches(folder: Path, shape: tuple[int, int, int] = SHAPE, n: int = N) -> tuple[Cache, Cache]:
+    """`n` random images of a (C, H, W) shape, and random outputs of a teacher of theirs."""
     rng = np.random.default_rng(0)
     images = build_shards(
         folder / "images",
         {"kind": "images", "split": "train"},
-        {"images": ("|u1", SHAPE), "labels": ("<i8", ())},
+        {"images": ("|u1", shape), "labels": ("<i8", ())},
         lambda span: {
-            "images": rng.integers(0, 256, (span[1] - span[0], *SHAPE), np.uint8),
+            "images": rng.integers(0, 256, (span[1] - span[0], *shape), np.uint8),
             "labels": rng.integers(0, CLASSES, span[1] - span[0]),
         },
-        n_examples=N,
+        n_examples=n,
         shard_size=2048,
     )
     outputs = build_shards(
@@ -56,16 +56,22 @@ def caches(folder: Path) -> tuple[Cache, Cache]:
         {"view": "clean", "top_k": None, "n_classes": CLASSES},
         {"logits": ("<f2", (1, CLASSES))},
         lambda span: {"logits": rng.normal(size=(span[1] - span[0], 1, CLASSES)).astype("<f2")},
-        n_examples=N,
+        n_examples=n,
         shard_size=2048,
     )
     return images, outputs
 
 
-def network_of(name: str, channels_last: bool) -> Network:
-    network = build_network(Model(name=name), n_classes=CLASSES, image_shape=SHAPE, seed=0)
+def network_of(
+    name: str,
+    channels_last: bool,
+    shape: tuple[int, int, int] = SHAPE,
+    device: str = "cpu",
+) -> Network:
+    """A network with random weights for images of a (C, H, W) shape, on the device."""
+    network = build_network(Model(name=name), n_classes=CLASSES, image_shape=shape, seed=0)
     return network.to(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+        device, memory_format=torch.channels_last if channels_last else torch.contiguous_format
     )
 
 
@@ -104,16 +110,19 @@ def ours(
     recorded: bool = False,
     channels_last: bool = True,
     augment: Augment | None = None,
+    batch: int = BATCH,
+    device: str = "cpu",
     **compute: str | bool,
 ) -> Callable[[], None]:
     """One step of the lab's loop, with its bookkeeping."""
     folder.mkdir(parents=True)
+    n, (_, shape) = images.n_examples, images.layout("images")
     training = Training(
-        steps=STEPS, batch_size=BATCH, lr_peak=1e-3, schedule="constant",
+        steps=STEPS, batch_size=batch, lr_peak=1e-3, schedule="constant",
         augment=augment or Augment(),
     )  # fmt: skip
     pixels = Pixels([0.5] * 3, [0.25] * 3, channels_last)
-    plan = Plan(np.arange(N), BATCH, STEPS, 0)
+    plan = Plan(np.arange(n), batch, STEPS, 0)
     log = None
     if recorded:
         log = DynamicsLog.create(
@@ -124,21 +133,23 @@ def ours(
     heard = {} if teacher is None else {"logits": (CLASSES,)}
     loader = Loader(
         plan, images, view=View(training.augment, 0, pixels), teacher=teacher,
-        residence="resident", reuse=True,
+        device=device, residence="resident", reuse=True,
     )  # fmt: skip
     task = Task(
-        network=network_of(name, channels_last),
-        distiller=build_distiller(objective, {"logits": (CLASSES,)}, heard, seed=0, n_examples=N),
+        network=network_of(name, channels_last, shape, device),
+        distiller=build_distiller(
+            objective, {"logits": (CLASSES,)}, heard, seed=0, n_examples=n
+        ).to(device),
         pixels=pixels,
         loader=loader,
         objective=objective,
         training=training,
-        validation=(images.resident("images")[:10], images.resident("labels")[:10]),
-        full_size=N,
-        n_examples=N,
+        validation=tuple(images.resident(c)[:10].to(device) for c in ("images", "labels")),
+        full_size=n,
+        n_examples=n,
         seed=0,
         log=log,
-        compute=Compute(channels_last=channels_last, **compute),
+        compute=Compute(device=device, channels_last=channels_last, **compute),
     )
     return _Loop(Run(folder, {}), task).advance
 
