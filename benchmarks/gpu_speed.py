@@ -33,10 +33,10 @@ from gpu_rows import Rows, first_line
 from torch.profiler import ProfilerActivity, profile
 from training import caches, network_of, ours
 
-from kdlib.augment import Pixels
-from kdlib.cache import Cache
-from kdlib.experiment import use
-from kdlib.params import Augment, Compute
+from kdlib.cache.shards import Cache
+from kdlib.dataset.pixels import Pixels
+from kdlib.steps.training import use
+from kdlib.study.study import Augment, Compute
 
 ROOT = Path(__file__).parents[1]
 PADDING = 4

@@ -288,7 +288,7 @@ def test_the_bare_loop_crops_as_kdlib_does(scripts, make_images):
     import gpu_speed
     import torch.nn.functional as F
 
-    from kdlib.augment import Views, apply
+    from kdlib.dataset.views import Views, apply
 
     images = make_images(5).resident("images")
     chosen, flip = torch.tensor([4, 0, 2]), torch.tensor([True, False, True])
