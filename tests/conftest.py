@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -10,15 +10,38 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from tiny import TINY, tiny_study
 
-from kdlib import dataset, distilling, files, mapping, probing, teaching
+from kdlib import dataset, distilling, experiment, files, mapping, probing, teaching
 from kdlib.building import build_images
 from kdlib.cache import Cache
 from kdlib.data import array_source
-from kdlib.params import Study, load_study
+from kdlib.params import Compute, Study, load_study
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m gpu` collects no docstrings: a GPU node may lack what some modules import."""
+    if config.option.markexpr == "gpu":
+        config.option.doctestmodules = False
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` collects the files of these tests alone, for the same reason."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return not collection_path.name.startswith("test_gpu") or None
+    return None
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test runs, with the settings that a study gives it there."""
+    yield experiment.use(Compute(device=request.param))
+    if request.param == "cuda":
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.allow_tf32 = True
 
 
 @pytest.fixture
