@@ -41,6 +41,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     yield experiment.use(Compute(device=request.param))
     if request.param == "cuda":
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
         torch.backends.cudnn.allow_tf32 = True
 
 

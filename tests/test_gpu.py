@@ -76,9 +76,14 @@ def test_a_view_is_the_same_to_the_bit(images, device, name, channels_last):
     drawn = draw(VIEWS[name], 7, epochs, torch.from_numpy(ids), SHAPE)
     raw = rows(images, ids)
     found = pixels.prepare(apply(raw.to(device), drawn))
-    expected = torch.empty_like(raw, dtype=torch.float32)
-    scale, shift = pixel_scale(pixels.mean, pixels.std)
-    fused.deliver(raw, np.arange(len(ids)), drawn, scale, shift, expected)
+    if fused.available():
+        expected = torch.empty_like(raw, dtype=torch.float32)
+        scale, shift = pixel_scale(pixels.mean, pixels.std)
+        fused.deliver(raw, np.arange(len(ids)), drawn, scale, shift, expected)
+    elif device == "cpu":
+        pytest.skip("needs numba: without it a CPU has one way alone to make a view")
+    else:
+        expected = pixels.prepare(apply(raw, drawn))
     assert found.device.type == device
     assert found.is_contiguous(memory_format=pixels.memory_format)
     assert torch.equal(found.cpu(), expected)

@@ -4,6 +4,7 @@ Each body runs on the CPU too, in miniature where it may.
 """
 
 import contextlib
+import gc
 import math
 import os
 import shutil
@@ -276,7 +277,7 @@ def test_processes_that_share_a_batch_train_what_one_does(
     theirs = devices.load_file(folder / "together" / (folder / "last").read_text())
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():  # BatchNorm over processes has a formula of its own
-        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(theirs[name], value, rtol=1e-3, atol=1e-4, msg=name)
     shutil.rmtree(folder / "together")
     shutil.rmtree(folder / "alone")
 
@@ -288,6 +289,7 @@ def starved(device: str, patch: pytest.MonkeyPatch):
         patch.setattr(trainer.Distiller, "loss", lambda *_: torch.empty(2**60, dtype=torch.uint8))
         yield
         return
+    gc.collect()  # what earlier trainings held must not be found meanwhile
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**25) / total)
