@@ -97,8 +97,8 @@ def test_a_loader_makes_the_batches_of_the_plain_one(
 ):
     """Wherever pixels are kept, whether memory is reused, and while the device is still busy.
 
-    Each step waits behind some milliseconds of work on the GPU, and what it holds is looked at after
-    the last one: memory that was overwritten or freed while it had still to be read would show.
+    Each step waits behind some milliseconds of work on the GPU, and what it holds is looked at
+    after the last one: memory that was overwritten or freed before it was read would show.
     """
     plan = Plan(np.arange(80), 16, 12, 0, order="windowed", shard_size=devices.SHARD)
     view = View(AUGMENT, 5, PIXELS, n_views=3)
