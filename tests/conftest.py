@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
@@ -10,6 +10,7 @@ os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from tiny import TINY, tiny_study
 
 from kdlib.cache.build import build_images
@@ -21,9 +22,33 @@ from kdlib.steps.datamap import make_datamap as datamap_make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import Study, load_study
+from kdlib.steps.training import use
+from kdlib.study.study import Compute, Study, load_study
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m gpu` collects no docstrings: a GPU node may lack what some modules import."""
+    if config.option.markexpr == "gpu":
+        config.option.doctestmodules = False
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m gpu` collects the files of these tests alone, for the same reason."""
+    if config.option.markexpr == "gpu" and collection_path.suffix == ".py":
+        return not collection_path.name.startswith("test_gpu") or None
+    return None
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where a test runs, with the settings that a study gives it there."""
+    yield use(Compute(device=request.param))
+    if request.param == "cuda":
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.backends.cudnn.allow_tf32 = True
 
 
 @pytest.fixture

@@ -3,12 +3,14 @@
 A processor that can do more is given other kernels, which sum in another order: weights differ from
 the first step on. Held to AVX2, and matrix products to one order for all makers, a study gave the
 same bytes wherever it was tried (benchmarks/processors.py). Leaves to others: which study asks for
-it, and what it then cannot have (params).
+it, and what it then cannot have (params). A GPU is held to float32 and to kernels that sum in one
+order (`hold_gpu`).
 """
 
 import os
 import platform
 import re
+import warnings
 from pathlib import Path
 
 KERNELS = {  # read when torch computes for the first time
@@ -49,6 +51,27 @@ def hold() -> None:
             f"computes with {found} here; expected AVX2: restart this process (a kernel: Kernel > "
             "Restart), or set compute.portable: false where the processor has none"
         )
+
+
+def hold_gpu() -> None:
+    """Make a GPU compute float32 in float32, with kernels that give the same bytes in every run.
+
+    PyTorch lets convolutions round their factors to TensorFloat-32, which has 10 bits of mantissa
+    instead of 23; a study that says float32 would be given 1e-3 where it expects 1e-7. An operation
+    without a deterministic kernel runs all the same, and PyTorch warns.
+    """
+    import torch
+
+    # cuBLAS reads it when it is first used; without it two streams may give other sums
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    with warnings.catch_warnings():
+        # PyTorch 2.9 and later have newer names for these two, and refuse to be asked for the older
+        # ones, as torch.compile does, once the newer ones differ
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # each buffer is written in full
 
 
 def name() -> str:

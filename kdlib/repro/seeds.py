@@ -80,7 +80,8 @@ def torch_seeded(seed: int, purpose: str, *parts: int) -> Iterator[None]:
 
     For code of others that takes no generator; arguments as in `derive`.
     """
-    with torch.random.fork_rng():
+    # all devices by their numbers: without them PyTorch warns where there are several
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, purpose, *parts))
         yield
 

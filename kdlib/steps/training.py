@@ -37,8 +37,8 @@ CROSS_ENTROPY = Objective(kind="cross_entropy")
 
 
 def use(compute: Compute, ranks: Ranks = ALONE) -> str:
-    """Set the number of threads, and return the device the study asks for, or this process's own
-    one of several.
+    """Set the number of threads, hold a GPU to float32 and deterministic kernels, and return the
+    device the study asks for, or this process's own one of several.
 
     Raises: RuntimeError when that device is not there; another one is never taken silently. Or when
         the study asks for the same bytes everywhere and this process computes with more already.
@@ -51,6 +51,8 @@ def use(compute: Compute, ranks: Ranks = ALONE) -> str:
             f"the study asks for {compute.device}, but torch sees no GPU here; set compute.device: "
             "cpu in the study, or run it where a GPU is"
         )
+    if compute.device.startswith("cuda"):
+        processor.hold_gpu()
     return compute.device if ranks.alone else ranks.device
 
 
@@ -74,10 +76,18 @@ def launch_run(
     """Make a run by several processes under torchrun, when the study asks for them and this is not
     one of them; whether that happened.
 
-    Raises: RuntimeError when one of them fails; its own error stands above.
+    Raises: RuntimeError when one of them fails, its own error stands above; or when there are fewer
+        GPUs than processes.
     """
     if study.compute.processes == 1 or not ranks.alone or Run(folder, settings).finished:
         return False
+    if study.compute.device.startswith("cuda"):
+        n_processes, n_gpus = study.compute.processes, torch.cuda.device_count()
+        if n_processes > n_gpus:
+            raise RuntimeError(
+                f"the study asks for {n_processes} processes, each on a GPU of its own, and torch "
+                f"sees {n_gpus} here; lower compute.processes, or run it where as many GPUs are"
+            )
     path = written(study)
     arguments = [str(x) for pair in point.items() for x in (f"--{pair[0]}", pair[1])]
     launch(["kdlib", "step", step, str(path), *arguments], study.compute.processes)

@@ -51,16 +51,23 @@ def joined(device: str) -> Iterator[Ranks]:
     Args:
         device: Of the study; on GPUs each process takes its own.
     """
-    n = int(os.environ.get("WORLD_SIZE", "1"))
-    if n == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks(device=device)
         return
+    with _group(device) as ranks:
+        yield ranks
+
+
+@contextlib.contextmanager
+def _group(device: str) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, even where this is the only one."""
+    kind, own = "gloo", None
     if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    kind = "nccl" if device.startswith("cuda") else "gloo"
+        kind, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+        own = torch.device(device)  # where NCCL's barrier waits; otherwise it guesses, and warns
+        torch.cuda.set_device(own)
     # the others wait while the first one waits for a lock, or stores a teacher's outputs
-    dist.init_process_group(kind, timeout=timedelta(days=7))
+    dist.init_process_group(kind, timeout=timedelta(days=7), device_id=own)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -7,9 +7,11 @@ what one would. Leaves to others: what is trained on what (`experiment`), how we
 (`optimising`), and whether the numbers may be believed (`checks`).
 """
 
+import contextlib
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +90,20 @@ def train(
     Raises: TrainingError for a loss that is not finite, memory that runs out, or a network that
         cannot be compiled here; StateError for a state of other settings.
     """
+    with _explaining():
+        try:
+            return _train(run, task, describe, tracker, state_every_s)
+        finally:
+            task.loader.close()
+
+
+def _train(
+    run: Run,
+    task: Task,
+    describe: str | None,
+    tracker: Tracker | None,
+    state_every_s: float | None,
+) -> Trained:
     plan, training = task.loader.plan, task.training
     every = training.evaluate_every_steps or max(1, round(task.full_size / training.batch_size))
     kept = checkpoint_steps(training, plan.n_steps)
@@ -99,7 +115,7 @@ def train(
     )
     task.network.train()
     saved = time.monotonic()
-    try:
+    with progress:
         while True:
             if loop.step in kept or loop.stopped:
                 loop.keep(loop.kept_weights(), loop.step)
@@ -117,26 +133,32 @@ def train(
             if time.monotonic() - saved >= interval:
                 loop.save()
                 saved = time.monotonic()
+    return loop.close()
+
+
+@contextlib.contextmanager
+def _explaining() -> Iterator[None]:
+    """What is to be done about an error of the machine, in its place."""
+    try:
+        yield
     except (MemoryError, RuntimeError) as error:
         if (sentence := _explained(error)) is None:
             raise
         raise TrainingError(sentence) from None
-    finally:
-        progress.close()
-        task.loader.close()
-    return loop.close()
 
 
 def _explained(error: Exception) -> str | None:
     """What to do about an error of the machine; None for any other."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    if memory or "can't allocate memory" in first:
+    # of the CPU's allocator; of the CUDA runtime, as for pinned memory; of cuBLAS and cuDNN
+    signs = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    if memory or any(sign in first for sign in signs):
         return f"out of memory: lower training.batch_size, or raise training.accumulate ({first})"
     if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
         return (
-            "torch.compile failed; on a CPU it needs a C++ compiler (g++): install one, or set "
-            f"compute.compile: false ({first})"
+            "torch.compile failed; on a CPU it needs a C++ compiler (g++), on a GPU a C compiler "
+            f"and Python's headers: install them, or set compute.compile: false ({first})"
         )
     return None
 
