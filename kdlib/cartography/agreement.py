@@ -1,7 +1,6 @@
 """How far scores, runs and architectures agree on a ranking of examples.
 
-Pure functions on tables and arrays of scores. Leaves to others: the scores (cartography, variants),
-the recordings they come from, drawing (maps).
+Pure functions on tables and arrays of scores.
 
 [Spearman1904] Spearman, The Proof and Measurement of Association between Two Things, 1904
 [Brown1910] Brown, Some Experimental Results in the Correlation of Mental Abilities, 1910
@@ -16,17 +15,7 @@ import pandas as pd
 
 from kdlib.repro.seeds import generator
 
-MOST_DRAWS = 30  # of groups of runs
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks along the last axis, ties averaged, centred and of length 1; zeros where all tie."""
-    from scipy.stats import rankdata
-
-    ranks = rankdata(values, axis=-1)
-    ranks -= ranks.mean(axis=-1, keepdims=True)
-    length = np.linalg.norm(ranks, axis=-1, keepdims=True)
-    return np.divide(ranks, length, out=np.zeros_like(ranks), where=length > 0)
+MOST_DRAWS = 30  # pairs of groups of runs that are compared, at most
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float:
@@ -35,7 +24,8 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
     Args:
         first, second: (N,) finite numbers.
 
-    Returns: In [-1, 1]. Raises: ValueError for other shapes, or values that are not finite.
+    Returns: In [-1, 1], rounded to 12 decimals.
+    Raises: ValueError for other shapes, or values that are not finite.
     Source: [Spearman1904].
 
     >>> spearman(np.array([1, 2, 3]), np.array([10, 30, 20]))
@@ -45,18 +35,8 @@ def spearman(first: np.ndarray, second: np.ndarray) -> float:
         raise ValueError(
             f"got {np.shape(first)} and {np.shape(second)}; expected two rows of one length"
         )
-    return float(_correlations(np.stack([first, second]))[0, 1].round(12))
-
-
-def _correlations(rows: np.ndarray) -> np.ndarray:
-    rows = np.asarray(rows, np.float64)
-    if not np.isfinite(rows).all():
-        raise ValueError("scores hold NaN or infinity; a ranking needs finite numbers")
-    ranks = _ranks(rows)
-    found = ranks @ ranks.T
-    constant = ~ranks.any(axis=1)
-    found[constant] = found[:, constant] = np.nan
-    return found
+    pair = pd.DataFrame({"first": first, "second": second})
+    return float(rank_correlations(pair).loc["first", "second"].round(12))
 
 
 def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
@@ -66,9 +46,11 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
         table: Scores, one row per example.
 
     Returns: A square table, 1 on the diagonal, NaN for columns that are constant.
+    Raises: ValueError for scores that are not finite, which pandas would leave out.
     """
-    found = _correlations(table.to_numpy(dtype=np.float64).T)
-    return pd.DataFrame(found, index=table.columns, columns=table.columns)
+    if not np.isfinite(table.to_numpy(np.float64)).all():
+        raise ValueError("scores hold NaN or infinity; a ranking needs finite numbers")
+    return table.corr("spearman")
 
 
 def between_runs(runs: np.ndarray) -> dict[str, float]:
@@ -85,7 +67,8 @@ def between_runs(runs: np.ndarray) -> dict[str, float]:
         raise ValueError(
             f"got scores of shape {np.shape(runs)}; expected at least two runs, (R, N)"
         )
-    pairs = _correlations(runs)[np.triu_indices(len(runs), 1)]
+    correlations = rank_correlations(pd.DataFrame(np.transpose(runs)))
+    pairs = correlations.to_numpy()[np.triu_indices(len(runs), 1)]
     return {
         "correlation": float(pairs.mean()), "low": float(pairs.min()), "high": float(pairs.max())
     }  # fmt: skip
@@ -96,7 +79,7 @@ def stability(runs: np.ndarray, seed: int = 0) -> pd.DataFrame:
 
     Args:
         runs: (R, N) the score in each of R >= 2 runs.
-        seed: Of the groups drawn where there are more than `MOST_DRAWS`.
+        seed: Draws the pairs of groups where there are more than `MOST_DRAWS`.
 
     Returns: One row per n in [1, R // 2]: `n_runs`, `correlation` (mean), `low` and `high`
         (extremes over the pairs of disjoint groups).
@@ -110,11 +93,11 @@ def stability(runs: np.ndarray, seed: int = 0) -> pd.DataFrame:
         if len(groups) > MOST_DRAWS:
             chosen = generator(seed, "bootstrap", n).choice(len(groups), MOST_DRAWS, replace=False)
             groups = [groups[i] for i in sorted(chosen)]
-        found = [
+        values = [
             spearman(runs[list(a)].mean(axis=0), runs[list(b)].mean(axis=0)) for a, b in groups
         ]
         rows.append(
-            {"n_runs": n, "correlation": np.mean(found), "low": min(found), "high": max(found)}
+            {"n_runs": n, "correlation": np.mean(values), "low": min(values), "high": max(values)}
         )
     return pd.DataFrame(rows)
 

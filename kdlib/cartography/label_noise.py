@@ -1,14 +1,11 @@
 """Scores as detectors of wrong labels, measured where the right ones are known.
 
-Pure functions on arrays. Leaves to others: recordings, which labels are wrong (the cache keeps the
-source's own), drawing (maps).
+Pure functions on arrays; areas under curves are those of `sklearn.metrics`.
 
 [Pleiss2020] Pleiss et al., Identifying Mislabeled Data using the Area Under the Margin Ranking,
     2020, arXiv 2001.10528
 [Northcutt2021] Northcutt et al., Confident Learning, 2021, arXiv 1911.00068
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -24,76 +21,29 @@ CURVE_POINTS = 500  # at most, of a curve that is drawn
 PERCENTILE = 99  # of the threshold samples' AUM, as in the paper
 
 
-def _check(suspicion: np.ndarray, wrong: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    suspicion, wrong = np.asarray(suspicion, np.float64), np.asarray(wrong)
-    if suspicion.ndim != 1 or wrong.shape != suspicion.shape or wrong.dtype != bool:
-        raise ValueError(
-            f"suspicion has shape {suspicion.shape} and wrong is {wrong.dtype} {wrong.shape}; "
-            "expected two rows of one length, wrong as bool"
-        )
-    if not np.isfinite(suspicion).all():
-        raise ValueError("suspicion holds NaN or infinity; a detector needs finite numbers")
-    if wrong.all() or not wrong.any():
-        raise ValueError(
-            f"{int(wrong.sum())} of {len(wrong)} labels are wrong; a detector is measured on some "
-            "wrong and some right ones"
-        )
-    return suspicion, wrong
-
-
-def auroc(suspicion: np.ndarray, wrong: np.ndarray) -> float:
-    """Probability that a wrong label is more suspicious than a right one, ties counted half.
-
-    Args:
-        suspicion: (N,) float, high = probably wrong.
-        wrong: (N,) bool.
-
-    Returns: In [0, 1]; 0.5 is chance.
-
-    >>> auroc(np.array([3.0, 2.0, 1.0, 0.0]), np.array([True, False, True, False]))
-    0.75
-    """
-    from scipy.stats import rankdata
-
-    suspicion, wrong = _check(suspicion, wrong)
-    n_wrong, n_right = int(wrong.sum()), int((~wrong).sum())
-    ranks = rankdata(suspicion)[wrong].sum()
-    return float((ranks - n_wrong * (n_wrong + 1) / 2) / (n_wrong * n_right))
-
-
 def curves(suspicion: np.ndarray, wrong: np.ndarray) -> pd.DataFrame:
     """ROC and precision-recall of a detector, a row for each threshold from strict to lax.
 
     Args:
         suspicion: (N,) float, high = probably wrong; examples that tie are flagged together.
-        wrong: (N,) bool.
+        wrong: (N,) bool, some of each.
 
-    Returns: Columns `false_positive_rate`, `true_positive_rate`, `recall` (the same), `precision`.
+    Returns: Columns `false_positive_rate`, `true_positive_rate`, `recall` (the same), `precision`
+        (of the first row, where nothing is flagged, that of the second).
     """
-    suspicion, wrong = _check(suspicion, wrong)
-    order = np.argsort(-suspicion, kind="stable")
-    found = np.cumsum(wrong[order])
-    last = np.append(np.diff(suspicion[order]) != 0, True)  # of a tie
-    found, flagged = found[last], np.flatnonzero(last) + 1
-    recall = found / wrong.sum()
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    false_positives, recall, _ = roc_curve(wrong, suspicion, drop_intermediate=False)
+    precision = precision_recall_curve(wrong, suspicion)[0][::-1].copy()
+    precision[0] = precision[1]
     return pd.DataFrame(
         {
-            "false_positive_rate": np.append(0.0, (flagged - found) / (~wrong).sum()),
-            "true_positive_rate": np.append(0.0, recall),
-            "recall": np.append(0.0, recall),
-            "precision": np.append(found[0] / flagged[0], found / flagged),
+            "false_positive_rate": false_positives,
+            "true_positive_rate": recall,
+            "recall": recall,
+            "precision": precision,
         }
     )
-
-
-def average_precision(suspicion: np.ndarray, wrong: np.ndarray) -> float:
-    """Area under the precision-recall steps, as scikit-learn defines it.
-
-    >>> round(average_precision(np.array([3.0, 2.0, 1.0]), np.array([True, False, True])), 4)
-    0.8333
-    """
-    table = curves(suspicion, wrong)
-    return float((np.diff(table["recall"]) * table["precision"].iloc[1:]).sum())
 
 
 def thinned(table: pd.DataFrame) -> pd.DataFrame:
@@ -108,12 +58,14 @@ def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.D
 
     Args:
         log: A log open for reading.
-        wrong: (N,) bool, by rank of the example id.
-        n_points: How many e at most; the last is all epochs.
+        wrong: (N,) bool, in the order of `log.example_ids`.
+        n_points: Number of e, at most; the last is all epochs.
 
     Returns: Columns `detector`, `epoch`, `auroc`, for `aum`, `confidence`, `loss` (means over the
         epochs), `el2n` (of epoch e alone), `forgetting_events`.
     """
+    from sklearn.metrics import roc_auc_score
+
     rows = []
     for epoch in np.unique(np.linspace(1, log.n_epochs, n_points).round().astype(int)).tolist():
         scores = {
@@ -124,29 +76,19 @@ def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.D
             "forgetting_events": forgetting_events(log["correct"][:epoch]),
         }
         for name, score in scores.items():
-            found = auroc(DIFFICULTY[name] * score, wrong)
-            rows.append({"detector": name, "epoch": epoch, "auroc": found})
+            area = roc_auc_score(wrong, DIFFICULTY[name] * score)
+            rows.append({"detector": name, "epoch": epoch, "auroc": area})
     return pd.DataFrame(rows)
 
 
-@dataclass(frozen=True)
-class Flagged:
-    """What a rule with a threshold of its own calls wrong.
+def judged(flagged: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """How right a rule is that flags some labels as wrong, both (N,) bool.
 
-    Attributes: flagged, (N,) bool; precision and recall against what is known, in [0, 1], precision
-        NaN when nothing is flagged.
+    Returns: `flagged`, how many are; `precision` (NaN where none is) and `recall`, in [0, 1].
     """
-
-    flagged: np.ndarray
-    precision: float
-    recall: float
-
-    @classmethod
-    def judged(cls, flagged: np.ndarray, wrong: np.ndarray) -> "Flagged":
-        """Flags and how right they are."""
-        hits = int((flagged & wrong).sum())
-        n = int(flagged.sum())
-        return cls(flagged, hits / n if n else float("nan"), hits / int(wrong.sum()))
+    hits, n = int((flagged & wrong).sum()), int(flagged.sum())
+    precision = hits / n if n else float("nan")
+    return {"flagged": n, "precision": precision, "recall": hits / int(wrong.sum())}
 
 
 def below_threshold_samples(

@@ -1,7 +1,6 @@
-"""Same name, different score: what public code computes under the names of `cartography`, here
-under names of its own.
+"""What public code computes under the names of `scores`, here under distinct names.
 
-Pure functions like those of `cartography`, for comparing rankings; the datamap does not hold them.
+Pure functions like those of `scores`, for comparing rankings; they are no columns of the datamap.
 
 [Seedat2022] Seedat et al., Data-IQ, 2022, arXiv 2210.13043, its code's `correctness`
 [Zheng2023] Zheng et al., Coverage-centric Coreset Selection, 2023, arXiv 2210.15809, its code
@@ -12,6 +11,7 @@ Pure functions like those of `cartography`, for comparing rankings; the datamap 
 
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
@@ -73,7 +73,7 @@ def aum_softmax(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     >>> aum_softmax(np.log([[[3.0, 1.0], [1.0, 1.0]]]), np.array([0, 1])).round(4).tolist()
     [0.5, 0.0]
     """
-    probs = _softmax(logits)
+    probs = softmax(np.asarray(logits, np.float64), axis=2)
     is_gold = labels[:, None] == np.arange(probs.shape[2])  # (N, C)
     gold = np.where(is_gold, probs, 0).sum(axis=2)
     return (gold - np.where(is_gold, 0, probs).max(axis=2)).mean(axis=0)
@@ -131,7 +131,7 @@ def tdds_absolute(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.
     Returns: (N,) float64 >= 0. Source: [Zhang2024].
     """
     scores.check_fading(len(logits), window, decay)
-    probs = _softmax(logits) + 1e-8
+    probs = softmax(np.asarray(logits, np.float64), axis=2) + 1e-8
     steps = np.abs(probs[1:] * np.diff(np.log(probs), axis=0)).sum(axis=2)  # (E - 1, N)
     return scores.fading_spread(steps, window, decay)
 
@@ -153,11 +153,6 @@ def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) ->
     steps = np.abs(logits[1:window] * np.nan_to_num(np.diff(logs, axis=0))).sum(axis=2)
     past = (1 - decay) ** np.arange(len(logits) - window + 1)
     return scores.fading_spread(steps, window, decay) * past.sum()
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True).astype(np.float64))
-    return raised / raised.sum(axis=-1, keepdims=True)
 
 
 def variants(log: DynamicsLog, *, window: int) -> pd.DataFrame:

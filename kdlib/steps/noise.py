@@ -23,6 +23,8 @@ def noise_tables(study: Study, images: Images) -> Tables:
         flag.
     Raises: StudyError when the study's labels are those of its source.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
     if study.data.relabel is None:
         raise StudyError(
             f"the labels of {study.name} are those of its source, so that none is known to be "
@@ -31,13 +33,15 @@ def noise_tables(study: Study, images: Images) -> Tables:
     ids = images.train_ids
     labels, originals = (images.train.read(c, ids) for c in ("labels", "original_labels"))
     wrong = labels != originals
+    if not wrong.any():
+        raise StudyError(f"`data.relabel` of {study.name} changes no label: none is wrong")
     model = next(iter(study.recordings.models))
     scores = recorded_scores(study, images, [model])[model]
     rows, curves, epochs = [], [], []
 
     def add(name: str, suspicions: list[np.ndarray]) -> None:
-        roc = [label_noise.auroc(s, wrong) for s in suspicions]
-        precision = [label_noise.average_precision(s, wrong) for s in suspicions]
+        roc = [roc_auc_score(wrong, s) for s in suspicions]
+        precision = [average_precision_score(wrong, s) for s in suspicions]
         row = {"detector": name, "auroc": np.mean(roc), "low": min(roc), "high": max(roc)}
         row |= {"average_precision": np.mean(precision), "n_runs": len(roc)}
         rows.append(row)
@@ -61,17 +65,12 @@ def noise_tables(study: Study, images: Images) -> Tables:
     for seed in study.recordings.seeds:
         log = open_log(study, images, model, f"seed={seed}")
         epochs.append(label_noise.over_epochs(log, wrong))
-    judged = {name: label_noise.Flagged.judged(flags, wrong) for name, flags in rules.items()}
     tables = {
         "detectors": pd.DataFrame(rows).sort_values("auroc", ascending=False, ignore_index=True),
         "curves": pd.concat(curves, ignore_index=True),
         "over_epochs": pd.concat(epochs).groupby(["detector", "epoch"], as_index=False).mean(),
         "rules": pd.DataFrame(
-            [
-                {"rule": name, "flagged": int(found.flagged.sum()), "precision": found.precision,
-                 "recall": found.recall}
-                for name, found in judged.items()
-            ],
+            [{"rule": name} | label_noise.judged(flags, wrong) for name, flags in rules.items()],
             columns=["rule", "flagged", "precision", "recall"],
         ),
         "labels": pd.DataFrame({"wrong": [int(wrong.sum())], "n_examples": [len(wrong)]}),

@@ -43,16 +43,26 @@ def test_any_rising_function_of_a_score_ranks_alike():
     assert spearman(TRUTH, -TRUTH) == -1
 
 
-def test_a_table_s_correlations_are_square_with_holes_where_a_column_is_constant():
+def test_the_correlations_of_a_table_are_square_and_nan_for_a_constant_column():
     table = pd.DataFrame({"x": [1, 2, 3], "y": [3, 2, 1], "z": [7, 7, 7]})
-    found = rank_correlations(table)
-    assert list(found.index) == list(found.columns) == ["x", "y", "z"]
-    assert found.loc["x", "y"] == pytest.approx(-1)
-    assert found.loc["x", "x"] == pytest.approx(1)
-    assert found["z"].isna().all()
+    matrix = rank_correlations(table)
+    assert list(matrix.index) == list(matrix.columns) == ["x", "y", "z"]
+    assert matrix.loc["x", "y"] == pytest.approx(-1)
+    assert matrix.loc["x", "x"] == pytest.approx(1)
+    assert matrix["z"].isna().all()
 
 
-def test_numbers_that_are_none_have_no_rank():
+@pytest.mark.parametrize("digits", [1, 12])  # with ties, and without
+def test_correlations_are_the_cosines_of_centred_ranks(digits):
+    scores = np.random.default_rng(1).normal(size=(5, 300)).round(digits)
+    ranks = stats.rankdata(scores, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    ranks /= np.linalg.norm(ranks, axis=1, keepdims=True)
+    matrix = rank_correlations(pd.DataFrame(scores.T))
+    np.testing.assert_allclose(matrix, ranks @ ranks.T, atol=1e-13)
+
+
+def test_scores_that_are_not_finite_or_too_few_are_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         spearman(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
     with pytest.raises(ValueError, match="two rows of one length"):
@@ -65,8 +75,7 @@ def test_numbers_that_are_none_have_no_rank():
 
 def test_between_runs_is_the_mean_over_pairs():
     runs = np.array([[1, 2, 3], [1, 2, 3], [3, 2, 1]])  # pairs: 1, -1, -1
-    found = between_runs(runs)
-    assert found == pytest.approx({"correlation": -1 / 3, "low": -1, "high": 1})
+    assert between_runs(runs) == pytest.approx({"correlation": -1 / 3, "low": -1, "high": 1})
 
 
 def test_averages_of_more_runs_agree_better_as_the_formula_foretells():
