@@ -124,7 +124,7 @@ def projector_of_the_teacher(bench: Bench) -> Exhibit:
     for k in range(plan.n_steps):
         batch = loader.batch(k)
         # wrong: the target is trained to be easy to meet
-        loss = F.mse_loss(network.features(batch.images), projector(teacher[batch.ranks]))
+        loss = F.mse_loss(network.features(batch.images), projector(teacher[batch.positions]))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

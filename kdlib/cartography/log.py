@@ -22,7 +22,7 @@ QUANTITIES = ("gold_prob", "margin", "entropy", "el2n", "loss", "correct")
 class DynamicsLog:
     """What a network did with each example in each recorded epoch, in memory-mapped `.npy` files.
 
-    A folder with one array per quantity, row = recorded epoch, column = rank of the example id:
+    A folder with one array per quantity, row = recorded epoch, column = position of the example id:
     `gold_prob`, `margin`, `entropy`, `el2n`, `loss` (E, N) float16 (NaN = not recorded), `correct`
     (E, N) int8 (-1 = not recorded), and `logits` (E, N, C) float16 when asked for; beside them
     `example_ids.npy` (N,) int64 sorted, `labels.npy` (N,) int64, `header.json` (written first: what
@@ -181,7 +181,7 @@ class DynamicsLog:
     def record(
         self,
         epochs: torch.Tensor | np.ndarray,
-        ranks: torch.Tensor | np.ndarray,
+        positions: torch.Tensor | np.ndarray,
         logits: torch.Tensor | np.ndarray,
         labels: torch.Tensor | np.ndarray,
     ) -> None:
@@ -192,22 +192,23 @@ class DynamicsLog:
 
         Args:
             epochs: (B,) int64 in [0, E), the recorded epoch of each example.
-            ranks: (B,) int64 in [0, N), the column: `np.searchsorted(log.example_ids, ids)`.
+            positions: (B,) int64 in [0, N), the column: `np.searchsorted(log.example_ids, ids)`.
             logits: (B, C) float.
-            labels: (B,) int64; must be the log's own labels of these ranks, which shows that the
-                ranks belong to this split.
+            labels: (B,) int64; must be the log's own labels at these positions, which shows that
+                the positions belong to this split.
 
-        Raises: ValueError for another shape, an epoch or rank out of range, other labels, or values
-            float16 cannot hold. Nothing of the batch is written then.
+        Raises: ValueError for another shape, an epoch or position out of range, other labels, or
+            values float16 cannot hold. Nothing of the batch is written then.
         """
         # 82 us for B=64, C=10, 115 us for C=100 with logits kept (median of 2000 calls, one thread
         # of a 2-core x86-64 virtual machine, torch 2.15).
-        epochs, ranks, labels = (
-            _integers(v, n) for v, n in ((epochs, "epochs"), (ranks, "ranks"), (labels, "labels"))
+        epochs, positions, labels = (
+            _integers(v, n)
+            for v, n in ((epochs, "epochs"), (positions, "positions"), (labels, "labels"))
         )
         logits = torch.as_tensor(logits).detach()  # no graph is built from here on
-        self._check_batch(epochs, ranks, logits, labels)
-        if len(ranks) == 0:
+        self._check_batch(epochs, positions, logits, labels)
+        if len(positions) == 0:
             return
         values = _observe(logits.float(), torch.as_tensor(labels, device=logits.device))
         kept = logits.half().cpu().numpy() if self.has_logits else values
@@ -216,27 +217,27 @@ class DynamicsLog:
                 f"logits reach {float(logits.abs().max())}, which float16 cannot hold as logits or "
                 "loss; expected finite logits: training has diverged (study key training.lr_peak)"
             )
-        cells = epochs * self.n_examples + ranks  # (B,)
+        cells = epochs * self.n_examples + positions  # (B,)
         for array, row in zip(self._cells, values, strict=True):
             array[cells] = row
         if self.has_logits:
             self._logit_cells[cells] = kept
 
     def _check_batch(
-        self, epochs: np.ndarray, ranks: np.ndarray, logits: torch.Tensor, labels: np.ndarray
+        self, epochs: np.ndarray, positions: np.ndarray, logits: torch.Tensor, labels: np.ndarray
     ) -> None:
         if not self._writable:
             raise ValueError(f"{self.folder} is open for reading; DynamicsLog.create writes")
-        n = len(ranks)
+        n = len(positions)
         if tuple(logits.shape) != (n, self.n_classes) or len(epochs) != n or len(labels) != n:
             raise ValueError(
-                f"got {len(epochs)} epochs, {n} ranks, {len(labels)} labels and logits of shape "
-                f"{tuple(logits.shape)}; expected one of each per example and {self.n_classes} "
-                "classes"
+                f"got {len(epochs)} epochs, {n} positions, {len(labels)} labels and logits of "
+                f"shape {tuple(logits.shape)}; expected one of each per example and "
+                f"{self.n_classes} classes"
             )
         for name, values, end in (
             ("epochs", epochs, self.n_epochs),
-            ("ranks", ranks, self.n_examples),
+            ("positions", positions, self.n_examples),
         ):
             # As unsigned numbers negative ones are huge: one comparison covers both ends.
             if n and values.view(np.uint64).max() >= end:
@@ -244,12 +245,13 @@ class DynamicsLog:
                     f"{name} span [{values.min()}, {values.max()}]; expected [0, {end - 1}] "
                     f"in {self.folder}"
                 )
-        wrong = labels != self.labels[ranks]
+        wrong = labels != self.labels[positions]
         if wrong.any():
             raise ValueError(
                 f"labels differ from those of the log for {wrong.sum()} of {n} examples (first: id "
-                f"{self.example_ids[ranks[wrong][0]]}, label {labels[wrong][0]}, expected "
-                f"{self.labels[ranks[wrong][0]]}); ranks must come from the log's own example_ids"
+                f"{self.example_ids[positions[wrong][0]]}, label {labels[wrong][0]}, expected "
+                f"{self.labels[positions[wrong][0]]}); positions must come from the log's own "
+                "example_ids"
             )
 
     def flush(self) -> None:

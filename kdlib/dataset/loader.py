@@ -52,7 +52,7 @@ class Batch(NamedTuple):  # made 10,000 times a second, three times as fast as a
 
     Attributes:
         example_ids: (B,) int64.
-        ranks: (B,) int64, place of each id among the plan's sorted ids.
+        positions: (B,) int64, place of each id among the plan's sorted ids.
         passes: (B,) int64, which pass over the training set each example belongs to.
         images: (B, C, H, W) uint8 as stored; float32, augmented and normalised, when the loader
             has a view.
@@ -62,7 +62,7 @@ class Batch(NamedTuple):  # made 10,000 times a second, three times as fast as a
     """
 
     example_ids: torch.Tensor
-    ranks: torch.Tensor
+    positions: torch.Tensor
     passes: torch.Tensor
     images: torch.Tensor
     labels: torch.Tensor
@@ -91,7 +91,7 @@ class Loader:
         residence: str = "auto",
         reuse: bool = False,
         rank: int = 0,
-        n_ranks: int = 1,
+        world_size: int = 1,
     ) -> None:
         """Open the columns the plan needs.
 
@@ -108,7 +108,7 @@ class Loader:
                 memory there.
             reuse: Hand out the same memory again and again: a batch is then valid until the next
                 one is asked for. Saves more time than the copy takes.
-            rank: Of `n_ranks` processes that share each batch.
+            rank: Of `world_size` processes that share each batch.
 
         Raises: CacheError for damaged shards, or a teacher whose replayed views are not those of
             `view`; ValueError for another residence.
@@ -143,7 +143,7 @@ class Loader:
                 column: Rows(teacher, column, ids, device, resident)
                 for column in stored_columns(teacher, reads)
             }
-        self._rank = (rank, n_ranks)
+        self._rank = (rank, world_size)
         self._passes: dict[int, tuple[np.ndarray, ...]] = {}
         ahead = not resident or self.device.type != "cpu"
         self._thread = ThreadPoolExecutor(1, "loader") if ahead else None
@@ -165,7 +165,7 @@ class Loader:
 
     @property
     def labels(self) -> torch.Tensor:
-        """(N,) int64: the label of each rank."""
+        """(N,) int64: the label at each position."""
         return torch.from_numpy(self._labels).to(self.device)
 
     def __len__(self) -> int:
@@ -198,8 +198,8 @@ class Loader:
     def _read_ahead(self, step: int) -> None:
         """Bring the shards of the next two stretches of steps into memory."""
         steps = range(step, min(step + 2 * READ_AHEAD, self.plan.n_steps))
-        ranks = np.concatenate([self.plan.at(s, *self._rank)[1] for s in steps])
-        for number in np.unique(self._pixels.shard_of[ranks]).tolist():
+        positions = np.concatenate([self.plan.at(s, *self._rank)[1] for s in steps])
+        for number in np.unique(self._pixels.shard_of[positions]).tolist():
             if self._asked.get(number, -np.inf) < step - ASK_AGAIN:
                 self._asked[number] = step
                 self._pixels.populate(number)
@@ -218,9 +218,9 @@ class Loader:
             for number, start, stop in self.plan.pieces(step, *self._rank)
         ]
         if len(pieces) == 1:
-            passes, ids, ranks, labels, index = pieces[0]
+            passes, ids, positions, labels, index = pieces[0]
         else:
-            passes, ids, ranks, labels, index = map(np.concatenate, zip(*pieces, strict=True))
+            passes, ids, positions, labels, index = map(np.concatenate, zip(*pieces, strict=True))
         buffers = None
         if self._reuse:
             self._turn = (self._turn + 1) % len(self._buffers)
@@ -238,11 +238,11 @@ class Loader:
             second = self._inputs(index, ids, passes, out, self.second)
         return Batch(
             example_ids=self._small(ids),
-            ranks=self._small(ranks),
+            positions=self._small(positions),
             passes=self._small(passes),
             images=images,
             labels=self._small(labels),
-            teacher=self.teacher_rows(ranks, views) if self.has_teacher else None,
+            teacher=self.teacher_rows(positions, views) if self.has_teacher else None,
             second=second,
         )
 
@@ -251,7 +251,7 @@ class Loader:
         return tensor if self._on_cpu else tensor.to(self.device, non_blocking=True)
 
     def _pass(self, number: int) -> tuple[np.ndarray, ...]:
-        """Passes, ids, ranks, labels and pixel rows of a whole pass, of which a batch is a
+        """Passes, ids, positions, labels and pixel rows of a whole pass, of which a batch is a
         slice."""
         if number not in self._passes:
             order, index = self.plan.order(number), self._pixels.index
@@ -305,14 +305,16 @@ class Loader:
         deliver(whole, index, drawn, scale, shift, out, n_threads=torch.get_num_threads())
         return out
 
-    def raw(self, ranks: np.ndarray) -> torch.Tensor:
-        """Stored images of some ranks, (B, C, H, W) uint8, on the device."""
-        return self._pixels.gather(_index(self._pixels, np.asarray(ranks, np.int64)))
+    def raw(self, positions: np.ndarray) -> torch.Tensor:
+        """Stored images at some positions, (B, C, H, W) uint8, on the device."""
+        return self._pixels.gather(_index(self._pixels, np.asarray(positions, np.int64)))
 
-    def teacher_rows(self, ranks: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
-        """Stored teacher outputs of some ranks and the view each was seen in: (B, ...) float32 by
-        name."""
-        parts = {column: rows.gather(_index(rows, ranks)) for column, rows in self._teacher.items()}
+    def teacher_rows(self, positions: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
+        """Stored teacher outputs at some positions, of the view each was seen in: (B, ...) float32
+        by name."""
+        parts = {
+            column: rows.gather(_index(rows, positions)) for column, rows in self._teacher.items()
+        }
         if self._replayed:
             index = torch.from_numpy(views).to(self.device)
             every = torch.arange(len(index), device=self.device)

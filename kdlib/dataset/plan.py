@@ -68,7 +68,7 @@ class Plan:
 
     Attributes:
         example_ids: (N,) int64, sorted: the training set.
-        batch_size: Examples per step, over all ranks.
+        batch_size: Examples per step, over all processes.
         n_steps: Optimiser steps in all.
     """
 
@@ -108,7 +108,7 @@ class Plan:
         self._seed, self._order, self._window = seed, order, window_shards
         shards = ids // shard_size if shard_size else np.zeros_like(ids)
         cuts = np.flatnonzero(np.diff(shards)) + 1
-        self._bounds = np.concatenate([[0], cuts, [len(ids)]])  # ranks at which a shard begins
+        self._bounds = np.concatenate([[0], cuts, [len(ids)]])  # positions at which a shard begins
         self.n_shards = len(self._bounds) - 1
         if shards_per_pass is not None and not 1 <= shards_per_pass <= self.n_shards:
             raise ValueError(
@@ -152,7 +152,8 @@ class Plan:
         return np.sort(rng.choice(self.n_shards, self.shards_per_pass, replace=False))
 
     def order(self, number: int) -> np.ndarray:
-        """Ranks in the order of pass `number`, int64; of all shards a permutation of (0..N-1)."""
+        """Positions in the order of pass `number`, int64; of all shards a permutation of
+        (0..N-1)."""
         with self._lock:
             if number not in self._orders:
                 kept = {k: v for k, v in self._orders.items() if k >= number - 1}
@@ -166,31 +167,31 @@ class Plan:
         if self.shards_per_pass is None:
             n = len(self.example_ids)
             return np.arange(n) if self._order == "sequential" else rng.permutation(n)
-        ranks = self._ranks(self.members(number))
-        return ranks if self._order == "sequential" else rng.permutation(ranks)
+        positions = self._positions(self.members(number))
+        return positions if self._order == "sequential" else rng.permutation(positions)
 
-    def _ranks(self, shards: np.ndarray) -> np.ndarray:
+    def _positions(self, shards: np.ndarray) -> np.ndarray:
         return np.concatenate([np.arange(self._bounds[s], self._bounds[s + 1]) for s in shards])
 
     def _windowed(self, shards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         shards = rng.permutation(shards)
         windows = np.split(shards, range(self._window, len(shards), self._window))
-        return np.concatenate([rng.permutation(self._ranks(window)) for window in windows])
+        return np.concatenate([rng.permutation(self._positions(window)) for window in windows])
 
-    def pieces(self, step: int, rank: int = 0, n_ranks: int = 1) -> list[tuple[int, int, int]]:
+    def pieces(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, int]]:
         """What step `step` sees, as (pass, start, stop): places [start, stop) of that pass's order.
 
         Args:
-            rank: Which of `n_ranks` processes asks; together they see what one would.
+            rank: Which of `world_size` processes asks; together they see what one would.
 
         Raises: ValueError when the batch cannot be split evenly.
         """
-        if self.batch_size % n_ranks or not 0 <= rank < n_ranks:
+        if self.batch_size % world_size or not 0 <= rank < world_size:
             raise ValueError(
-                f"rank {rank} of {n_ranks} of a batch of {self.batch_size}; expected a batch size "
-                "that is a multiple of the number of processes"
+                f"rank {rank} of {world_size} of a batch of {self.batch_size}; expected a batch "
+                "size that is a multiple of the number of processes"
             )
-        share = self.batch_size // n_ranks
+        share = self.batch_size // world_size
         sample = step * self.batch_size + rank * share
         stop, number, pieces = sample + share, self._pass_at(sample), []
         while sample < stop:
@@ -199,13 +200,13 @@ class Plan:
             sample, number = end, number + 1
         return pieces
 
-    def at(self, step: int, rank: int = 0, n_ranks: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """What step `step` sees: (passes, ranks), both (batch_size / n_ranks,) int64; arguments as
-        in `pieces`."""
-        pieces = self.pieces(step, rank, n_ranks)
+    def at(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """What step `step` sees: (passes, positions), both (batch_size / world_size,) int64;
+        arguments as in `pieces`."""
+        pieces = self.pieces(step, rank, world_size)
         passes = [np.full(stop - start, number) for number, start, stop in pieces]
-        ranks = [self.order(number)[start:stop] for number, start, stop in pieces]
-        return np.concatenate(passes), np.concatenate(ranks)
+        positions = [self.order(number)[start:stop] for number, start, stop in pieces]
+        return np.concatenate(passes), np.concatenate(positions)
 
     def shard_visits(self) -> np.ndarray:
         """Mean visits of the examples of each shard: (n_shards,) float64."""

@@ -18,13 +18,13 @@ _POPULATE_READ = 22
 
 
 class Rows:
-    """Rows of one column for the examples of a plan, by their rank in it.
+    """Rows of one column for the examples of a plan, by their position in it.
 
     Attributes:
         source: (K, row bytes) uint8. Resident: the plan's rows, on the device. Mapped: all memory
             from the first mapped shard to the last as overlapping rows, of which only those of
             `index` are meant, so that one gather reads from any number of shards.
-        index: (N,) int64, the row of `source` for each rank; None when it is the rank.
+        index: (N,) int64, the row of `source` for each position; None when it is the position.
     """
 
     def __init__(
@@ -84,5 +84,5 @@ class Rows:
         return out.copy_(fetched.view(out.shape), non_blocking=True)
 
 
-def _index(rows: Rows, ranks: np.ndarray) -> np.ndarray:
-    return ranks if rows.index is None else rows.index[ranks]
+def _index(rows: Rows, positions: np.ndarray) -> np.ndarray:
+    return positions if rows.index is None else rows.index[positions]

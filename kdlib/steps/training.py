@@ -183,7 +183,7 @@ def train_run(
         residence=study.compute.images,
         reuse=ranks.alone,
         rank=ranks.rank,
-        n_ranks=ranks.n,
+        world_size=ranks.n,
     )
     heard = {} if teacher is None else teacher.header["columns"]
     shapes = {  # without the axis of views; logits may be stored as the largest alone

@@ -198,19 +198,19 @@ class _Loop:
             self.evidence["gradient"] = self._gradient()
         if self.ema is not None:
             self.ema.update(task.network)
-        ids, labels, passes, ranks = (
-            batch.example_ids, batch.labels, batch.passes, batch.ranks,
+        ids, labels, passes, positions = (
+            batch.example_ids, batch.labels, batch.passes, batch.positions,
         )  # fmt: skip
         if not task.ranks.alone:
-            ids, labels, passes, ranks = (
-                gathered(v, task.ranks) for v in (ids, labels, passes, ranks)
+            ids, labels, passes, positions = (
+                gathered(v, task.ranks) for v in (ids, labels, passes, positions)
             )
         self.losses.append(loss)
         self.hits += int((logits.argmax(1) == labels).sum())
         ids = ids.cpu()
         self.visits.index_add_(0, ids, torch.ones_like(ids))
         if task.log is not None:
-            self._record(passes, ranks, logits, labels)
+            self._record(passes, positions, logits, labels)
         self.step += 1
 
     def _gradient(self) -> dict[str, float]:
@@ -222,14 +222,14 @@ class _Loop:
             "tensors_without": sum(n == 0.0 for n in norms),
         }
 
-    def _record(self, passes: Tensor, ranks: Tensor, logits: Tensor, labels: Tensor) -> None:
+    def _record(self, passes: Tensor, positions: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Write the dynamics of complete passes; the last, partial pass is no recorded epoch."""
         task, batch_size = self.task, self.task.training.batch_size
         if not task.ranks.first:
             return
         if task.observed == "train":
             whole = passes < task.loader.plan.n_passes
-            task.log.record(passes[whole], ranks[whole], logits[whole], labels[whole])
+            task.log.record(passes[whole], positions[whole], logits[whole], labels[whole])
             return
         n = len(task.loader.plan.example_ids)
         for number in range(self.step * batch_size // n, (self.step + 1) * batch_size // n):

@@ -33,9 +33,11 @@ def create(folder, **changes):
     return DynamicsLog.create(folder, IDS, LABELS, **(arguments | changes))
 
 
-def record_epoch(log, epoch, ranks=(2, 0, 1)):
-    ranks = np.array(ranks)
-    log.record(np.full(len(ranks), epoch), ranks, LOGITS[epoch, ranks], LABELS[ranks])
+def record_epoch(log, epoch, positions=(2, 0, 1)):
+    positions = np.array(positions)
+    log.record(
+        np.full(len(positions), epoch), positions, LOGITS[epoch, positions], LABELS[positions]
+    )
 
 
 def finished(folder, **changes):
@@ -71,8 +73,8 @@ def test_recorded_values_equal_a_slow_loop(tmp_path):
     )  # fmt: skip
     everything = [(e, r) for e in range(2) for r in range(6)]
     for part in (everything[:7], everything[7:]):  # a batch may span two recorded epochs
-        epochs, ranks = np.array(part).T
-        log.record(epochs, ranks, logits[epochs, ranks], labels[ranks])
+        epochs, positions = np.array(part).T
+        log.record(epochs, positions, logits[epochs, positions], labels[positions])
     log = log.finish()
     for e, r in everything:
         p, y = softmax(logits[e, r]), labels[r]
@@ -130,12 +132,12 @@ def train(folder):
                 logits=True, provenance={},
             )  # fmt: skip
         for epoch in range(3):
-            for ranks in np.random.default_rng(epoch).permutation(24).reshape(3, 8):
-                logits, gold = network(images[ranks]), torch.as_tensor(labels[ranks])
+            for positions in np.random.default_rng(epoch).permutation(24).reshape(3, 8):
+                logits, gold = network(images[positions]), torch.as_tensor(labels[positions])
                 value = torch.nn.functional.cross_entropy(logits, gold)
                 if log is not None:
                     epochs = torch.full((8,), epoch)
-                    log.record(epochs, torch.as_tensor(ranks), logits, gold)
+                    log.record(epochs, torch.as_tensor(positions), logits, gold)
                 optimiser.zero_grad()
                 value.backward()
                 optimiser.step()
@@ -155,7 +157,7 @@ def test_interrupted_and_resumed_log_has_the_same_bytes(tmp_path):
     finished(tmp_path / "whole")
     log = create(tmp_path / "parts")
     record_epoch(log, 0)
-    record_epoch(log, 1, ranks=(1,))
+    record_epoch(log, 1, positions=(1,))
     log.flush()
     del log
     log = create(tmp_path / "parts")
@@ -182,7 +184,7 @@ def test_a_finished_log_that_is_resumed_must_be_finished_again(tmp_path):
 def test_finish_counts_the_cells_that_were_never_recorded(tmp_path):
     log = create(tmp_path)
     record_epoch(log, 0)
-    record_epoch(log, 1, ranks=(0, 2))
+    record_epoch(log, 1, positions=(0, 2))
     with pytest.raises(ValueError, match=r"7 of 12 cells.*in 3 of 4 epochs \(first: epoch 1\)"):
         log.finish()
     assert not (tmp_path / "index.json").exists()
@@ -226,11 +228,11 @@ def test_stray_arrays_without_header_are_refused(tmp_path):
     [
         (([4], [0], [[0.0, 1.0]], [0]), r"epochs span \[4, 4\]; expected \[0, 3\]"),
         (([-1], [0], [[0.0, 1.0]], [0]), r"epochs span \[-1, -1\]"),
-        (([0], [3], [[0.0, 1.0]], [0]), r"ranks span \[3, 3\]; expected \[0, 2\]"),
-        (([0], [-1], [[0.0, 1.0]], [1]), r"ranks span \[-1, -1\]"),
+        (([0], [3], [[0.0, 1.0]], [0]), r"positions span \[3, 3\]; expected \[0, 2\]"),
+        (([0], [-1], [[0.0, 1.0]], [1]), r"positions span \[-1, -1\]"),
         (([0], [0], [[0.0, 1.0, 2.0]], [0]), r"shape \(1, 3\)"),
-        (([0, 0], [0], [[0.0, 1.0]], [0]), "2 epochs, 1 ranks"),
-        (([0], [0.0], [[0.0, 1.0]], [0]), "ranks are float64"),
+        (([0, 0], [0], [[0.0, 1.0]], [0]), "2 epochs, 1 positions"),
+        (([0], [0.0], [[0.0, 1.0]], [0]), "positions are float64"),
         (([0], [0], [[math.nan, 1.0]], [0]), "float16 cannot hold"),
         (([0], [0], [[1e6, 1.0]], [0]), "float16 cannot hold"),
     ],
@@ -243,7 +245,7 @@ def test_a_batch_that_cannot_be_meant_is_refused_whole(tmp_path, arguments, mess
     assert np.isnan(log["loss"]).all()
 
 
-def test_ranks_of_another_split_are_refused_by_their_labels(tmp_path):
+def test_positions_of_another_split_are_refused_by_their_labels(tmp_path):
     log = create(tmp_path)
     positions = np.array([0, 1, 2])  # as if the loader's order were the log's order
     with pytest.raises(ValueError, match=r"2 of 3 examples \(first: id 10, label 1, expected 0\)"):

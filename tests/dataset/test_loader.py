@@ -58,13 +58,13 @@ def test_a_batch_carries_the_right_rows(images, residence, order, n_ids):
     loader = Loader(plan, images, residence=residence)
     visits = np.zeros(N, int)
     for step in range(plan.n_steps):
-        batch, (passes, ranks) = loader.batch(step), plan.at(step)
+        batch, (passes, positions) = loader.batch(step), plan.at(step)
         assert batch.passes.tolist() == passes.tolist()
-        assert batch.ranks.tolist() == ranks.tolist()
-        assert batch.example_ids.tolist() == ids[ranks].tolist()
+        assert batch.positions.tolist() == positions.tolist()
+        assert batch.example_ids.tolist() == ids[positions].tolist()
         assert batch.images.dtype == torch.uint8
-        np.testing.assert_array_equal(batch.images.numpy(), images.read("images", ids[ranks]))
-        np.testing.assert_array_equal(batch.labels.numpy(), images.read("labels", ids[ranks]))
+        np.testing.assert_array_equal(batch.images.numpy(), images.read("images", ids[positions]))
+        np.testing.assert_array_equal(batch.labels.numpy(), images.read("labels", ids[positions]))
         assert batch.teacher is None
         np.add.at(visits, batch.example_ids.numpy(), 1)
     np.testing.assert_array_equal(visits[ids], plan.visits())
@@ -172,11 +172,12 @@ def test_a_batch_may_be_made_ahead_as_for_a_gpu(images, monkeypatch):
     loader.close()
 
 
-def test_ranks_together_make_the_batch_of_one_process(images):
+def test_processes_together_make_the_batch_of_one_process(images):
     alone = Loader(plan_of(), images, view=VIEW)
-    for n_ranks in (2, 4):
+    for world_size in (2, 4):
         shares = [
-            Loader(plan_of(), images, view=VIEW, rank=r, n_ranks=n_ranks) for r in range(n_ranks)
+            Loader(plan_of(), images, view=VIEW, rank=r, world_size=world_size)
+            for r in range(world_size)
         ]
         for step in (0, 7):
             batches, whole = [share.batch(step) for share in shares], alone.batch(step)
@@ -186,7 +187,7 @@ def test_ranks_together_make_the_batch_of_one_process(images):
 
 def test_auto_keeps_pixels_resident_where_they_fit_and_maps_them_where_not(images, monkeypatch):
     assert Loader(plan_of(), images).residence == "resident"
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * N * 90 - 1)
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: 2 * N * 90 - 1)
     small = Loader(plan_of(), images)
     assert small.residence == "mapped"
     small.close()
@@ -198,12 +199,14 @@ def test_free_memory_is_a_plausible_number_of_bytes():
     assert 2**26 < memory.free_memory(torch.device("cpu")) < 2**46
 
 
-def test_raw_rows_and_labels_are_those_of_their_ranks(images):
+def test_raw_rows_and_labels_are_those_of_their_positions(images):
     ids = np.arange(3, 90, 2)
     for residence in ("resident", "mapped"):
         loader = Loader(plan_of(ids), images, residence=residence)
-        ranks = np.array([5, 0, 43, 5])
-        np.testing.assert_array_equal(loader.raw(ranks).numpy(), images.read("images", ids[ranks]))
+        positions = np.array([5, 0, 43, 5])
+        np.testing.assert_array_equal(
+            loader.raw(positions).numpy(), images.read("images", ids[positions])
+        )
         np.testing.assert_array_equal(loader.labels.numpy(), images.read("labels", ids))
         loader.close()
 

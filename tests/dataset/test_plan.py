@@ -13,7 +13,7 @@ SIZES = {"n": st.integers(1, 40), "batch_size": st.integers(1, 50), "seed": st.i
 
 
 def plan_of(n: int, batch_size: int, n_steps: int = 10, seed: int = 0) -> Plan:
-    """A plan whose ids are 3, 8, 13, ...: not their ranks."""
+    """A plan whose ids are 3, 8, 13, ...: not their positions."""
     return Plan(5 * np.arange(n) + 3, batch_size, n_steps, seed)
 
 
@@ -24,10 +24,10 @@ def test_every_pass_sees_every_example_once_for_any_batch_size(n, batch_size, se
     n_steps = -(-3 * n // batch_size)  # at least three passes
     seen = [plan.at(step) for step in range(n_steps)]
     assert all(part.shape == (batch_size,) for pair in seen for part in pair)
-    passes, ranks = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+    passes, positions = (np.concatenate(parts) for parts in zip(*seen, strict=True))
     assert np.all(np.diff(passes) >= 0)
     for number in range(3):
-        assert sorted(ranks[passes == number]) == list(range(n))
+        assert sorted(positions[passes == number]) == list(range(n))
 
 
 @settings(max_examples=60, deadline=None)
@@ -139,7 +139,7 @@ def sharded(n: int, order: str = "shuffled", per_pass: int | None = None, **chan
 
 
 def seen_by(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """(passes, ranks) of the whole budget."""
+    """(passes, positions) of the whole budget."""
     parts = zip(*(plan.at(step) for step in range(plan.n_steps)), strict=True)
     return tuple(np.concatenate(part) for part in parts)
 
@@ -161,14 +161,14 @@ def test_every_planned_example_is_seen_exactly_once_per_pass(
     plan = sharded(
         n, order, per_pass, batch_size=batch_size, n_steps=30, seed=seed, window_shards=window
     )
-    passes, ranks = seen_by(plan)
+    passes, positions = seen_by(plan)
     shards = plan.example_ids // SHARD
     for number in range(plan.n_passes):
-        mine = np.sort(ranks[passes == number])
+        mine = np.sort(positions[passes == number])
         expected = np.flatnonzero(np.isin(shards, np.unique(shards)[plan.members(number)]))
         np.testing.assert_array_equal(mine, expected)
     assert passes.max() <= plan.n_passes
-    np.testing.assert_array_equal(np.bincount(ranks, minlength=n), plan.visits())
+    np.testing.assert_array_equal(np.bincount(positions, minlength=n), plan.visits())
 
 
 @settings(max_examples=40, deadline=None)
@@ -183,13 +183,13 @@ def test_sharded_steps_are_the_same_in_whatever_order_they_are_asked_for(order, 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("per_pass", [None, 3])
-def test_ranks_together_see_what_one_process_sees(order, per_pass):
+def test_processes_together_see_what_one_process_sees(order, per_pass):
     plan = sharded(50, order, per_pass, batch_size=12)
     for step in range(10):
         whole = plan.at(step)
-        for n_ranks in (2, 3, 4):
-            shares = [plan.at(step, rank, n_ranks) for rank in range(n_ranks)]
-            assert {len(share[0]) for share in shares} == {12 // n_ranks}
+        for world_size in (2, 3, 4):
+            shares = [plan.at(step, rank, world_size) for rank in range(world_size)]
+            assert {len(share[0]) for share in shares} == {12 // world_size}
             for together, alone in zip(zip(*shares, strict=True), whole, strict=True):
                 np.testing.assert_array_equal(np.concatenate(together), alone)
     with pytest.raises(ValueError, match="rank 0 of 5 of a batch of 12"):

@@ -97,9 +97,9 @@ def test_teacher_rows_read_out_of_step_cannot_finish_a_run(lab, monkeypatch):
     rng = np.random.default_rng(0)
 
     class Shuffled(Loader):
-        def teacher_rows(self, ranks, views):
+        def teacher_rows(self, positions, views):
             order = rng.permutation(len(self.plan.example_ids))
-            return super().teacher_rows(order[ranks], views)
+            return super().teacher_rows(order[positions], views)
 
     monkeypatch.setattr(training_module, "Loader", Shuffled)
     for seed in study.seeds:

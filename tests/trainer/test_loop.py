@@ -365,7 +365,7 @@ def test_permuted_teacher_rows_show_in_the_pairing(tmp_path, images):
     learner = Learner(task.network, task.distiller, task.objective)
     honest = loop.pairing(task, learner)
     shuffled, rows = np.random.default_rng(0).permutation(60), task.loader.teacher_rows
-    task.loader.teacher_rows = lambda ranks, views: rows(shuffled[ranks], views)
+    task.loader.teacher_rows = lambda positions, views: rows(shuffled[positions], views)
     broken = loop.pairing(task, learner)
     assert honest["paired"] < 0.5 * honest["permuted"]
     assert honest["teacher_accuracy"] == 1.0
