@@ -123,7 +123,7 @@ def task(
             device=device,
             reuse=together.alone,
             rank=together.rank,
-            n_ranks=together.n,
+            world_size=together.n,
         ),
         objective=objective,
         training=training,

@@ -26,7 +26,8 @@ from kdlib.steps.training import launch_run, use
 from kdlib.study.objectives import KINDS
 from kdlib.study.study import Compute, Objective
 from kdlib.trainer.distributed import launch
-from kdlib.trainer.loop import Distiller, Trained, train
+from kdlib.trainer.loop import Trained, train
+from kdlib.trainer.objectives import Distiller
 from kdlib.trainer.step import ALONE, Step, Task, TrainingError
 
 OWN = """
