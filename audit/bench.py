@@ -17,7 +17,7 @@ import torch
 
 from kdlib.cache.shards import Cache
 from kdlib.cartography.datamap import compute_datamap
-from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.log import DynamicsLog, begin_log
 from kdlib.cartography.selection import select
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader, View
@@ -270,16 +270,7 @@ class Bench:
 
     def log(self, plan: Plan, observed: str = "train") -> DynamicsLog:
         """An empty log of a training's dynamics."""
-        return DynamicsLog.create(
-            self.place() / "dynamics",
-            plan.example_ids,
-            self.labels(plan.example_ids),
-            n_epochs=plan.n_passes,
-            n_classes=self.images.n_classes,
-            observed=observed,
-            logits=False,
-            provenance=self.images.fingerprints,
-        )
+        return begin_log(self.place() / "dynamics", self.images, plan, observed=observed)
 
     @cached_property
     def table(self) -> pd.DataFrame:

@@ -1,7 +1,4 @@
-"""The log of training dynamics: what a network did with each example in each recorded epoch.
-
-Leaves to others: when to record (trainer), what the numbers mean (cartography).
-"""
+"""The log of training dynamics: what a network did with each example in each recorded epoch."""
 
 import json
 import os
@@ -10,24 +7,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdlib.dataset.images import Images
+from kdlib.dataset.plan import Plan
 from kdlib.repro import files
 from kdlib.repro.tables import check_provenance
 
 FORMAT = 2  # 1 had no seal
-
-
 QUANTITIES = ("gold_prob", "margin", "entropy", "el2n", "loss", "correct")
 
 
 class DynamicsLog:
     """What a network did with each example in each recorded epoch, in memory-mapped `.npy` files.
 
-    A folder with one array per quantity, row = recorded epoch, column = position of the example id:
-    `gold_prob`, `margin`, `entropy`, `el2n`, `loss` (E, N) float16 (NaN = not recorded), `correct`
-    (E, N) int8 (-1 = not recorded), and `logits` (E, N, C) float16 when asked for; beside them
-    `example_ids.npy` (N,) int64 sorted, `labels.npy` (N,) int64, `header.json` (written first: what
-    is being recorded) and `index.json` (written last: its presence means complete). `log["loss"]`
-    is the array of one quantity.
+    A folder with one array per quantity, row = recorded epoch, column = position of the example
+    among the sorted ids: `gold_prob`, `margin`, `entropy`, `el2n`, `loss` (E, N) float16 (NaN = not
+    recorded), `correct` (E, N) int8 (-1 = not recorded), and `logits` (E, N, C) float16 when asked
+    for; beside them `example_ids.npy` (N,) int64 sorted, `labels.npy` (N,) int64, `header.json`
+    (written first: what is being recorded) and `index.json` (written last: its presence means
+    complete). `log["loss"]` is the array of one quantity.
 
     float16 resolves probabilities to 0.0005 near 1 and rounds those below 3e-8 to 0.
 
@@ -79,8 +76,7 @@ class DynamicsLog:
         """Begin a log, or go on with the one in `folder` when it was begun with the same arguments.
 
         A finished log with the same arguments is reopened too, and is unfinished until `finish` is
-        called again: a run killed after `finish` and before its own last file resumes like any
-        other.
+        called again, so that a run that was killed right after `finish` can be resumed.
 
         Args:
             folder: Made when absent.
@@ -154,17 +150,17 @@ class DynamicsLog:
                 f"{_remedy(folder)}"
             )
         try:
-            # one flipped bit does not make a 1 of a 2
+            # format 1 has no seal; one flipped bit does not make a 1 of a 2
             if index["format"] == FORMAT and not files.is_sealed(index):
                 raise ValueError("it was changed after it was written")
             layout = _layout(index)
             sums = {name: index["sha256"][f"{name}.npy"] for name in layout}
-            made_from = dict(index["provenance"])
+            recorded_from = dict(index["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{folder / 'index.json'} is not a whole index ({error}); {_remedy(folder)}"
             ) from None
-        check_provenance(provenance, made_from, folder / "index.json")
+        check_provenance(provenance, recorded_from, folder / "index.json")
         arrays = {
             name: _map(folder / f"{name}.npy", dtype, shape, "r")
             for name, (dtype, shape) in layout.items()
@@ -192,19 +188,20 @@ class DynamicsLog:
 
         Args:
             epochs: (B,) int64 in [0, E), the recorded epoch of each example.
-            positions: (B,) int64 in [0, N), the column: `np.searchsorted(log.example_ids, ids)`.
+            positions: (B,) int64 in [0, N), the columns: `np.searchsorted(log.example_ids, ids)`.
             logits: (B, C) float.
-            labels: (B,) int64; must be the log's own labels at these positions, which shows that
-                the positions belong to this split.
+            labels: (B,) int64; must equal the log's labels at these positions, which shows that the
+                positions belong to this split.
 
         Raises: ValueError for another shape, an epoch or position out of range, other labels, or
-            values float16 cannot hold. Nothing of the batch is written then.
+            values float16 cannot hold; nothing of the batch is written.
         """
         # 82 us for B=64, C=10, 115 us for C=100 with logits kept (median of 2000 calls, one thread
         # of a 2-core x86-64 virtual machine, torch 2.15).
         epochs, positions, labels = (
-            _integers(v, n)
-            for v, n in ((epochs, "epochs"), (positions, "positions"), (labels, "labels"))
+            _integers("epochs", epochs),
+            _integers("positions", positions),
+            _integers("labels", labels),
         )
         logits = torch.as_tensor(logits).detach()  # no graph is built from here on
         self._check_batch(epochs, positions, logits, labels)
@@ -247,11 +244,11 @@ class DynamicsLog:
                 )
         wrong = labels != self.labels[positions]
         if wrong.any():
+            first = positions[wrong][0]
             raise ValueError(
                 f"labels differ from those of the log for {wrong.sum()} of {n} examples (first: id "
-                f"{self.example_ids[positions[wrong][0]]}, label {labels[wrong][0]}, expected "
-                f"{self.labels[positions[wrong][0]]}); positions must come from the log's own "
-                "example_ids"
+                f"{self.example_ids[first]}, label {labels[wrong][0]}, expected "
+                f"{self.labels[first]}); positions count in the example_ids of the log"
             )
 
     def flush(self) -> None:
@@ -289,6 +286,36 @@ class DynamicsLog:
         return DynamicsLog.open(self.folder)
 
 
+def begin_log(
+    folder: Path,
+    images: Images,
+    plan: Plan,
+    *,
+    observed: str,
+    logits: bool = False,
+    labels: np.ndarray | None = None,
+    n_classes: int | None = None,
+    **provenance: str,
+) -> DynamicsLog:
+    """Begin or go on with the log of one training: `DynamicsLog.create` for every pass of a plan.
+
+    Args:
+        labels: (N,) int64 of the plan's examples; None takes those of the images.
+        n_classes: None takes that of the images.
+        provenance: What determines the content beside the images and their split.
+    """
+    return DynamicsLog.create(
+        folder,
+        plan.example_ids,
+        images.train.read("labels", plan.example_ids) if labels is None else labels,
+        n_epochs=plan.n_passes,
+        n_classes=n_classes or images.n_classes,
+        observed=observed,
+        logits=logits,
+        provenance=images.fingerprints | provenance,
+    )
+
+
 def _check_examples(example_ids: np.ndarray, labels: np.ndarray, n_classes: int) -> None:
     if example_ids.dtype.kind not in "iu" or example_ids.ndim != 1 or len(example_ids) == 0:
         raise ValueError(
@@ -324,7 +351,7 @@ def _layout(header: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 
 
 def _begin(folder: Path, header: dict) -> None:
-    """Write the header of a new log, or compare it with the one that is there."""
+    """Write the header of a new log, or refuse to go on with a log of another header."""
     if (folder / "header.json").exists():
         lines = files.difference(header, files.read_record(folder / "header.json"))
         if lines:
@@ -344,13 +371,13 @@ def _begin(folder: Path, header: dict) -> None:
 
 
 def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Write an array of cells without record; under its final name it is whole."""
+    """Write an array whose cells are all marked as not recorded, under its name when complete."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with files.writing(path):
             array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
             with open(temporary, "r+b") as file:
-                # a mapped page for which the disk has no room would end the process: take it now
+                # writing to a mapped page for which the disk has no room ends the process
                 if hasattr(os, "posix_fallocate"):  # macOS has none
                     os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         array[...] = -1 if dtype == np.int8 else np.nan
@@ -387,7 +414,7 @@ def _remedy(folder: Path) -> str:
     return f"delete the folder of its run ({folder.parent}) and record again"
 
 
-def _integers(values: torch.Tensor | np.ndarray, name: str) -> np.ndarray:
+def _integers(name: str, values: torch.Tensor | np.ndarray) -> np.ndarray:
     values = values.cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
     if values.ndim != 1 or values.dtype.kind not in "iu":
         raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.log import DynamicsLog, begin_log
 from kdlib.dataset.images import Images
 from kdlib.models.evaluation import all_outputs
 from kdlib.models.networks import network_for
@@ -111,15 +111,15 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
         training = keep_epoch(training, plan, epoch)
         log = None
         if kind != "fold":
-            log = DynamicsLog.create(
+            log = begin_log(
                 run.folder / "dynamics",
-                ids,
-                labels,
-                n_epochs=plan.n_passes,
-                n_classes=images.n_classes + n_more,
+                images,
+                plan,
                 observed=study.dynamics.observed,
                 logits=own["logits"],
-                provenance=images.fingerprints | {"settings": run.settings_sha256},
+                labels=labels,
+                n_classes=images.n_classes + n_more,
+                settings=run.settings_sha256,
             )
         evidence = train_run(
             run, study, images, network, training, plan, CROSS_ENTROPY, seed, f"{model} {part}",

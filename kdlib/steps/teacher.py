@@ -8,7 +8,7 @@ from typing import Any
 
 from kdlib.cache.outputs import open_outputs
 from kdlib.cache.shards import Cache
-from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.log import begin_log
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
 from kdlib.models.networks import Network
@@ -167,15 +167,13 @@ def _supervise(
         training = keep_epoch(training, plan, study.dynamics.gradient_epoch)
     log = None
     if recorded and ranks.first:
-        log = DynamicsLog.create(
+        log = begin_log(
             run.folder / "dynamics",
-            plan.example_ids,
-            images.train.read("labels", plan.example_ids),
-            n_epochs=plan.n_passes,
-            n_classes=images.n_classes,
+            images,
+            plan,
             observed=study.dynamics.observed,
             logits=study.dynamics.logits,
-            provenance=images.fingerprints | {"settings": run.settings_sha256},
+            settings=run.settings_sha256,
         )
     evidence = train_run(
         run, study, images, network, training, plan, CROSS_ENTROPY, seed, describe, ranks, log=log
