@@ -10,6 +10,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 import re
 import signal
 import subprocess
@@ -34,6 +35,8 @@ SIDE = 96  # pixels: smaller images are enlarged without smoothing, larger ones 
 LISTED = 20  # classes of the table of counts
 LIT = "#D55E00"  # selected points, and their share of a class
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# First line of an exception as Python and papermill print it: its class, then its message.
+_RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|Iteration)(?::.*)?")
 
 
 def drawn(table: pd.DataFrame, max_points: int) -> pd.DataFrame:
@@ -403,6 +406,15 @@ def results_html(state: Explorer, name: str) -> str:
     )
 
 
+def failure_html(name: str, training: "Training") -> str:
+    """Why the students of a selection are not trained, and where all that was printed lies."""
+    return (
+        f"<div class='kdlib-failure' style='line-height:1.4;color:{LIT}'><b>The training of "
+        f"students on {html.escape(name)} failed:</b> {html.escape(training.error())}<br>"
+        f"The whole log: <code>{html.escape(str(training.log))}</code></div>"
+    )
+
+
 class Training:
     """Commands that run one after another in the background; they end with the kernel.
 
@@ -439,7 +451,7 @@ class Training:
                         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                     )  # fmt: skip
                 except OSError as error:
-                    log.write(str(error))
+                    log.write(f"{type(error).__name__}: {error}")
                     code = 1
                     break
                 while (code := self._wait()) is None:
@@ -454,10 +466,25 @@ class Training:
         except subprocess.TimeoutExpired:
             return None
 
-    def last_line(self) -> str:
-        """The last line printed so far, without colours."""
+    def lines(self) -> list[str]:
+        """What is printed so far, line by line, without colours."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
-        return next((line for line in reversed(re.split(r"[\r\n]+", text)) if line.strip()), "")
+        return re.split(r"\r?\n|\r", text)
+
+    def last_line(self) -> str:
+        """The last line printed so far that is not empty."""
+        return next((line for line in reversed(self.lines()) if line.strip()), "")
+
+    def error(self) -> str:
+        """Why it failed: class and message of the last exception in the log, in one line; where no
+        exception is printed, the exit code and the last line."""
+        lines = self.lines()
+        starts = [i for i, line in enumerate(lines) if _RAISED.fullmatch(line.strip())]
+        if not starts:
+            how = f"exit code {self.code}" if self.code > 0 else f"signal {-self.code}"
+            return f"the process ended with {how}; its last line: {self.last_line() or 'none'}"
+        message = itertools.takewhile(str.strip, lines[starts[-1] :])
+        return " ".join(line.strip() for line in message)
 
     def stop(self) -> None:
         """End the running command: papermill takes its kernel down on an interrupt."""

@@ -106,7 +106,8 @@ ALLOWED = {
     "__main__": "audit augment cache dataset distilling drawing files findings inspecting params "
     "probing ranks recordings runs scorecard teaching",
 }
-NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
+WIDGET_SIDE = {"IPython", "anywidget", "ipywidgets", "jscatter"}
+NOTEBOOK_SIDE = WIDGET_SIDE | {"papermill", "jupyter", "nbformat"}
 SLOW = {
     "torchvision",
     "timm",
@@ -222,7 +223,7 @@ def test_the_graph_has_no_cycle():
 @pytest.mark.parametrize("module", MODULES)
 def test_only_engine_and_explorer_import_anything_of_the_notebook_s_side(module):
     found = {part for name in imports(parsed(module)) for part in name.split(".")}
-    there = {ENGINE: {"papermill"}, WIDGETS: {"IPython", "ipywidgets", "jscatter"}}
+    there = {ENGINE: {"papermill"}, WIDGETS: WIDGET_SIDE}
     assert found & NOTEBOOK_SIDE == there.get(module, set())
     assert WIDGETS not in arrows(parsed(module))
 
