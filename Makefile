@@ -18,8 +18,16 @@ study: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib audit
 
-lab: .venv/installed
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/01_cache.ipynb
+# JupyterLab saves outputs into the notebooks it shows: it is given copies, which git ignores.
+lab: .venv/installed $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))
+	$(BIN)/jupyter lab --notebook-dir=. lab/01_cache.ipynb
+
+# A notebook that has changed is copied again, and the copy of it before keeps the time in its name.
+lab/%.ipynb: notebooks/%.ipynb
+	@mkdir -p lab
+	@if [ -e $@ ]; then kept=lab/$*.$$(date +%Y%m%d-%H%M%S).ipynb; mv $@ $$kept; \
+	  echo "$< has changed; the copy of it before is now $$kept"; fi
+	@cp $< $@
 
 figures: .venv/installed
 	@$(BIN)/python -m kdlib figures $(if $(filter file,$(origin STUDY)),all,$(STUDY))

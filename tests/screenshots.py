@@ -54,7 +54,7 @@ def walk(screen: Screen) -> None:
     screen.button("Save").click()
     screen.says("saved in")
     screen.button("Train students on it").click()
-    wait(lambda: screen.text(".kdlib-results"), "the students", 600)
+    wait(lambda: screen.text(".kdlib-results"), "the students", limit_s=600)
     shot(screen, "trained")
 
 

@@ -63,6 +63,55 @@ def test_parameters_are_the_study_and_its_axes_with_a_type_and_a_help_text(path)
         assert len(parameter["help"]) > 10
 
 
+@pytest.fixture
+def checkout(tmp_path):
+    """The notebooks and the Makefile, with a jupyter that writes into the notebook it opens."""
+    shutil.copytree(FOLDER, tmp_path / "notebooks")
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(FOLDER.parent / name, tmp_path)
+    jupyter = tmp_path / ".venv" / "bin" / "jupyter"
+    jupyter.parent.mkdir(parents=True)
+    jupyter.write_text('#!/bin/sh\nfor last; do :; done\nprintf "an output" >> "$last"\n')
+    jupyter.chmod(0o755)
+    (tmp_path / ".venv" / "installed").touch()
+    return tmp_path
+
+
+def _make_lab(checkout):
+    command = ["make", "--no-print-directory", "lab"]
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_look_in_jupyterlab_changes_no_notebook_that_git_tracks(checkout):
+    _make_lab(checkout)
+    for path in NOTEBOOKS:
+        assert (checkout / "notebooks" / path.name).read_bytes() == path.read_bytes()
+    opened = checkout / "lab" / "01_cache.ipynb"
+    assert opened.read_text() == NOTEBOOKS[0].read_text() + "an output"
+    copies = sorted((checkout / "lab").iterdir())
+    assert [path.name for path in copies] == [path.name for path in NOTEBOOKS]
+    assert copies[1].read_bytes() == NOTEBOOKS[1].read_bytes()
+    assert "/lab/" in (FOLDER.parent / ".gitignore").read_text().splitlines()
+
+
+def test_a_copy_lasts_and_is_kept_where_its_notebook_has_changed(checkout):
+    _make_lab(checkout)
+    assert "has changed" not in _make_lab(checkout)
+    opened = checkout / "lab" / "01_cache.ipynb"
+    before = NOTEBOOKS[0].read_text() + 2 * "an output"
+    assert opened.read_text() == before
+    source, copied_s = checkout / "notebooks" / "01_cache.ipynb", opened.stat().st_mtime
+    source.write_text("new")
+    os.utime(source, (copied_s + 1, copied_s + 1))
+    said = _make_lab(checkout)
+    assert opened.read_text() == "newan output"
+    [kept] = (checkout / "lab").glob("01_cache.*-*.ipynb")
+    assert kept.read_text() == before
+    assert f"is now lab/{kept.name}" in said
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A workspace with the tiny study's cache, teacher and datamap, made by papermill; the study
@@ -99,14 +148,17 @@ def _papermill(home, name, *options):
 
 
 def _as_in_jupyterlab(home, name, monkeypatch, **values):
-    """Run all cells as JupyterLab does: the parameters cell edited, the kernel in `notebooks/`."""
+    """Run all cells as JupyterLab does after `make lab`: the parameters cell edited, the kernel in
+    `lab/`."""
     monkeypatch.setenv("KDLIB_HOME", str(home))
+    lab = home / "lab"
+    lab.mkdir(exist_ok=True)
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     lines = _code(notebook)[0].source.splitlines()
     for key, value in values.items():
         lines = [f"{key} = {value!r}" if line.startswith(f"{key}:") else line for line in lines]
     _code(notebook)[0].source = "\n".join(lines)
-    client = NotebookClient(notebook, resources={"metadata": {"path": str(FOLDER)}})
+    client = NotebookClient(notebook, resources={"metadata": {"path": str(lab)}})
     client.execute()
     return notebook
 

@@ -21,7 +21,8 @@ ROOMS = (
     {"repro"}, {"study"}, {"compare", "plots", "cache"}, {"dataset"}, {"models"},
     {"trainer", "cartography", "probes"}, {"steps"}, {"explorer"}, {"__main__"},
 )  # fmt: skip
-NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
+WIDGET_SIDE = {"IPython", "anywidget", "ipywidgets", "jscatter"}
+NOTEBOOK_SIDE = WIDGET_SIDE | {"papermill", "jupyter", "nbformat"}
 SLOW = {
     "torchvision",
     "timm",
@@ -144,7 +145,7 @@ def test_every_folder_is_a_room():
 @pytest.mark.parametrize("module", MODULES)
 def test_only_engine_and_explorer_import_anything_of_the_notebook_s_side(module):
     found = {part for name in imports(parsed(module)) for part in name.split(".")}
-    there = {ENGINE: {"papermill"}, WIDGETS: {"IPython", "ipywidgets", "jscatter"}}
+    there = {ENGINE: {"papermill"}, WIDGETS: WIDGET_SIDE}
     assert found & NOTEBOOK_SIDE == there.get(module, set())
     assert f"kdlib.{WIDGETS}" not in {name.rpartition(".")[0] for name in imports(parsed(module))}
 

@@ -19,11 +19,45 @@ import numpy as np
 import pandas as pd
 
 from kdlib.explorer.background import Training
-from kdlib.explorer.html import LIT, counts_html, gallery_html, results_html
+from kdlib.explorer.html import LIT, counts_html, failure_html, gallery_html, results_html
 from kdlib.explorer.state import LIMITS, REGIONS, SIDE, Explorer
 from kdlib.study.study import Study
 
 A_CLICK_S = 0.6  # a click on a point so soon after a lasso is the end of the lasso
+
+# jupyter-scatter 1.0.1 draws the ranges of both axes as a square as high as the canvas; a canvas
+# narrower than high cuts off both ends of x. This narrows the square to the canvas, at first and
+# after each change of the canvas's size. Setting the view again redraws the axes.
+FIT = """
+export default {
+  render({ el }) {
+    let ended = false;
+    let observer;
+    function start() {
+      const divs = el.closest(".kdlib-map")?.querySelectorAll("div") ?? [];
+      const map = [...divs].find((div) => div.api);
+      if (!map) {
+        if (!ended) requestAnimationFrame(start); // the map is not there yet
+        return;
+      }
+      const [plot, canvas] = [map.api, map.querySelector("canvas")];
+      async function fit() {
+        if (ended || !canvas.clientWidth || !canvas.clientHeight) return;
+        const width = Math.max(1, canvas.clientWidth - 16); // room for the labels of both ends
+        await plot.set({ aspectRatio: Math.min(1, width / canvas.clientHeight) });
+        plot.view(plot.get("cameraView"));
+      }
+      observer = new ResizeObserver(() => requestAnimationFrame(fit));
+      observer.observe(canvas);
+    }
+    start();
+    return () => {
+      ended = true;
+      observer?.disconnect();
+    };
+  },
+};
+"""
 
 
 def explore(
@@ -177,6 +211,13 @@ class _Plot:
         self.scatter.legend(few)
 
 
+def _fitting() -> Any:
+    """A widget of no size that fits the map in the same box to the width of its canvas."""
+    import anywidget
+
+    return anywidget.AnyWidget(_esm=FIT)
+
+
 def _range_of(table: pd.DataFrame, score: str) -> tuple[float, float]:
     """Ends of a score: what is possible where that is known, else what is there."""
     values = table[score][np.isfinite(table[score])]
@@ -287,7 +328,12 @@ class App:
         title = f"<b>{html.escape(self.state.study.name)}</b>. {html.escape(self.state.note)}"
         if linked:
             title += f" Beside it: <b>{html.escape(self.state.other_name)}</b>."
-        maps = [share(plot.widget, part=1.3, box=w.Box, display="block") for plot in self.plots]
+        maps = [
+            share(plot.widget, _fitting(), part=1.3, box=w.Box, display="block")
+            for plot in self.plots
+        ]
+        for box in maps:
+            box.add_class("kdlib-map")
         scrolled = w.Layout(height="400px", overflow="auto", display="block")
         order, turn = line(self.sort, self.ascending), line(self.back, self.forth, self.page)
         images = w.Box([self.gallery], layout=scrolled)
@@ -455,6 +501,8 @@ class App:
         if not name:
             return ""
         said = self.state.restore(name)
+        if not self.train.disabled:  # of an earlier training
+            self.log.value = ""
         self._clear()
         self.name.value = name
         self._list_saved()
@@ -467,10 +515,11 @@ class App:
         self.state.save(name)
         self._list_saved()
         log = self.state.study.runs / "selections" / f"{name}-train.log"
+        commands = self.state.commands(name)
         self.train.disabled, self.stop.disabled = True, False
-        self.results.value = ""
+        self.log.value = self.results.value = ""
         self.training = Training(
-            self.state.commands(name), log, lambda last: self._heard(name, last),
+            commands, log, lambda last: self._heard(name, last),
             lambda training: self._ended(name, training),
         )  # fmt: skip
         return f"Training students on {name}; the kernel stays free meanwhile."
@@ -489,7 +538,10 @@ class App:
             if training.stopped:
                 return "Stopped; finished students stay and are not trained again."
             if training.code:
-                raise ValueError(f"The training failed: {training.last_line()} ({training.log})")
+                self.log.value = failure_html(name, training)
+                raise ValueError(
+                    f"The training of students on {name} failed; its error stands below the button."
+                )
             self.results.value = results_html(self.state, name)
             return f"The students of {name} are trained."
 

@@ -1,6 +1,7 @@
 """Training started from the map, in a process of its own."""
 
 import atexit
+import itertools
 import re
 import signal
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import kdlib
+
+# First line of an exception as Python and papermill print it: its class, then its message.
+_RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|Iteration)(?::.*)?")
 
 
 class Training:
@@ -48,7 +52,7 @@ class Training:
                         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                     )  # fmt: skip
                 except OSError as error:
-                    log.write(str(error))
+                    log.write(f"{type(error).__name__}: {error}")
                     code = 1
                     break
                 while (code := self._wait()) is None:
@@ -63,10 +67,25 @@ class Training:
         except subprocess.TimeoutExpired:
             return None
 
-    def last_line(self) -> str:
-        """The last line printed so far, without colours."""
+    def lines(self) -> list[str]:
+        """What is printed so far, line by line, without colours."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
-        return next((line for line in reversed(re.split(r"[\r\n]+", text)) if line.strip()), "")
+        return re.split(r"\r?\n|\r", text)
+
+    def last_line(self) -> str:
+        """The last line printed so far that is not empty."""
+        return next((line for line in reversed(self.lines()) if line.strip()), "")
+
+    def error(self) -> str:
+        """Why it failed: class and message of the last exception in the log, in one line; where no
+        exception is printed, the exit code and the last line."""
+        lines = self.lines()
+        starts = [i for i, line in enumerate(lines) if _RAISED.fullmatch(line.strip())]
+        if not starts:
+            how = f"exit code {self.code}" if self.code > 0 else f"signal {-self.code}"
+            return f"the process ended with {how}; its last line: {self.last_line() or 'none'}"
+        message = itertools.takewhile(str.strip, lines[starts[-1] :])
+        return " ".join(line.strip() for line in message)
 
     def stop(self) -> None:
         """End the running command: papermill takes its kernel down on an interrupt."""

@@ -3,6 +3,7 @@
 import html
 
 from kdlib.cartography.subset import Subset
+from kdlib.explorer.background import Training
 from kdlib.explorer.state import LIMITS, Explorer
 
 LISTED = 20  # classes of the table of counts
@@ -80,4 +81,13 @@ def results_html(state: Explorer, name: str) -> str:
         f"</b> and on as many random examples ({size:,}), mean over {len(state.study.seeds)} seeds:"
         "</div>"
         f"<table class='kdlib-results' style='font-size:12px'><tr>{head}</tr>{lines}</table>"
+    )
+
+
+def failure_html(name: str, training: Training) -> str:
+    """Why the students of a selection are not trained, and where all that was printed lies."""
+    return (
+        f"<div class='kdlib-failure' style='line-height:1.4;color:{LIT}'><b>The training of "
+        f"students on {html.escape(name)} failed:</b> {html.escape(training.error())}<br>"
+        f"The whole log: <code>{html.escape(str(training.log))}</code></div>"
     )

@@ -29,7 +29,7 @@ def workspace() -> Path:
     """The folder that holds `params/`, `runs/`, `cache/` and `figures/`.
 
     Returns: `$KDLIB_HOME` when it is set, else the repository this package is installed from, so
-        that JupyterLab (started in `notebooks/`), papermill (started anywhere) and pytest agree.
+        that JupyterLab (started in `lab/`), papermill (started anywhere) and pytest agree.
     """
     home = os.environ.get("KDLIB_HOME")
     return Path(home).resolve() if home else Path(__file__).resolve().parents[2]

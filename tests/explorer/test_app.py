@@ -545,19 +545,102 @@ def test_training_runs_beside_the_kernel_and_its_log_is_followed(app, monkeypatc
     assert app.training.log.read_text() == "Executing Cell 3\nsecond\n"
 
 
-def test_a_failed_training_says_its_last_line_and_stops_there(app, monkeypatch):
-    train(app, monkeypatch, "raise SystemExit('StudyError: no such thing')", "print('never')")
+def below_the_button(app):
+    return html.unescape(re.sub("<[^>]*>", "", app.log.value))
+
+
+def test_a_failed_training_says_why_and_where_its_log_lies_and_stops_there(app, monkeypatch):
+    code = "print('Output Notebook: out.ipynb')\nraise ValueError('no <b>such</b> thing:\\n  here')"
+    train(app, monkeypatch, code, "print('second')")
     finished(app)
-    assert said(app).startswith("The training failed: StudyError: no such thing (")
-    assert "never" not in app.training.log.read_text()
+    assert (
+        said(app) == "The training of students on mine failed; its error stands below the button."
+    )
+    assert below_the_button(app) == (
+        "The training of students on mine failed: ValueError: no <b>such</b> thing: here"
+        f"The whole log: {app.training.log}"
+    )
+    assert "<b>such" not in app.log.value
+    assert "second" not in app.training.log.read_text()
+    assert (app.train.disabled, app.stop.disabled) == (False, True)
+
+
+def test_the_error_of_an_earlier_training_goes_with_the_next_one(app, monkeypatch):
+    monkeypatch.setattr(app_module, "results_html", lambda state, name: f"results of {name}")
+    train(app, monkeypatch, "raise SystemExit(3)")
+    finished(app)
+    assert "exit code 3; its last line: none" in below_the_button(app)
+    app.restore.value = "mine"
+    assert app.log.value == ""
+    train(app, monkeypatch, "raise SystemExit(3)")
+    finished(app)
+    train(app, monkeypatch, "pass")
+    finished(app)
+    assert (app.log.value, app.results.value) == ("", "results of mine")
 
 
 def test_a_training_that_cannot_start_says_so(app, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     train(app, monkeypatch, "pass")
     finished(app)
-    assert "/no/such/python" in said(app)
+    assert "FileNotFoundError: [Errno 2]" in below_the_button(app)
+    assert "/no/such/python" in below_the_button(app)
     assert not app.train.disabled
+
+
+def test_a_training_whose_commands_cannot_be_made_leaves_the_button_free(app, monkeypatch):
+    def broken(name):
+        raise OSError("the disk is full")
+
+    lasso(app.plots[0], app.state.table.index[:110])
+    app.name.value = "mine"
+    monkeypatch.setattr(app.state, "commands", broken)
+    app.train.click()
+    assert said(app) == "OSError: the disk is full"
+    assert (app.train.disabled, app.stop.disabled) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "error"),
+    [
+        (
+            "Executing notebook with kernel: python3\nTraceback (most recent call last):\n"
+            "papermill.exceptions.PapermillExecutionError: \n---\n"
+            'Exception encountered at "In [3]":\n---\n'
+            "\x1b[31mStudyError\x1b[39m        Traceback (most recent call last)\n"
+            "\x1b[31mStudyError\x1b[39m: a.yaml is not a valid study:\n  probe.k: not a number\n\n",
+            1,
+            "StudyError: a.yaml is not a valid study: probe.k: not a number",
+        ),
+        ("torch.OutOfMemoryError: CUDA\r\n\r\nleaked semaphores\n", 1,
+         "torch.OutOfMemoryError: CUDA"),
+        ("KeyError: 1\n\nDuring handling of it:\n\nAssertionError\n", 1, "AssertionError"),
+        ("Output Notebook: out.ipynb\n\n", 1,
+         "the process ended with exit code 1; its last line: Output Notebook: out.ipynb"),
+        ("", -9, "the process ended with signal 9; its last line: none"),
+    ],
+)  # fmt: skip
+def test_the_error_of_a_log_is_its_last_exception(tmp_path, log, code, error):
+    training = Training([], tmp_path / "log", lambda line: None, lambda t: None)
+    training.thread.join()
+    training.log.write_text(log, newline="")
+    training.code = code
+    assert training.error() == error
+
+
+def test_the_box_of_a_map_holds_what_fits_it_to_its_width(app):
+    [plot] = app.plots
+    boxes = []
+
+    def search(box):
+        boxes.extend([box] if "kdlib-map" in box._dom_classes else [])
+        for child in getattr(box, "children", ()):
+            search(child)
+
+    search(app.box)
+    [[drawn_map, fitting]] = [box.children for box in boxes]
+    assert drawn_map is plot.widget
+    assert fitting._esm == app_module.FIT
 
 
 def test_a_training_can_be_stopped(app, monkeypatch):

@@ -1,4 +1,4 @@
-"""The explorer in a real JupyterLab in a headless Chromium: lasso, look, save, restore, train."""
+"""The explorer in a real JupyterLab in a headless Chromium: see, select, save, restore, train."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,9 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from tiny import TINY, flip
 
 from kdlib.cartography.subset import Subset
 from kdlib.explorer.state import Explorer
@@ -23,6 +25,7 @@ from kdlib.repro import files
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import open_student
+from kdlib.study.study import load_study
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -39,6 +42,8 @@ LACKING = [
 pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"needs {' and '.join(LACKING)}")
 
 FLAGS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--no-sandbox"]
+LIMIT_S = 300.0  # of every wait for a condition: reached by a failure alone, also on a busy machine
+AGAIN_S = 20.0  # after which what the front end may have missed is done once more
 BAD_NAME = "<img src=x onerror=alert(1)>"
 CODE = f"""from kdlib.explorer import app as explorer
 from kdlib.study import load_study
@@ -98,7 +103,7 @@ def serving(home, own):
             cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        wait(lambda: answers(f"{address}/api/status?token={token}"), "JupyterLab", 60)
+        wait(lambda: answers(f"{address}/api/status?token={token}"), "JupyterLab")
         yield lambda name: f"{address}/doc/tree/{name}?token={token}"
     finally:
         server.send_signal(signal.SIGTERM)  # it takes its kernels down
@@ -125,11 +130,18 @@ def answers(address):
         return False
 
 
-def wait(true, what, timeout=30.0):
-    """Until `true()` is, which is returned; an error that says what did not come."""
-    end = time.monotonic() + timeout
+def wait(true, what, again=None, limit_s=LIMIT_S):
+    """Until `true()` is, which is returned; an error that says what did not come.
+
+    Args:
+        again: Called at first and every AGAIN_S, to bring the condition about.
+    """
+    end, next_try = time.monotonic() + limit_s, 0.0
     while not (found := true()):
-        assert time.monotonic() < end, f"{what} did not come within {timeout:g} s"
+        assert time.monotonic() < end, f"{what} did not come within {limit_s:g} s"
+        if again is not None and time.monotonic() >= next_try:
+            again()
+            next_try = time.monotonic() + AGAIN_S
         time.sleep(0.1)
     return found
 
@@ -148,46 +160,74 @@ class Screen:
             self.page.screenshot(path=Path(folder) / f"{self.n}_{name}.png")
 
     def open(self, address):
+        self.page.set_default_timeout(1000 * LIMIT_S)
         self.page.goto(address)
-        self.page.wait_for_selector(".jp-Cell .cm-content", timeout=60_000)
-        self.page.wait_for_selector(
-            ".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=60_000
-        )
+        self.page.wait_for_selector(".jp-Cell .cm-content")
+        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         prompt = self.page.locator(".jp-CodeCell .jp-InputPrompt").first
-        for _ in range(5):  # a first key press straight after idle can be lost
+        before = prompt.inner_text()
+
+        def run():  # a first key press straight after idle can be lost
+            if "*" in prompt.inner_text():
+                return
             if (dialog := self.page.locator(".jp-Dialog .jp-mod-accept")).count():
                 dialog.first.click()
             self.page.locator(".jp-Cell .cm-content").first.click()
             self.page.keyboard.press("Control+Enter")
-            try:
-                wait(lambda: re.search(r"[\d*]", prompt.inner_text()), "the prompt", 4)
-                break
-            except AssertionError:
-                continue
-        self.page.wait_for_selector(".jp-OutputArea canvas", timeout=90_000)
+
+        def ran():
+            return (text := prompt.inner_text()) != before and re.search(r"\d", text)
+
+        wait(ran, "the end of the cell", run)
+        self.page.wait_for_selector(".jp-OutputArea canvas")
+        wait(lambda: self.axis("x") and self.axis("y"), "the axes")
+
+    def axis(self, axis):
+        """(values, pixels) of the ticks of an axis; empty before it is drawn."""
+        ticks = self.page.eval_on_selector_all(
+            f".jp-OutputArea .{axis}-axis .tick",
+            """(ticks, axis) => ticks.filter(
+                t => t.parentElement === ticks[0].parentElement).map(t => {
+                const box = t.querySelector('line').getBoundingClientRect();
+                const middle = axis == 'x' ? (box.left + box.right) : (box.top + box.bottom);
+                return [Number(t.textContent.replace('\u2212', '-')), middle / 2]; })""",
+            axis,
+        )
+        return list(zip(*ticks, strict=True)) if len(ticks) > 1 else []
 
     def at(self, x, y):
         """Where on the page a point of the map lies, from the ticks of its axes."""
-        place = []
+        places = []
         for axis, value in (("x", x), ("y", y)):
-            ticks = self.page.eval_on_selector_all(
-                f".jp-OutputArea .{axis}-axis .tick",
-                """(ticks, axis) => ticks.filter(
-                    t => t.parentElement === ticks[0].parentElement).map(t => {
-                    const box = t.querySelector('line').getBoundingClientRect();
-                    const middle = axis == 'x' ? (box.left + box.right) : (box.top + box.bottom);
-                    return [Number(t.textContent.replace('\u2212', '-')), middle / 2]; })""",
-                axis,
-            )
-            numbers, pixels = np.transpose(ticks)
-            place.append(float(np.polyval(np.polyfit(numbers, pixels, 1), value)))
-        return place
+            numbers, pixels = self.axis(axis)
+            places.append(float(np.polyval(np.polyfit(numbers, pixels, 1), value)))
+        return places
 
-    def lasso(self, low, high, box=False):
+    def canvas(self):
+        """Left, top, right and bottom of the map's canvas on the page."""
+        return self.page.eval_on_selector(
+            ".jp-OutputArea canvas",
+            """c => { const r = c.getBoundingClientRect(); return [r.left, r.top, r.right,
+            r.bottom]; }""",
+        )
+
+    def drawn(self, row):
+        """Where on the page the map draws a row of its table."""
+        return self.page.evaluate(
+            """row => {
+                const map = [...document.querySelectorAll('.jp-OutputArea div')].find(d => d.api);
+                const box = map.querySelector('canvas').getBoundingClientRect();
+                const [x, y] = map.api.getScreenPosition(row);
+                return [box.left + x, box.top + y]; }""",
+            row,
+        )
+
+    def lasso(self, low, high, n=None, box=False):
         """Draw around a rectangle of (variability, confidence), or from one corner of it to the
-        other; returns how many it selected."""
+        other, until n examples are selected, or any number: the front end can miss a lasso."""
         corners = [low, high] if box else [low, (high[0], low[1]), high, (low[0], high[1]), low]
-        for _ in range(3):  # a first one can be lost
+
+        def draw():
             points = [self.at(*corner) for corner in corners]
             self.page.mouse.move(*points[0])
             self.page.mouse.down()
@@ -202,21 +242,22 @@ class Screen:
                 time.sleep(0.2)
                 self.page.mouse.move(*points[-1])
             self.page.mouse.up()
-            try:
-                return int(self.says(r"^([\d,]+) selected", 8)[1].replace(",", ""))
-            except AssertionError:
-                continue
-        raise AssertionError("no lasso selected anything")
+
+        said = "^" + (r"[\d,]+" if n is None else f"{n:,}") + " selected"
+        wait(lambda: re.search(said, self.text(".kdlib-status")), said, draw)
 
     def hover(self, x, y, picture):
         """Rest on a point until its tooltip shows this image."""
-        x, y = self.at(x, y)
-        self.page.mouse.move(x - 40, y + 40)
-        self.page.mouse.move(x, y, steps=5)
-        script = """p => [...document.querySelectorAll('.jp-OutputArea div')]
-            .some(d => d.style.backgroundImage.includes(p))"""
-        wait(lambda: self.page.evaluate(script, picture), "its image in the tooltip", 10)
-        time.sleep(0.5)  # it fades in
+
+        def rest():  # from outside of the point: a move within it asks for no tooltip
+            place = self.at(x, y)
+            self.page.mouse.move(place[0] - 40, place[1] + 40)
+            self.page.mouse.move(*place, steps=5)
+
+        script = """p => [...document.querySelectorAll('.jp-OutputArea div')].some(
+            d => d.style.backgroundImage.includes(p)
+                && d.checkVisibility({opacityProperty: true, visibilityProperty: true}))"""
+        wait(lambda: self.page.evaluate(script, picture), "its image in the tooltip", rest)
 
     def fill(self, placeholder, text):
         self.page.get_by_placeholder(placeholder, exact=True).fill(text)
@@ -234,20 +275,129 @@ class Screen:
             return ""
         return found.first.text_content() if svg else found.first.inner_text()
 
-    def says(self, pattern, timeout=30):
-        return wait(lambda: re.search(pattern, self.text(".kdlib-status")), pattern, timeout)
+    def says(self, pattern):
+        return wait(lambda: re.search(pattern, self.text(".kdlib-status")), pattern)
 
 
-def test_a_person_selects_saves_restores_and_trains_students(study, lab, browser, tmp_path):
-    page = browser.new_page(viewport={"width": 1380, "height": 1180})
-    screen, dialogs = Screen(page, tmp_path), []
+@contextlib.contextmanager
+def looking(browser, folder, width=1380):
+    """A screen of a page of this width, whose picture is kept where the test fails."""
+    page = browser.new_page(viewport={"width": width, "height": 1180})
+    screen, dialogs = Screen(page, folder), []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     try:
-        _drive(screen, study, lab)
+        yield screen
     except BaseException:
         screen.shot("failed")
         raise
     assert dialogs == []  # a class name is never run as HTML
+
+
+@pytest.mark.parametrize("width", [900, 1100, 1440])
+def test_every_point_lies_on_the_canvas_whatever_the_width(study, lab, browser, tmp_path, width):
+    table = open_datamap(study, open_images(study))
+    ends = [
+        at for s in ("variability", "confidence") for at in (table[s].argmin(), table[s].argmax())
+    ]
+    with looking(browser, tmp_path, width) as screen:
+        screen.open(lab)
+
+        def on_the_canvas():
+            left, top, right, bottom = screen.canvas()
+            places = [screen.drawn(int(row)) for row in ends]
+            places += [screen.at(*corner) for corner in ((0, 0), (0.5, 1))]  # all that is possible
+            return all(left < x < right and top < y < bottom for x, y in places)
+
+        def as_the_axes_say():
+            places = [
+                (screen.drawn(int(row)), screen.at(*table[["variability", "confidence"]].iloc[row]))
+                for row in ends
+            ]
+            return np.allclose(*zip(*places, strict=True), rtol=0, atol=1)  # pixels
+
+        for narrower in (0, 150):  # as it is opened, and after the window has changed
+            screen.page.set_viewport_size({"width": width - narrower, "height": 1180})
+            wait(on_the_canvas, f"a whole map at {width - narrower} pixels")
+            wait(as_the_axes_say, "axes that fit it")
+            screen.shot(f"{width - narrower}")
+        example = table.iloc[ends[0]]
+        [picture] = Explorer(study).pictures([example.name])
+        screen.hover(example["variability"], example["confidence"], picture)
+
+
+def test_a_person_selects_saves_restores_and_trains_students(study, lab, browser, tmp_path):
+    with looking(browser, tmp_path) as screen:
+        _drive(screen, study, lab)
+
+
+def test_a_failed_training_says_why_below_its_button(study, lab, browser, tmp_path):
+    outputs = study.runs / "teacher" / "outputs-train" / "logits-00000.npy"
+    with looking(browser, tmp_path) as screen:
+        screen.open(lab)
+        example = open_images(study).train_ids[0]
+        screen.fill("id", str(example))
+        screen.button("Find").click()
+        screen.says(f"Example {example}: ")
+        screen.fill("letters, digits, _ -", "doomed")
+        flip(outputs)
+        try:
+            screen.button("Train students on it").click()
+            told = wait(lambda: screen.text(".kdlib-failure"), "the failure")
+        finally:
+            flip(outputs)
+        screen.shot("failure")
+        assert screen.button("Train students on it").is_enabled()
+    log = study.runs / "selections" / "doomed-train.log"
+    assert str(log) in told
+    assert outputs.name in told
+    assert re.search(r"failed: CacheError: \S+", told), told
+
+
+@pytest.fixture(scope="module")
+def digits(study):
+    """The default study with fewer and shorter trainings, its steps 01 to 03 done, beside tiny."""
+    home = files.workspace()
+    shutil.copy(TINY.with_name("digits.yaml"), home / "params")
+    (home / "params" / "quick.yaml").write_text(
+        "base: digits.yaml\nseeds: [0, 1]\naxes: {objective: [kd]}\n"
+        "training: {steps: 20, warmup_steps: 2}\n"
+        "teacher: {expected_accuracy: 0.5, training: {epochs: 12}}\n"
+    )
+    code = (  # a process of its own is held to the instructions that the study asks for
+        "from kdlib import dataset, mapping, params, teaching\n"
+        "study = params.load_study('params/quick.yaml')\n"
+        "images = dataset.cache_images(study)\n"
+        "teaching.make_teacher(study, images)\n"
+        "mapping.make_datamap(study, images)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_study("params/quick.yaml")
+
+
+def test_students_of_the_default_study_are_trained_by_the_button(digits, lab, browser, tmp_path):
+    table = pd.read_parquet(digits.runs / "datamap" / "datamap.parquet")
+    low = _gap(table, "variability", 0.25), _gap(table, "confidence", 0.5)
+    n = int(((table["variability"] > low[0]) & (table["confidence"] > low[1])).sum())
+    name = "quick.ipynb"
+    write_notebook(files.workspace() / name, CODE.replace("tiny.yaml", "quick.yaml"))
+    with looking(browser, tmp_path) as screen:
+        screen.open(lab.replace("explore.ipynb", name))
+        screen.lasso(low, (0.49, 0.99), n)
+        screen.fill("letters, digits, _ -", "mine")
+        screen.button("Train students on it").click()
+        wait(
+            lambda: screen.text(".kdlib-results") or screen.text(".kdlib-failure"),
+            "the end of the training",
+        )
+        screen.shot("digits")
+        assert screen.text(".kdlib-failure") == ""
+    fraction = digits.cell(strategy="picked_mine").fraction
+    for strategy in ("picked_mine", "random"):
+        cell = digits.cell(strategy=strategy, fraction=fraction)
+        for seed in digits.seeds:
+            student = open_student(digits, cell, seed)
+            assert student["budget"]["recorded"]["steps"] == 20
 
 
 def _saved_outputs():
@@ -274,7 +424,9 @@ def _drive(screen, study, lab):
     table = open_datamap(study, open_images(study))
     # a rectangle whose sides keep away from all points
     low, high = (_gap(table, "variability", 0.1), _gap(table, "confidence", 0.2)), (0.45, 0.95)
-    n = screen.lasso(low, high)
+    inside = (table["variability"] > low[0]) & (table["confidence"] > low[1])
+    n = int(inside.sum())
+    screen.lasso(low, high, n)
     wait(lambda: page.locator(".kdlib-gallery img").count() == min(n, 48), "the gallery")
     assert page.evaluate(
         "[...document.querySelectorAll('.kdlib-gallery img')].every(i => i.naturalWidth > 0)"
@@ -289,7 +441,6 @@ def _drive(screen, study, lab):
     path = study.runs / "selections" / "mine.parquet"
     saved = Subset.load(path)
     assert len(saved) == n
-    inside = (table["variability"] > low[0]) & (table["confidence"] > low[1])
     assert saved.example_ids.tolist() == table.index[inside].tolist()
 
     screen.fill("id", str(table.index[0]))
@@ -297,7 +448,7 @@ def _drive(screen, study, lab):
     screen.says(f"Example {table.index[0]}: ")
     screen.says("^Example")
     screen.menu("draw").select_option("box")
-    assert screen.lasso(low, high, box=True) == n
+    screen.lasso(low, high, n, box=True)
     screen.menu("draw").select_option("lasso")
     screen.fill("id", str(table.index[0]))
     screen.button("Find").click()
@@ -323,9 +474,7 @@ def _drive(screen, study, lab):
 
     for axis, score in (("x", "aum"), ("y", "el2n"), ("colour", "correctness")):
         screen.menu(axis).select_option(score)  # faster than the map can be drawn
-    wait(
-        lambda: screen.text(".jp-OutputArea .y-axis-label", svg=True) == "el2n", "the new axis", 90
-    )
+    wait(lambda: screen.text(".jp-OutputArea .y-axis-label", svg=True) == "el2n", "the new axis")
     point = table.nlargest(1, "aum").iloc[0]
     [picture] = look.pictures([point.name])
     screen.hover(point["aum"], point["el2n"], picture)
@@ -334,7 +483,7 @@ def _drive(screen, study, lab):
     screen.button("Train students on it").click()
     wait(lambda: "of 8 students done" in screen.text(".kdlib-log"), "the log")
     screen.shot("training")
-    wait(lambda: screen.text(".kdlib-results"), "the table of results", 120)
+    wait(lambda: screen.text(".kdlib-results"), "the table of results")
     screen.shot("trained")
     assert len(page.locator(".kdlib-results tr").all()) == 3  # heads, two objectives
     for seed in study.seeds:
