@@ -364,11 +364,14 @@ def digits(study):
         "teacher: {expected_accuracy: 0.5, training: {epochs: 12}}\n"
     )
     code = (  # a process of its own is held to the instructions that the study asks for
-        "from kdlib import dataset, mapping, params, teaching\n"
-        "study = params.load_study('params/quick.yaml')\n"
-        "images = dataset.cache_images(study)\n"
-        "teaching.make_teacher(study, images)\n"
-        "mapping.make_datamap(study, images)\n"
+        "from kdlib.steps.cache import cache_images\n"
+        "from kdlib.steps.datamap import make_datamap\n"
+        "from kdlib.steps.teacher import make_teacher\n"
+        "from kdlib.study import load_study\n"
+        "study = load_study('params/quick.yaml')\n"
+        "images = cache_images(study)\n"
+        "make_teacher(study, images)\n"
+        "make_datamap(study, images)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
