@@ -103,8 +103,10 @@ ALLOWED = {
     "findings": "compare compiling files params published telling",
     "picking": "__init__ dataset distilling experiment files mapping params runs selection",
     "explorer": "drawing looks params picking",
-    "__main__": "audit augment cache dataset distilling drawing files findings inspecting params "
-    "probing ranks recordings runs scorecard teaching",
+    "steps": "compiling dataset distilling mapping objectives params probing ranks report teaching "
+    "trainer",
+    "__main__": "audit augment cache dataset drawing files findings inspecting params probing "
+    "ranks recordings runs scorecard steps teaching",
 }
 NOTEBOOK_SIDE = {"IPython", "ipywidgets", "jscatter", "papermill", "jupyter", "nbformat"}
 SLOW = {
