@@ -33,7 +33,7 @@ def test_points_are_read_one_by_one_as_they_come(lab):
 
 
 def test_a_student_that_fails_is_told_and_the_next_one_is_trained(lab):
-    study = tiny_study(lab, compute__threads=1)
+    study = load_study("params/tiny.yaml")
     cell = study.cell(strategy="easy", objective="kd")
     folder = distilling.student_folder(study, cell, 0)
     (folder / "evidence.json").unlink()
