@@ -106,6 +106,7 @@ def study_of_three_seeds(home):
     content = yaml.safe_load(TINY.read_text())
     content["seeds"] = [0, 1, 2]
     content["axes"]["strategy"] = ["random", "easy", "hard"]
+    content["probe"]["strategy"] = ["full"]
     path = home / "three.yaml"
     path.write_text(f"# What?\n# Why?\n{yaml.safe_dump(content)}")
     return load_study(path), path
@@ -146,6 +147,9 @@ def test_what_is_compared_is_complete_over_all_its_cells(gpu_study, home):
     assert gpu_study.balanced(study, without(("random", "kd", 1), ("random", "kd", 2))) is None
     assert gpu_study.balanced(study, without(("full", "kd", 1), ("full", "kd", 2))) is None
     assert gpu_study.balanced(study, set()) is None
+    # what is probed must be there
+    probed = study.probe.model_copy(update={"strategy": ("full", "hard")})
+    assert gpu_study.balanced(study.model_copy(update={"probe": probed}), two) is None
     # a strategy of which a student failed is left out, and all seeds stay
     failed = (study.cell(strategy="easy", objective="kd"), 1)
     assert gpu_study.balanced(study, every - {failed}, [failed]) == ([0, 1, 2], ["random", "hard"])
