@@ -9,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import TINY
+from torch.nn import functional
 
 from kdlib import compiling, params, published
+from kdlib.models import build_network
 from kdlib.params import load_study
 
 ROOT = Path(__file__).parents[1]
@@ -187,3 +190,13 @@ def test_the_phase_1_studies_ask_for_ten_passes_over_their_third_on_a_gpu(name):
     assert study.objectives.keys() <= (same.objectives.keys())
     assert replace(study.cell(), student="x") == replace(same.cell(), student="x")
     assert params.load_study(ROOT / "params" / f"{name}.yaml").dynamics.window == 5
+
+
+@pytest.mark.parametrize("name", ["phase1", "phase1_mnist"])
+def test_every_tensor_of_their_networks_has_a_gradient_in_the_first_step(name):
+    study = load_study(ROOT / "params" / f"{name}.yaml")
+    images = torch.rand(4, 3, 8, 8)
+    for model in (study.dynamics.model, study.students["resnet18"].model):
+        network = build_network(model, n_classes=10, image_shape=(3, 8, 8), seed=0)
+        functional.cross_entropy(network(images), torch.arange(4)).backward()
+        assert all(p.grad.norm() > 0 for p in network.parameters())
