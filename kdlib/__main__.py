@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from kdlib.repro import files
-from kdlib.study.study import AXES, STEPS, Model, Probe, Study, load_study, parse_part
+from kdlib.study.study import AXES, STEPS, Cell, Model, Probe, Study, load_study, parse_part
 
+MADE = ("cache", "teacher", "datamap", "distill", "probe", "compare")  # of `step`
 # options of Snakemake after which there may be no comparison
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "--touch", "-t",
           "--summary", "-S"}  # fmt: skip
@@ -149,24 +152,52 @@ def _cache_verify(arguments: argparse.Namespace, further: list[str]) -> int:
 
 
 def _step(arguments: argparse.Namespace, further: list[str]) -> int:
-    """Make one teacher or student as one of several processes, or alone."""
-    from kdlib.steps.cache import open_images
-    from kdlib.steps.distill import train_student
-    from kdlib.steps.teacher import make_one_teacher, make_teacher
+    """Make steps of a study, alone or, of teachers and students, as one of several processes; print
+    a line of JSON for each."""
+    from kdlib.steps import commands
     from kdlib.trainer.distributed import joined
 
-    study = load_study(arguments.study)
-    images = open_images(study)
+    study, code = load_study(arguments.study), 0
     with joined(study.compute.device) as ranks:
-        if arguments.step == "teacher":
-            if arguments.teacher:
-                make_one_teacher(study, images, arguments.teacher, ranks)
+        lone = [step for step in arguments.step if step not in commands.SHARED]
+        if lone and not ranks.alone:
+            raise ValueError(f"step {lone[0]} is made by one process; start it without torchrun")
+        for step in arguments.step:
+            started = time.monotonic()
+            if step == "distill":
+                for row in commands.distill(study, _points(arguments, study), ranks):
+                    if row is not None:
+                        print(json.dumps(row), flush=True)
+                        code = max(code, int("error" in row))
+                continue
+            if step == "cache":
+                row = commands.cache(study, arguments.built)
+            elif step == "teacher":
+                row = commands.teacher(study, arguments.teacher, ranks)
             else:
-                make_teacher(study, images, ranks)
-            return 0
+                row = {
+                    "datamap": commands.datamap,
+                    "probe": commands.probe,
+                    "compare": commands.compare,
+                }[step](study)
+            if row is not None:
+                seconds = round(time.monotonic() - started, 3)
+                print(json.dumps({"step": step} | row | {"seconds": seconds}), flush=True)
+    return code
+
+
+def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell, int]]:
+    """The cells and seeds of `step distill`: of a file, of standard input, or one cell."""
+    from kdlib.steps import commands
+
+    if arguments.points == "-":
+        yield from commands.read_points(iter(sys.stdin.readline, ""), study)  # each as it comes
+    elif arguments.points:
+        yield from commands.read_points(Path(arguments.points).read_text().splitlines(), study)
+    else:
         point = {axis: getattr(arguments, axis) for axis in AXES}
-        train_student(study, images, study.cell(**point), arguments.seed, ranks)
-    return 0
+        for seed in arguments.seed or [0]:
+            yield study.cell(**point), seed
 
 
 def _record(arguments: argparse.Namespace, further: list[str]) -> int:
@@ -221,16 +252,28 @@ def _add_probe(commands: Any) -> None:
 
 
 def _add_step(commands: Any) -> None:
-    step = commands.add_parser(
-        "step", help="make one teacher or student; under torchrun, by several processes"
-    )
-    step.add_argument("step", choices=("teacher", "distill"))
+    described = "make steps of a study without notebooks; teachers and students also under torchrun"
+    step = commands.add_parser("step", help=described)
+    of = f"one of {', '.join(MADE)}, or several separated by commas"
+    step.add_argument("step", type=_named_steps, help=of)
     step.add_argument("study", help="study file, such as params/digits.yaml")
     for axis in AXES:
         step.add_argument(f"--{axis}", type=float if axis == "fraction" else str)
-    step.add_argument("--seed", type=int, default=0)
+    step.add_argument("--seed", type=int, action="append", help="0; given twice, one after another")
+    of = 'of distill: a file of lines {"strategy": "easy", ..., "seed": 0}; - reads standard input'
+    step.add_argument("--points", metavar="FILE", help=of)
     step.add_argument("--teacher", help="of teacher: only this one of the study's `teachers`")
+    of = "of cache: it is there (unpacked, say); do not open the data set"
+    step.add_argument("--built", action="store_true", help=of)
     step.set_defaults(run=_step)
+
+
+def _named_steps(text: str) -> list[str]:
+    named = text.split(",")
+    for name in named:
+        if name not in MADE:
+            raise argparse.ArgumentTypeError(f"no step {name!r}; {files.nearest(name, MADE)}")
+    return named
 
 
 def _add_cache(commands: Any) -> None:

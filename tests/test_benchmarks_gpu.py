@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 # Parts that do not exist yet: `right` until there is tests/test_gpu*.py, `study` until there is
 # benchmarks/gpu_study.py.
-ABSENT = {"study"}
+ABSENT = set()
 
 
 @pytest.fixture

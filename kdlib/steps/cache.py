@@ -11,13 +11,21 @@ from kdlib.repro.run import open_run, read_evidence
 from kdlib.study.study import Study
 
 
-def cache_images(study: Study) -> Images:
-    """Step 01: cache both splits, split off validation images, measure the pixels."""
+def cache_images(study: Study, built: bool = False) -> Images:
+    """Step 01: cache both splits, split off validation images, measure the pixels.
+
+    Args:
+        built: The caches are whole already (unpacked, say), and their source is not opened.
+    """
     _ask_for_portable(study)
     study, caches = study.upstream, {}
     for split in ("train", "test"):
-        source, part = open_source(study.data, split), study.data.part_of(split)
-        caches[split] = build_images(source, study.cache / split, study.data.shard_size, part)
+        folder, part = study.cache / split, study.data.part_of(split)
+        if built:
+            caches[split] = Cache(folder, part=part)
+        else:
+            source = open_source(study.data, split)
+            caches[split] = build_images(source, folder, study.data.shard_size, part)
         caches[split].verify()
     train_ids, _ = split_ids(
         caches["train"].example_ids, study.data.n_validation, study.data.split_seed

@@ -1,0 +1,127 @@
+"""`kdlib.steps`: steps without notebooks make what the notebooks make, and say so in rows."""
+
+import io
+import json
+
+import pytest
+
+from kdlib.cache.shards import CacheError
+from kdlib.dataset import images
+from kdlib.repro.run import read_evidence
+from kdlib.steps import commands
+from kdlib.steps.distill import open_student, student_folder
+from kdlib.study.study import StudyError, load_study
+
+from tiny import tiny_study  # isort: skip
+
+
+def test_points_name_cells_and_seeds_and_leave_axes_out(lab):
+    study = load_study("params/tiny.yaml")
+    lines = ['{"strategy": "easy", "objective": "plain", "seed": 1}\n', "\n", '{"seed": 0}\n']
+    (easy, one), (first, zero) = commands.read_points(lines, study)
+    assert (easy.strategy, easy.objective, easy.fraction, one) == ("easy", "plain", 0.33, 1)
+    assert (first, zero) == (study.cell(), 0)
+    with pytest.raises(ValueError, match=r"is no point; expected \{\"seed\": 0"):
+        list(commands.read_points(['{"strategy": "easy"}'], study))
+    with pytest.raises(StudyError, match="unknown strategy 'eazy'"):
+        list(commands.read_points(['{"strategy": "eazy", "seed": 0}'], study))
+
+
+def test_points_are_read_one_by_one_as_they_come(lab):
+    study = load_study("params/tiny.yaml")
+    lines = iter(['{"seed": 0}', '{"seed": 1}'])
+    points = commands.read_points(lines, study)
+    assert next(points)[1] == 0
+    assert next(lines) == '{"seed": 1}'  # nothing was read ahead
+
+
+def test_a_student_that_fails_is_told_and_the_next_one_is_trained(lab):
+    study = load_study("params/tiny.yaml")
+    cell = study.cell(strategy="easy", objective="kd")
+    folder = student_folder(study, cell, 0)
+    (folder / "evidence.json").unlink()
+    (folder / "subset.parquet").write_bytes(b"damaged")
+    bad, good = commands.distill(study, [(cell, 0), (cell, 1)])
+    assert (bad["seed"], good["seed"]) == (0, 1)
+    assert "subset.parquet" in bad["error"]
+    assert "test_accuracy" not in bad
+    assert (
+        good["test_accuracy"]
+        == (open_student(study, cell, 1)["checkpoints"]["last"]["test_accuracy"])
+    )
+    assert good["step"] == "distill"
+    assert good["strategy"] == "easy"
+    assert good["seconds"] >= 0
+
+
+def test_finished_students_are_those_of_the_settings_of_now(lab):
+    study = load_study("params/tiny.yaml")
+    every = {(cell, seed) for cell in study.cells() for seed in study.seeds}
+    assert commands.finished(study) == every
+    cell = study.cell(strategy="easy")
+    (student_folder(study, cell, 1) / "evidence.json").unlink()
+    assert commands.finished(study) == every - {(cell, 1)}
+    assert commands.finished(tiny_study(lab, training__steps=61)) == set()
+
+
+def test_what_a_student_needs_follows_from_its_subset_and_objective(lab):
+    study = load_study("params/tiny.yaml")
+    found = {(c.strategy, c.objective): commands.needed(study, c) for c in study.cells()}
+    assert found == {
+        ("full", "kd"): "teacher", ("full", "plain"): "cache",
+        ("random", "kd"): "teacher", ("random", "plain"): "cache",
+        ("easy", "kd"): "datamap", ("easy", "plain"): "datamap",
+    }  # fmt: skip
+    assert (
+        commands.needed(study, study.cell(strategy="random_shards", objective="plain")) == "cache"
+    )
+    balanced = study.cell(strategy="random_balanced", objective="plain")
+    assert commands.needed(study, balanced) == "datamap"  # it reads the labels there
+
+
+def test_a_built_cache_needs_no_data_set(lab, monkeypatch):
+    def absent(*_):
+        raise AssertionError("the data set was opened")
+
+    monkeypatch.setattr(images, "open_source", absent)
+    study = load_study("params/tiny.yaml")
+    (study.runs / "cache" / "evidence.json").rename(lab / "before.json")
+    assert commands.cache(study, built=True) == {"n_train": 1100, "n_test": 500}
+    made, before = read_evidence(study.runs / "cache"), json.loads(
+        (lab / "before.json").read_text()
+    )  # fmt: skip
+    same = ("mean", "std", "settings_sha256")
+    assert [made[key] for key in same] == [before[key] for key in same]
+    (study.cache / "train" / "index.json").unlink()
+    with pytest.raises(CacheError, match="no cache"):
+        commands.cache(study, built=True)
+
+
+def test_steps_by_the_command_line_print_a_row_each(lab, monkeypatch, capsys):
+    from kdlib.__main__ import main
+
+    def called(*arguments):
+        monkeypatch.setattr("sys.argv", ["kdlib", "step", *arguments])
+        code = main()
+        return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    code, rows = called("cache,teacher,datamap,probe,compare", "params/tiny.yaml")
+    assert code == 0
+    assert [row["step"] for row in rows] == ["cache", "teacher", "datamap", "probe", "compare"]
+    assert rows[-1]["n_accepted"] == rows[-1]["n_runs"] == 12
+    assert read_evidence(lab / "runs" / "tiny" / "compare")["n_runs"] == 12
+    code, rows = called(
+        "distill", "params/tiny.yaml", "--strategy", "easy", "--seed", "0", "--seed", "1"
+    )
+    assert (code, [row["seed"] for row in rows]) == (0, [0, 1])
+    monkeypatch.setattr("sys.stdin", io.StringIO('{"seed": 1}\n{"strategy": "easy", "seed": 0}\n'))
+    code, rows = called("distill", "params/tiny.yaml", "--points", "-")
+    assert (code, [(r["strategy"], r["seed"]) for r in rows]) == (
+        0, [("random", 1), ("easy", 0)],
+    )  # fmt: skip
+    (lab / "points").write_text('{"objective": "plain", "seed": 1}\n')
+    code, rows = called("distill", "params/tiny.yaml", "--points", str(lab / "points"))
+    assert (code, rows[0]["objective"]) == (0, "plain")
+    with pytest.raises(SystemExit):
+        called("teecher", "params/tiny.yaml")
+    assert "no step 'teecher'; did you mean 'teacher'?" in capsys.readouterr().err
