@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network
+from kdlib.models.base import Network, eval_mode
 
 CHUNK_BYTES = 2**27  # of one chunk's gradients; a ResNet-8 has 300 kB of them for each example
 
@@ -53,7 +53,6 @@ def gradient_norms(
         )
     if len(images) == 0:
         return np.empty(0), np.empty(0)
-    modes = [(module, module.training) for module in network.modules()]
     weights = {name: p.detach() for name, p in network.named_parameters()}
     buffers = dict(network.named_buffers())
 
@@ -66,8 +65,7 @@ def gradient_norms(
     chunk = max(1, min(256, CHUNK_BYTES // n_bytes))
     whole, last = [], []
     progress = tqdm(total=len(images), desc=describe, unit="img", leave=False, disable=not describe)
-    network.eval()
-    try:
+    with progress, eval_mode(network):
         for some, gold in zip(images.split(chunk), labels.split(chunk), strict=True):
             inputs = pixels.prepare(some).contiguous()
             gradients = of_each(weights, inputs, gold)
@@ -76,17 +74,14 @@ def gradient_norms(
             with torch.no_grad():
                 last.append(_last_layer(network, inputs, gold))
             progress.update(len(some))
-    finally:
-        progress.close()
-        for module, training in modes:
-            module.training = training
     # NumPy's root is the same on every processor; torch's is a library's
     return np.sqrt(torch.cat(whole).cpu().numpy()), np.sqrt(torch.cat(last).cpu().numpy())
 
 
 def _last_layer(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
     """Squared norm of the gradient of a last layer with bias: (p - onehot) x [features, 1]."""
-    features = network.features(inputs)
-    probs = torch.softmax(network.head(features).double(), 1)
+    values = network.outputs(inputs, ("features", "logits"))
+    features = values["features"]
+    probs = torch.softmax(values["logits"].double(), 1)
     error = probs - F.one_hot(labels, network.n_classes)
     return error.square().sum(1) * (features.double().square().sum(1) + 1)

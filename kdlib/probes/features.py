@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import BLUE, GREEN, RED
+from kdlib.models.base import Network
 from kdlib.models.evaluation import outputs
-from kdlib.models.networks import Network
 from kdlib.probes.classifiers import Features
 
 BATCH = 500

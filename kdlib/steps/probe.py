@@ -22,7 +22,8 @@ from kdlib.cache.sources import open_source
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import split_ids
-from kdlib.models.networks import Network, network_for
+from kdlib.models.base import Network
+from kdlib.models.networks import network_for
 from kdlib.models.weights import load_weights
 from kdlib.probes import diagnostics
 from kdlib.probes.classifiers import Features, few_shot_probe, knn_probe, linear_probe
