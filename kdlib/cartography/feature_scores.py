@@ -60,7 +60,7 @@ def prototypicality(features: np.ndarray, n_clusters: int, seed: int) -> np.ndar
         seed: In [0, 2**32); of the `KMEANS_STARTS` starts.
 
     Returns: (N,) float64 >= 0; high = atypical. One thread: equal on CPU for equal input, while
-        another order of the examples may lead to other clusters.
+        another order of the examples can lead to other clusters.
     Source: [Sorscher2022], there over self-supervised features; here Euclidean, on those given.
 
     >>> prototypicality(np.array([[0.0], [2.0], [9.0]]), n_clusters=2, seed=0).round(9).tolist()

@@ -1,6 +1,4 @@
-"""Norms of per-example gradients: how much one example alone would move the weights.
-
-Leaves to others: of which epoch and weights (mapping), what the norms choose (selection).
+"""Norms of per-example gradients: how far a step on one example moves the weights.
 
 [Paul2021] Paul et al., Deep Learning on a Data Diet, 2021, arXiv 2107.07075
 """
@@ -25,11 +23,11 @@ def gradient_norms(
     labels: Tensor,
     describe: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """GraNd of each example under one set of weights: of all of them, and of the last layer alone.
+    """GraNd of each example under one set of weights: over all weights, and over the last layer's.
 
-    The gradient is that of the example's own cross-entropy on its clean image, every example by
-    itself (`torch.func`). BatchNorm uses its running statistics, so that no example enters the
-    gradient of another; the network's mode is put back as it was.
+    The gradient is that of the cross-entropy of one clean image, computed for each image
+    separately (`torch.func`). BatchNorm uses its running statistics, so that no example enters the
+    gradient of another; afterwards the network has its former mode.
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
@@ -40,7 +38,7 @@ def gradient_norms(
         |softmax - onehot| * sqrt(|features|^2 + 1), the closed form for a linear layer with bias.
     Raises: ValueError for labels that are not one per image or out of range.
     Source: [Paul2021], definition 2.1; the paper averages over weights drawn anew, here it is one
-        run: average several (`agreement`). Its code computes the last layer alone.
+        run: average several (`agreement`). Its code computes the last layer only.
     """
     if labels.shape != images.shape[:1]:
         raise ValueError(
@@ -74,7 +72,7 @@ def gradient_norms(
             with torch.no_grad():
                 last.append(_last_layer(network, inputs, gold))
             progress.update(len(some))
-    # NumPy's root is the same on every processor; torch's is a library's
+    # NumPy's square root has the same bytes on every processor, torch's has not
     return np.sqrt(torch.cat(whole).cpu().numpy()), np.sqrt(torch.cat(last).cpu().numpy())
 
 

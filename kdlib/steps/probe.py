@@ -184,7 +184,7 @@ def _probe_students(
     device: str,
 ) -> Iterator[dict[str, Any]]:
     network = network_for(images, study.students[cell.student].model, 0, device)
-    own = diagnostics.shared(teacher.values, teacher.values)
+    norm = diagnostics.shared(teacher.values, teacher.values)
     places = {OWN: probe_examples(images)} | others
     inputs = images.fingerprints | {"teacher": outputs}
     inputs |= {"others": _fingerprints(others)} if others else {}
@@ -194,7 +194,7 @@ def _probe_students(
         for on, examples in places.items():
             yield from _probe_network(
                 on, examples, network, weights, images.pixels, images.image_shape, study.probe,
-                (teacher.values, own) if on == OWN else None,
+                (teacher.values, norm) if on == OWN else None,
             )  # fmt: skip
 
     for seed, evidence in evidences.items():
