@@ -22,8 +22,9 @@ from kdlib.cartography.selection import select
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader, View
 from kdlib.dataset.plan import Plan, budget
+from kdlib.models.base import Network
 from kdlib.models.evaluation import all_outputs, evaluate
-from kdlib.models.networks import Network, network_for
+from kdlib.models.networks import network_for
 from kdlib.models.outputs import store_outputs
 from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import Features, linear_probe

@@ -25,7 +25,8 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.loader import Loader, View
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
-from kdlib.models.networks import Network, build_network
+from kdlib.models.base import Network
+from kdlib.models.networks import build_network
 from kdlib.repro.run import Run
 from kdlib.study.study import Augment, Compute, Model, Objective, Training
 from kdlib.trainer.loop import _Loop

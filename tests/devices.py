@@ -22,7 +22,8 @@ from kdlib.cache.sources import array_source
 from kdlib.dataset.loader import Loader, View
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
-from kdlib.models.networks import Network, build_network
+from kdlib.models.base import Network
+from kdlib.models.networks import build_network
 from kdlib.models.outputs import store_outputs
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kdlib.cache.shards import Cache
 from kdlib.dataset.loader import Batch
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network
+from kdlib.models.base import Network
 from kdlib.steps.training import launch_run, use
 from kdlib.study.objectives import KINDS
 from kdlib.study.study import Compute, Objective

@@ -1,4 +1,4 @@
-"""How far scores, runs and architectures agree on a ranking of examples.
+"""How far scores, runs and architectures agree on the order of examples.
 
 Pure functions on tables and arrays of scores.
 

@@ -25,18 +25,16 @@ from kdlib.cartography.scores import (
 from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the datamap
-
-
 REGIONS = ("easy", "ambiguous", "hard")
 
 
 def regions(confidence: np.ndarray, variability: np.ndarray, *, rule: str) -> np.ndarray:
     """Easy-to-learn, ambiguous or hard-to-learn, under one of two rules.
 
-    `variability`: ambiguous = the third with the highest variability (the paper's 33 %); the others
+    `variability`: ambiguous = the third with the highest variability (the paper's 33 %); the rest
     go to the nearer of easy (variability 0, confidence 1) and hard (0, 0), that is easy from
     confidence 0.5 upwards. Examples that tie across the border of the third all stay out, so that
-    their order in the data set decides nothing.
+    the order of the data set does not matter.
     `corner`: the nearest of easy (0, 1), hard (0, 0) and ambiguous (1, 0.5); at equal distance the
     first of these.
 
@@ -98,8 +96,9 @@ def _score_block(
 
 
 def compute_datamap(log: DynamicsLog, *, el2n_epoch: int, window: int) -> pd.DataFrame:
-    """Every score and both regions of every example of a finished log, in one pass over it by
-    blocks of examples: memory stays bounded whatever N is.
+    """Every score and both regions of every example of a finished log.
+
+    One pass over the log by blocks of examples: memory stays bounded whatever N is.
 
     Args:
         log: A log open for reading.
@@ -130,7 +129,7 @@ def write_datamap(table: pd.DataFrame, path: Path, provenance: dict) -> Path:
     """Write a datamap as parquet, its provenance in the file's metadata.
 
     Args:
-        table: As returned by `datamap`.
+        table: As returned by `compute_datamap`.
         path: The file; replaced atomically.
         provenance: JSON-able; what determines the content.
 

@@ -1,6 +1,4 @@
-"""Norms of per-example gradients: how much one example alone would move the weights.
-
-Leaves to others: of which epoch and weights (mapping), what the norms choose (selection).
+"""Norms of per-example gradients: how far a step on one example moves the weights.
 
 [Paul2021] Paul et al., Deep Learning on a Data Diet, 2021, arXiv 2107.07075
 """
@@ -13,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from tqdm.auto import tqdm
 
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network
+from kdlib.models.base import Network, eval_mode
 
 CHUNK_BYTES = 2**27  # of one chunk's gradients; a ResNet-8 has 300 kB of them for each example
 
@@ -25,11 +23,11 @@ def gradient_norms(
     labels: Tensor,
     describe: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """GraNd of each example under one set of weights: of all of them, and of the last layer alone.
+    """GraNd of each example under one set of weights: over all weights, and over the last layer's.
 
-    The gradient is that of the example's own cross-entropy on its clean image, every example by
-    itself (`torch.func`). BatchNorm uses its running statistics, so that no example enters the
-    gradient of another; the network's mode is put back as it was.
+    The gradient is that of the cross-entropy of one clean image, computed for each image
+    separately (`torch.func`). BatchNorm uses its running statistics, so that no example enters the
+    gradient of another; afterwards the network has its former mode.
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
@@ -40,7 +38,7 @@ def gradient_norms(
         |softmax - onehot| * sqrt(|features|^2 + 1), the closed form for a linear layer with bias.
     Raises: ValueError for labels that are not one per image or out of range.
     Source: [Paul2021], definition 2.1; the paper averages over weights drawn anew, here it is one
-        run: average several (`agreement`). Its code computes the last layer alone.
+        run: average several (`agreement`). Its code computes the last layer only.
     """
     if labels.shape != images.shape[:1]:
         raise ValueError(
@@ -53,7 +51,6 @@ def gradient_norms(
         )
     if len(images) == 0:
         return np.empty(0), np.empty(0)
-    modes = [(module, module.training) for module in network.modules()]
     weights = {name: p.detach() for name, p in network.named_parameters()}
     buffers = dict(network.named_buffers())
 
@@ -66,8 +63,7 @@ def gradient_norms(
     chunk = max(1, min(256, CHUNK_BYTES // n_bytes))
     whole, last = [], []
     progress = tqdm(total=len(images), desc=describe, unit="img", leave=False, disable=not describe)
-    network.eval()
-    try:
+    with progress, eval_mode(network):
         for some, gold in zip(images.split(chunk), labels.split(chunk), strict=True):
             inputs = pixels.prepare(some).contiguous()
             gradients = of_each(weights, inputs, gold)
@@ -76,17 +72,14 @@ def gradient_norms(
             with torch.no_grad():
                 last.append(_last_layer(network, inputs, gold))
             progress.update(len(some))
-    finally:
-        progress.close()
-        for module, training in modes:
-            module.training = training
-    # NumPy's root is the same on every processor; torch's is a library's
+    # NumPy's square root has the same bytes on every processor, torch's has not
     return np.sqrt(torch.cat(whole).cpu().numpy()), np.sqrt(torch.cat(last).cpu().numpy())
 
 
 def _last_layer(network: Network, inputs: Tensor, labels: Tensor) -> Tensor:
     """Squared norm of the gradient of a last layer with bias: (p - onehot) x [features, 1]."""
-    features = network.features(inputs)
-    probs = torch.softmax(network.head(features).double(), 1)
+    values = network.outputs(inputs, ("features", "logits"))
+    features = values["features"]
+    probs = torch.softmax(values["logits"].double(), 1)
     error = probs - F.one_hot(labels, network.n_classes)
     return error.square().sum(1) * (features.double().square().sum(1) + 1)

@@ -62,7 +62,7 @@ def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.D
         n_points: Number of e, at most; the last is all epochs.
 
     Returns: Columns `detector`, `epoch`, `auroc`, for `aum`, `confidence`, `loss` (means over the
-        epochs), `el2n` (of epoch e alone), `forgetting_events`.
+        epochs), `el2n` (of epoch e), `forgetting_events`.
     """
     from sklearn.metrics import roc_auc_score
 

@@ -1,8 +1,7 @@
-"""Every score of the training dynamics, the regions, and the datamap that holds them all.
+"""The scores of the training dynamics.
 
-Scores are pure functions on arrays, computed in float64 over blocks of examples, so that memory
-stays bounded whatever N is. Leaves to others: which examples to keep (selection), when to record
-(trainer), drawing (maps), the log itself (dynamics).
+Pure functions on arrays, computed in float64 over blocks of examples, so that memory stays bounded
+whatever N is. To add one: a function here, a column in `datamap`, a row in `study`'s `DIFFICULTY`.
 
 [Swayamdipta2020] Swayamdipta et al., Dataset Cartography, 2020, arXiv 2009.10795
 [Toneva2019] Toneva et al., An Empirical Study of Example Forgetting, 2019, arXiv 1812.05159
@@ -260,14 +259,14 @@ def dyn_unc(gold_prob: np.ndarray, *, window: int) -> np.ndarray:
 def _windows(block: np.ndarray, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation (ddof=1) of each window of epochs: (E, n) -> (E - window + 1, n).
 
-    By running sums of the deviations from each example's own mean: every epoch is added once,
-    whatever the window. A series that never changes has deviations of exactly 0.
+    By running sums of the deviations from the example's mean: every epoch is added once, whatever
+    the window. A series that never changes has deviations of exactly 0.
     """
     middle = block.mean(axis=0)
     # (E + 1, 2, n): running sums from 0 of deviations and of their squares
     sums = np.zeros((len(block) + 1, 2, block.shape[1]))
     np.subtract(block, middle, out=sums[1:, 0])
-    sums[1:, 0][:, (block == block[0]).all(axis=0)] = 0  # whatever rounding made of their mean
+    sums[1:, 0][:, (block == block[0]).all(axis=0)] = 0  # without the rounding of their mean
     np.square(sums[1:, 0], out=sums[1:, 1])
     np.cumsum(sums, axis=0, out=sums)
     inside = sums[window:] - sums[:-window]

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlib.cartography import coresets
+from kdlib.cartography import coresets, feature_coresets
+from kdlib.cartography.feature_scores import finite_features
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
 from kdlib.study.own_code import run
@@ -78,12 +79,10 @@ def select(
             )
         return np.sort(ids.astype(np.int64))
     rule = built_in_rule(strategy) if isinstance(strategy, str) else strategy
-    if features is not None and len(features) != n_examples:
-        raise ValueError(f"{len(features)} rows of features for {n_examples} examples")
     # By id, so that the order of the table's rows reaches no rule.
     order = np.argsort(ids, kind="stable")
     table, ids = table.iloc[order], ids[order].astype(np.int64)
-    features = None if features is None else np.asarray(features)[order]
+    features = None if features is None else finite_features(features, n_examples)[order]
     own_cost = _own_cost(table, rule) if rule.kind == "own" else None
     choose = _Chooser(table, rule, tie_break(ids, seed), features, own_cost)
     if rule.balanced:
@@ -137,12 +136,12 @@ class _Chooser:
     ) -> np.ndarray:
         rule = self.rule
         if rule.kind == "k_center":
-            return coresets.k_center(features, m, ties)
+            return feature_coresets.k_center(features, m, ties)
         if rule.kind == "herding":
-            return coresets.herding(features, m, ties)
+            return feature_coresets.herding(features, m, ties)
         difficulty = _difficulty(table, _given(rule.score, "forgetting_events"), "d2")
         difficulty -= min(difficulty.min(initial=0.0), 0.0)  # of aum, say: d2 takes numbers >= 0
-        return coresets.d2(
+        return feature_coresets.d2(
             difficulty,
             features,
             m,

@@ -11,18 +11,16 @@ from kdlib.repro import files
 from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the subset file
-
-
 MAKER = "notebooks/04_distill.ipynb"
 
 
 @dataclass(frozen=True, eq=False)
 class Subset:
-    """Chosen examples and where the choice came from; a selection made by hand is one too.
+    """Chosen examples and where the choice came from: a strategy of a study, or a lasso by hand.
 
     Attributes: example_ids, (n,) int64, sorted, distinct, >= 0, read-only; strategy, its name;
-        fraction, what was asked for, in [0, 1]; seed; parent, fingerprint of the datamap, None when
-        the choice looked at ids alone; data_fingerprint, of the data set the ids belong to.
+        fraction, the requested share, in [0, 1]; seed; parent, fingerprint of the datamap, None
+        when the choice used ids only; data_fingerprint, of the data set the ids belong to.
 
     Raises: ValueError for ids that are not sorted, distinct and >= 0, and for fields out of range.
     """
@@ -57,7 +55,7 @@ class Subset:
 
     @property
     def sha256(self) -> str:
-        """sha256 of the ids: equal for equal choices, wherever they came from."""
+        """sha256 of the ids: equal for equal choices, whatever strategy or study made them."""
         return files.sha256_array(self.example_ids)
 
     def _metadata(self) -> dict:

@@ -16,8 +16,8 @@ from scipy.special import softmax
 from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
 
-# Each score that goes by several definitions, and the others; `trend` was once called
-# forgetfulness, and `grand_last` stands for `grand` where only the last layer was derived.
+# Each score of several definitions, with the names of the variants here; some papers call `trend`
+# forgetfulness, and some codes compute `grand` of the last layer only, which is `grand_last` here.
 SAME_NAME = {
     "correctness": ("correctness_half",),
     "forgetting_events": ("forgetting_unlearned_last", "trend"),
@@ -67,7 +67,7 @@ def aum_softmax(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
         logits: (E, N, C) float.
         labels: (N,) int64 in [0, C).
 
-    Returns: (N,) float64 in [-1, 1]. Source: [Zheng2023]; of the last epoch alone, as
+    Returns: (N,) float64 in [-1, 1]. Source: [Zheng2023]; of the last epoch only, as
         `aum_softmax_last`: [Cho2025].
 
     >>> aum_softmax(np.log([[[3.0, 1.0], [1.0, 1.0]]]), np.array([0, 1])).round(4).tolist()
@@ -108,7 +108,7 @@ def el2n_first_ten(recorded: np.ndarray) -> np.ndarray:
 
 
 def dyn_unc_but_last(gold_prob: np.ndarray, *, window: int) -> np.ndarray:
-    """Dynamic uncertainty without the last window, as the paper's own sum runs.
+    """Dynamic uncertainty without the last window, as in the paper's sum.
 
     Args:
         gold_prob: (E, N) float in [0, 1], E > window.
@@ -137,8 +137,8 @@ def tdds_absolute(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.
 
 
 def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
-    """TDDS of the first window alone, weighted as if there were all, with logits in the place of
-    probabilities: the logarithm of a negative one counts 0.
+    """TDDS of the first window, weighted as if it were all windows, with logits in the place of
+    probabilities: the logarithm of a negative logit counts 0.
 
     Args:
         logits: (E, N, C) float.

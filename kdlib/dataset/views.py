@@ -206,7 +206,7 @@ def _resized(images: torch.Tensor, box: torch.Tensor, flip: torch.Tensor) -> tor
     return ((total + (1 << (2 * TAP_BITS - 1))) >> (2 * TAP_BITS)).to(torch.uint8)
 
 
-def _grey(pixels: torch.Tensor) -> torch.Tensor:
+def grey_levels(pixels: torch.Tensor) -> torch.Tensor:
     """(B, 1, H, W) int32 grey levels of 1 or 3 channels, rounded."""
     if pixels.shape[1] == 1:
         return pixels
@@ -241,11 +241,11 @@ def _recoloured(pixels: torch.Tensor, operation: int, factor: torch.Tensor) -> t
         return _turned(pixels, factor)
     rest = torch.zeros_like(factor)  # ONE times what is added to factor * pixels
     if operation == CONTRAST:
-        grey = _grey(pixels)
+        grey = grey_levels(pixels)
         total = grey.sum((1, 2, 3), keepdim=True, dtype=torch.int64)
         rest = ((ONE - factor) * total // grey[0].numel()).int()
     elif operation == SATURATION:
-        rest = (ONE - factor) * _grey(pixels)
+        rest = (ONE - factor) * grey_levels(pixels)
     return ((factor * pixels + rest + ONE // 2) >> FACTOR_BITS).clamp(0, 255)
 
 

@@ -1,7 +1,4 @@
-"""The one evaluator: a network's outputs for a list of examples, and accuracy counted once.
-
-Leaves to others: what is done with the outputs (teacher cache, metrics, probes, datamap).
-"""
+"""A network's outputs for many images, its accuracy and its loss."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network
+from kdlib.models.base import Network, eval_mode
 
 
 @torch.no_grad()
@@ -21,9 +18,9 @@ def outputs(
     wanted: Sequence[str] = ("features", "logits"),
     batch_size: int = 500,
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Outputs of clean images, batch by batch, in evaluation mode.
+    """Outputs of images without augmentation, batch by batch, in evaluation mode.
 
-    The mode of each of its modules is put back as it was, and nothing else of it changes.
+    Afterwards each module has its former mode.
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
@@ -31,15 +28,10 @@ def outputs(
 
     Yields: One (B, ...) tensor for each name, float32.
     """
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
+    with eval_mode(network):
         for chunk in torch.split(images, batch_size):
-            found = network.outputs(pixels.prepare(chunk), wanted)
-            yield tuple(found[name] for name in wanted)
-    finally:
-        for module, training in modes:
-            module.training = training
+            values = network.outputs(pixels.prepare(chunk), wanted)
+            yield tuple(values[name] for name in wanted)
 
 
 def all_outputs(
@@ -75,6 +67,7 @@ def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarra
 def evaluate(
     network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[float, float]:
-    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on clean images."""
+    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on images
+    without augmentation."""
     (logits,) = all_outputs(network, pixels, images, ("logits",))
     return float(F.cross_entropy(logits.double(), labels)), accuracy(logits, labels)

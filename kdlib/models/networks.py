@@ -1,155 +1,20 @@
-"""Networks that turn a batch of images into features and logits.
-
-Holds the small networks of the lab, the CIFAR ResNets, any timm network fitted to small images.
-Leaves to others: normalising pixels, training, and reading and writing weights (weights).
+"""The small networks of this package, and the function that builds a network by its name.
 
 Sources:
 [He2016] He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016,
     arXiv:1512.03385.
 [Banbury2021] Banbury et al.: MLPerf Tiny Benchmark, NeurIPS 2021 Datasets and Benchmarks,
     arXiv:2106.07597.
-[Zagoruyko2017] Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017,
-    arXiv:1612.03928.
-[Wightman2019] Wightman: PyTorch Image Models (timm), 2019, doi:10.5281/zenodo.4414861.
 """
 
-import inspect
-import re
-from collections.abc import Collection
-from difflib import get_close_matches
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.dataset.images import Images
-from kdlib.repro import files
+from kdlib.models.base import Network, check_options
+from kdlib.models.timm_networks import build_timm
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.study import Model
-
-# Up to this side in pixels a network for 224-pixel photographs keeps the image's resolution.
-SMALL_IMAGE = 64
-
-
-class Network(nn.Module):
-    """A classifier in two parts: `forward(x) = head(features(x))`.
-
-    Input is (B, C, H, W) float32, already normalised; features are (B, D) float32, D =
-    `n_features`, the input of the last linear layer; logits are (B, C) float32, C = `n_classes`, 0
-    of a network without classifier. Between them lie the feature grids of `n_stages` stages, 0 of a
-    network that does not show them.
-    """
-
-    n_features: int
-    n_classes: int
-    n_stages: int
-
-    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Features (B, D), and the grid (B, C_k, H_k, W_k) of each stage, in one pass."""
-        raise NotImplementedError
-
-    def features(self, x: Tensor) -> Tensor:
-        """Penultimate activations, (B, D)."""
-        return self.staged(x)[0]
-
-    def head(self, features: Tensor) -> Tensor:
-        """Logits of features, (B, D) -> (B, C)."""
-        return self.linear(features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, (B, C)."""
-        return self.head(self.features(x))
-
-    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
-        """What one pass gives, by name.
-
-        Args:
-            wanted: `logits` (B, C), `features` (B, D), `stage<k>` (B, C_k, H_k, W_k) and
-                `attention<k>` (B, H_k, W_k), k from 1: the mean over channels of the squared
-                grid, of norm 1 for each example [Zagoruyko2017].
-
-        Raises: ValueError for a name this network has nothing for.
-        """
-        grids: list[Tensor] = []
-        if any(name not in ("logits", "features") for name in wanted):
-            features, grids = self.staged(x)
-        else:
-            features = self.features(x)
-        return {name: self._output(name, features, grids) for name in wanted}
-
-    def _output(self, name: str, features: Tensor, grids: list[Tensor]) -> Tensor:
-        if name == "features":
-            return features
-        if name == "logits" and self.n_classes:
-            return self.head(features)
-        found = re.fullmatch(r"(stage|attention)(\d+)", name)
-        if not found or not 1 <= int(found[2]) <= len(grids):
-            there = [*(["logits"] if self.n_classes else []), "features"]
-            there += [f"{kind}1 to {kind}{self.n_stages}" for kind in ("stage", "attention")
-                      if self.n_stages]  # fmt: skip
-            raise ValueError(
-                f"{type(self).__name__} has no output {name!r}; it has {', '.join(there)}"
-            )
-        grid = grids[int(found[2]) - 1]
-        return grid if found[1] == "stage" else attention_map(grid)
-
-    @torch.no_grad()
-    def output_shapes(
-        self, image_shape: tuple[int, ...], wanted: Collection[str]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of outputs without their batch axis, found by a trial that leaves no trace."""
-        modes = [(module, module.training) for module in self.modules()]
-        place = next(self.parameters()).device
-        try:
-            found = self.eval().outputs(torch.zeros(1, *image_shape, device=place), wanted)
-        finally:
-            for module, training in modes:
-                module.training = training
-        return {name: tuple(value.shape[1:]) for name, value in found.items()}
-
-
-def attention_map(grid: Tensor) -> Tensor:
-    """Where a feature grid is active: mean of squares over channels, of norm 1 for each example.
-
-    Args:
-        grid: (B, C, H, W) float.
-
-    Returns: (B, H, W), values >= 0; zeros where the whole grid is zero.
-    Source: [Zagoruyko2017], sec. 3.1, with p = 2.
-    """
-    energy = grid.square().mean(1)
-    return F.normalize(energy.flatten(1), dim=1).view_as(energy)
-
-
-class Resized(Network):
-    """A network that sees its images brought to another size, bilinearly; everything else, names of
-    weights included, is the network's own."""
-
-    def __init__(self, network: Network, size: int) -> None:
-        super().__init__()
-        self.size = size
-        # its modules under their own names; the network itself is no submodule
-        self._modules, self._parameters, self._buffers = (
-            network._modules, network._parameters, network._buffers,
-        )  # fmt: skip
-        object.__setattr__(self, "_network", network)
-        self.n_features, self.n_classes = network.n_features, network.n_classes
-        self.n_stages = network.n_stages
-
-    def _seen(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] == (self.size, self.size):
-            return x
-        side = (self.size, self.size)
-        return F.interpolate(x, side, mode="bilinear", antialias=True, align_corners=False)
-
-    def features(self, x: Tensor) -> Tensor:
-        return self._network.features(self._seen(x))
-
-    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self._network.staged(self._seen(x))
-
-    def head(self, features: Tensor) -> Tensor:
-        return self._network.head(features)
 
 
 def _draw(network: nn.Module) -> None:
@@ -247,7 +112,7 @@ class _KerasBlock(_Block):
 
 
 class MlperfResNet8(CifarResNet):
-    """The 8-layer reference network of MLPerf Tiny, as its Keras weights need it. These take pixels
+    """The 8-layer reference network of MLPerf Tiny, as its Keras weights need it. They take pixels
     in [0, 255]: mean 0 and std 1/255 for pixels in [0, 1]. Source: [Banbury2021]."""
 
     def __init__(self, n_classes: int, channels: int):
@@ -259,56 +124,20 @@ class MlperfResNet8(CifarResNet):
         _draw(self)
 
 
-class TimmNetwork(Network):
-    """Any timm network behind the interface of this module. Source: [Wightman2019].
-
-    Stages are the last of each resolution, four at most; of a plain vision transformer, four evenly
-    spaced blocks, the grids being their patch tokens.
-    """
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        self.n_classes, self.n_features = body.num_classes, body.num_features
-        info = list(body.feature_info) if hasattr(body, "forward_intermediates") else []
-        by_resolution = {stage["reduction"]: number for number, stage in enumerate(info)}
-        self._taps = list(by_resolution.values())[-4:]
-        if len(by_resolution) == 1:  # a plain transformer
-            self._taps = sorted({round(len(info) * k / 4) - 1 for k in range(1, 5)} - {-1})
-        self.n_stages = len(self._taps)
-        self._norms = "norm" in inspect.signature(body.forward_intermediates).parameters if (
-            info) else False  # fmt: skip
-
-    def features(self, x: Tensor) -> Tensor:
-        return self.body.forward_head(self.body.forward_features(x), pre_logits=True)
-
-    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        if not self.n_stages:
-            return self.features(x), []
-        norm = {"norm": True} if self._norms else {}
-        found, grids = self.body.forward_intermediates(
-            x, indices=self._taps, output_fmt="NCHW", **norm
-        )
-        return self.body.forward_head(found, pre_logits=True), grids
-
-    def head(self, features: Tensor) -> Tensor:
-        return self.body.get_classifier()(features)
-
-
 def build_network(
     model: Model, *, n_classes: int, image_shape: tuple[int, int, int], seed: int
 ) -> Network:
     """A network on the CPU, in training mode, with weights drawn at random.
 
-    The same arguments give the same bytes; the global generator is left as it was found.
+    The same arguments give the same bytes; the state of torch's global generator is kept.
 
     Args:
         model: Name and options. `tiny_cnn` takes `width`; `timm/<name>` takes `stem` (`small` or
             `original`; `small` is the default up to 64 pixels) and every option of the timm class;
             the others take none.
         n_classes: C, >= 1.
-        image_shape: (channels, height, width) of the images to come.
-        seed: The run's seed, >= 0; weights have their own stream of it.
+        image_shape: (channels, height, width) of its images.
+        seed: >= 0; weights are drawn from its stream `init`.
 
     Raises: ValueError for an unknown network or option (with the nearest known one), for an option
         that has an impossible value, and for a timm network that cannot take such images.
@@ -324,8 +153,8 @@ def build_network(
             "it cannot be drawn at random"
         )
     if model.name.startswith("timm/"):
-        return _build_timm(model, n_classes, image_shape, seed)
-    _check_options(model, {"width"} if model.name == "tiny_cnn" else set())
+        return build_timm(model, n_classes, image_shape, seed)
+    check_options(model, {"width"} if model.name == "tiny_cnn" else set())
     with torch_seeded(seed, "init"):
         if model.name == "tiny_cnn":
             return TinyCNN(n_classes, image_shape[0], **model.options)
@@ -336,92 +165,8 @@ def build_network(
 
 
 def network_for(images: Images, model: Model, seed: int, device: str, n_more: int = 0) -> Network:
-    """A network for a study's images, and `n_more` classes, with weights drawn from `seed`."""
+    """A network for a study's images, with weights drawn from `seed` and `n_more` further classes,
+    on a device."""
     n_classes = images.n_classes + n_more
-    built = build_network(model, n_classes=n_classes, image_shape=images.image_shape, seed=seed)
-    return built.to(device, memory_format=images.pixels.memory_format)
-
-
-def _check_options(model: Model, known: set[str]) -> None:
-    for option in model.options:
-        if option not in known:
-            hint = files.nearest(option, known) if known else "it takes no options"
-            raise ValueError(f"unknown option {option!r} of model {model.name}; {hint}")
-
-
-def _build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed: int) -> Network:
-    import timm
-
-    name, options = model.name.removeprefix("timm/"), dict(model.options)
-    if not timm.is_model(name) or "." in name:  # what follows a dot names pretrained weights
-        close = get_close_matches(name, timm.list_models(), n=3)
-        hint = f"nearest: {', '.join(close)}" if close else "timm.list_models() has all names"
-        raise ValueError(f"timm has no network {name!r} to draw at random; {hint}")
-    with torch_seeded(seed, "init"), torch.device("meta"):  # no weights, only its signature
-        blank = timm.create_model(name)
-    accepted = {p for c in type(blank).__mro__ for p in inspect.signature(c.__init__).parameters}
-    fixed = {"num_classes": n_classes, "in_chans": image_shape[0]}
-    if "img_size" in accepted:
-        fixed["img_size"] = image_shape[1:]
-    _check_options(model, {"stem", *accepted} - {"self", "args", "kwargs", "cfg", *fixed})
-    side = max(image_shape[1:])
-    stem = options.pop("stem", "small" if side <= SMALL_IMAGE else "original")
-    if stem not in ("small", "original"):
-        raise ValueError(f"option stem of {model.name} is {stem!r}; expected small or original")
-    if stem == "small" and "patch_size" in accepted:
-        shrinks = len({stage["reduction"] for stage in blank.feature_info}) > 1  # Swin, ConvNeXt
-        options.setdefault("patch_size", 1 if shrinks else small_patch(*image_shape[1:]))
-    if any(length % options.get("patch_size", 1) for length in image_shape[1:]):
-        raise ValueError(
-            f"option patch_size of {model.name} is {options['patch_size']}; expected a divisor of "
-            f"the image's height and width, {image_shape[1:]}"
-        )
-    try:
-        with torch_seeded(seed, "init"), torch.no_grad():
-            body = timm.create_model(name, pretrained=False, **fixed, **options)
-            if stem == "small" and "patch_size" not in accepted:
-                _fit_stem(body, model.name)
-            network = TimmNetwork(body).eval()  # a trial: does it take such images, how wide is D?
-            features = network.features(torch.zeros(1, *image_shape))
-            network.n_features = features.shape[1]
-            network.n_classes = network.head(features).shape[1]
-    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{model.name} with options {model.options} cannot be built for images of shape "
-            f"{image_shape}: {error}"
-        ) from None
-    return network.train()
-
-
-def small_patch(height: int, width: int) -> int:
-    """The largest square patch that tiles an image with at least 7 x 7 patches, or else 1 pixel.
-
-    >>> [small_patch(side, side) for side in (8, 28, 32, 64)]
-    [1, 4, 4, 8]
-    """
-    sides = range(1, min(height, width) // 7 + 1)
-    return max((p for p in sides if height % p == width % p == 0), default=1)
-
-
-def _fit_stem(body: nn.Module, name: str) -> None:
-    """Make the first layers of a convolutional network keep the image's resolution, in place."""
-    from timm.models import RegNet, ResNet
-
-    if isinstance(body, ResNet):
-        body.maxpool = nn.Identity()
-        if isinstance(body.conv1, nn.Conv2d):  # 7x7, stride 2
-            n_in, n_out = body.conv1.in_channels, body.conv1.out_channels
-            body.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
-            nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
-        else:  # the deep stem of the `d` variants, already 3x3
-            body.conv1[0].stride = (1, 1)
-    elif isinstance(body, RegNet):
-        body.stem.conv.stride = (1, 1)
-    elif hasattr(body, "conv_stem"):  # MobileNets, EfficientNets
-        body.conv_stem.stride = (1, 1)
-    else:
-        raise ValueError(
-            f"no stem for small images is known for {name}; with the option `stem: original` it "
-            "keeps its own, made for photographs; a ResNet, RegNet, MobileNet, EfficientNet, "
-            "ConvNeXt or ViT gets a small one"
-        )
+    network = build_network(model, n_classes=n_classes, image_shape=images.image_shape, seed=seed)
+    return network.to(device, memory_format=images.pixels.memory_format)

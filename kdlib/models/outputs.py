@@ -13,8 +13,8 @@ from kdlib.cache.outputs import CLEAN_VIEW, KIND, encoded, stored_columns, store
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import augment
+from kdlib.models.base import Network
 from kdlib.models.evaluation import accuracy, all_outputs
-from kdlib.models.networks import Network, Resized
 from kdlib.models.weights import weights_fingerprint
 from kdlib.study.study import Augment
 
@@ -54,7 +54,7 @@ def output_header(
         "view": view,
         "n_classes": network.n_classes,
         "top_k": top_k,
-    } | ({"image_size": network.size} if isinstance(network, Resized) else {})
+    } | ({"image_size": network.image_size} if network.image_size is not None else {})
 
 
 def store_outputs(

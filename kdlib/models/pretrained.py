@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from kdlib.models.networks import Network, TimmNetwork
+from kdlib.models.base import Network
+from kdlib.models.timm_networks import TimmNetwork
 from kdlib.models.weights import first_line
 from kdlib.study.study import Model, parse_hub
 

@@ -1,9 +1,7 @@
-"""How much a frozen network's features know: linear, few-shot and k-NN probes.
+"""How well classes can be told apart by frozen features: linear, few-shot and k-NN probes.
 
 Features carry the fingerprint of the weights that made them; a probe refuses training and test
-features of different weights, or of one split. The test features choose nothing: they are read
-once, after every choice. Leaves to others: fitting (linear), extracting features, their shape
-(diagnostics), and what follows from a low number.
+features of different weights, or of one split. Test features are read once, after every choice.
 
 Sources:
     [Alain2016] Alain, Bengio. Understanding intermediate layers using linear classifier probes.
@@ -23,17 +21,9 @@ from kdlib.probes.logistic import MAX_ITERATIONS, fit_path
 from kdlib.repro.seeds import generator
 
 KNN_TEMPERATURE = 0.07  # [Wu2018], sec. 3.4
-
-
 HELD_OUT_EVERY = 5  # one training example in five chooses C
-
-
 FEW_SHOT_C = 1.0  # n examples of a class are too few to choose by
-
-
 CHUNK = 2**22  # similarities held at once by the k-NN probe: 16 MiB
-
-
 GROUP = 32  # columns of which the k-NN probe first looks at the largest
 
 
@@ -110,16 +100,15 @@ def linear_probe(
     One fifth of the training features, stratified by class and drawn by `seed`, chooses C; ties go
     to the smallest C. The chosen C is refitted on all training features, and the test features are
     used once. Every fit standardises with the mean and standard deviation of the examples it is
-    fitted on; a constant feature is left at zero. Fits are those of `kdlib.probes.logistic` on
-    one thread
-    (sums depend on the number of threads), along the grid with a warm start and for the refit with
-    a cold one; `converged` says whether all of them did. Two classes share one weight vector. The
-    order of the examples changes nothing.
+    fitted on; a constant feature is left at zero. Fits are those of `logistic` on one thread (sums
+    depend on the number of threads), along the grid with a warm start and for the refit with a cold
+    one; `converged` says whether all of them did. Two classes share one weight vector. The order of
+    the examples changes nothing.
 
     Args:
         train: Features the probe is fitted on, of at least 2 classes.
-        test: Features of another split, made by the same weights. A class that `train` lacks is
-            never predicted.
+        test: Features of another split, made by the same weights. A class that is absent from
+            `train` is not predicted.
         c_grid: Inverse regularisation strengths to choose from, > 0; scikit-learn's C.
         seed: Requested seed of the held-out fifth.
 
@@ -135,9 +124,9 @@ def linear_probe(
     order = np.argsort(train.example_ids)
     values, labels = train.values[order].astype(np.float64), train.labels[order]
     with threadpool_limits(1, user_api="blas"):
-        chosen, converged = (grid[0], True) if len(grid) == 1 else _choose_c(
-            values, labels, grid, seed
-        )  # fmt: skip
+        chosen, converged = grid[0], True
+        if len(grid) > 1:
+            chosen, converged = _choose_c(values, labels, grid, seed)
         (fit,) = fit_path(_standardise(values, values), labels, [chosen], MAX_ITERATIONS)
         predicted = fit.predict(_standardise(test.values.astype(np.float64), values))
     converged = converged and fit.converged

@@ -1,9 +1,8 @@
 """The shape of frozen features: collapse and effective rank, how they spread on the sphere, how
 near classes lie together, and how alike two networks' features are.
 
-Each number has a theory to stand beside: what isotropic features of the same N and D reach, or the
-most that is possible. No number looks at test images. Leaves to others: what features can be used
-for (probe), extracting them, and what follows from a low number.
+Each number can be compared with a theoretical one: what isotropic features of the same N and D
+reach, or the most that is possible. All are computed on training images.
 
 N examples, D features, K classes; u is a feature vector of norm 1, or 0 where it is all zero.
 
@@ -23,11 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 COLLAPSED_POWER = 0.25  # collapsed = effective rank below the isotropic rank to this power
-
-
-PAIRED = 4096  # examples of which all pairs are looked at, at most
-
-
+PAIRED = 4096  # examples of which all pairs are compared, at most
 SHARPNESS = 2.0  # t of the uniformity, as in [Wang2020]
 
 
@@ -260,13 +255,13 @@ def even_uniformity(n_features: int) -> float:
     return float(-2 * SHARPNESS + np.log(hyp0f1(n_features / 2, SHARPNESS**2)))
 
 
-def linear_cka(first: np.ndarray, second: np.ndarray, own: float | None = None) -> float:
+def linear_cka(first: np.ndarray, second: np.ndarray, norm: float | None = None) -> float:
     """How alike two networks' features of the same examples are, whatever their rotation and scale.
 
     Args:
         first: Features, shape (N, D), finite.
         second: Features of another network, shape (N, D'), of the same examples in the same order.
-        own: `shared(second, second)`, where it is at hand.
+        norm: `shared(second, second)`, to compute it once for several calls.
 
     Returns: Number in [0, 1], 1 = equal but for rotation and scale; 0 when either is constant. Two
         random networks reach more the larger D / N is.
@@ -277,9 +272,9 @@ def linear_cka(first: np.ndarray, second: np.ndarray, own: float | None = None) 
     >>> round(linear_cka(one, other), 9)
     1.0
     """
-    own = shared(second, second) if own is None else own
-    norm = np.sqrt(shared(first, first)) * np.sqrt(own)
-    return 0.0 if norm == 0 else float(np.clip(shared(first, second) / norm, 0, 1))
+    norm = shared(second, second) if norm is None else norm
+    product = np.sqrt(shared(first, first)) * np.sqrt(norm)
+    return 0.0 if product == 0 else float(np.clip(shared(first, second) / product, 0, 1))
 
 
 def shared(first: np.ndarray, second: np.ndarray) -> float:

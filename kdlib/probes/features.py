@@ -1,9 +1,8 @@
 """Features of any layer of a network, for the study's images and for those of other data sets.
 
-Other images are brought to the shape the network knows: grey ones repeated over three channels,
-coloured ones reduced to their luma (BT.601), then resized bilinearly with antialiasing, whatever
-their proportions; the network normalises them as its own. Leaves to others: what the features are
-asked (probe, diagnostics), and whose they are (probing).
+Images of other data sets are brought to the network's input shape: grey ones are repeated over
+three channels, coloured ones reduced to their luma (BT.601), then resized bilinearly with
+antialiasing to the network's height and width; they are normalised as the study's images are.
 """
 
 from collections.abc import Sequence
@@ -14,16 +13,16 @@ import torch.nn.functional as F
 
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
-from kdlib.dataset.views import BLUE, GREEN, RED
+from kdlib.dataset.views import grey_levels
+from kdlib.models.base import Network
 from kdlib.models.evaluation import outputs
-from kdlib.models.networks import Network
 from kdlib.probes.classifiers import Features
 
 BATCH = 500
 
 
 def adapted(images: torch.Tensor, image_shape: tuple[int, int, int]) -> torch.Tensor:
-    """Images in the shape a network knows.
+    """Images in the input shape of a network.
 
     Args:
         images: (N, C, H, W) uint8; C is 1 or 3.
@@ -37,14 +36,12 @@ def adapted(images: torch.Tensor, image_shape: tuple[int, int, int]) -> torch.Te
     """
     channels, side = images.shape[1], tuple(image_shape[1:])
     if channels == 3 and image_shape[0] == 1:
-        red, green, blue = images.to(torch.int32).unbind(1)
-        luma = (RED * red + GREEN * green + BLUE * blue + (1 << 15)) >> 16
-        images = luma[:, None].to(torch.uint8)
+        images = grey_levels(images.to(torch.int32)).to(torch.uint8)
     elif channels == 1 and image_shape[0] == 3:
         images = images.expand(-1, 3, -1, -1)
     elif channels != image_shape[0]:
         raise ValueError(
-            f"images have {channels} channels and the network wants {image_shape[0]}; expected 1 "
+            f"images have {channels} channels and the network takes {image_shape[0]}; expected 1 "
             "or 3 of each"
         )
     if images.shape[2:] == side:
@@ -66,21 +63,20 @@ def layer_features(
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
-        image_shape: What the network knows; images of another shape are `adapted`.
-        layers: Names of `Network.outputs`; `features` are what the last layer reads, and a stage's
-            grid is reduced to its mean over places.
+        image_shape: The network's input shape; images of another shape are `adapted`.
+        layers: Names of `Network.outputs`; `features` are the input of the last layer, and a
+            stage's grid is reduced to its mean over height and width.
 
     Returns: (N, D) float32 for each layer.
-    Raises: ValueError for a layer the network has not.
+    Raises: ValueError for a layer that the network does not have.
     """
     parts: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
     for chunk in torch.split(images, BATCH):
-        found = outputs(network, pixels, adapted(chunk, image_shape), layers)
-        for batch in found:
+        for batch in outputs(network, pixels, adapted(chunk, image_shape), layers):
             for layer, values in zip(layers, batch, strict=True):
                 pooled = values.float().flatten(2).mean(2) if values.ndim > 2 else values.float()
                 parts[layer].append(pooled.cpu().numpy())
-    return {layer: np.concatenate(found) for layer, found in parts.items()}
+    return {layer: np.concatenate(arrays) for layer, arrays in parts.items()}
 
 
 def labelled_features(cache: Cache, ids: np.ndarray, values: np.ndarray, weights: str) -> Features:

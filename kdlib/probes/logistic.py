@@ -4,7 +4,7 @@ The objective is scikit-learn's: C times the sum of the losses plus half the squ
 intercepts free. The features are rotated once into their principal axes, where the curvature of
 every objective of the grid is nearly diagonal; L-BFGS [Liu1989] with that diagonal as its first
 guess goes up the grid, each fit begun by extrapolating the two before, the curvature learnt on the
-way kept. Leaves to others: which C to take, and what is fitted (probe).
+way kept.
 
 N examples, D features, K classes, R <= D axes along which the features vary.
 
@@ -28,24 +28,12 @@ import numpy as np
 # scikit-learn says it, and the objective is by estimate within GAP, relatively, of its minimum: on
 # classes that a plane separates the first alone is met long before the weights of a large C are.
 TOLERANCE = 1e-5
-
-
 GAP = 1e-4
-
-
 MAX_ITERATIONS = 1000
-
-
 # Numbers, and least rows, at once: features and logits stay in a core's cache (2026-11, 1 MiB).
 BLOCK, LEAST_ROWS = 2**17, 512
-
-
 COPIED = 4096  # rows at once where they are read once
-
-
 MEMORY = 20  # steps whose curvature is kept
-
-
 # Axes of a smaller variance, relative to the largest, are rounding of float32 features.
 FLAT = 1e-14
 
@@ -93,7 +81,7 @@ def fit_path(
 
     Raises: ValueError for values that are not finite, fewer than two classes, or a grid that is
         empty or not positive.
-    Source: [Liu1989]; the first guess is the bound of [Bohning1992] with each class's own mean of
+    Source: [Liu1989]; the first guess is the bound of [Bohning1992] with each class's mean of
         p (1 - p) in place of 1/2; steps are accepted as in [Hager2005], sec. 4.
     """
     grid = sorted(set(map(float, c_grid)))
@@ -159,7 +147,7 @@ class _Problem:
     def at(self, weights: np.ndarray) -> _Point:
         """One pass over the examples.
 
-        Logits are counted from that of the gold label, and its probability is never subtracted from
+        Logits are differences from that of the gold label, whose probability is not subtracted from
         one, so that losses far below float32's resolution of 1 keep their digits.
         """
         n, n_rows = len(self.codes), max(LEAST_ROWS, BLOCK // sum(weights.shape))
@@ -227,16 +215,17 @@ def _minimise(
         if (direction * gradient).sum() >= 0:  # the memory misleads
             memory.clear()
             direction = memory.direction(problem, gradient, metric, strength)
-        found = _search(problem, point, direction, strength, value, gradient)
-        if found is None:
+        following = _search(problem, point, direction, strength, value, gradient)
+        if following is None:
             if not memory.n:
                 return point, iteration, False
             memory.clear()
             continue
-        step, change = found.weights - point.weights, found.gradient - point.gradient
+        step = following.weights - point.weights
+        change = following.gradient - point.gradient
         if (step * change).sum() > 1e-12 * np.sqrt((step**2).sum() * (change**2).sum()):
             memory.add(step, change)
-        point = found
+        point = following
     raise AssertionError("the loop above returns")
 
 
@@ -281,8 +270,8 @@ class _Memory:
         first = np.linalg.solve(upper, steps @ g)
         middle = np.diag(products) * first + bent @ (first @ changes)
         along = np.linalg.solve(upper.T, middle - bent @ g)
-        found = g * inverse + along @ steps - first @ bent
-        return -_level(found.reshape(gradient.shape))
+        product = g * inverse + along @ steps - first @ bent
+        return -_level(product.reshape(gradient.shape))
 
 
 def _level(weights: np.ndarray) -> np.ndarray:
@@ -306,9 +295,9 @@ def _search(
     slope = float((direction * gradient).sum())
     low, slope_low, high, length = 0.0, slope, None, 1.0
     for _ in range(30):
-        found = problem.at(point.weights + length * direction)
-        new = found.loss + problem.penalty(found.weights, strength)
-        along = found.gradient + strength * problem.penalised * found.weights
+        trial = problem.at(point.weights + length * direction)
+        new = trial.loss + problem.penalty(trial.weights, strength)
+        along = trial.gradient + strength * problem.penalised * trial.weights
         new_slope = float((direction * along).sum())
         rises = new > value + 1e-4 * length * slope + 1e-7 * value
         if rises or new_slope > -0.9 * slope:
@@ -319,5 +308,5 @@ def _search(
             low, slope_low = length, new_slope
             length = 2 * length if high is None else 0.5 * (low + high)
         else:
-            return found
+            return trial
     return None

@@ -14,7 +14,7 @@ from kdlib.cartography.feature_scores import class_distance, prototypicality
 from kdlib.cartography.gradients import gradient_norms
 from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
-from kdlib.models.networks import Network
+from kdlib.models.base import Network
 from kdlib.repro import files
 from kdlib.repro.run import open_run, read_evidence
 from kdlib.repro.seeds import derive

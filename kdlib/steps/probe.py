@@ -22,7 +22,8 @@ from kdlib.cache.sources import open_source
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import split_ids
-from kdlib.models.networks import Network, network_for
+from kdlib.models.base import Network
+from kdlib.models.networks import network_for
 from kdlib.models.weights import load_weights
 from kdlib.probes import diagnostics
 from kdlib.probes.classifiers import Features, few_shot_probe, knn_probe, linear_probe
@@ -183,7 +184,7 @@ def _probe_students(
     device: str,
 ) -> Iterator[dict[str, Any]]:
     network = network_for(images, study.students[cell.student].model, 0, device)
-    own = diagnostics.shared(teacher.values, teacher.values)
+    norm = diagnostics.shared(teacher.values, teacher.values)
     places = {OWN: probe_examples(images)} | others
     inputs = images.fingerprints | {"teacher": outputs}
     inputs |= {"others": _fingerprints(others)} if others else {}
@@ -193,7 +194,7 @@ def _probe_students(
         for on, examples in places.items():
             yield from _probe_network(
                 on, examples, network, weights, images.pixels, images.image_shape, study.probe,
-                (teacher.values, own) if on == OWN else None,
+                (teacher.values, norm) if on == OWN else None,
             )  # fmt: skip
 
     for seed, evidence in evidences.items():

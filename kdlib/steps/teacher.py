@@ -11,7 +11,7 @@ from kdlib.cache.shards import Cache
 from kdlib.cartography.log import begin_log
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
-from kdlib.models.networks import Network
+from kdlib.models.base import Network
 from kdlib.models.weights import load_weights
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run, open_run, read_evidence

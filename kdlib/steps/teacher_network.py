@@ -6,7 +6,8 @@ from typing import Any
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
-from kdlib.models.networks import Network, Resized, build_network, network_for
+from kdlib.models.base import Network
+from kdlib.models.networks import build_network, network_for
 from kdlib.models.pretrained import load_pretrained
 from kdlib.models.weights import load_weights, weights_fingerprint
 from kdlib.repro import files
@@ -55,7 +56,7 @@ def teacher_network(
         )
         if teacher.weights is not None:
             load_weights(network, _weights_file(teacher.weights))
-    network = network if size is None else Resized(network, size)
+    network.image_size = size
     return network.to(device, memory_format=images.pixels.memory_format)
 
 

@@ -9,7 +9,7 @@ from kdlib.cache.outputs import open_outputs
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network
+from kdlib.models.base import Network
 from kdlib.models.outputs import store_outputs, stored_accuracy, verify_outputs
 from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import knn_probe

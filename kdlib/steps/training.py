@@ -18,8 +18,8 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader, View
 from kdlib.dataset.plan import Plan
+from kdlib.models.base import Network
 from kdlib.models.evaluation import evaluate
-from kdlib.models.networks import Network
 from kdlib.models.outputs import Replay, stored_accuracy
 from kdlib.models.weights import load_weights
 from kdlib.repro import checks, files, processor

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdlib.dataset.loader import Batch, Loader
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.networks import Network
+from kdlib.models.base import Network
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.study import Compute, Objective, Training
 from kdlib.trainer.distributed import Ranks, distributed, gathered, summed_loss, synchronised

@@ -1,4 +1,4 @@
-"""Coresets: exact budgets, ties, and the methods against slow loops written from their papers."""
+"""Coresets from scores against slow loops from their papers; budgets and ties of every coreset."""
 
 import math
 from fractions import Fraction
@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.cartography import coresets
-from kdlib.cartography.feature_scores import class_distance, prototypicality
+from kdlib.cartography import coresets, feature_coresets
 
 
 def ties_of(n, rng):
@@ -48,11 +47,11 @@ SELECTORS = {
         {"easy": d["score"], "hard": -d["score"], "random": 0 * d["score"]}, MIX, n, d["ties"]
     ),
     "coverage": lambda d, n: coresets.coverage(d["score"], n, d["ties"], cutoff=0, n_strata=4),
-    "d2": lambda d, n: coresets.d2(
+    "d2": lambda d, n: feature_coresets.d2(
         d["score"], d["features"], n, d["ties"], neighbours=3, gamma_forward=0.5, gamma_reverse=0.2
     ),
-    "k_center": lambda d, n: coresets.k_center(d["features"], n, d["ties"]),
-    "herding": lambda d, n: coresets.herding(d["features"], n, d["ties"]),
+    "k_center": lambda d, n: feature_coresets.k_center(d["features"], n, d["ties"]),
+    "herding": lambda d, n: feature_coresets.herding(d["features"], n, d["ties"]),
     "beta_sampling": lambda d, n: coresets.beta_sampling(
         d["score"], d["score"], n, d["ties"], exponent=4
     ),
@@ -210,7 +209,7 @@ def test_coverage_drops_the_hardest_and_shares_what_small_strata_lack():
 
 def test_a_cutoff_is_the_decimal_number_it_is_written_as():
     data = data_of(100, 0)  # 0.29 * 100 is 28.999... as a float; 29 are dropped
-    with pytest.raises(ValueError, match=r"cutoff 0\.29 keeps 71 of 100"):
+    with pytest.raises(ValueError, match=r"cutoff 0\.29 keeps 71 of 100; expected >= n"):
         coresets.coverage(data["score"], 72, data["ties"], cutoff=0.29, n_strata=5)
 
 
@@ -285,146 +284,6 @@ def test_the_smallest_and_largest_ties_make_finite_random_numbers():
         assert len(coresets.beta_sampling(np.ones(3), np.full(3, 0.5), n, ties, exponent=4)) == n
 
 
-# --- features -------------------------------------------------------------------------------------
-
-
-def d2_loop(score, features, n, ties, k, gamma_forward, gamma_reverse):
-    """D2 pruning as its paper states it, over all pairs."""
-    n_examples = len(ties)
-    square = [[float(((a - b) ** 2).sum()) for b in features] for a in features]
-    linked = np.zeros((n_examples, n_examples), dtype=bool)
-    for i in range(n_examples):
-        others = sorted(set(range(n_examples)) - {i}, key=lambda j: (square[i][j], ties[j]))
-        linked[i, others[:k]] = linked[others[:k], i] = True
-    s = [
-        score[i]
-        + sum(math.exp(-gamma_forward * square[i][j]) * score[j] for j in np.flatnonzero(linked[i]))
-        for i in range(n_examples)
-    ]
-    left = set(range(n_examples))
-    while len(left) > n_examples - n:
-        best = min(left, key=lambda i: (-s[i], ties[i]))
-        left.remove(best)
-        for j in left & set(np.flatnonzero(linked[best]).tolist()):
-            s[j] -= math.exp(-gamma_reverse * square[best][j]) * s[best]
-    return sorted(set(range(n_examples)) - left)
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    n_examples=st.integers(1, 40),
-    k=st.integers(1, 5),
-    gammas=st.sampled_from([(0.1, 1.0), (1.0, 0.1), (5.0, 0.0)]),
-    seed=st.integers(0, 1000),
-)
-def test_d2_follows_the_loop_of_its_paper(n_examples, k, gammas, seed):
-    data = data_of(n_examples, seed, "smooth")
-    score, features, ties = data["score"], data["features"], data["ties"]
-    options = {"neighbours": k, "gamma_forward": gammas[0], "gamma_reverse": gammas[1]}
-    for n in budgets_of(n_examples):
-        expected = d2_loop(score, features, n, ties, k, *gammas)
-        assert coresets.d2(score, features, n, ties, **options).tolist() == expected
-
-
-@settings(max_examples=40, deadline=None)
-@given(n_examples=st.integers(1, 60), k=st.integers(1, 5), seed=st.integers(0, 1000))
-def test_d2_decides_equal_distances_and_equal_scores_by_ties(n_examples, k, seed):
-    # a grid and whole scores, every weight 1: arithmetic is exact, so ties are ties
-    data = data_of(n_examples, seed, "levels")
-    score, features, ties = data["score"] * 4, data["features"], data["ties"]
-    options = {"neighbours": k, "gamma_forward": 0, "gamma_reverse": 0}
-    for n in budgets_of(n_examples):
-        expected = d2_loop(score, features, n, ties, k, 0, 0)
-        assert coresets.d2(score, features, n, ties, **options).tolist() == expected
-
-
-def test_d2_lowers_the_neighbours_of_what_it_takes():
-    # two pairs at distance 0 and 1 from each other, the pairs far apart: (0, 1), (2, 3)
-    features = np.array([[0.0], [0.0], [50.0], [51.0]])
-    score, ties = np.array([5.0, 4.0, 3.0, 2.0]), np.arange(4, dtype=np.uint64)
-    options = {"neighbours": 1, "gamma_forward": 1.0, "gamma_reverse": 1.0}
-    # forward: 5 + 4, 4 + 5, 3 + 2/e = 3.74, 2 + 3/e = 3.10. 0 is taken and 1 sinks to 0;
-    # 2 is taken and 3 sinks to 3.10 - 3.74/e = 1.73, which is above 0
-    for n, order in enumerate([[], [0], [0, 2], [0, 2, 3], [0, 1, 2, 3]]):
-        assert coresets.d2(score, features, n, ties, **options).tolist() == order
-
-
-def test_d2_over_several_blocks_equals_one_block(monkeypatch):
-    data = data_of(200, 5, "levels")
-    one = SELECTORS["d2"](data, 60)
-    monkeypatch.setattr(coresets, "BLOCK_ROWS", 7)
-    assert SELECTORS["d2"](data, 60).tolist() == one.tolist()
-
-
-def whole(features):
-    """Features on a grid as exact integers, and N times each less the sum of all."""
-    rows = [[int(v) for v in row] for row in features]
-    total = [sum(column) for column in zip(*rows, strict=True)]
-    return rows, [[len(rows) * v - t for v, t in zip(row, total, strict=True)] for row in rows]
-
-
-def k_center_loop(features, n, ties):
-    rows, centred = whole(features)
-    chosen = []
-    while len(chosen) < n:
-        left = [i for i in range(len(rows)) if i not in chosen]
-        if chosen:
-            far = {i: min(math.dist(rows[i], rows[j]) ** 2 for j in chosen) for i in left}
-            chosen.append(min(left, key=lambda i: (-round(far[i]), ties[i])))
-        else:
-            chosen.append(min(left, key=lambda i: (sum(v * v for v in centred[i]), ties[i])))
-    return sorted(chosen)
-
-
-def herding_loop(features, n, ties):
-    _, centred = whole(features)
-    total, chosen = [0] * features.shape[1], []
-    while len(chosen) < n:
-        left = [i for i in range(len(centred)) if i not in chosen]
-        error = {i: sum((t + v) ** 2 for t, v in zip(total, centred[i], strict=True)) for i in left}
-        chosen.append(min(left, key=lambda i: (error[i], ties[i])))
-        total = [t + v for t, v in zip(total, centred[chosen[-1]], strict=True)]
-    return sorted(chosen)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    method=st.sampled_from(["k_center", "herding"]),
-    n_examples=st.integers(1, 40),
-    seed=st.integers(0, 1000),
-)
-def test_greedy_methods_follow_exact_loops_on_a_grid_full_of_ties(method, n_examples, seed):
-    data = data_of(n_examples, seed, "levels")
-    loop = {"k_center": k_center_loop, "herding": herding_loop}[method]
-    for n in budgets_of(n_examples):
-        expected = loop(data["features"], n, data["ties"])
-        assert SELECTORS[method](data, n).tolist() == expected
-
-
-def test_k_center_starts_in_the_middle_and_goes_to_the_far_ends():
-    # mean 4: first 3; then 10 (distance 7), then 0 and 2 are 3 and 1 from 3: 0
-    features, ties = np.array([[0.0], [2.0], [3.0], [10.0], [5.0]]), np.arange(5, dtype=np.uint64)
-    for n, order in enumerate([[], [2], [2, 3], [0, 2, 3], [0, 2, 3, 4]]):
-        assert coresets.k_center(features, n, ties).tolist() == order
-
-
-def test_herding_keeps_the_mean_of_all():
-    # mean 4: first 5 (3 is as near, its tie larger), then 3 makes the mean of two 4; 0 and 8 would
-    # then move it equally far, and 0 has the smaller tie
-    features, ties = np.array([[0.0], [3.0], [5.0], [8.0]]), np.array([0, 3, 2, 1], np.uint64)
-    for n, order in enumerate([[], [2], [1, 2], [0, 1, 2], [0, 1, 2, 3]]):
-        assert coresets.herding(features, n, ties).tolist() == order
-
-
-@pytest.mark.parametrize("method", ["k_center", "herding"])
-def test_greedy_methods_ignore_shift_scale_and_the_progress_bar(method, monkeypatch):
-    data = data_of(80, 2, "smooth")
-    chosen = SELECTORS[method](data, 30).tolist()
-    monkeypatch.setattr(coresets, "LONG", 0)
-    moved = {**data, "features": (data["features"] * 1024 + 77).astype(np.float64)}
-    assert SELECTORS[method](moved, 30).tolist() == chosen
-
-
 # --- classes --------------------------------------------------------------------------------------
 
 
@@ -464,109 +323,3 @@ def test_a_small_class_gives_all_and_the_odd_one_goes_to_the_smallest_tie():
     # 6 of 8: class 2 gives its one, 5 are left for two: 3 for class 5, whose smallest tie is 1 < 4
     assert coresets.per_class(labels, 6, ties, choose).tolist() == [2, 3, 4, 5, 6, 7]
     assert asked == {2: ([4], 1), 5: ([5, 6, 7], 3), 7: ([0, 1, 2, 3], 2)}
-
-
-@pytest.mark.parametrize(
-    "choose",
-    [
-        lambda positions, m: positions[: m - 1],
-        lambda positions, m: np.full(m, positions[0]),
-        lambda positions, m: positions[:m] + 4,
-    ],
-)
-def test_per_class_refuses_a_choice_that_is_not_m_of_the_positions(choose):
-    with pytest.raises(ValueError, match=r"choose returned \d positions for class 0; expected 2"):
-        coresets.per_class(np.array([0, 0, 0, 0, 1]), 3, np.arange(5, dtype=np.uint64), choose)
-
-
-# --- scores over features -------------------------------------------------------------------------
-
-
-def test_class_distance_is_measured_from_the_coordinatewise_median():
-    features = np.array([[0, 0], [1, 9], [5, 1], [7, 7], [4, 4]], dtype=np.float32)
-    labels = np.array([3, 3, 3, 1, 1])
-    # medians (1, 1) and (5.5, 5.5)
-    expected = [2**0.5, 8.0, 4.0, 4.5**0.5, 4.5**0.5]
-    np.testing.assert_allclose(class_distance(features, labels), expected)
-    assert class_distance(np.empty((0, 2)), np.empty(0, np.int64)).tolist() == []
-
-
-def test_prototypicality_is_the_distance_to_the_centre_of_ones_blob():
-    rng = np.random.default_rng(0)
-    features = np.concatenate([rng.normal(0, 1, (30, 3)), rng.normal(50, 1, (20, 3))])
-    blobs = np.split(features, [30])
-    expected = np.concatenate([np.linalg.norm(b - b.mean(axis=0), axis=1) for b in blobs])
-    scores = prototypicality(features, n_clusters=2, seed=4)
-    np.testing.assert_allclose(scores, expected)
-    assert (prototypicality(features, n_clusters=2, seed=4) == scores).all()
-
-
-# --- refusals -------------------------------------------------------------------------------------
-
-T = np.arange(3, dtype=np.uint64)
-ONES, GRID = np.ones(3), np.arange(6.0).reshape(3, 2)
-D2 = {"neighbours": 1, "gamma_forward": 1.0, "gamma_reverse": 1.0}
-AB = {"a": ONES, "b": ONES}
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: coresets.lowest(ONES, 4, T), r"budget n is 4; expected \[0, 3\]"),
-        (lambda: coresets.lowest(ONES, -1, T), "budget n is -1"),
-        (lambda: coresets.lowest(np.ones(2), 1, T), r"cost has shape \(2,\); expected \(3,\)"),
-        (lambda: coresets.central(np.array([0, np.nan, 1]), 1, T), "score holds nan, and 1 bad"),
-        (
-            lambda: coresets.lowest(ONES, 1, np.zeros(3, np.uint64)),
-            "expected a row of distinct uint64",
-        ),
-        (lambda: coresets.lowest(ONES, 1, np.arange(3)), "ties are int64"),
-        (lambda: coresets.mixture(AB, {"a": 1.0}, 1, T), "expected equal parts"),
-        (lambda: coresets.mixture(AB, {"a": 0.5, "b": 0.4}, 1, T), "sum to 0.9; expected 1"),
-        (lambda: coresets.mixture(AB, {"a": 1.5, "b": -0.5}, 1, T), r"shares\['a'\] is 1.5"),
-        (lambda: coresets.mixture({"a": GRID}, {"a": 1}, 1, T), r"costs\['a'\] has shape \(3, 2\)"),
-        (lambda: coresets.coverage(ONES, 1, T, cutoff=1.0, n_strata=2), "cutoff is 1.0"),
-        (
-            lambda: coresets.coverage(ONES, 3, T, cutoff=0.5, n_strata=2),
-            "keeps 2 of 3; expected >= n",
-        ),
-        (lambda: coresets.coverage(ONES, 1, T, cutoff=0.5, n_strata=0), "n_strata is 0"),
-        (lambda: coresets.d2(-ONES, GRID, 1, T, **D2), r"score holds -1.0.* \[0, inf\]"),
-        (lambda: coresets.d2(ONES, GRID, 1, T, **{**D2, "neighbours": 0}), "neighbours is 0"),
-        (
-            lambda: coresets.d2(ONES, GRID, 1, T, **{**D2, "gamma_forward": -1}),
-            "gamma_forward is -1",
-        ),
-        (
-            lambda: coresets.d2(ONES, GRID, 1, T, **{**D2, "gamma_reverse": np.inf}),
-            "gamma_reverse is inf",
-        ),
-        (lambda: coresets.k_center(ONES, 1, T), r"features have shape \(3,\); expected \(3, D\)"),
-        (
-            lambda: coresets.herding(GRID[:2], 1, T),
-            r"features have shape \(2, 2\); expected \(3, D\)",
-        ),
-        (lambda: coresets.k_center(np.full((3, 1), np.inf), 1, T), "NaN or infinity"),
-        (lambda: coresets.beta_sampling(-ONES, ONES, 1, T, exponent=4), "score holds -1.0"),
-        (
-            lambda: coresets.beta_sampling(ONES, 2 * ONES, 1, T, exponent=4),
-            r"confidence holds 2.0.* 1\]",
-        ),
-        (lambda: coresets.beta_sampling(ONES, ONES, 1, T, exponent=0), "exponent is 0"),
-        (
-            lambda: coresets.beta_sampling(ONES, ONES, 1, T, exponent=1, concentration=0),
-            "concentration",
-        ),
-        (
-            lambda: coresets.beta_sampling(ONES, ONES, 1, T, exponent=1, n_anchors=0),
-            "n_anchors is 0",
-        ),
-        (lambda: coresets.per_class(ONES, 1, T, None), "labels are float64"),
-        (lambda: class_distance(GRID, np.arange(2)), "expected 3 integers"),
-        (lambda: prototypicality(GRID[[0, 0, 1]], 3, 0), r"n_clusters is 3; expected \[1, 2\]"),
-        (lambda: prototypicality(GRID, 2, -1), "seed is -1"),
-    ],
-)
-def test_what_is_refused_says_what_came_and_what_was_expected(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -183,7 +183,7 @@ def test_a_rule_without_what_it_looks_at_says_so(strategy, columns, message):
 
 
 def test_features_must_be_one_row_for_each_example():
-    with pytest.raises(ValueError, match="8 rows of features for 9 examples"):
+    with pytest.raises(ValueError, match=r"features have shape \(8, 2\); expected \(9, D\)"):
         select(table_of(9), 3, "herding", 0, np.zeros((8, 2)))
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from kdlib.dataset.pixels import Pixels
+from kdlib.models.base import Network
 from kdlib.models.evaluation import accuracy, all_outputs, evaluate, outputs
-from kdlib.models.networks import Network, build_network
+from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
 from kdlib.study.study import Model
 

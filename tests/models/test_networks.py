@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.models.networks import Network, build_network
+from kdlib.models.base import Network
+from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
 from kdlib.study.study import MODELS, Model
 

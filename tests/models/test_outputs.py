@@ -14,8 +14,9 @@ from kdlib.cache.outputs import decode_logits, encoded, open_outputs, stored_col
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import augment
+from kdlib.models.base import Network
 from kdlib.models.evaluation import all_outputs, evaluate
-from kdlib.models.networks import Network, Resized, build_network
+from kdlib.models.networks import build_network
 from kdlib.models.outputs import (
     Replay,
     output_header,
@@ -359,10 +360,9 @@ def test_parts_of_outputs_give_the_bytes_of_the_whole(images, stored, tmp_path):
 
 
 def test_outputs_of_larger_images_are_others(images):
-    network = network_of()
-    headers = [
-        output_header(n, PIXELS, images, None, None) for n in (network, Resized(network, 12))
-    ]
+    network, large = network_of(), network_of()
+    large.image_size = 12
+    headers = [output_header(n, PIXELS, images, None, None) for n in (network, large)]
     assert headers[0]["teacher"] == headers[1]["teacher"]
     assert "image_size" not in headers[0]
     assert headers[1]["image_size"] == 12

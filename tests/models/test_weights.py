@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models.test_networks import build, images
 from torch import nn
 
-from kdlib.models.networks import Network
+from kdlib.models.base import Network
 from kdlib.models.weights import load_weights, save_weights, weights_fingerprint
 
 

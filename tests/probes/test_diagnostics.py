@@ -127,7 +127,7 @@ def test_sums_over_pairs_are_those_of_a_slow_count(n, d, seed):
     hsic = [(a * b).sum() for a, b in ((gram, other_gram), (gram, gram), (other_gram, other_gram))]
     expected = hsic[0] / np.sqrt(hsic[1] * hsic[2])
     assert linear_cka(values, other) == pytest.approx(expected, abs=1e-9)
-    assert linear_cka(values, other, own=shared(other, other)) == linear_cka(values, other)
+    assert linear_cka(values, other, norm=shared(other, other)) == linear_cka(values, other)
 
 
 @settings(max_examples=30, deadline=None)

@@ -9,8 +9,6 @@ from kdlib.dataset.pixels import Pixels
 from kdlib.models.networks import TinyCNN
 from kdlib.probes import features as features_module
 from kdlib.probes.features import adapted, layer_features
-from kdlib.steps.probe import other_examples
-from kdlib.study.study import Data
 
 PIXELS = Pixels([0.5], [0.25])
 SHAPE = (1, 8, 8)
@@ -59,7 +57,7 @@ def test_other_sizes_are_resized_and_flat_images_stay_flat():
 
 
 def test_strange_channels_are_refused():
-    with pytest.raises(ValueError, match="2 channels and the network wants 3; expected 1 or 3"):
+    with pytest.raises(ValueError, match="2 channels and the network takes 3; expected 1 or 3"):
         adapted(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), (3, 4, 4))
 
 
@@ -93,33 +91,3 @@ def test_features_are_those_of_evaluation_mode_and_of_adapted_images():
 def test_a_layer_that_is_not_there_is_named():
     with pytest.raises(ValueError, match=r"no output 'stage3'; it has .*stage1 to stage2"):
         layer_features(network(), PIXELS, images(), SHAPE, ("features", "stage3"))
-
-
-def test_examples_of_another_data_set_are_cached_once_and_split_as_it_says(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    data = Data(source="digits", n_validation=197)
-    (train, kept), (test, every) = other_examples(data)
-    assert len(kept) == 1100
-    assert every.tolist() == list(range(500))
-    assert train.header["split"] == "train"
-    assert test.header["split"] == "test"
-    monkeypatch.setattr(features_module, "split_ids", lambda ids, n, seed: (ids[:3], ids[3:]))
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
-    assert other_examples(data)[0][1].tolist() == [0, 1, 2]
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == before
-
-
-def test_other_images_without_labels_are_refused(tmp_path, monkeypatch):
-    from PIL import Image
-
-    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    for split in ("train", "test"):
-        (tmp_path / "pictures" / split).mkdir(parents=True)
-        for i in range(3):
-            Image.new("L", (8, 8), 40 * i).save(tmp_path / "pictures" / split / f"{i}.png")
-    data = Data(
-        source="folder", folder=str(tmp_path / "pictures"), labelled=False, image_size=8,
-        n_validation=1,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="have no labels, and a probe learns from labels"):
-        other_examples(data)

@@ -31,6 +31,16 @@ def test_a_run_is_finished_when_its_evidence_is_there_and_not_before(study):
     assert read_evidence(study.runs / "teacher")["step"] == "teacher"
 
 
+def test_a_finished_run_keeps_no_state(study):
+    with open_run(study.runs, study.runs / "teacher", {"lr": 1}) as run:
+        run.state.mkdir()
+        (run.state / "state.safetensors").write_bytes(b"optimizer state")
+        files.write_json(run.folder / "result.json", "kept")
+        run.finish({"step": "teacher"})
+    assert not run.state.exists()
+    assert files.read_json(run.folder / "result.json") == "kept"
+
+
 def test_evidence_names_its_circumstances(study):
     made = _finish(study, {"lr": 1})["made"]
     assert made["versions"]["torch"]

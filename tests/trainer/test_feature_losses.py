@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import ROOT
 
-from kdlib.models.networks import attention_map
+from kdlib.models.base import attention_map
 from kdlib.study.objectives import KINDS, needs_teacher
 from kdlib.study.study import OBJECTIVES, Objective
 from kdlib.trainer import feature_losses

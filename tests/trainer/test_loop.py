@@ -20,7 +20,8 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.loader import Loader, View
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
-from kdlib.models.networks import Network, build_network
+from kdlib.models.base import Network
+from kdlib.models.networks import build_network
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive
 from kdlib.study.study import Compute, Model, Objective, Training

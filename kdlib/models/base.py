@@ -1,0 +1,137 @@
+"""The interface of every network: images in, features, logits and feature grids out.
+
+Sources:
+[Zagoruyko2017] Zagoruyko, Komodakis: Paying More Attention to Attention, ICLR 2017,
+    arXiv:1612.03928.
+"""
+
+import contextlib
+import re
+from collections.abc import Collection, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdlib.repro import files
+from kdlib.study.study import Model
+
+
+class Network(nn.Module):
+    """A classifier in two parts: `forward(x) = head(features(x))`.
+
+    Input is (B, C, H, W) float32, normalised; features are (B, D) float32, the input of the last
+    linear layer; logits are (B, C) float32.
+
+    Attributes:
+        n_features: D.
+        n_classes: C; 0 for a network without a classifier.
+        n_stages: Number of stages whose feature grids `staged` returns; 0 for a network that
+            returns none.
+        image_size: Side in pixels to which `forward` and `outputs` resize images bilinearly; None
+            keeps their size. `features` and `staged` take images of the final size.
+    """
+
+    n_features: int
+    n_classes: int
+    n_stages: int
+    image_size: int | None = None
+
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features (B, D) and the grid (B, C_k, H_k, W_k) of each stage, from one pass."""
+        raise NotImplementedError
+
+    def features(self, x: Tensor) -> Tensor:
+        """Penultimate activations, (B, D)."""
+        return self.staged(x)[0]
+
+    def head(self, features: Tensor) -> Tensor:
+        """Logits of features, (B, D) -> (B, C)."""
+        return self.linear(features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (B, C)."""
+        return self.head(self.features(self._resized(x)))
+
+    def _resized(self, x: Tensor) -> Tensor:
+        if self.image_size is None or x.shape[-2:] == (self.image_size, self.image_size):
+            return x
+        side = (self.image_size, self.image_size)
+        return F.interpolate(x, side, mode="bilinear", antialias=True, align_corners=False)
+
+    def outputs(self, x: Tensor, wanted: Collection[str]) -> dict[str, Tensor]:
+        """Several outputs of one pass, by name.
+
+        Args:
+            wanted: `logits` (B, C), `features` (B, D), `stage<k>` (B, C_k, H_k, W_k) and
+                `attention<k>` (B, H_k, W_k), k from 1: the mean over channels of the squared
+                grid, of norm 1 for each example [Zagoruyko2017].
+
+        Raises: ValueError for an output that this network does not have.
+        """
+        x = self._resized(x)
+        grids: list[Tensor] = []
+        if any(name not in ("logits", "features") for name in wanted):
+            features, grids = self.staged(x)
+        else:
+            features = self.features(x)
+        return {name: self._output(name, features, grids) for name in wanted}
+
+    def _output(self, name: str, features: Tensor, grids: list[Tensor]) -> Tensor:
+        if name == "features":
+            return features
+        if name == "logits" and self.n_classes:
+            return self.head(features)
+        match = re.fullmatch(r"(stage|attention)(\d+)", name)
+        if not match or not 1 <= int(match[2]) <= len(grids):
+            known = [*(["logits"] if self.n_classes else []), "features"]
+            known += [f"{kind}1 to {kind}{self.n_stages}" for kind in ("stage", "attention")
+                      if self.n_stages]  # fmt: skip
+            raise ValueError(
+                f"{type(self).__name__} has no output {name!r}; it has {', '.join(known)}"
+            )
+        grid = grids[int(match[2]) - 1]
+        return grid if match[1] == "stage" else attention_map(grid)
+
+    @torch.no_grad()
+    def output_shapes(
+        self, image_shape: tuple[int, ...], wanted: Collection[str]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of outputs without their batch axis, measured on one black image."""
+        device = next(self.parameters()).device
+        with eval_mode(self):
+            values = self.outputs(torch.zeros(1, *image_shape, device=device), wanted)
+        return {name: tuple(value.shape[1:]) for name, value in values.items()}
+
+
+def attention_map(grid: Tensor) -> Tensor:
+    """Where a feature grid is active: mean of squares over channels, of norm 1 for each example.
+
+    Args:
+        grid: (B, C, H, W) float.
+
+    Returns: (B, H, W), values >= 0; zeros where the whole grid is zero.
+    Source: [Zagoruyko2017], sec. 3.1, with p = 2.
+    """
+    energy = grid.square().mean(1)
+    return F.normalize(energy.flatten(1), dim=1).view_as(energy)
+
+
+@contextlib.contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode within a `with` block; afterwards each module has its former mode."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_options(model: Model, known: set[str]) -> None:
+    """Raises: ValueError for an option that the network does not take, with the nearest one."""
+    for option in model.options:
+        if option not in known:
+            hint = files.nearest(option, known) if known else "it takes no options"
+            raise ValueError(f"unknown option {option!r} of model {model.name}; {hint}")
