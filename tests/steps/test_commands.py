@@ -6,9 +6,8 @@ import json
 import pytest
 
 from kdlib.cache.shards import CacheError
-from kdlib.dataset import images
 from kdlib.repro.run import read_evidence
-from kdlib.steps import commands
+from kdlib.steps import cache, commands
 from kdlib.steps.distill import open_student, student_folder
 from kdlib.study.study import StudyError, load_study
 
@@ -83,7 +82,7 @@ def test_a_built_cache_needs_no_data_set(lab, monkeypatch):
     def absent(*_):
         raise AssertionError("the data set was opened")
 
-    monkeypatch.setattr(images, "open_source", absent)
+    monkeypatch.setattr(cache, "open_source", absent)
     study = load_study("params/tiny.yaml")
     (study.runs / "cache" / "evidence.json").rename(lab / "before.json")
     assert commands.cache(study, built=True) == {"n_train": 1100, "n_test": 500}
