@@ -44,17 +44,12 @@ def regions(confidence: np.ndarray, variability: np.ndarray, *, rule: str) -> np
         rule: `variability` or `corner`.
 
     Returns: (N,) str, each one of `REGIONS`.
-    Raises: ValueError for an unknown rule or arrays of different shape.
+    Raises: ValueError for an unknown rule.
     Source: [Swayamdipta2020] for `variability`; `corner` is a later variant.
 
     >>> regions(np.array([0.9, 0.5, 0.1]), np.array([0.1, 0.4, 0.1]), rule="corner").tolist()
     ['easy', 'ambiguous', 'hard']
     """
-    if np.ndim(confidence) != 1 or np.shape(confidence) != np.shape(variability):
-        raise ValueError(
-            f"confidence has shape {np.shape(confidence)} and variability "
-            f"{np.shape(variability)}; expected two rows of one length"
-        )
     if rule == "variability":
         ordered = np.sort(variability)
         at_least = len(ordered) - np.searchsorted(ordered, variability)  # how many reach this one
@@ -132,15 +127,7 @@ def write_datamap(table: pd.DataFrame, path: Path, provenance: dict) -> Path:
         table: As returned by `compute_datamap`.
         path: The file; replaced atomically.
         provenance: JSON-able; what determines the content.
-
-    Raises: ValueError when the index is not sorted, distinct example ids.
     """
-    if table.index.name != "example_id" or not table.index.is_monotonic_increasing:
-        raise ValueError(
-            f"the table's index is {table.index.name!r}; expected sorted ids named 'example_id'"
-        )
-    if not table.index.is_unique:
-        raise ValueError("the table names an example id twice; expected one row per example")
     return write_parquet(path, table, {"format": FORMAT, "provenance": provenance})
 
 

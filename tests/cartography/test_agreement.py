@@ -62,15 +62,9 @@ def test_correlations_are_the_cosines_of_centred_ranks(digits):
     np.testing.assert_allclose(matrix, ranks @ ranks.T, atol=1e-13)
 
 
-def test_scores_that_are_not_finite_or_too_few_are_refused():
+def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="NaN or infinity"):
         spearman(np.array([1.0, np.nan]), np.array([1.0, 2.0]))
-    with pytest.raises(ValueError, match="two rows of one length"):
-        spearman(np.zeros(3), np.zeros(4))
-    with pytest.raises(ValueError, match="at least two runs"):
-        between_runs(np.zeros((1, 5)))
-    with pytest.raises(ValueError, match="at least two runs"):
-        stability(np.zeros((1, 5)))
 
 
 def test_between_runs_is_the_mean_over_pairs():
@@ -109,5 +103,3 @@ def test_runs_needed_solves_the_prophecy_formula():
         assert n == 1 or (n - 1) * r / (1 + (n - 2) * r) < target
     assert runs_needed(-0.2) == math.inf
     assert math.isnan(runs_needed(math.nan))
-    with pytest.raises(ValueError, match=r"expected a number in \(0, 1\)"):
-        runs_needed(0.5, 1.0)

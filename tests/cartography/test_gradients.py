@@ -70,15 +70,3 @@ def test_nothing_gives_nothing():
     images, labels = batch()
     grand, grand_last = gradient_norms(network(), PIXELS, images[:0], labels[:0])
     assert len(grand) == len(grand_last) == 0
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (torch.zeros(6, dtype=torch.int64), "expected one each"),
-        (torch.full((7,), 4), r"span \[4, 4\]"),
-    ],
-)
-def test_labels_that_cannot_be_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
-        gradient_norms(network(), PIXELS, batch()[0], labels)

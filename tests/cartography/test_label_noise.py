@@ -82,13 +82,6 @@ def test_examples_below_99_percent_of_the_pretending_ones_are_flagged():
     assert (flagged[50:100] == (aum[50:100] < cutoffs[0])).all()
 
 
-@pytest.mark.parametrize("masks", [([1, 0], [1, 0]), ([0, 0], [0, 1]), ([1, 0], [0, 0])])
-def test_pretending_twice_or_never_is_refused(masks):
-    masks = tuple(np.array(m, bool) for m in masks)
-    with pytest.raises(ValueError, match="expected some in each, none in both"):
-        label_noise.below_threshold_samples((np.zeros(2), np.zeros(2)), masks)
-
-
 def test_held_out_scores_worked_by_hand():
     probs = np.array([[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [1.0, 0.0, 0.0]])
     scores = label_noise.held_out_scores(probs, np.array([0, 1, 2]))

@@ -281,11 +281,3 @@ def test_a_flipped_byte_in_a_datamap_is_noticed_or_changes_nothing_that_is_read(
             pd.testing.assert_frame_equal(found, table)
     # The rest is statistics, padding and descriptions that are not read back.
     assert noticed > len(positions) / 4
-
-
-def test_datamap_with_unsorted_or_double_ids_is_not_written(tmp_path):
-    table = pd.DataFrame({"label": [0, 1]}, index=pd.Index([2, 1], name="example_id"))
-    with pytest.raises(ValueError, match="sorted ids"):
-        write_datamap(table, tmp_path / "x.parquet", {})
-    with pytest.raises(ValueError, match="twice"):
-        write_datamap(table.set_axis(pd.Index([1, 1], name="example_id")), tmp_path / "x", {})

@@ -1,12 +1,10 @@
 """Budgets, strategies, ties and subset files."""
 
-import json
 import math
 from fractions import Fraction
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +12,6 @@ from hypothesis import strategies as st
 from kdlib.cartography.selection import select, tie_break
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.plan import budget
-from kdlib.repro.tables import write_parquet
 from kdlib.study.study import SCORES, SELECTIONS, Selection
 
 
@@ -373,40 +370,14 @@ def test_a_flipped_byte_among_the_ids_is_noticed(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 1
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"damaged|sha256|not a valid subset"):
+        with pytest.raises(ValueError, match="damaged"):
             Subset.load(path)
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        ([3, 8, 5], "not sorted"),
-        ([3, 3, 8], "distinct"),
-        ([3, 5, 9], "do not match the sha256"),
-        ([-1, 5, 8], ">= 0"),
-    ],
-)
-def test_ids_changed_in_the_file_are_refused(tmp_path, ids, message):
-    path = subset().save(tmp_path / "subset.parquet")
-    table = pq.ParquetFile(path).read()
-    content = json.loads(table.schema.metadata[b"kdlib"])["content"]
-    write_parquet(path, pd.DataFrame({"example_id": ids}, dtype=np.int64), content)
-    with pytest.raises(ValueError, match=message):
-        Subset.load(path)
-
-
-@pytest.mark.parametrize(
-    ("ids", "changes", "message"),
-    [
-        ((5, 3), {}, "not sorted"),
-        ((3, 3), {}, "distinct"),
-        ((3, 5), {"fraction": 1.5}, "fraction is 1.5"),
-        ((3, 5), {"seed": -1}, "seed is -1"),
-    ],
-)
-def test_a_subset_that_cannot_be_meant_is_refused(ids, changes, message):
-    with pytest.raises(ValueError, match=message):
-        subset(ids, **changes)
+@pytest.mark.parametrize("ids", [(5, 3), (3, 3), (-1, 5)])
+def test_ids_that_are_not_sorted_distinct_and_positive_are_refused(ids):
+    with pytest.raises(ValueError, match="not sorted, distinct and >= 0"):
+        subset(ids)
 
 
 def test_ids_of_a_subset_cannot_be_changed():
