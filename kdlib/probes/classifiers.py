@@ -38,8 +38,8 @@ class Features:
         split: Which split of the source the examples are from, such as "train" or "test".
         weights_sha256: Fingerprint of the weights that made `values`.
 
-    Raises: ValueError for another shape or dtype, no example, NaN or infinity, an unlabelled
-        example, a repeated id, an empty split or fingerprint.
+    Raises: ValueError for another shape, no example, NaN or infinity, an unlabelled example, or a
+        repeated id.
     """
 
     values: np.ndarray
@@ -50,21 +50,12 @@ class Features:
 
     def __post_init__(self) -> None:
         where = f"features of split {self.split!r}"
-        if not self.split or not self.weights_sha256:
-            raise ValueError(
-                f"{where} with fingerprint {self.weights_sha256!r}: name the split and the weights "
-                "that made them"
-            )
         check_matrix(self.values, where)
-        if self.values.dtype != np.float32:
-            raise ValueError(f"{where} are {self.values.dtype}; expected float32")
-        for name in ("labels", "example_ids"):
-            array = getattr(self, name)
-            if array.shape != self.values.shape[:1] or array.dtype != np.int64:
-                raise ValueError(
-                    f"{name} of the {where} are {array.dtype} {array.shape}; expected int64 "
-                    f"{self.values.shape[:1]}, one per row of values"
-                )
+        if not len(self.values) == len(self.labels) == len(self.example_ids):
+            raise ValueError(
+                f"{where}: {len(self.values)} rows, {len(self.labels)} labels, "
+                f"{len(self.example_ids)} example ids; expected one of each per example"
+            )
         if self.labels.min() < 0:
             raise ValueError(
                 f"{where} hold {(self.labels < 0).sum()} unlabelled examples (label < 0); "
@@ -130,7 +121,10 @@ def linear_probe(
         (fit,) = fit_path(_standardise(values, values), labels, [chosen], MAX_ITERATIONS)
         predicted = fit.predict(_standardise(test.values.astype(np.float64), values))
     converged = converged and fit.converged
-    return _result("linear", predicted == test.labels, chosen, train, test, converged)
+    return ProbeResult(
+        "linear", int((predicted == test.labels).sum()) / len(test.labels), chosen,
+        len(train.labels), len(test.labels), train.weights_sha256, converged,
+    )  # fmt: skip
 
 
 def few_shot_probe(
@@ -218,7 +212,11 @@ def knn_probe(train: Features, test: Features, k: int) -> ProbeResult:
         for start in range(0, len(unseen), rows):
             similarities, columns = _nearest(unseen[start : start + rows], bank, bank32, k)
             predicted.append(_vote(similarities, labels[columns], n_classes))
-    return _result("knn", np.concatenate(predicted) == test.labels, k, train, test, converged=True)
+    n_correct = int((np.concatenate(predicted) == test.labels).sum())
+    return ProbeResult(
+        "knn", n_correct / len(test.labels), k, len(train.labels), len(test.labels),
+        train.weights_sha256, converged=True,
+    )  # fmt: skip
 
 
 def _check_pair(train: Features, test: Features) -> None:
@@ -243,19 +241,6 @@ def _check_pair(train: Features, test: Features) -> None:
         raise ValueError(
             f"training features hold the single class {train.labels[0]}; expected at least 2"
         )
-
-
-def _result(
-    probe: str,
-    correct: np.ndarray,
-    chosen: float,
-    train: Features,
-    test: Features,
-    converged: bool,
-) -> ProbeResult:
-    n_train, n_test = len(train.labels), len(test.labels)
-    accuracy = int(correct.sum()) / n_test
-    return ProbeResult(probe, accuracy, chosen, n_train, n_test, train.weights_sha256, converged)
 
 
 def _choose_c(

@@ -276,18 +276,14 @@ def test_features_that_cannot_be_right_are_refused_when_they_are_made():
         values[3, 2] = wrong
         with pytest.raises(ValueError, match="1 NaN or infinite values, the first in row 3"):
             broken(values=values)
-    with pytest.raises(ValueError, match="float64; expected float32"):
-        broken(values=good.values.astype(np.float64))
     with pytest.raises(ValueError, match=r"shape \(10,\); expected \(N, D\)"):
         broken(values=good.values[:, 0])
-    with pytest.raises(ValueError, match=r"labels of the .* \(9,\); expected int64 \(10,\)"):
+    with pytest.raises(ValueError, match="10 rows, 9 labels, 10 example ids; expected one of"):
         broken(labels=good.labels[:9])
     with pytest.raises(ValueError, match="2 unlabelled examples"):
         broken(labels=np.array([-1, -1] + [0] * 8))
     with pytest.raises(ValueError, match="an example id twice"):
         broken(example_ids=np.zeros(10, np.int64))
-    with pytest.raises(ValueError, match="name the split and the weights"):
-        broken(weights_sha256="")
 
 
 def test_impossible_settings_are_refused():

@@ -141,14 +141,3 @@ def test_a_fit_that_is_cut_short_says_so():
     fits = list(fit_path(values, labels, [1e-6, 100.0], max_iterations=2))
     assert not fits[-1].converged
     assert fits[-1].iterations == 2
-
-
-def test_one_class_impossible_grids_and_values_are_refused():
-    values, labels = clouds()
-    with pytest.raises(ValueError, match="1 of the values are NaN or infinite"):
-        list(fit_path(np.where(np.arange(2400).reshape(400, 6) == 7, np.nan, values), labels, GRID))
-    with pytest.raises(ValueError, match="at least two classes"):
-        list(fit_path(values, np.zeros(400, int), GRID))
-    for grid in ((), (0.0, 1.0), (np.nan,), (np.inf,)):
-        with pytest.raises(ValueError, match="expected numbers > 0"):
-            list(fit_path(values, labels, grid))
