@@ -5,7 +5,7 @@
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
-LONG := $(addprefix tests/test_,pipeline.py slurm.py browser.py notebooks.py)
+LONG := tests/test_pipeline.py tests/test_slurm.py tests/explorer/test_browser.py tests/test_notebooks.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: study test lab figures lint clean
