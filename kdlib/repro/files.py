@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 # What NumPy raises for a damaged or hostile .npy file, whose header it parses as Python.
-_NOT_NPY = (
+NOT_NPY = (
     ValueError, OSError, EOFError, SyntaxError, TypeError, tokenize.TokenError, OverflowError,
     RecursionError, MemoryError,
 )  # fmt: skip
@@ -213,7 +213,7 @@ def npy_start(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
         array = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
-    except _NOT_NPY as error:
+    except NOT_NPY as error:
         raise ValueError(f"{path} is cut or damaged ({error})") from None
     if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
         raise ValueError(

@@ -124,14 +124,14 @@ def replacing(source, target):
         die()
     replace(source, target)
 os.replace = replacing
-append = journal._append
-def appending(journal, entry):
-    if entry["shard"] == victim and moment == "journal":
+append = build.append
+def appending(journal, shard, sums):
+    if shard == victim and moment == "journal":
         with open(journal, "a") as log:
             log.write('{"shard": 1, "sha2')
         die()
-    append(journal, entry)
-journal._append = appending
+    append(journal, shard, sums)
+build.append = appending
 make_cache(Path(sys.argv[1]), part=(2, 2))
 """
 
