@@ -19,8 +19,9 @@ from kdlib.cache.shards import Cache
 from kdlib.cartography.datamap import compute_datamap
 from kdlib.cartography.log import DynamicsLog, begin_log
 from kdlib.cartography.selection import select
+from kdlib.dataset.batch import View
 from kdlib.dataset.images import Images
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan, budget
 from kdlib.models.base import Network
 from kdlib.models.evaluation import all_outputs, evaluate

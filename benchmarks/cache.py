@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from kdlib.cache.build import build_shards
-from kdlib.cache.shards import FORMAT, Cache, file_name
+from kdlib.cache.index import FORMAT, file_name
+from kdlib.cache.shards import Cache
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
 from kdlib.repro import files

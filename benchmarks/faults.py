@@ -53,7 +53,7 @@ from trials import (
 )
 
 from kdlib.cache.build import build_images, repair
-from kdlib.cache.journal import _write_journal
+from kdlib.cache.journal import write_journal
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
 from kdlib.cartography.datamap import compute_datamap
@@ -555,7 +555,7 @@ def _half_built(home: Path) -> None:
     header = files.read_json(folder / "index.json")["header"]
     entries = files.read_json(folder / "index.json")["shards"]
     done = {shard: entry["sha256"] for shard, entry in enumerate(entries[:3])}
-    _write_journal(folder / "journal.jsonl", header, done)
+    write_journal(folder / "journal.jsonl", header, done)
     (folder / "index.json").unlink()
     for path in folder.glob("*.npy"):
         if int(path.stem.rsplit("-")[-1]) >= 3:

@@ -24,8 +24,9 @@ import torch
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import array_source
+from kdlib.dataset.batch import View
 from kdlib.dataset.fused import available
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.study.study import Augment

@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from kdlib.cache.image_files import SPLITS
-from kdlib.cache.shards import Cache, file_name, index_paths, read_indexes, shard_span
+from kdlib.cache.index import file_name, index_paths, read_indexes, shard_span
+from kdlib.cache.shards import Cache
 from kdlib.repro import files
 from kdlib.study.study import load_study
 

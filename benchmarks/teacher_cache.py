@@ -20,7 +20,8 @@ import torch
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
-from kdlib.dataset.loader import Batch, Loader, View
+from kdlib.dataset.batch import Batch, View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.models.evaluation import evaluate

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from kdlib.cache.build import build_shards
 from kdlib.cache.shards import Cache
 from kdlib.cartography.log import DynamicsLog
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.batch import View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network

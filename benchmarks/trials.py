@@ -174,8 +174,8 @@ def results(home: Path) -> dict[str, str]:
 def finished(home: Path) -> dict[str, str]:
     """sha256 of everything in a workspace that counts as done: shards in an index or a journal, and
     all files of runs with evidence."""
+    from kdlib.cache.index import read_indexes
     from kdlib.cache.journal import journal_paths, read_journal
-    from kdlib.cache.shards import read_indexes
 
     found = {}
     for folder in sorted(path for path in home.rglob("*") if path.is_dir()):

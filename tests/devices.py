@@ -19,7 +19,8 @@ from torch import Tensor
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import array_source
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.batch import View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network

@@ -18,7 +18,8 @@ from kdlib.cache.shards import Cache
 from kdlib.cartography.gradients import gradient_norms
 from kdlib.cartography.log import QUANTITIES, DynamicsLog
 from kdlib.dataset import fused
-from kdlib.dataset.loader import Batch, Loader, View
+from kdlib.dataset.batch import Batch, View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels, pixel_scale
 from kdlib.dataset.plan import Plan
 from kdlib.dataset.views import apply, draw

@@ -19,7 +19,7 @@ from tiny import tiny_study
 from torch import Tensor, nn
 
 from kdlib.cache.shards import Cache
-from kdlib.dataset.loader import Batch
+from kdlib.dataset.batch import Batch
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.steps.training import launch_run, use

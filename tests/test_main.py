@@ -15,7 +15,7 @@ import yaml
 from kdlib.__main__ import main
 from kdlib.cache.build import build_shards, repair
 from kdlib.cache.shards import Cache
-from kdlib.cache.workers import _Job
+from kdlib.cache.workers import Job
 from kdlib.models.networks import network_for
 from kdlib.repro import files
 from kdlib.study.study import Model, Study, load_study, parse_yaml
@@ -124,7 +124,7 @@ def test_info_says_what_a_cache_holds(study, run):
 
 def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monkeypatch):
     run("cache", "build", "params/tiny.yaml", "--part", "3/5")
-    write, made = _Job.write, []
+    write, made = Job.write, []
 
     def stopping(job, shard, n, payload):
         if made:
@@ -133,7 +133,7 @@ def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monk
         return write(job, shard, n, payload)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Job, "write", stopping)
+        patched.setattr(Job, "write", stopping)
         code, _, complaint = run("cache", "build", "params/tiny.yaml", "--part", "1/2")
     assert code == 130
     assert complaint == "stopped; what is finished is kept: run the same again to go on\n"

@@ -1,9 +1,7 @@
-"""How the shards of a cache are made: in one go or in parts, by one process or many, resumable.
+"""Builds the shards of a cache: in one go or in parts, by one process or many, resumable.
 
-A builder makes a contiguous run of shards under a lock of its own and notes each finished one in
-its journal, so a killed build resumes after the last of them and a part of another machine is never
-made twice. Its index is written last. Leaves to others: what the files mean (`cache`), and where
-the rows come from (`data`, `teacher`).
+A builder makes a contiguous run of shards under a lock and notes each finished one in a journal, so
+that a killed build resumes after the last of them. The index is written last.
 """
 
 import contextlib
@@ -20,24 +18,26 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdlib.cache.journal import _append, _journalled, _write_journal, journal_paths
-from kdlib.cache.shards import (
+from kdlib.cache.index import (
     FORMAT,
-    Cache,
     CacheError,
     Columns,
+    Sums,
+    all_sums,
     count_shards,
-    damaged_files,
     index_paths,
     part_name,
+    part_of,
     part_range,
     read_index,
     read_indexes,
     refuse_other,
     shard_span,
 )
+from kdlib.cache.journal import append, journal_paths, whole_shards, write_journal
+from kdlib.cache.shards import Cache
 from kdlib.cache.sources import Source
-from kdlib.cache.workers import Make, _Job, _made, _spoken
+from kdlib.cache.workers import Job, Make, finished_shards, refused_by_disk
 from kdlib.repro import files
 
 WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
@@ -102,71 +102,79 @@ def build_shards(
         if _contained(folder, first, stop, n_shards):
             _merge(folder, header, first, stop)
         return Cache(folder, header, None if part == (1, 1) else part)
-    job = _Job(folder, columns, make)
     with _builder(folder, first, stop, n_shards):
-        journal = folder / part_name("journal", first, stop, n_shards, ".jsonl")
-        with _spoken(folder):
-            done = _collect(folder, header, first, stop)
-            todo = [shard for shard in range(first, stop) if shard not in done]
-            _demand_space(folder, header, columns, todo)
-            _write_journal(journal, header, done)  # anew: a torn last line would swallow the next
-        with (
-            contextlib.closing(_made(job, header, todo, fetch, n_workers)) as made,
-            tqdm(
-                total=_count_rows(header, range(first, stop)),
-                initial=_count_rows(header, done),
-                desc=describe,
-                unit="img",
-                leave=False,
-            ) as progress,
-        ):
-            for shard, sums in made:
-                done[shard] = sums
-                with _spoken(folder):
-                    _append(journal, {"shard": shard, "sha256": sums})
-                progress.update(_count_rows(header, [shard]))
-        with _spoken(folder):
+        done = _make_missing(
+            Job(folder, columns, make), header, first, stop, fetch, n_workers, describe
+        )
+        with refused_by_disk(folder):
             _finish(folder, header, done, first, stop)
     return Cache(folder, header, None if part == (1, 1) else part)
+
+
+def _make_missing(
+    job: Job,
+    header: dict[str, Any],
+    first: int,
+    stop: int,
+    fetch: Callable[[int, int], Any] | None,
+    n_workers: int,
+    describe: str,
+) -> dict[int, Sums]:
+    """Make those of the shards [first, stop) that are not there; the checksums of all of them."""
+    folder = job.folder
+    journal = folder / part_name("journal", first, stop, count_shards(header), ".jsonl")
+    with refused_by_disk(folder):
+        done = _collect(folder, header, first, stop)
+        todo = [shard for shard in range(first, stop) if shard not in done]
+        _demand_space(folder, header, job.columns, todo)
+        write_journal(journal, header, done)  # anew: a torn last line would swallow the next
+    with (
+        contextlib.closing(finished_shards(job, header, todo, fetch, n_workers)) as shards,
+        tqdm(
+            total=_count_rows(header, range(first, stop)),
+            initial=_count_rows(header, done),
+            desc=describe,
+            unit="img",
+            leave=False,
+        ) as progress,
+    ):
+        for shard, sums in shards:
+            done[shard] = sums
+            with refused_by_disk(folder):
+                append(journal, shard, sums)
+            progress.update(_count_rows(header, [shard]))
+    return done
 
 
 def _count_rows(header: dict[str, Any], shards: Iterable[int]) -> int:
     return sum(stop - start for start, stop in (shard_span(header, shard) for shard in shards))
 
 
-def _indexed(folder: Path, header: dict[str, Any]) -> dict[int, dict[str, str]]:
+def _indexed(folder: Path, header: dict[str, Any]) -> dict[int, Sums]:
     """Shards of the finished parts, and the checksums of their files."""
-    found, entries = read_indexes(folder)
+    indexed, entries = read_indexes(folder)
     if entries:
-        refuse_other(folder, header, found)
+        refuse_other(folder, header, indexed)
     return {shard: entry["sha256"] for shard, entry in entries.items()}
 
 
-def _collect(
-    folder: Path, header: dict[str, Any], first: int, stop: int
-) -> dict[int, dict[str, str]]:
+def _collect(folder: Path, header: dict[str, Any], first: int, stop: int) -> dict[int, Sums]:
     """Which of the shards [first, stop) need not be made: they are in an index or a journal."""
     done = {}
     for journal in journal_paths(folder):
-        done |= _journalled(journal, header, first, stop)
+        done |= whole_shards(journal, header, first, stop)
     done |= _indexed(folder, header)
     return {shard: done[shard] for shard in sorted(done) if first <= shard < stop}
 
 
-def part_of(path: Path, n_shards: int) -> tuple[int, int]:
-    """Shards [first, stop) of the part that a journal, an index or a lock is named after."""
-    numbers = re.findall(r"\d+", path.name)
-    return (int(numbers[0]), int(numbers[1])) if numbers else (0, n_shards)
-
-
 def _contained(folder: Path, first: int, stop: int, n_shards: int) -> list[Path]:
     """Journals and indexes that the index of the shards [first, stop) makes superfluous."""
-    own = part_name("index", first, stop, n_shards, ".json")
-    found = []
+    paths = []
     for path in (*journal_paths(folder), *index_paths(folder)):
         begin, end = part_of(path, n_shards)
-        found += [path] if first <= begin and end <= stop and path.name != own else []
-    return found
+        itself = path.name == part_name("index", first, stop, n_shards, ".json")
+        paths += [path] if first <= begin and end <= stop and not itself else []
+    return paths
 
 
 def _finish(folder: Path, header: dict, done: Mapping, first: int, stop: int) -> None:
@@ -183,11 +191,11 @@ def _finish(folder: Path, header: dict, done: Mapping, first: int, stop: int) ->
 
 
 def _merge(folder: Path, header: dict[str, Any], first: int, stop: int) -> None:
-    """Put finished parts under one index, where we may write and nobody else is at work."""
+    """Put finished parts under one index, unless the folder is read-only or being built in."""
     with (
         contextlib.suppress(CacheError, BlockingIOError),
         _builder(folder, first, stop, count_shards(header)),
-        _spoken(folder),
+        refused_by_disk(folder),
     ):
         done = _indexed(folder, header)
         if set(range(first, stop)) <= set(done):
@@ -196,14 +204,15 @@ def _merge(folder: Path, header: dict[str, Any], first: int, stop: int) -> None:
 
 @contextlib.contextmanager
 def _builder(folder: Path, first: int, stop: int, n_shards: int) -> Iterator[None]:
-    """Hold the lock of the shards [first, stop), when nobody builds any of them; tidy up."""
+    """Hold the lock of the shards [first, stop) while no other process builds any of them; remove
+    temporary files before and after."""
     with contextlib.ExitStack() as stack:
-        with _spoken(folder):
-            own = folder / part_name(".lock", first, stop, n_shards, "")
-            stack.enter_context(files.locked(own, wait=False))
+        with refused_by_disk(folder):
+            lock = folder / part_name(".lock", first, stop, n_shards, "")
+            stack.enter_context(files.locked(lock, wait=False))
             for other in sorted(folder.glob(".lock*")):
                 begin, end = part_of(other, n_shards)
-                if other != own and begin < stop and first < end:
+                if other != lock and begin < stop and first < end:
                     _refuse_held(other)
             _remove_temporary(folder, first, stop, n_shards)  # of a builder that was killed
         try:
@@ -227,8 +236,8 @@ def _refuse_held(lock: Path) -> None:
 
 def _remove_temporary(folder: Path, first: int, stop: int, n_shards: int) -> None:
     for name in os.listdir(folder):
-        if found := _TEMPORARY.fullmatch(name):
-            shard = found["shard"]
+        if match := _TEMPORARY.fullmatch(name):
+            shard = match["shard"]
             # the numbers of a part come before those of the process
             begin, end = (
                 (int(shard), int(shard) + 1)
@@ -263,17 +272,15 @@ def repair(folder: Path) -> list[str]:
         Cache(folder)  # raises, and says what is there
     n_shards = count_shards(header)
     with _builder(folder, 0, n_shards, n_shards):
-        entries = read_indexes(folder)[1].values()
-        damaged = damaged_files(folder, {n: s for e in entries for n, s in e["sha256"].items()})
-        with _spoken(folder):
+        damaged = files.damaged_files(folder, all_sums(read_indexes(folder)[1]))
+        with refused_by_disk(folder):
             for index in index_paths(folder):
-                _, mine = read_index(index)
-                sums = {shard: entry["sha256"] for shard, entry in mine.items()}
+                sums = {s: entry["sha256"] for s, entry in read_index(index)[1].items()}
                 whole = {s: names for s, names in sums.items() if not set(names) & set(damaged)}
                 if len(whole) < len(sums):
                     part = part_of(index, n_shards)
                     journal = folder / part_name("journal", *part, n_shards, ".jsonl")
-                    _write_journal(journal, header, whole)
+                    write_journal(journal, header, whole)
                     index.unlink()
     return damaged
 
@@ -286,7 +293,7 @@ def build_images(
     n_workers: int | None = None,
 ) -> Cache:
     """Cache the images (`images`, uint8 (C, H, W)) and labels (`labels`, int64; -1: none) of a
-    source; of one with other labels also its own (`original_labels`).
+    source; of a relabelled one also the labels it had before (`original_labels`).
 
     Args:
         part: As in `build`.

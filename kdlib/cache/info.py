@@ -1,7 +1,4 @@
-"""What a person asks of caches on the command line: build them, see what they hold, verify them.
-
-Leaves to others: how shards are made (`building`), and what their files mean (`cache`).
-"""
+"""Caches on the command line: build them, see what they hold, verify and repair them."""
 
 import sys
 import time
@@ -11,34 +8,36 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.cache.build import build_images, part_of
+from kdlib.cache.build import build_images
 from kdlib.cache.build import repair as build_repair
-from kdlib.cache.journal import journal_paths, read_journal
-from kdlib.cache.shards import (
-    Cache,
+from kdlib.cache.image_files import SPLITS
+from kdlib.cache.index import (
     CacheError,
+    all_sums,
     count_shards,
-    damaged_files,
     index_paths,
+    part_of,
     read_indexes,
     shard_span,
 )
-from kdlib.cache.sources import SPLITS, open_source
-from kdlib.repro.files import workspace
+from kdlib.cache.journal import journal_paths, read_journal
+from kdlib.cache.shards import Cache
+from kdlib.cache.sources import open_source
+from kdlib.repro import files
 from kdlib.study.study import Study, cache_folder, load_study, parse_part
 
 MOST_RANGES = 6  # more runs of shards are counted, not listed
 
 
 def find_caches(path: str) -> list[Path]:
-    """The caches a person means by a path: a cache, a folder of caches, or a study's caches.
+    """The caches that a path names: a cache, a folder of caches, or a study's caches.
 
     Args:
         path: Absolute, or relative to the current folder or to the workspace.
 
     Raises: FileNotFoundError when there is none; StudyError for an invalid study file.
     """
-    folder = next((c for c in (Path(path), workspace() / path) if c.is_dir()), None)
+    folder = next((c for c in (Path(path), files.workspace() / path) if c.is_dir()), None)
     if folder is not None:
         candidates = [folder, *sorted(folder.iterdir())]
     elif Path(path).suffix in (".yaml", ".yml"):
@@ -49,12 +48,12 @@ def find_caches(path: str) -> list[Path]:
         candidates = [cache_folder(data) / split for data in images for split in SPLITS] + outputs
     else:
         raise FileNotFoundError(f"{path} is neither a cache folder nor a study file")
-    found = [c for c in candidates if index_paths(c) or journal_paths(c)]
-    if not found:
+    caches = [c for c in candidates if index_paths(c) or journal_paths(c)]
+    if not caches:
         raise FileNotFoundError(
             f"there is no cache in {folder or path}; run `python -m kdlib cache build STUDY`"
         )
-    return found
+    return caches
 
 
 def build(
@@ -69,13 +68,13 @@ def build(
         n_workers: As in `build.build_images`.
     """
     splits = (split,) if split else ("train",) if part else SPLITS
-    # what is probed beside is small: whole, where nothing else was asked for
-    others = () if split or part else study.probe.others.values()
-    for data in (study.data, *others):
+    # the data sets of probes are small: they are built whole, with the whole study
+    probed = () if split or part else study.probe.others.values()
+    for data in (study.data, *probed):
         for name in splits:
-            mine = part or (data.part if name == "train" else "1/1")
+            chosen = part or (data.part if name == "train" else "1/1")
             source, folder = open_source(data, name), cache_folder(data) / name
-            build_images(source, folder, data.shard_size, parse_part(mine), n_workers)
+            build_images(source, folder, data.shard_size, parse_part(chosen), n_workers)
             print(state(Cache(folder)))
 
 
@@ -99,7 +98,7 @@ def describe(folder: Path) -> str:
     """
     header, entries = read_indexes(folder)
     journals = [(path, *read_journal(path)) for path in journal_paths(folder)]
-    header = header or next((found for _, found, _ in journals if found), {})
+    header = header or next((noted for _, noted, _ in journals if noted), {})
     if not header:
         Cache(folder)  # raises, and says what is there
     n_shards = count_shards(header)
@@ -140,10 +139,10 @@ def verify(folder: Path, repair: bool = False, study: str = "STUDY") -> bool:
     """
     try:
         _, entries = read_indexes(folder)
-        sums = {n: good for e in entries.values() for n, good in e["sha256"].items()}
+        sums = all_sums(entries)
         sizes = [p.stat().st_size for p in (folder / name for name in sums) if p.is_file()]
         start = time.perf_counter()
-        bad = damaged_files(folder, sums)
+        bad = files.damaged_files(folder, sums)
         elapsed_s = time.perf_counter() - start
         if not bad:
             cache = Cache(folder)  # raises when there is no index
@@ -164,7 +163,7 @@ def verify(folder: Path, repair: bool = False, study: str = "STUDY") -> bool:
     again = f"run `python -m kdlib cache build {study}`"
     if folder.name.startswith("outputs-"):
         again = "run notebooks/02_teacher.ipynb"
-        if "subset=" in str(folder):  # of a teacher that learns from a subset alone
+        if "subset=" in str(folder):  # of a teacher that is trained on a subset
             again = "run notebooks/04_distill.ipynb"
     print(f"whole shards are kept; {again} to make the others")
     return False

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdlib.cache.shards import CacheError, damaged_files, file_name
+from kdlib.cache.index import CacheError, Sums, file_name
 from kdlib.repro import files
 
 
@@ -15,27 +15,29 @@ def journal_paths(folder: Path) -> list[Path]:
     return sorted(folder.glob("journal*.jsonl"))
 
 
-def _write_journal(journal: Path, header: dict, done: Mapping[int, dict[str, str]]) -> None:
+def write_journal(journal: Path, header: dict[str, Any], done: Mapping[int, Sums]) -> None:
+    """Begin a journal with the header of a cache and the shards that are whole already."""
     lines = [{"header": header}, *({"shard": i, "sha256": sums} for i, sums in done.items())]
     text = "".join(files.canonical_json(line) + "\n" for line in lines)
     files.write_atomic(journal, lambda file: file.write(text.encode()))
 
 
-def _append(journal: Path, entry: dict) -> None:
+def append(journal: Path, shard: int, sums: Sums) -> None:
+    """Note a finished shard; it is on the disk when this returns."""
+    entry = {"shard": shard, "sha256": sums}
     with open(journal, "a") as log:
         log.write(files.canonical_json(entry) + "\n")
         log.flush()
         os.fsync(log.fileno())
 
 
-def read_journal(journal: Path) -> tuple[dict[str, Any], dict[int, dict[str, str]]]:
+def read_journal(journal: Path) -> tuple[dict[str, Any], dict[int, Sums]]:
     """Header of an unfinished part, and the checksums of the shards it has finished.
 
-    A torn line and what follows it count for nothing; a journal that has just become an index is
-    ({}, {}).
+    Reading ends at a torn line. A journal that has just become an index gives ({}, {}).
     """
     header: dict[str, Any] = {}
-    shards: dict[int, dict[str, str]] = {}
+    shards: dict[int, Sums] = {}
     try:
         lines = journal.read_bytes().splitlines()
         for line in lines:
@@ -54,15 +56,18 @@ def read_journal(journal: Path) -> tuple[dict[str, Any], dict[int, dict[str, str
     return header, shards
 
 
-def _journalled(journal: Path, header: dict, first: int, stop: int) -> dict[int, dict[str, str]]:
-    """Shards in [first, stop) that a journal has and whose files are whole."""
-    found, shards = read_journal(journal)
-    if found and (lines := files.difference(header, found)):
+def whole_shards(journal: Path, header: dict[str, Any], first: int, stop: int) -> dict[int, Sums]:
+    """Shards in [first, stop) that a journal has and whose files are whole.
+
+    Raises: CacheError for the journal of a cache with another header.
+    """
+    noted, shards = read_journal(journal)
+    if noted and (lines := files.difference(header, noted)):
         raise CacheError(
             f"{journal} is of an unfinished cache of something else ({'; '.join(lines)}); finish "
             "or delete that one, or choose another folder"
         )
     shards = {shard: sums for shard, sums in shards.items() if first <= shard < stop}
     sums = {name: good for names in shards.values() for name, good in names.items()}
-    bad = set(damaged_files(journal.parent, sums))
-    return {shard: names for shard, names in shards.items() if not bad & set(names)}
+    damaged = set(files.damaged_files(journal.parent, sums))
+    return {shard: names for shard, names in shards.items() if not damaged & set(names)}

@@ -15,26 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.cache.shards import (
-    CacheError,
-    Columns,
-    file_name,
-    shard_span,
-)
+from kdlib.cache.index import CacheError, Columns, Sums, file_name, shard_span
 from kdlib.repro import files
 
 Make = Callable[[Any], Mapping[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """What a worker process needs to write a shard."""
 
     folder: Path
     columns: Columns
     make: Make
 
-    def write(self, shard: int, n: int, payload: Any) -> dict[str, str]:
+    def write(self, shard: int, n: int, payload: Any) -> Sums:
         """Make and write one shard of n rows; returns the checksum of each of its files."""
         arrays = self.make(payload)
         if set(arrays) != set(self.columns):
@@ -51,15 +46,15 @@ class _Job:
                     f"{dtype} {expected}"
                 )
             array = np.ascontiguousarray(array)
-            with _spoken(self.folder):
+            with refused_by_disk(self.folder):
                 path = files.write_npy(self.folder / file_name(name, shard), array)
             sums[path.name] = files.sha256_file(path)
         return sums
 
 
 @contextlib.contextmanager
-def _spoken(folder: Path) -> Iterator[None]:
-    """Say in our words that a folder cannot be written into."""
+def refused_by_disk(folder: Path) -> Iterator[None]:
+    """Turn the system's refusal to write into a folder into a CacheError."""
     try:
         yield
     except OSError as error:
@@ -72,13 +67,13 @@ def _spoken(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _made(
-    job: _Job,
+def finished_shards(
+    job: Job,
     header: dict[str, Any],
     todo: list[int],
     fetch: Callable[[int, int], Any] | None,
     n_workers: int,
-) -> Iterator[tuple[int, dict[str, str]]]:
+) -> Iterator[tuple[int, Sums]]:
     """Each shard to be made and its checksums, as they are finished."""
 
     def order(shard: int) -> tuple[int, int, Any]:
@@ -120,7 +115,7 @@ def _made(
         here.close()
 
 
-def _finished(running: dict[Future, int]) -> Iterator[tuple[int, dict[str, str]]]:
+def _finished(running: dict[Future, int]) -> Iterator[tuple[int, Sums]]:
     done = wait(running, return_when=FIRST_COMPLETED).done
     for future in sorted(done, key=lambda f: f.exception() is not None):  # keep what is whole
         sums = future.result()
@@ -137,10 +132,10 @@ def _uninterrupted() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_worker_job: _Job | None = None  # in a worker: sent once, not with every shard
+_worker_job: Job | None = None  # in a worker: sent once, not with every shard
 
 
-def _start_worker(job: _Job, builder: Connection) -> None:
+def _start_worker(job: Job, builder: Connection) -> None:
     """Begin a worker, which ends as soon as the builder closes its end of the pipe or is gone."""
 
     def outlive() -> None:
@@ -152,5 +147,5 @@ def _start_worker(job: _Job, builder: Connection) -> None:
     threading.Thread(target=outlive, daemon=True).start()
 
 
-def _write(shard: int, n: int, payload: Any) -> dict[str, str]:
+def _write(shard: int, n: int, payload: Any) -> Sums:
     return _worker_job.write(shard, n, payload)

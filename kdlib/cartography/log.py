@@ -154,7 +154,7 @@ class DynamicsLog:
             if index["format"] == FORMAT and not files.is_sealed(index):
                 raise ValueError("it was changed after it was written")
             layout = _layout(index)
-            sums = {name: index["sha256"][f"{name}.npy"] for name in layout}
+            sums = {f"{name}.npy": index["sha256"][f"{name}.npy"] for name in layout}
             recorded_from = dict(index["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -165,13 +165,11 @@ class DynamicsLog:
             name: _map(folder / f"{name}.npy", dtype, shape, "r")
             for name, (dtype, shape) in layout.items()
         }
-        if verify:
-            for name, sha256 in sums.items():
-                if files.sha256_file(folder / f"{name}.npy") != sha256:
-                    raise ValueError(
-                        f"{folder / name}.npy has changed since it was recorded (sha256 differs); "
-                        f"{_remedy(folder)}"
-                    )
+        if verify and (changed := files.damaged_files(folder, sums)):
+            raise ValueError(
+                f"{folder / changed[0]} has changed since it was recorded (sha256 differs); "
+                f"{_remedy(folder)}"
+            )
         return cls(folder, index, arrays, writable=False)
 
     def record(
@@ -390,24 +388,11 @@ def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> No
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.memmap:
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise ValueError("it is no file")
-        array = np.lib.format.open_memmap(path, mode=mode)  # no pickles, and no zip archives
-    except files.NOT_NPY as error:
-        raise ValueError(
-            f"{path} is missing, cut or not an .npy file ({error}); {_remedy(path.parent)}"
-        ) from None
-    if array.dtype != dtype or array.shape != shape:
-        raise ValueError(
-            f"{path} holds {array.dtype} of shape {array.shape}; expected {dtype} of shape "
-            f"{shape}: {_remedy(path.parent)}"
-        )
-    if path.stat().st_size != array.offset + array.nbytes:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes; expected {array.offset + array.nbytes}: "
-            f"{_remedy(path.parent)}"
-        )
-    return array
+        return files.map_npy(path, dtype, shape, mode)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; {_remedy(path.parent)}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {_remedy(path.parent)}") from None
 
 
 def _remedy(folder: Path) -> str:

@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "images": ["Images"],
         "plan": ["Plan"],
-        "loader": ["Loader", "View"],
+        "batch": ["View"],
+        "loader": ["Loader"],
         "pixels": ["Pixels"],
         "torch_adapters": ["ImageDataset", "PlanSampler"],
     },

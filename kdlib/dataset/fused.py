@@ -1,6 +1,6 @@
 """Gather, view and normalise images in one pass over the pixels, compiled for the CPU by numba.
 
-The bits are those of `augment.apply` and `augment.normalise`; the formulas are explained there.
+The bits are those of `views.apply` and `pixels.normalise`, which explain the formulas.
 The functions below `available` are plain Python over flat arrays, which numba compiles on the
 first use; without numba this module imports, and `available` says that it cannot deliver.
 Two habits make the loops fit for vector registers: an unsigned index, which numba need not test for
@@ -219,16 +219,15 @@ def _recolour(pixels, n_channels, operation, factor):
             pixels[n + n + i] = _blend(blue, factor, rest)
 
 
-def _block(memory, begins, shape, where, flip, box, factors, order, scale, shift, last, out):
-    """Rows `where` of `out` from images at `begins` in `memory`; views by the row of `out`."""
+def _block(memory, begins, shape, flip, box, factors, order, scale, shift, last, out):
+    """`out` from the images at `begins` in `memory`."""
     n_channels, height, width = shape
     size = n_channels * height * width
     scratch = np.empty(size, np.uint8)
     ones, zeros = np.ones(n_channels, np.float32), np.zeros(n_channels, np.float32)
     for i in range(len(begins)):
-        v = where[i]
         image = memory[begins[i] : begins[i] + size]
-        (top, left, h, w), flipped, target = box[v], flip[v], out[v]
+        (top, left, h, w), flipped, target = box[i], flip[i], out[i]
         resized = h != height or w != width
         if resized or order.shape[1]:
             if resized:
@@ -236,8 +235,8 @@ def _block(memory, begins, shape, where, flip, box, factors, order, scale, shift
             else:
                 _write(image, shape, top, left, flipped, ones, zeros, False, scratch)
             for k in range(order.shape[1]):
-                operation = order[v, k]
-                _recolour(scratch, n_channels, operation, factors[v, operation])
+                operation = order[i, k]
+                _recolour(scratch, n_channels, operation, factors[i, operation])
             image, top, left, flipped = scratch, 0, 0, False
         if last and n_channels == 3:
             _write_colours(image, shape, top, left, flipped, scale, shift, target)
@@ -260,10 +259,9 @@ def _compiled() -> Callable[..., None]:
         register_jitable(function)
     i32, i64, f32 = types.int32, types.int64, types.float32
     signature = types.void(
-        array(types.uint8, 1), array(i64, 1), types.UniTuple(i64, 3), array(i64, 1),
-        array(types.boolean, 1),
-        array(i32, 2), array(i32, 2), array(i32, 2), array(f32, 1), array(f32, 1),
-        types.boolean, array(f32, 2, readonly=False),
+        array(types.uint8, 1), array(i64, 1), types.UniTuple(i64, 3),
+        array(types.boolean, 1), array(i32, 2), array(i32, 2), array(i32, 2),
+        array(f32, 1), array(f32, 1), types.boolean, array(f32, 2, readonly=False),
     )  # fmt: skip
     try:
         return numba.njit(signature, nogil=True, cache=True)(_block)
@@ -284,10 +282,9 @@ def deliver(
     scale: np.ndarray,
     shift: np.ndarray,
     out: torch.Tensor,
-    where: torch.Tensor | np.ndarray | None = None,
     n_threads: int = 1,
 ) -> None:
-    """Writes the normalised views of `source[rows]` to `out[where]`, and nothing else.
+    """Write the normalised views of `source[rows]` to `out`.
 
     Equal to the bit to `normalise(apply(source[rows], views))`.
 
@@ -295,68 +292,45 @@ def deliver(
         source: (N, C, H, W) uint8 on the CPU, each image C-contiguous, whatever the stride >= 0
             from one to the next; may be a read-only memory map.
         rows: (B,) int64, in [0, N).
-        views: Of the M rows of `out`, not of `rows`, so that a batch gathered from several
-            sources is drawn once; None for the images themselves.
+        views: Of these B images; None for the images themselves.
         scale: (C,) float32, from `pixel_scale`.
         shift: (C,) float32, from `pixel_scale`.
-        out: (M, C, H, W) float32 on the CPU, contiguous or channels_last.
-        where: (B,) int64, distinct rows of `out`, in [0, M); None for the first B.
+        out: (B, C, H, W) float32 on the CPU, contiguous or channels_last.
         n_threads: Threads among which the batch is divided, this one included.
 
-    Raises: ValueError for arrays that do not fit together. ImportError without numba.
+    Raises: ValueError for rows outside the source, or views of other images. ImportError without
+        numba.
     """
     source, rows = np.asarray(source), np.ascontiguousarray(rows, np.int64)
-    n_out, shape = len(out), tuple(out.shape[1:])
-    where = np.arange(len(rows)) if where is None else np.ascontiguousarray(where, np.int64)
-    last = not out.is_contiguous()
-    whole = source.ndim == 4 and (
-        not len(source) or (source.strides[0] >= 0 and source[0].flags.c_contiguous)
-    )
-    if source.dtype != np.uint8 or source.shape[1:] != shape or not whole:
+    n, shape, size = len(rows), tuple(out.shape[1:]), int(np.prod(out.shape[1:]))
+    if n and not 0 <= rows.min() <= rows.max() < len(source):  # the loops would read beyond it
         raise ValueError(
-            f"source is {source.dtype} of shape {source.shape}, "
-            f"{'' if whole else 'not '}C-contiguous in each image; expected C-contiguous images of "
-            f"uint8, of shape (N, *{shape}) as in out"
+            f"rows span [{rows.min()}, {rows.max()}]; expected integers in [0, {len(source)})"
         )
-    if out.dtype != torch.float32 or (
-        last and not out.is_contiguous(memory_format=torch.channels_last)
-    ):
-        raise ValueError(
-            f"out is {out.dtype} with strides {out.stride()}; expected float32, contiguous or "
-            "channels_last"
-        )
-    for name, values in (("scale", scale), ("shift", shift)):
-        if values.dtype != np.float32 or values.shape != shape[:1]:
-            raise ValueError(
-                f"{name} is {values.dtype} of shape {values.shape}; expected float32 of shape "
-                f"{shape[:1]}, one per channel"
-            )
-    if n_threads < 1:
-        raise ValueError(f"n_threads is {n_threads}; expected an integer >= 1")
-    for name, index, end in (("rows", rows, len(source)), ("where", where, n_out)):
-        if index.shape != rows.shape or (index.size and not 0 <= index.min() <= index.max() < end):
-            raise ValueError(
-                f"{name} has shape {index.shape} and values in [{index.min(initial=0)}, "
-                f"{index.max(initial=0)}]; expected {len(rows)} integers in [0, {end})"
-            )
+    assert (source.dtype, source.shape[1:], len(out)) == (np.uint8, shape, n)
+    assert not n or source[0].flags.c_contiguous
+    assert out.is_contiguous() or out.is_contiguous(memory_format=torch.channels_last)
     if views is None:
-        ids = torch.zeros(n_out, dtype=torch.int64)
+        ids = torch.zeros(n, dtype=torch.int64)
         views = draw(Augment(), 0, ids, ids, shape)
-    views.check(n_out, shape)
+    views.check(n, shape)
     drawn = [x.numpy() for x in (views.flip, views.box, views.factors, views.order)]
-    flat = (out.permute(0, 2, 3, 1) if last else out).numpy().reshape(n_out, int(np.prod(shape)))
-    begins, size = rows * source.strides[0], int(np.prod(shape))
-    n_bytes = (len(source) - 1) * source.strides[0] + size if len(source) else 0
+    last = not out.is_contiguous()
+    flat = (out.permute(0, 2, 3, 1) if last else out).numpy().reshape(n, size)
+    begins, n_bytes = rows * source.strides[0], 0
+    if len(source):
+        n_bytes = (len(source) - 1) * source.strides[0] + size
     memory = np.lib.stride_tricks.as_strided(source, (n_bytes,), (1,), writeable=False)
     with _LOCK:
         kernel = _compiled()
 
     def block(part: slice) -> None:
-        kernel(memory, begins[part], shape, where[part], *drawn, scale, shift, last, flat)
+        chosen = (x[part] for x in drawn)
+        kernel(memory, begins[part], shape, *chosen, scale, shift, last, flat[part])
 
-    ends = [len(rows) * i // n_threads for i in range(n_threads + 1)]
+    ends = [n * i // n_threads for i in range(n_threads + 1)]
     parts = [slice(*pair) for pair in itertools.pairwise(ends)]
-    others = [_pool(os.getpid()).submit(block, part) for part in parts[1:]]
+    submitted = [_pool(os.getpid()).submit(block, part) for part in parts[1:]]
     block(parts[0])
-    for future in others:
+    for future in submitted:
         future.result()

@@ -1,9 +1,11 @@
-"""Pixel normalisation and memory format."""
+"""Pixel statistics, normalisation and memory format."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from kdlib.cache.shards import Cache
 
 
 def pixel_scale(mean: list[float], std: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -56,3 +58,21 @@ class Pixels:
         """(B, C, H, W) uint8 -> float32, normalised, in the memory format the study asks for."""
         images = images.contiguous(memory_format=self.memory_format)
         return normalise(images, self.mean, self.std, out)
+
+
+def pixel_statistics(images: Cache, example_ids: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and population standard deviation of each channel over some images, pixels in [0, 1].
+
+    Computed in exact integer sums, so that the order of the ids does not matter.
+
+    Returns: (mean, std), one float per channel; a constant channel gets std 1.
+    """
+    n_channels = images.header["columns"]["images"][1][0]
+    counts = np.zeros((n_channels, 256), np.int64)
+    for chunk in np.array_split(np.sort(example_ids), max(1, len(example_ids) // 512)):
+        pixels = images.read("images", chunk)  # (B, C, H, W)
+        counts += [np.bincount(pixels[:, c].ravel(), minlength=256) for c in range(n_channels)]
+    values, n_pixels = np.arange(256), counts.sum(1)
+    mean, squares = counts @ values / n_pixels, counts @ values**2 / n_pixels
+    std = np.sqrt(squares - mean**2)
+    return [float(m) / 255 for m in mean], [float(s) / 255 if s > 1e-6 else 1.0 for s in std]

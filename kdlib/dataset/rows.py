@@ -1,34 +1,78 @@
-"""Rows of a cached column by position, mapped or resident on a device."""
+"""Rows of a cached column by position: resident on a device, or mapped from the disk."""
 
 import ctypes
 import mmap
 import sys
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from kdlib.cache.shards import Cache
+from kdlib.cache.outputs import decoded, stored_views
+from kdlib.cache.shards import Cache, CacheError
+from kdlib.dataset.batch import View
+from kdlib.repro import files
 
-_LIBC = ctypes.CDLL(None)
-
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_LIBC.mmap.restype = ctypes.c_void_p
+_LIBC.mmap.argtypes = (
+    ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
+)  # fmt: skip
+_MAP_FIXED = 0x10  # Linux and macOS
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40  # takes no swap for unused pages
 
 # Of madvise(2), since Linux 5.14. A cold pass over 20 shards of 56 MB waits 0.6 to 0.7 s in all,
 # instead of 1.0 to 1.3 s for pages mapped as they are met (benchmarks/cache.py, 2026-11, 6 runs)
 _POPULATE_READ = 22
 
 
+def map_in_one(paths: Sequence[Path], sizes: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
+    """Map files into one range of memory, one behind the other; pages are read on demand.
+
+    The range is reserved first, then each file is mapped to the page at which the one before it
+    ends, so that every byte of the tensor can be read: behind the end of a file its last page holds
+    zeros. Writing changes a private copy, and the range is unmapped with its last tensor.
+
+    Args:
+        paths: Files of at least `sizes` bytes.
+        sizes: Bytes to map of each, > 0.
+
+    Returns: The bytes, (n,) uint8, and where each file begins in them, (len(paths),) int64.
+    Raises: OSError when a file cannot be mapped.
+    """
+    ends = np.cumsum([-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes], dtype=np.int64)
+    begins = np.concatenate([[0], ends[:-1]])
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    reserved = mmap.mmap(-1, int(ends[-1]), flags=flags | mmap.MAP_ANONYMOUS)
+    memory = torch.from_numpy(np.frombuffer(reserved, np.uint8))  # keeps `reserved` alive
+    for path, begin, size in zip(paths, begins.tolist(), sizes, strict=True):
+        place, access = memory.data_ptr() + begin, mmap.PROT_READ | mmap.PROT_WRITE
+        with open(path, "rb") as file:
+            mapped = _LIBC.mmap(place, size, access, flags | _MAP_FIXED, file.fileno(), 0)
+        if mapped != place:
+            raise OSError(ctypes.get_errno(), "cannot be mapped", str(path))
+    return memory, begins
+
+
 class Rows:
     """Rows of one column for the examples of a plan, by their position in it.
 
     Attributes:
-        source: (K, row bytes) uint8. Resident: the plan's rows, on the device. Mapped: all memory
-            from the first mapped shard to the last as overlapping rows, of which only those of
-            `index` are meant, so that one gather reads from any number of shards.
+        source: (K, row bytes) uint8. Resident: the plan's rows, on the device. Mapped: the shards
+            of these rows in one range of memory, as overlapping rows of which `index` names those
+            to read, so that one gather reads from any number of shards.
         index: (N,) int64, the row of `source` for each position; None when it is the position.
+        shard_of: (N,) int64, which of the mapped shards holds each position.
     """
 
     def __init__(
-        self, cache: Cache, column: str, example_ids: np.ndarray, device: str, resident: bool
+        self,
+        cache: Cache,
+        column: str,
+        example_ids: np.ndarray,
+        device: torch.device,
+        resident: bool,
     ) -> None:
         """Read the rows onto the device, or map the shards they lie in.
 
@@ -36,36 +80,42 @@ class Rows:
         """
         dtype, self.shape = cache.layout(column)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        self.device, self.index = torch.device(device), None
-        self._on_cpu = self.device.type == "cpu"
+        self.device, self.index = device, None
+        self._on_cpu = device.type == "cpu"
         self._here = resident or self._on_cpu
         if resident:
             rows = torch.from_numpy(cache.read(column, example_ids)).flatten(1)
-            self.source = rows.view(torch.uint8).to(self.device)
+            self.source = rows.view(torch.uint8).to(device)
             return
         cache.positions(example_ids)
         shards, local = np.divmod(example_ids, cache.shard_size)
         known, self.shard_of = np.unique(shards, return_inverse=True)
-        self._maps = [cache.mapped(column, shard) for shard in known.tolist()]  # kept alive
-        begins = np.array([rows.data_ptr() for rows in self._maps], np.int64)
-        base, row_bytes = int(begins.min()), cache.row_bytes()[column]
-        span = int(begins.max()) - base + max(rows.nbytes for rows in self._maps)
-        # the largest step that meets the beginning of every row
-        step = int(np.gcd.reduce([*(begins - base), row_bytes]))
-        memory = np.ctypeslib.as_array((ctypes.c_uint8 * span).from_address(base))
-        n_steps = (span - row_bytes) // step + 1
-        self.source = torch.from_numpy(memory).as_strided((n_steps, row_bytes), (step, 1))
-        self.index = (begins[self.shard_of] - base + local * row_bytes) // step
+        paths, starts, ends = zip(*(cache.located(column, s) for s in known.tolist()), strict=True)
+        memory, self._begins = map_in_one(paths, ends)
+        self._sizes, row_bytes = ends, cache.row_bytes()[column]
+        first_rows = self._begins + starts
+        step = int(np.gcd.reduce([*first_rows, row_bytes]))  # the largest that meets every row
+        n_steps = (len(memory) - row_bytes) // step + 1
+        self.source = memory.as_strided((n_steps, row_bytes), (step, 1))
+        self.index = (first_rows[self.shard_of] + local * row_bytes) // step
+
+    @property
+    def images(self) -> torch.Tensor:
+        """`source` as images: (K, C, H, W) uint8."""
+        _, height, width = self.shape
+        strides = (self.source.stride(0), height * width, width, 1)
+        return self.source.as_strided((len(self.source), *self.shape), strides)
+
+    def index_of(self, positions: np.ndarray) -> np.ndarray:
+        """Rows of `source` of some positions: (B,) int64."""
+        return positions if self.index is None else self.index[positions]
 
     def populate(self, number: int) -> None:
         """Read a mapped shard into the page cache and this process's page table; where the system
         cannot, pages are read when they are first used."""
-        if sys.platform != "linux":
-            return
-        rows = self._maps[number]
-        begin = rows.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        size = rows.data_ptr() + rows.nbytes - begin
-        _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _POPULATE_READ)
+        if sys.platform == "linux":
+            begin = ctypes.c_void_p(self.source.data_ptr() + int(self._begins[number]))
+            _LIBC.madvise(begin, ctypes.c_size_t(self._sizes[number]), _POPULATE_READ)
 
     def gather(self, index: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of `source`, (B, *row shape), on the device; into `out` when it is given."""
@@ -84,5 +134,54 @@ class Rows:
         return out.copy_(fetched.view(out.shape), non_blocking=True)
 
 
-def _index(rows: Rows, positions: np.ndarray) -> np.ndarray:
-    return positions if rows.index is None else rows.index[positions]
+class TeacherRows:
+    """Stored teacher outputs for the examples of a plan, by their position in it."""
+
+    def __init__(
+        self,
+        teacher: Cache,
+        columns: Collection[str],
+        view: View | None,
+        example_ids: np.ndarray,
+        device: torch.device,
+        resident: bool,
+    ) -> None:
+        """Open the columns that hold the outputs.
+
+        Args:
+            view: What the student sees: outputs of replayed views must be of the same ones.
+
+        Raises: CacheError for outputs of other views; else as `Rows`.
+        """
+        self._replayed = _replays(teacher, view)
+        self._n_classes = teacher.header["n_classes"]
+        self._columns = {c: Rows(teacher, c, example_ids, device, resident) for c in columns}
+
+    def gather(self, positions: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
+        """Outputs at some positions, each for one of its views: (B, ...) float32 by name."""
+        parts = {c: rows.gather(rows.index_of(positions)) for c, rows in self._columns.items()}
+        if self._replayed:
+            device = next(iter(parts.values())).device
+            every, chosen = torch.arange(len(views), device=device), torch.from_numpy(views)
+            chosen = chosen.to(device)
+            parts = {column: part[every, chosen] for column, part in parts.items()}
+        else:
+            parts = {column: part[:, 0] for column, part in parts.items()}
+        return decoded(parts, self._n_classes)
+
+
+def _replays(teacher: Cache, view: View | None) -> bool:
+    """Whether the stored outputs are of replayed views, which must then be those of `view`."""
+    stored = stored_views(teacher)
+    if stored is None:
+        return False
+    seen = {}
+    if view is not None:
+        augment = view.settings.model_dump(mode="json")
+        seen = {"n": view.n_views, "augment": augment, "seed": view.seed}
+    if lines := files.difference(seen, stored):
+        raise CacheError(
+            f"{teacher.folder} holds outputs of other views than the student would see (there -> "
+            f"here): {'; '.join(lines)} (study: teacher.outputs, training.augment)"
+        )
+    return True

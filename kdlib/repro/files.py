@@ -1,22 +1,23 @@
-"""How bytes reach the disk and how content gets a name: workspace paths, atomic writes, locks,
-fingerprints.
-
-Leaves to others: what the bytes mean.
-"""
+"""Files: workspace paths, atomic writes, locks, fingerprints and checksums, `.npy` arrays."""
 
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
+import io
 import json
+import math
 import os
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from tqdm.auto import tqdm
 
 # What NumPy raises for a damaged or hostile .npy file, whose header it parses as Python.
 NOT_NPY = (
@@ -144,8 +145,6 @@ def read_json(path: Path) -> Any:
 
     Raises: FileNotFoundError; ValueError that names the file when it is cut or is not JSON.
     """
-    if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-        raise ValueError(f"{path} is no file; delete it and run the step that makes it again")
     try:
         return json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, endless digits
@@ -182,6 +181,97 @@ def is_sealed(content: dict[str, Any]) -> bool:
 def write_npy(path: Path, array: np.ndarray) -> Path:
     """Write one plain `.npy` file atomically."""
     return write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
+
+
+@functools.cache
+def _preamble(dtype: str, shape: tuple[int, ...]) -> bytes:
+    """The bytes before the data of an `.npy` file as NumPy writes them."""
+    buffer = io.BytesIO()
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def npy_start(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    """The byte at which the data of an `.npy` file begin.
+
+    Args:
+        dtype: Of the array it must hold.
+        shape: Of that array, which must be in C order and end with the file.
+
+    Raises: FileNotFoundError; ValueError that begins with the path, for a file that is cut, damaged
+        or no plain array, or holds another array.
+    """
+    preamble = _preamble(dtype.str, shape)
+    n_bytes = dtype.itemsize * math.prod(shape)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == len(preamble) + n_bytes and file.read(len(preamble)) == preamble:
+                return len(preamble)
+        # of another version of NumPy, or damaged; pickles and archives are refused
+        array = np.lib.format.open_memmap(path, mode="r")
+    except FileNotFoundError:
+        raise
+    except NOT_NPY as error:
+        raise ValueError(f"{path} is cut or damaged ({error})") from None
+    if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous:
+        raise ValueError(
+            f"{path} holds {array.dtype.str} {array.shape}; expected {dtype.str} {shape}"
+        )
+    if size != array.offset + n_bytes or array.offset % dtype.itemsize:
+        raise ValueError(
+            f"{path} is cut or damaged (it has {size} bytes; expected {array.offset + n_bytes})"
+        )
+    return array.offset
+
+
+def map_npy(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str = "r") -> np.memmap:
+    """Map the array of an `.npy` file; arguments and errors as of `npy_start`.
+
+    Args:
+        mode: As of `numpy.memmap`.
+    """
+    return np.memmap(path, dtype, mode, npy_start(path, dtype, shape), shape)
+
+
+def damaged_files(folder: Path, sums: Mapping[str, str], n_threads: int | None = None) -> list[str]:
+    """Which files of a folder are missing or differ from their checksums; every byte is read.
+
+    Args:
+        sums: sha256 of each file, by name.
+        n_threads: Files hashed at the same time; None: one per CPU.
+    """
+
+    def size(name: str) -> int:
+        return (folder / name).stat().st_size if (folder / name).is_file() else 0
+
+    def matches(name: str) -> bool:
+        return (folder / name).is_file() and sha256_file(folder / name) == sums[name]
+
+    damaged = []
+    pool = ThreadPoolExecutor(n_threads or n_cpus())  # hashing frees the GIL
+    with tqdm(
+        total=sum(map(size, sums)),
+        desc=f"verifying {folder.name}",
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=1,  # seconds: what is read in less needs no bar
+    ) as progress:
+        try:
+            for name, whole in zip(sums, pool.map(matches, sums), strict=True):
+                progress.update(size(name))
+                damaged += [] if whole else [name]
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all other files
+    return damaged
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line of at most `most` signs; its type when it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

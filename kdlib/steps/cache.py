@@ -1,10 +1,10 @@
 """Step 01: a study's cached images, their split, and the pixel statistics."""
 
 from kdlib.cache.build import build_images
-from kdlib.cache.shards import Cache, pixel_statistics
+from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
 from kdlib.dataset.images import Images
-from kdlib.dataset.pixels import Pixels
+from kdlib.dataset.pixels import Pixels, pixel_statistics
 from kdlib.dataset.plan import split_ids
 from kdlib.repro import processor
 from kdlib.repro.run import open_run, read_evidence

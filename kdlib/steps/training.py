@@ -15,8 +15,9 @@ import torch
 
 from kdlib.cache.shards import Cache
 from kdlib.cartography.log import DynamicsLog
+from kdlib.dataset.batch import View
 from kdlib.dataset.images import Images
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network
 from kdlib.models.evaluation import evaluate

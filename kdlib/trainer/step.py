@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from kdlib.dataset.loader import Batch, Loader
+from kdlib.dataset.batch import Batch
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.repro.seeds import torch_seeded

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from kdlib.cache import workers
 from kdlib.cache.build import build_images, build_shards, fcntl, repair
 from kdlib.cache.build import shutil as build_shutil
+from kdlib.cache.index import CacheError, part_range
 from kdlib.cache.journal import read_journal
-from kdlib.cache.shards import Cache, CacheError, part_range
+from kdlib.cache.shards import Cache
 from kdlib.cache.sources import array_source
 from kdlib.repro import files
 
@@ -123,14 +124,14 @@ def replacing(source, target):
         die()
     replace(source, target)
 os.replace = replacing
-append = journal._append
-def appending(journal, entry):
-    if entry["shard"] == victim and moment == "journal":
+append = build.append
+def appending(journal, shard, sums):
+    if shard == victim and moment == "journal":
         with open(journal, "a") as log:
             log.write('{"shard": 1, "sha2')
         die()
-    append(journal, entry)
-journal._append = appending
+    append(journal, shard, sums)
+build.append = appending
 make_cache(Path(sys.argv[1]), part=(2, 2))
 """
 
@@ -631,7 +632,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from cache.test_shards import make_cache
-from kdlib.cache.shards import CacheError
+from kdlib.cache.index import CacheError
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 for limit in sys.argv[3:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))

@@ -3,7 +3,6 @@
 import errno
 import json
 import math
-import os
 
 import numpy as np
 import pytest
@@ -335,7 +334,7 @@ def test_cut_changed_and_foreign_logs_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"loss\.npy .*record again"):
             DynamicsLog.open(tmp_path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(ValueError, match=r"loss\.npy has \d+ bytes"):
+    with pytest.raises(ValueError, match=r"loss\.npy is cut or damaged"):
         DynamicsLog.open(tmp_path)
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     DynamicsLog.open(tmp_path)
@@ -372,7 +371,7 @@ def test_an_index_from_before_the_seal_is_read(tmp_path):
     assert DynamicsLog.open(tmp_path, verify=True).n_epochs == 4
 
 
-@pytest.mark.parametrize("kind", ["zip", "shape", "pipe"])
+@pytest.mark.parametrize("kind", ["zip", "shape"])
 def test_what_is_no_array_is_refused(tmp_path, kind):
     finished(tmp_path)
     path = tmp_path / "loss.npy"
@@ -380,12 +379,10 @@ def test_what_is_no_array_is_refused(tmp_path, kind):
     if kind == "zip":
         with open(path, "wb") as file:
             np.savez(file, loss=np.zeros(3))
-    elif kind == "pipe":
-        os.mkfifo(path)
     else:
         text = f"{{'descr': '<f2', 'fortran_order': False, 'shape': ({10**30},)}}".encode()
         path.write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
-    with pytest.raises(ValueError, match=r"loss\.npy is missing, cut or not an \.npy file"):
+    with pytest.raises(ValueError, match=r"loss\.npy is cut or damaged"):
         DynamicsLog.open(tmp_path)
 
 

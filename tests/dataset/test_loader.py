@@ -2,6 +2,7 @@
 made it."""
 
 import math
+import mmap
 import threading
 
 import numpy as np
@@ -14,12 +15,13 @@ from kdlib.cache.build import build_images, build_shards
 from kdlib.cache.outputs import CLEAN_VIEW
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.cache.sources import array_source
-from kdlib.dataset import fused, memory
 from kdlib.dataset import loader as loader_module
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset import memory
+from kdlib.dataset.batch import View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels, normalise
 from kdlib.dataset.plan import ORDERS, Plan
-from kdlib.dataset.rows import Rows
+from kdlib.dataset.rows import Rows, map_in_one
 from kdlib.dataset.views import augment
 from kdlib.study.study import Augment, ColourJitter, ResizedCrop
 
@@ -90,7 +92,7 @@ def test_where_pixels_are_kept_changes_no_byte(
     view, plan = View(chosen, 3, Pixels(MEAN, STD, channels_last)), plan_of(order=order)
     with pytest.MonkeyPatch.context() as patch:
         if not fast:
-            patch.setattr(fused, "available", lambda: False)
+            patch.setattr(loader_module, "available", lambda: False)
         loaders = [
             Loader(plan, images, view=view, residence=r, reuse=reuse)
             for r in ("resident", "mapped")
@@ -228,6 +230,30 @@ def test_a_damaged_shard_is_found_before_the_first_batch(images, tmp_path):
             Loader(plan_of(), Cache(copied), residence=residence)
         fine = Loader(plan_of(np.arange(32)), Cache(copied), residence=residence)  # not its shard
         fine.close()
+
+
+def test_mapped_shards_are_one_tensor_of_which_every_byte_can_be_read(images):
+    rows = Rows(images, "images", np.arange(3, N), torch.device("cpu"), resident=False)
+    whole, source = rows.source.clone(), rows.source
+    assert "tensor" in repr(source)
+    assert int(source[-1].sum()) == 0  # behind the end of the last file
+    del rows  # the range of memory stays as long as a tensor needs it
+    assert torch.equal(source, whole)
+
+
+def test_files_are_mapped_one_behind_the_other(tmp_path):
+    texts = [b"a" * 5000, b"b", b"c" * mmap.PAGESIZE]
+    paths = [tmp_path / str(i) for i in range(3)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_bytes(text)
+    memory, begins = map_in_one(paths, [len(text) for text in texts])
+    for begin, text in zip(begins.tolist(), texts, strict=True):
+        assert memory[begin : begin + len(text)].numpy().tobytes() == text
+    assert len(memory) % mmap.PAGESIZE == 0
+    memory.zero_()  # a private copy
+    assert [path.read_bytes() for path in paths] == texts
+    with pytest.raises(FileNotFoundError):
+        map_in_one([tmp_path / "none"], [1])
 
 
 def test_mapped_batches_leave_the_files_as_they_are(images):

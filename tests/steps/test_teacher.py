@@ -13,7 +13,8 @@ from tiny import flip, student, tiny_study
 from kdlib.__main__ import main
 from kdlib.cache.build import repair
 from kdlib.cache.shards import Cache, CacheError
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.batch import View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
 from kdlib.models.networks import build_network
 from kdlib.models.weights import save_weights

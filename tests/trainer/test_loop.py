@@ -17,7 +17,8 @@ from torch import nn
 
 from kdlib.cache.build import build_shards
 from kdlib.cartography.log import DynamicsLog
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.batch import View
+from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network
@@ -546,7 +547,8 @@ from sklearn.datasets import load_digits
 from kdlib.trainer import loop
 from kdlib.dataset.pixels import Pixels
 from kdlib.cache.build import build_shards
-from kdlib.dataset.loader import Loader, View
+from kdlib.dataset.batch import View
+from kdlib.dataset.loader import Loader
 from kdlib.models.networks import build_network
 from kdlib.trainer.objectives import build_distiller
 from kdlib.study.study import Augment, Model, Objective, Training

@@ -1,0 +1,188 @@
+"""The index of a cache: which shards a folder has, the examples in each, and the files' checksums.
+
+A cache is a folder of plain NumPy files, `<column>-<shard>.npy`, and one index for each part that
+was built, written last: `index.json` for a cache built whole, `index-<first>-<stop>.json` for the
+shards [first, stop). The header, equal in all of them, holds everything that determines the bytes.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdlib.repro import files
+
+FORMAT = 1
+
+
+_INDEX_NAME = re.compile(r"index(-\d{5,}-\d{5,})?\.json")
+
+
+_COLUMN = re.compile(r"[a-z_]+\d*")  # a file's name begins with it: no path out of the folder
+
+
+_DTYPE = re.compile(r"[<|][biuf]\d")  # of rows; objects would have to be unpickled
+
+
+_MOST_SHARDS = 10**7  # a list of more of them would fill the memory
+
+
+_DISTRUST = "do not trust this folder: delete it and build it again"
+
+
+Columns = Mapping[str, tuple[str, tuple[int, ...]]]  # column -> (dtype, shape of one example's row)
+
+
+Sums = dict[str, str]  # sha256 of each file, by name
+
+
+Entries = dict[int, dict[str, Any]]  # shard -> {"first_id", "n", "sha256": {file name: sum}}
+
+
+class CacheError(ValueError):
+    """A cache that is unfinished, damaged, of another format, or made of other things than asked
+    for."""
+
+
+def file_name(column: str, shard: int) -> str:
+    """Name of the file that holds one shard of one column."""
+    return f"{column}-{shard:05d}.npy"
+
+
+def part_name(stem: str, first: int, stop: int, n_shards: int, suffix: str) -> str:
+    """Name of the file of one part, shards [first, stop); a part that is the whole has no range."""
+    whole = (first, stop) == (0, n_shards)
+    return f"{stem}{suffix}" if whole else f"{stem}-{first:05d}-{stop:05d}{suffix}"
+
+
+def part_of(path: Path, n_shards: int) -> tuple[int, int]:
+    """Shards [first, stop) of the part that a journal, an index or a lock is named after."""
+    numbers = re.findall(r"\d+", path.name)
+    return (int(numbers[0]), int(numbers[1])) if numbers else (0, n_shards)
+
+
+def part_range(n_shards: int, part: tuple[int, int]) -> tuple[int, int]:
+    """Shards [first, stop) of part i of k, as (i, k) with i counted from 1.
+
+    Raises: ValueError for a part that holds no shard.
+
+    >>> [part_range(7, (i, 3)) for i in (1, 2, 3)]
+    [(0, 2), (2, 4), (4, 7)]
+    """
+    i, k = part
+    if not 1 <= i <= k <= n_shards:
+        raise ValueError(
+            f"part {i}/{k} of {n_shards} shards; expected i/k with 1 <= i <= k <= {n_shards}"
+        )
+    return (i - 1) * n_shards // k, i * n_shards // k
+
+
+def shard_span(header: Mapping[str, Any], shard: int) -> tuple[int, int]:
+    """Example ids [start, stop) of one shard."""
+    start = shard * header["shard_size"]
+    return start, min(start + header["shard_size"], header["n_examples"])
+
+
+def count_shards(header: Mapping[str, Any]) -> int:
+    """How many shards the whole cache has."""
+    return -(-header["n_examples"] // header["shard_size"])
+
+
+def remedy(folder: Path) -> str:
+    return f"run `python -m kdlib cache verify --repair {folder}`, then build it again"
+
+
+def refuse_other(folder: Path, expected: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Compare entries of a header with those expected.
+
+    Raises: CacheError that names each entry that differs.
+    """
+    if lines := files.difference(dict(expected), dict(header)):
+        raise CacheError(
+            f"{folder} was made of something else (there -> expected): {'; '.join(lines)}; "
+            "nothing was changed: choose another folder, or delete this one to make it anew"
+        )
+
+
+def index_paths(folder: Path) -> list[Path]:
+    """The indexes of all finished parts in a folder, sorted."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return [folder / name for name in names if _INDEX_NAME.fullmatch(name)]
+
+
+def read_indexes(folder: Path) -> tuple[dict[str, Any], Entries]:
+    """Header and shards of all parts in a folder; ({}, {}) when there is no index.
+
+    Raises: CacheError for an index that is cut, foreign, of another format, or at odds with
+        another one.
+    """
+    header: dict[str, Any] = {}
+    entries: Entries = {}
+    for path in index_paths(folder):
+        try:
+            one, shards = read_index(path)
+        except (
+            FileNotFoundError
+        ):  # a builder has just replaced the indexes of parts by a larger one
+            return read_indexes(folder)
+        if header and one != header:
+            lines = "; ".join(files.difference(one, header))
+            raise CacheError(f"{path} is of another cache than the other parts ({lines})")
+        for shard, entry in shards.items():
+            if entries.get(shard, entry) != entry:
+                raise CacheError(f"{path} and another index differ on shard {shard}; {_DISTRUST}")
+        header = one
+        entries.update(shards)
+    return header, entries
+
+
+def read_index(path: Path) -> tuple[dict[str, Any], Entries]:
+    """Header and shards of one part.
+
+    Raises: CacheError for an index that is cut, foreign or of another format.
+    """
+    try:
+        index = files.read_json(path)
+    except ValueError as error:
+        raise CacheError(str(error)) from None
+    header = index.get("header") if isinstance(index, dict) else None
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT:
+        raise CacheError(
+            f"{path} has format {version}; this kdlib reads format {FORMAT}: build the cache "
+            "again elsewhere"
+        )
+    if not files.is_sealed(index):
+        raise CacheError(f"{path} was changed after it was written; {_DISTRUST}")
+    try:
+        return header, _checked_entries(path, header, index["shards"])
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise CacheError(f"{path} is no index of a cache ({error!r}); {_DISTRUST}") from None
+
+
+def _checked_entries(path: Path, header: dict[str, Any], shards: list[dict[str, Any]]) -> Entries:
+    """The shards of an index, which may come from elsewhere: it names no file but its own shards,
+    no type that is unpickled, and no more shards than it lists."""
+    n_shards, columns = count_shards(header), header["columns"]
+    first, stop = part_of(path, n_shards)
+    if not 0 <= first < stop <= n_shards <= _MOST_SHARDS or stop - first != len(shards):
+        raise ValueError(f"{len(shards)} shards for the part [{first}, {stop}) of {n_shards}")
+    for column, (dtype, shape) in columns.items():
+        if not (_COLUMN.fullmatch(column) and _DTYPE.fullmatch(dtype)) or min(shape, default=0) < 0:
+            raise ValueError(f"column {column!r} has rows of {dtype} {shape}")
+        np.dtype(dtype)  # TypeError for one that NumPy does not know
+    entries = dict(enumerate(shards, first))
+    for shard, entry in entries.items():
+        start, end = shard_span(header, shard)
+        names = {file_name(column, shard) for column in columns}
+        if (entry["first_id"], entry["n"], set(entry["sha256"])) != (start, end - start, names):
+            raise ValueError(f"shard {shard} has other files or examples than its place says")
+    return entries
+
+
+def all_sums(entries: Entries) -> Sums:
+    """Checksums of the files of all shards."""
+    return {name: sha256 for entry in entries.values() for name, sha256 in entry["sha256"].items()}
