@@ -270,3 +270,12 @@ def test_the_readme_shows_tables_as_they_were_generated(marker, path):
     _, shown, _ = re.split(f"<!-- /?{marker} -->", (root / "README.md").read_text())
     assert len(shown) > 100
     assert shown.strip() in (root / "figures" / path).read_text()
+
+
+def test_committed_figures_stay_small():
+    root = PACKAGE.parent
+    files = subprocess.run(
+        ["git", "-C", str(root), "ls-files", "-z", "figures"], capture_output=True, text=True
+    ).stdout.split("\0")
+    n_bytes = sum((root / name).stat().st_size for name in files if (root / name).is_file())
+    assert 0 < n_bytes < 12e6
