@@ -236,7 +236,7 @@ def test_stray_arrays_without_header_are_refused(tmp_path):
         (([0], [0], [[1e6, 1.0]], [0]), "float16 cannot hold"),
     ],
 )
-def test_a_batch_that_cannot_be_meant_is_refused_whole(tmp_path, arguments, message):
+def test_nothing_of_an_invalid_batch_is_written(tmp_path, arguments, message):
     log = create(tmp_path)
     with pytest.raises(ValueError, match=message):
         log.record(*(np.array(a) for a in arguments))
@@ -295,7 +295,7 @@ def test_a_log_open_for_reading_cannot_be_written(tmp_path):
         ([1, 2], [-1, 0], "labelled"),
     ],
 )
-def test_examples_that_make_no_datamap_are_refused(tmp_path, ids, labels, message):
+def test_invalid_ids_and_labels_are_refused(tmp_path, ids, labels, message):
     with pytest.raises(ValueError, match=message):
         DynamicsLog.create(
             tmp_path, np.array(ids), np.array(labels), n_epochs=1, n_classes=2, observed="train",
@@ -386,7 +386,7 @@ def test_what_is_no_array_is_refused(tmp_path, kind):
         DynamicsLog.open(tmp_path)
 
 
-def test_a_disk_without_room_for_the_log_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_mapped(tmp_path, monkeypatch):
     def full(descriptor, start, n_bytes):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""What else goes by the names of the scores, worked by hand and against slow loops."""
+"""Variants of the scores, worked by hand and against slow loops."""
 
 import itertools
 import math
