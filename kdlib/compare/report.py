@@ -4,7 +4,6 @@ Leaves to others: the tables themselves (`compiling`), sentences and their layou
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -124,20 +123,17 @@ def objective_table(study: Study, tables: Tables) -> str:
     return _tell(study, "objectives.md", lines)
 
 
-def comparison_texts(study: Study, tables: Tables) -> list[Path]:
-    """Write the tables of the comparison alone: `comparison.md` and, for a paper, `comparison.tex`.
-
-    Returns: Their paths.
-    """
+def comparison_texts(study: Study, tables: Tables) -> str:
+    """The tables of the comparison alone, as Markdown; also written to the figures folder, there
+    with `comparison.tex` for a paper."""
     markdown, latex = [], [r"% \usepackage{booktabs,longtable}; from the run records"]
     for name, title in titles(study, tables).items():
         markdown += [f"**{title}**", "", text_module.to_markdown(tables[name]), ""]
         told = text_module.MEASURED[MEASURES[study.compare.measure]]
         caption = f"{study.name}: {title[0].lower()}{title[1:]}; {told}, in %."
         latex += ["", text_module.to_latex(tables[name], caption, f"{study.name}-{name}")]
-    _tell(study, "comparison.md", markdown)
     _tell(study, "comparison.tex", latex)
-    return [study.figures / f"comparison.{kind}" for kind in ("md", "tex")]
+    return _tell(study, "comparison.md", markdown)
 
 
 def ledger_text(study: Study, tables: Tables) -> str:

@@ -17,7 +17,7 @@ from kdlib.compare.committed import read, there, write
 from kdlib.compare.comparisons import PROBED, Tables, command, comparisons, with_untrained
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run, read_evidence, read_metrics
-from kdlib.steps.distill import open_student, student_folder
+from kdlib.steps.distill import open_student, outcome, student_folder
 from kdlib.steps.probe import open_probes, probe_folder
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher
@@ -112,15 +112,10 @@ class _MadeFrom:
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
-    last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
-    heard = evidence["selection"]["teacher_overlap"] > 0
+    last = evidence["checkpoints"]["last"]
     budget, made, teacher = evidence["budget"], evidence["made"], evidence["teacher"]
     return {
-        "test_accuracy": last["test_accuracy"],
-        # an epoch chosen on images of which the student has heard is not reported
-        "test_accuracy_best": float("nan") if heard else best["test_accuracy"],
-        "best_step": best["step"],
-        **budget["recorded"],
+        **outcome(evidence),
         **{f"declared_{key}": value for key, value in budget["declared"].items()},
         "budget": budget["comparison"],
         "weights_sha256": last["weights_sha256"],

@@ -164,6 +164,17 @@ def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, 
     return {run: record(study, images, *run) for run in study.recordings.runs()}
 
 
+def recording_table(study: Study, evidences: dict[tuple[str, str], dict[str, Any]]) -> pd.DataFrame:
+    """One row per recording: its test accuracy and its folder, by model and part."""
+    rows = [
+        {"model": model, "part": part,
+         "test_accuracy": evidence["checkpoints"]["last"]["test_accuracy"],
+         "folder": str(recording_folder(study, model, part))}
+        for (model, part), evidence in evidences.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
 def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog:
     """The dynamics of one finished recording.
 

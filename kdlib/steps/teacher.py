@@ -6,6 +6,8 @@ Leaves to others: the training itself (experiment), the format of outputs (teach
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from kdlib.cache.outputs import open_outputs
 from kdlib.cache.shards import Cache
 from kdlib.cartography.log import begin_log
@@ -55,6 +57,23 @@ def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str
 def further_teachers(study: Study) -> list[str]:
     """Names of the further teachers that step 02 makes."""
     return [name for name, teacher in study.teachers.items() if teacher.learns_from == "train"]
+
+
+def teacher_table(study: Study) -> pd.DataFrame:
+    """One row per teacher that step 02 made: its accuracy on the test images beside the expected
+    one, what it has learnt from, how many checks passed, and its folder."""
+    rows = []
+    for name in (None, *further_teachers(study)):
+        folder = teacher_folder(study, name)
+        evidence = read_evidence(folder)
+        card, checked = evidence["teacher"], evidence["checks"]
+        rows.append(
+            {"teacher": card["name"], "accuracy": card["measured"], "expected": card["claimed"],
+             "tolerance": card["tolerance"], "measured_by": card["measured_by"],
+             "trained_on": card["trained_on"], "checks": sum(c["passed"] for c in checked),
+             "folder": str(folder)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def make_one_teacher(

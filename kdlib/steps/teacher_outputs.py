@@ -176,10 +176,15 @@ def outputs_folder(study: Study, which: str) -> Path:
     return teacher_folder(study) / f"outputs-{which}"
 
 
-def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
-    """The teacher's stored features of some examples of one split, (n, D) float32."""
+def open_stored(study: Study, cache: Cache) -> Cache:
+    """The teacher's stored outputs for the clean images of one split."""
     teacher, split = open_teacher(study), cache.header["split"]
     folder = outputs_folder(study, split)
-    stored = open_outputs(folder, cache, teacher["weights_sha256"], study.data.part_of(split))
+    return open_outputs(folder, cache, teacher["weights_sha256"], study.data.part_of(split))
+
+
+def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    """The teacher's stored features of some examples of one split, (n, D) float32."""
+    stored = open_stored(study, cache)
     stored.verify()
     return stored.read("features", ids)[:, 0].astype(np.float32)

@@ -5,7 +5,6 @@ values are refused with the nearest known name. A cell is one point of the axes 
 fraction, objective) with all its seeds. Leaves to others: what the settings do.
 """
 
-import ast
 import contextlib
 import itertools
 import math
@@ -1396,40 +1395,6 @@ def _validated(found: Path) -> Study:
             lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
         raise StudyError(f"{found} is not a valid study:\n" + "\n".join(lines)) from None
     return study
-
-
-def open_point(history: Sequence[str], study: str, **axes: str | float) -> tuple[Study, Cell]:
-    """The study and cell a notebook was asked for; the first call of every notebook.
-
-    papermill only warns about a parameter it does not know, so that a typo in a sweep would run the
-    default. Its injected cell stands in the notebook's history, where this function reads the names
-    it sets.
-
-    Args:
-        history: The notebook's `In`: the source of the cells run so far.
-        study: Path of the study file.
-        axes: The axis values of the parameters cell; empty strings and zeros mean the study's first
-            value.
-
-    Raises: StudyError for a parameter the notebook does not have, and whatever `load_study` and
-        `Study.cell` raise.
-    """
-    known = ("study", *axes)
-    for source in history:
-        if source.startswith("# Parameters"):
-            for node in ast.walk(ast.parse(source)):
-                if (
-                    isinstance(node, ast.Name)
-                    and isinstance(node.ctx, ast.Store)
-                    and node.id not in known
-                ):
-                    raise StudyError(
-                        f"this notebook has no parameter {node.id!r}; {nearest(node.id, known)}"
-                    )
-    loaded = load_study(study)
-    return loaded, loaded.cell(
-        **{axis: value for axis, value in axes.items() if value not in ("", 0, None)}
-    )
 
 
 def data_path(name: str) -> Path:

@@ -26,7 +26,6 @@ from kdlib.study.study import (
     cache_folder,
     data_path,
     load_study,
-    open_point,
     parse_yaml,
 )
 
@@ -1077,50 +1076,6 @@ def test_a_cell_s_folder_says_its_fraction_exactly(fraction, text):
 
 
 # --- what a notebook asks for ----------------------------------------------------------------
-
-DEFAULTS = 'study: str = "params/case.yaml"\nstrategy: str = ""\nfraction: float = 0.0'
-INJECTED = '# Parameters\nstudy = "params/case.yaml"\nstrategy = "easy"\n'
-
-
-def test_a_notebook_opens_the_point_it_was_asked_for(write):
-    write(STUDY)
-    study, cell = open_point(["", DEFAULTS], "params/case.yaml", strategy="easy", fraction=0.1)
-    assert (study.name, cell) == ("case", Cell("tiny", "easy", 0.1, "kd"))
-
-
-def test_empty_strings_and_zeros_mean_the_study_s_first_value(write):
-    write(STUDY)
-    axes = {"student": "", "strategy": "", "fraction": 0.0, "objective": None}
-    assert open_point([], "params/case.yaml", **axes)[1] == Cell("tiny", "random", 0.33, "kd")
-
-
-def test_an_unknown_papermill_parameter_is_refused_with_the_nearest(write):
-    write(STUDY)
-    history = ["", DEFAULTS, INJECTED + 'strateg = "hard"\n']
-    with pytest.raises(StudyError, match="no parameter 'strateg'; did you mean 'strategy'"):
-        open_point(history, "params/case.yaml", strategy="easy")
-
-
-def test_an_axis_this_notebook_does_not_have_is_refused(write):
-    write(STUDY)
-    with pytest.raises(StudyError, match="no parameter 'objective'; known: strategy, study"):
-        open_point(["# Parameters\nobjective = 'kd'"], "params/case.yaml", strategy="easy")
-
-
-def test_a_re_executed_notebook_is_opened(write):
-    """Its history holds the injected cell twice, cells of other kinds, and names that are read."""
-    write(STUDY)
-    history = ["", DEFAULTS, INJECTED, "import os\nx = 1", "!ls", INJECTED, "%time y = 2"]
-    history.append("# Parameters\nstrategy = str('easy')\n")
-    assert open_point(history, "params/case.yaml", strategy="easy")[1].strategy == "easy"
-
-
-def test_a_point_that_cannot_be_is_refused(write):
-    write(STUDY)
-    with pytest.raises(StudyError, match="unknown strategy 'esy'"):
-        open_point([], "params/case.yaml", strategy="esy")
-    with pytest.raises(FileNotFoundError, match="no study file"):
-        open_point([], "params/none.yaml")
 
 
 def test_a_seed_given_twice_is_refused(write):
