@@ -24,8 +24,8 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.subset import Subset
 from kdlib.compare.comparisons import Tables
 from kdlib.dataset.images import Images
+from kdlib.models.base import Network
 from kdlib.models.evaluation import evaluate
-from kdlib.models.networks import Network
 from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.steps.cache import cache_images, open_images, split_table
 from kdlib.steps.columns import meanings
@@ -202,8 +202,12 @@ class Lab:
         return probe_cell(self.study, self.images, cell)
 
     def compare(self) -> Tables:
-        """Step 06: the table of all runs, `results`, what follows from it (`strategies`,
-        `objectives`, `controls`, `ledger`), and `curves`, `probes`, `costs`."""
+        """Step 06, once all runs and probes of the study are finished (`python -m kdlib study`).
+
+        Returns: `results`, one row per run; what follows from it: `strategies`, `objectives`,
+            `controls` and `ledger`; and `curves`, `probes`, `costs`.
+        Raises: FileNotFoundError for probes that are not there yet.
+        """
         tables = compile_tables(self.study)
         finish(self.study, tables)
         return self._keep("compare", tables)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,3 +148,12 @@ def test_figures_and_texts_are_those_of_the_steps(tiny_lab):
     assert text == text._repr_markdown_() == (tiny_lab.study.figures / "summary.md").read_text()
     with pytest.raises(KeyError, match="did you mean 'regions'"):
         tiny_lab.figure("region")
+
+
+def test_a_notebook_s_unknown_parameter_is_refused_though_no_history_is_passed(lab, monkeypatch):
+    tiny_study(lab)
+    history = ["", 'study = "params/tiny.yaml"', "# Parameters\nstuddy = 'params/tiny.yaml'"]
+    shell = SimpleNamespace(user_ns={"In": history})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    with pytest.raises(ValueError, match="no parameter 'studdy'; did you mean 'study'"):
+        open_study("params/tiny.yaml")

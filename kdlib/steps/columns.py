@@ -67,7 +67,8 @@ def meanings(table: pd.DataFrame) -> dict[str, str]:
     known = {}
     for name in table.columns:
         if name in MEANINGS:
-            known[name] = MEANINGS[name]
+            known[name] = MEANINGS[name][0].upper() + MEANINGS[name][1:]
         elif callable(SCORES.get(name)):
-            known[name] = " ".join(inspect.getdoc(SCORES[name]).split("\n\n")[0].split())
+            first = inspect.getdoc(SCORES[name]).split("\n\n")[0]
+            known[name] = " ".join(first.split()).removesuffix(".")
     return known

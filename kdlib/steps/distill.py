@@ -13,7 +13,8 @@ from kdlib.cartography.selection import select
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
-from kdlib.models.networks import Network, network_for
+from kdlib.models.base import Network
+from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
