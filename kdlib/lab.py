@@ -40,9 +40,12 @@ from kdlib.steps.scores import score_tables
 from kdlib.steps.shown import FIGURES, TEXTS, Picture, Text, describe, draw, step_of
 from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.teacher_outputs import open_stored
+from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES
+from kdlib.study.load import load_study
 from kdlib.study.parameters import check_history
 from kdlib.study.place import study_file
-from kdlib.study.study import AXES, Cell, Study, load_study
+from kdlib.study.study import Study
 
 Name, Share = str | None, float | None
 

@@ -18,7 +18,7 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.columns import meanings
 from kdlib.steps.distill import make_subset
-from kdlib.study.study import StudyError
+from kdlib.study.base import StudyError
 
 PAGE = (ROOT / "docs" / "python.md").read_text()
 

@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from kdlib.repro import files
-from kdlib.study.study import AXES as study_AXES
-from kdlib.study.study import STRATEGIES
+from kdlib.study.evaluation import AXES as study_AXES
+from kdlib.study.selections import STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -168,7 +168,7 @@ def test_no_module_unpickles_evaluates_or_touches_a_global_generator(module):
 def test_the_safe_yaml_loader_of_params_is_a_safe_loader():
     import yaml
 
-    from kdlib.study.study import _SafeLoader
+    from kdlib.study.yaml_text import _SafeLoader
 
     assert issubclass(_SafeLoader, yaml.SafeLoader)
     own = {"tag:yaml.org,2002:int": _SafeLoader.construct_core_int}

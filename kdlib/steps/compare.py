@@ -21,7 +21,10 @@ from kdlib.steps.distill import open_student, outcome, student_folder
 from kdlib.steps.probe import open_probes, probe_folder
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher
-from kdlib.study.study import AXES, PICKED, Cell, Study
+from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES
+from kdlib.study.selections import PICKED
+from kdlib.study.study import Study
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
@@ -101,7 +104,7 @@ class _MadeFrom:
         """Of what else a run was made."""
         found, parent = [], evidence["subset"]["parent_datamap"]
         name = self.study.objectives[cell.objective].teacher
-        of_subset = name is not None and self.study.teachers[name].learns_from == "subset"
+        of_subset = name is not None and self.study.teachers[name].of_subset
         if evidence["data"] != self.data:
             found.append("images")
         if evidence["teacher"] and not of_subset and evidence["teacher"] != self.card(name):

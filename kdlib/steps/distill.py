@@ -22,8 +22,10 @@ from kdlib.steps.datamap import open_datamap
 from kdlib.steps.teacher import open_heard
 from kdlib.steps.teacher_outputs import teacher_features
 from kdlib.steps.training import launch_run, load_checked, open_shared_run, plan_run, train_run, use
+from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import PICKED, SHARD_POLICIES, Cell, Study
+from kdlib.study.selections import PICKED, SHARD_POLICIES
+from kdlib.study.study import Study
 from kdlib.trainer.distributed import Ranks
 from kdlib.trainer.step import ALONE
 

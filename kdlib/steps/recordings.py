@@ -23,7 +23,9 @@ from kdlib.repro.tables import write_parquet
 from kdlib.steps.datamap import gradients
 from kdlib.steps.teacher_network import keep_epoch
 from kdlib.steps.training import CROSS_ENTROPY, load_checked, load_step, plan_run, train_run, use
-from kdlib.study.study import Study, StudyError, Training
+from kdlib.study.base import StudyError
+from kdlib.study.study import Study
+from kdlib.study.training import Training
 from kdlib.trainer.step import ALONE
 
 
@@ -71,7 +73,7 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
 
 
 def _training(study: Study) -> Training:
-    return study.recordings.training or study.dynamics.training or study.teacher.training
+    return study.recordings.training or study.recorded_training
 
 
 def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:

@@ -36,7 +36,10 @@ from kdlib.steps.training import (
     train_run,
     use,
 )
-from kdlib.study.study import Objective, Study, Training
+from kdlib.study.models import LoadedTeacher, TrainedTeacher
+from kdlib.study.objectives import Objective
+from kdlib.study.study import Study
+from kdlib.study.training import Training
 from kdlib.trainer.distributed import Ranks, wait
 from kdlib.trainer.step import ALONE
 
@@ -56,7 +59,7 @@ def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str
 
 def further_teachers(study: Study) -> list[str]:
     """Names of the further teachers that step 02 makes."""
-    return [name for name, teacher in study.teachers.items() if teacher.learns_from == "train"]
+    return [name for name, teacher in study.teachers.items() if not teacher.of_subset]
 
 
 def teacher_table(study: Study) -> pd.DataFrame:
@@ -83,7 +86,7 @@ def make_one_teacher(
     device, teacher = use(study.compute, ranks), _teacher(study, name)
     folder = teacher_folder(study, name)
     settings = {"own": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
-    if teacher.weights is not None:
+    if isinstance(teacher, LoadedTeacher):
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
     point = {} if name is None else {"teacher": name}
     if launch_run(study, ranks, folder, settings, "teacher", **point):
@@ -99,7 +102,7 @@ def make_one_teacher(
         network = teacher_network(study, images, device, name)
         evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints}
         tripwires = checks.TEACHER
-        if teacher.training is not None:
+        if isinstance(teacher, TrainedTeacher):
             recorded = name is None and study.dynamics.model is None
             trained = _supervise(
                 run, study, images, network, teacher.training, teacher.seed, recorded, "teacher",
@@ -207,7 +210,7 @@ def open_heard(
 ) -> tuple[dict[str, Any], Cache]:
     """The teacher that a student of this subset and seed hears: its card and stored outputs."""
     name = objective.teacher
-    if name is not None and study.teachers[name].learns_from == "subset":
+    if name is not None and study.teachers[name].of_subset:
         if ranks.first:
             _subset_teacher(study, images, name, subset, seed)
         wait(ranks)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kdlib.cartography.gradients import gradient_norms
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.networks import build_network
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 PIXELS = Pixels([0.5], [0.25])
 

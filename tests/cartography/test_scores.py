@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdlib.cartography import scores as scores_module
 from kdlib.cartography.datamap import compute_datamap, read_datamap, regions, write_datamap
-from kdlib.study.study import SCORES
+from kdlib.study.selections import SCORES
 
 # --- the whole way from logits to datamap --------------------------------------------------------
 
