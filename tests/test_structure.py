@@ -1,6 +1,7 @@
 """The package as a whole: which module imports which, and what no module may do."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -140,6 +141,12 @@ def test_an_import_goes_to_a_room_further_down_or_stays_in_its_own(module):
 def test_every_folder_is_a_room():
     there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert there == set().union(*ROOMS) - {"lab", "__main__"}
+
+
+@pytest.mark.parametrize("room", sorted(set().union(*ROOMS) - {"__main__", "lab", "steps"}))
+def test_every_name_on_the_face_of_a_room_is_there(room):
+    face = importlib.import_module(f"kdlib.{room}")
+    assert [name for name in face.__all__ if not hasattr(face, name)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)
