@@ -33,7 +33,9 @@ from kdlib.repro import checks
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive, generator
 from kdlib.steps.training import CROSS_ENTROPY, training_evidence
-from kdlib.study.study import Augment, Model, Objective, Training
+from kdlib.study.models import Model
+from kdlib.study.objectives import Objective
+from kdlib.study.training import Augment, Training
 from kdlib.trainer.loop import Trained, train
 from kdlib.trainer.objectives import Distiller, build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.step import Task

@@ -12,6 +12,7 @@ _T = {
         "cache/shards",
         "cartography/log",
         "cartography/selection",
+        "cartography/subset",
         "compare/statistics",
         "dataset/loader",
         "dataset/plan",
@@ -53,7 +54,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _T["steps/training"] + "two_seeds_that_are_one_are_refused",
     )),
     ("A", "a subset is a file of ids with a hash; same seed, same hash", (
-        _T["cartography/selection"] + "same_seed_gives_the_same_hash_and_other_choices_others",
+        _T["cartography/subset"] + "the_hash_is_that_of_the_ids",
         _T["steps/distill"] + "a_saved_subset_is_what_the_student_was_trained_on",
     )),
     ("A", "a selection has exactly its budget, of distinct ids", (
@@ -66,8 +67,8 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     )),
     ("A", "everything is keyed by example id and the fingerprints of data and split", (
         _T["cartography/log"] + "loading_with_another_split_raises_and_names_it",
-        _T["cartography/log"] + "ranks_of_another_split_are_refused_by_their_labels",
-        _T["cartography/selection"] + "a_subset_of_another_data_set_is_refused",
+        _T["cartography/log"] + "positions_of_another_split_are_refused_by_their_labels",
+        _T["cartography/subset"] + "a_subset_of_another_data_set_is_refused",
     )),
     ("A", "one factor differs at a time, and what differs is printed", (
         _T["steps/compare"] + "a_run_that_differs_in_more_than_the_factor_is_refused",
@@ -126,7 +127,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     )),
     ("B", "the test features choose nothing: noise labels give chance", (
         _T["probes/classifiers"] + "probing_noise_labels_gives_chance_on_test",
-        _T["probes/classifiers"] + "no_choice_looks_at_the_test_features",
+        _T["probes/classifiers"] + "the_chosen_c_does_not_depend_on_the_test_features",
     )),
     ("B", "teacher outputs are keyed by teacher, example id and view", (
         _T["models/outputs"] + "another_teacher_is_refused_and_said",

@@ -27,7 +27,8 @@ from kdlib.repro import files
 from kdlib.repro.run import open_run, read_table
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.training import use
-from kdlib.study.study import Study, load_study
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
 
 MAKER = "notebooks/09_audit.ipynb"
 

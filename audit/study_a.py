@@ -21,13 +21,15 @@ from kdlib.models.evaluation import accuracy, all_outputs, evaluate
 from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import checks, files
 from kdlib.repro.seeds import generator
-from kdlib.study.study import Objective, Selection
+from kdlib.study import objectives
+from kdlib.study.objectives import CrossEntropy, Objective
+from kdlib.study.selections import Mixture
 from kdlib.trainer.step import Step, Task
 
 ACCURACY = "test accuracy"
 
 
-KD = Objective(kind="kd", alpha=0.7, temperature=4.0)
+KD = objectives.KD(alpha=0.7, temperature=4.0)
 
 
 def ignored_subset(bench: Bench) -> Exhibit:
@@ -169,7 +171,7 @@ def overlapping_union(bench: Bench) -> Exhibit:
     halves = {"ambiguous": n - n // 2, "hard": n // 2}
     # wrong: what both regions hold counts once
     union = np.unique(np.concatenate([select(table, m, s, 0) for s, m in halves.items()]))
-    rule = Selection(kind="mixture", shares={"ambiguous": 0.5, "hard": 0.5})
+    rule = Mixture(shares={"ambiguous": 0.5, "hard": 0.5})
     mixed = select(table, n, rule, 0)
     return Exhibit(
         study="A",
@@ -371,7 +373,7 @@ def no_plain_student(bench: Bench) -> Exhibit:
     def settings(strategy: str, objective: Objective) -> dict:
         return {"subset": {"strategy": strategy}, "objective": objective.model_dump()}
 
-    cross_entropy = Objective(kind="cross_entropy")
+    cross_entropy = CrossEntropy()
     pairs = [
         checks.differing(settings("random", KD), settings(strategy, cross_entropy), ["objective."])
         for strategy in ("easy", "random")

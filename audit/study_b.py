@@ -23,7 +23,8 @@ from kdlib.probes.diagnostics import collapse
 from kdlib.repro import checks
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import PURPOSES, derive, generator, torch_seeded
-from kdlib.study.study import Augment, Objective
+from kdlib.study.objectives import Hint, Objective, Tokens
+from kdlib.study.training import Augment
 from kdlib.trainer.feature_losses import barlow, resized
 from kdlib.trainer.loop import train
 from kdlib.trainer.objectives import Distiller, build_distiller
@@ -35,7 +36,7 @@ from kdlib.trainer.tracking import Tracker
 N_SHARDS, SHARD_SIZE, N_DRAWN, N_BATCHES, BATCH_SIZE = 122, 2048, 25, 500, 64
 
 
-TOKENS = Objective(kind="tokens", cls_weight=1.0, patch_weight=1.0)
+TOKENS = Tokens(cls_weight=1.0, patch_weight=1.0)
 
 
 def stale_features(bench: Bench) -> Exhibit:
@@ -453,7 +454,7 @@ class _Killer(Tracker):
 
 def resumed_elsewhere(bench: Bench) -> Exhibit:
     """A resume that draws the projector anew and skips the rest of the epoch."""
-    hint = Objective(kind="hint", weight=1.0)
+    hint = Hint(weight=1.0)
     training = BRIEF.model_copy(update={"evaluate_every_steps": 5, "epochs": 4})
     plan = bench.plan(bench.ids, 0, training)
     options = {"training": training, "objective": hint}

@@ -21,7 +21,7 @@ from playwright.sync_api import sync_playwright
 from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import numpy as np, pandas as pd

@@ -73,7 +73,10 @@ from kdlib.steps.probe import open_probes, probe_cell, probe_folder
 from kdlib.steps.recordings import open_gradients, open_log, record
 from kdlib.steps.teacher import make_teacher as teacher_make_teacher
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
-from kdlib.study.study import Cell, Study, load_study, parse_yaml
+from kdlib.study.cells import Cell
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
+from kdlib.study.yaml_text import parse_yaml
 from kdlib.trainer import loop
 from kdlib.trainer.step import Step
 

@@ -36,7 +36,7 @@ from training import caches, network_of, ours
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
 from kdlib.steps.training import use
-from kdlib.study.study import Augment, Compute
+from kdlib.study.training import Augment, Compute
 
 ROOT = Path(__file__).parents[1]
 PADDING = 4

@@ -41,7 +41,9 @@ import yaml
 from kdlib import steps
 from kdlib.cache.info import build
 from kdlib.repro import files
-from kdlib.study.study import Cell, Study, load_study
+from kdlib.study.cells import Cell
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
 
 MOST_BYTES = 16 * 2**20  # of the tar
 # What a run leaves beside weights, states and outputs; what is left out first where it is too much.

@@ -37,7 +37,11 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import train_student
-from kdlib.study.study import Model, Study, StudyError, load_study, parse_yaml
+from kdlib.study.base import StudyError
+from kdlib.study.load import load_study
+from kdlib.study.models import Model
+from kdlib.study.study import Study
+from kdlib.study.yaml_text import parse_yaml
 from kdlib.trainer.state import NAME, read_state
 
 EVIL = '<img src=x onerror="alert(1)">|$x^{\\frac{</script>'

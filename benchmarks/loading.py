@@ -29,7 +29,7 @@ from kdlib.dataset.fused import available
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
-from kdlib.study.study import Augment
+from kdlib.study.training import Augment
 
 BATCH, SHARD = 512, 2048
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]

@@ -27,7 +27,7 @@ from kdlib.cache.image_files import SPLITS
 from kdlib.cache.index import file_name, index_paths, read_indexes, shard_span
 from kdlib.cache.shards import Cache
 from kdlib.repro import files
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 PART_MB = 50
 # Images of a strip, one below the other: of CIFAR-10 strips of 128 take 98.3 MB in all, strips of

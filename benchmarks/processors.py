@@ -28,7 +28,9 @@ import yaml
 
 from kdlib.compare.statistics import AGAINST, objective_differences, paired_differences
 from kdlib.repro import files, processor
-from kdlib.study.study import AXES, Model, load_study
+from kdlib.study.evaluation import AXES
+from kdlib.study.load import load_study
+from kdlib.study.models import Model
 
 PROCESSORS = ("Haswell", "EPYC-Rome")  # Intel's first with AVX2, and one of AMD's
 STUDY = {

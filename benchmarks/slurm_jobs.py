@@ -23,7 +23,8 @@ import yaml
 from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import REGION_STRATEGIES, load_study
+from kdlib.study.load import load_study
+from kdlib.study.selections import REGION_STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILE = ["--profile", str(ROOT / "profiles" / "slurm")]

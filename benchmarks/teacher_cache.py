@@ -28,14 +28,18 @@ from kdlib.models.evaluation import evaluate
 from kdlib.models.networks import build_network
 from kdlib.models.outputs import Replay, store_outputs, stored_accuracy
 from kdlib.models.weights import load_weights
-from kdlib.study.study import Augment, Data, Model, Objective, Training, data_path
+from kdlib.study import objectives
+from kdlib.study.data import Data, data_path
+from kdlib.study.models import Model
+from kdlib.study.objectives import CrossEntropy
+from kdlib.study.training import Augment, Training
 from kdlib.trainer.objectives import build_distiller
 from kdlib.trainer.step import Step, Task
 
 BATCH, BLOCK = 128, 8
 PIXELS = Pixels([0.485, 0.456, 0.406], [0.229, 0.224, 0.225], channels_last=True)
 VIEW = Augment(crop_padding=4, flip=True)
-KD = Objective(kind="kd", alpha=0.7, temperature=4.0)
+KD = objectives.KD(alpha=0.7, temperature=4.0)
 
 
 def network(name: str, seed: int = 0) -> torch.nn.Module:
@@ -56,7 +60,7 @@ class Form:
         view = View(VIEW, 0, PIXELS, None if replay is None else replay.n)
         loader = Loader(Plan(ids, BATCH, n_steps, 0), images, view=view, teacher=stored, reuse=True)
         taught = stored is not None or online is not None
-        objective = KD if taught else Objective(kind="cross_entropy")
+        objective = KD if taught else CrossEntropy()
         outputs = {"logits": (10,)}
         self.online, self.step = online, 0
         self.task = Task(

@@ -29,14 +29,17 @@ from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network
 from kdlib.models.networks import build_network
 from kdlib.repro.run import Run
-from kdlib.study.study import Augment, Compute, Model, Objective, Training
+from kdlib.study import objectives
+from kdlib.study.models import Model
+from kdlib.study.objectives import CrossEntropy
+from kdlib.study.training import Augment, Compute, Training
 from kdlib.trainer.loop import _Loop
 from kdlib.trainer.objectives import build_distiller
 from kdlib.trainer.step import Task
 
 N, SHAPE, CLASSES, BATCH = 10_240, (3, 32, 32), 10, 128
 STEPS = 1_000_000  # of the plan: more than are ever taken
-PLAIN, KD = Objective(kind="cross_entropy"), Objective(kind="kd", alpha=0.7, temperature=4.0)
+PLAIN, KD = CrossEntropy(), objectives.KD(alpha=0.7, temperature=4.0)
 
 
 def caches(folder: Path, shape: tuple[int, int, int] = SHAPE, n: int = N) -> tuple[Cache, Cache]:

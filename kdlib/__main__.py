@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.repro import files
-from kdlib.study.study import AXES, STEPS, Cell, Model, Probe, Study, load_study, parse_part
+from kdlib.study.cells import Cell
+from kdlib.study.data import parse_part
+from kdlib.study.evaluation import AXES, Probe
+from kdlib.study.load import load_study
+from kdlib.study.models import Model
+from kdlib.study.study import STEPS, Study
 
 MADE = ("cache", "teacher", "datamap", "distill", "probe", "compare")  # of `step`
 # options of Snakemake after which there may be no comparison

@@ -2,7 +2,8 @@
 
 papermill's own engine picks free TCP ports and lets go of them before the kernel binds them, so two
 notebooks started in the same moment can get the same port, and one of them dies. The pipeline
-starts many notebooks at once. This is the only module that imports papermill.
+starts many notebooks at once. Parameters that the notebook does not have are refused before a
+kernel starts. This is the only module that imports papermill.
 """
 
 import os
@@ -12,6 +13,8 @@ from typing import Any
 from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
+from kdlib.study.parameters import assigned, refuse_unknown
+
 LONGEST = 80  # characters of a folder in which `kernel-xxxxxxxx/socket-1` fits a socket's 107
 
 
@@ -20,7 +23,11 @@ class IpcEngine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
-        """Execute a notebook; arguments as papermill's own engine."""
+        """Execute a notebook; arguments as papermill's own engine.
+
+        Raises: ValueError for a parameter that the notebook's parameters cell does not set.
+        """
+        _check_parameters(nb_man.nb)
         # a cluster's $TMPDIR can be too long a path for a socket
         place = None if len(os.fsencode(tempfile.gettempdir())) <= LONGEST else "/tmp"
         with tempfile.TemporaryDirectory(prefix="kernel-", dir=place) as folder:
@@ -28,3 +35,10 @@ class IpcEngine(NBClientEngine):
             sockets = {"transport": "ipc", "ip": os.path.join(folder, "socket")}
             config = Config({"KernelManager": sockets})
             super().execute_managed_notebook(nb_man, kernel_name, config=config, **options)
+
+
+def _check_parameters(notebook: Any) -> None:
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
+    if cells:
+        given = notebook.metadata.get("papermill", {}).get("parameters", {})
+        refuse_unknown(given, set().union(*(assigned(cell.source) for cell in cells)))

@@ -23,7 +23,9 @@ from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.training import use
-from kdlib.study.study import Compute, Study, load_study
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
+from kdlib.study.training import Compute
 
 torch.set_num_threads(1)
 

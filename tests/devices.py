@@ -29,7 +29,10 @@ from kdlib.models.outputs import store_outputs
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive
 from kdlib.steps.training import use
-from kdlib.study.study import Augment, ColourJitter, Compute, Model, Objective, Training
+from kdlib.study import objectives
+from kdlib.study.models import Model
+from kdlib.study.objectives import Objective
+from kdlib.study.training import Augment, ColourJitter, Compute, Training
 from kdlib.trainer.distributed import Ranks, _group, wait
 from kdlib.trainer.loop import Trained, train
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
@@ -48,8 +51,8 @@ AUGMENT = Augment(flip=True, crop_padding=1, colour_jitter=ColourJitter(brightne
 TRAINING = Training(
     steps=20, batch_size=16, lr_peak=0.05, warmup_steps=3, augment=AUGMENT, evaluate_every_steps=5
 )
-PLAIN = Objective(kind="cross_entropy")
-KD = Objective(kind="kd", alpha=0.5, temperature=2.0)
+PLAIN = objectives.CrossEntropy()
+KD = objectives.KD(alpha=0.5, temperature=2.0)
 
 
 class Killed(BaseException):
@@ -100,7 +103,7 @@ def task(
     student = student or network(pixels=pixels)
     reads = teacher_columns(objective, 2)
     second = None
-    if objective.barlow_weight is not None:
+    if objective.compares_views:
         second = View(training.augment, derive(0, "second_view"), pixels)
     shapes = {k: tuple(teacher.layout(k)[1][1:]) for k in reads} if reads else {}
     wanted = student_outputs(objective, student.n_stages)

@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 from kdlib.explorer.state import Explorer
 from kdlib.repro import files
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 LASSO = [(0.25, 0.05), (0.05, 0.02), (0.02, 0.2), (0.12, 0.4), (0.22, 0.47), (0.3, 0.42),
          (0.34, 0.25)]  # fmt: skip

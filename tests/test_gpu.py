@@ -32,7 +32,7 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 from kdlib.trainer.loop import train as loop_train
 
 JITTER = ColourJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)

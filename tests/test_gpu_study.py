@@ -17,7 +17,7 @@ from torch.nn import functional
 from kdlib.compare.committed import read
 from kdlib.compare.comparisons import comparisons
 from kdlib.models.networks import build_network
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_study.py"

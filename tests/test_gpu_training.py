@@ -23,8 +23,9 @@ from kdlib.dataset.batch import Batch
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.steps.training import launch_run, use
-from kdlib.study.objectives import KINDS
-from kdlib.study.study import Compute, Objective
+from kdlib.study.objectives import OBJECTIVES, Objective
+from kdlib.study.training import Compute
+from kdlib.study.user_code import UserCode, pin
 from kdlib.trainer.distributed import launch
 from kdlib.trainer.loop import Trained, train
 from kdlib.trainer.objectives import Distiller
@@ -76,6 +77,12 @@ def teacher(folder, images) -> Cache:
     return devices.make_teacher(images, folder / "teacher")
 
 
+def objective_of(kind: str) -> Objective:
+    """An objective with the numbers of these tests."""
+    objective = OBJECTIVES[kind](**NUMBERS[kind])
+    return pin(objective, kind) if isinstance(objective, UserCode) else objective
+
+
 def in_kind(batch: Batch, dtype: torch.dtype) -> Batch:
     """The batch with images and teacher's outputs in another precision."""
     second = None if batch.second is None else batch.second.to(dtype)
@@ -95,7 +102,7 @@ def losses(task: Task, n: int = 20, dtype: torch.dtype = torch.float32) -> list[
 # --- objectives ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_the_first_losses_of_an_objective_are_the_true_ones_in_float32(
     images, teacher, device, kind, tmp_path, monkeypatch
 ):
@@ -107,7 +114,7 @@ def test_the_first_losses_of_an_objective_are_the_true_ones_in_float32(
     """
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text(OWN)
-    objective = Objective(kind=kind, **NUMBERS[kind])
+    objective = objective_of(kind)
     true = losses(devices.task(images, teacher, objective=objective), dtype=torch.float64)
     task = devices.task(images, teacher, objective=objective, device=device)
     assert next(task.network.parameters()).device.type == device
@@ -156,7 +163,7 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
     pixels = Pixels(PIXELS.mean, PIXELS.std, how.pop("channels_last", False))
     compute = Compute(precision="bf16" if how.pop("bf16", False) else "float32")
     kind, student = how.pop("kind", "kd"), how.pop("student", None)
-    objective = Objective(kind=kind, **NUMBERS[kind])
+    objective = objective_of(kind)
     training = TRAINING.model_copy(update=how)
 
     def one(run: str) -> Trained:

@@ -18,7 +18,10 @@ from kdlib.cache.shards import Cache
 from kdlib.cache.workers import Job
 from kdlib.models.networks import network_for
 from kdlib.repro import files
-from kdlib.study.study import Model, Study, load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.models import Model
+from kdlib.study.study import Study
+from kdlib.study.yaml_text import parse_yaml
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -14,8 +14,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 from kdlib.repro import files
-from kdlib.study.study import AXES as study_AXES
-from kdlib.study.study import STRATEGIES
+from kdlib.study.evaluation import AXES as study_AXES
+from kdlib.study.selections import STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -38,19 +38,19 @@ def test_no_notebook_is_left_out():
 def test_notebook_asks_a_question_and_holds_calls_text_and_pictures(path):
     notebook = nbformat.read(path, as_version=4)
     assert notebook.cells[0].cell_type == "markdown"
-    assert notebook.cells[0].source.splitlines()[0].endswith("?")
+    head = notebook.cells[0].source.splitlines()
+    assert head[0].endswith("?")
+    assert [line.split(":")[0] for line in head[2:5]] == ["- Reads", "- Writes", "- Time"]
     code = _code(notebook)
     assert "parameters" in code[0].metadata.tags
     assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert len(code) <= 15
     lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
-    assert len(lines) <= 80
-    for cell in code:
-        kinds = {type(node) for node in ast.walk(ast.parse(cell.source))}
-        assert not kinds & {ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef}
-    assert code[-1].source.lstrip().startswith(("assert", "counts", "log", "evidence"))
-    assert "assert" in code[-1].source
+    assert len(lines) <= 30
+    for node in (node for cell in code for node in ast.walk(ast.parse(cell.source))):
+        assert not isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+        assert not isinstance(node, ast.Assert) or node.msg is not None
     assert "written to" in code[-1].source or "cached in" in code[-1].source
 
 
@@ -193,8 +193,7 @@ def test_wrong_labels_are_looked_for_in_a_study_that_has_some(home, monkeypatch)
     )
     _as_in_jupyterlab(home, "01_cache", monkeypatch, study="params/wrong.yaml")
     notebook = _as_in_jupyterlab(home, "08_noise", monkeypatch, study="params/wrong.yaml")
-    told = str([cell.outputs for cell in _code(notebook)])
-    assert "AUM below threshold samples" in told
+    assert "AUM below threshold samples" in str([cell.outputs for cell in _code(notebook)])
     assert (home / "runs" / "wrong" / "noise" / "evidence.json").is_file()
     assert (home / "figures" / "wrong" / "detectors.pdf").is_file()
 

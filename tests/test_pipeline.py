@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from kdlib.repro import files
-from kdlib.study.study import load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.yaml_text import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDY = "params/tiny.yaml"

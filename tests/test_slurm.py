@@ -17,7 +17,7 @@ from test_pipeline import ROOT, _results
 from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 pytestmark = pytest.mark.skipif(
     bool(slurm.missing()),

@@ -1,6 +1,7 @@
 """The package as a whole: which module imports which, and what no module may do."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -19,7 +20,7 @@ MODULES = {
 # An import goes from a room to any room before it in this line, or stays in its own.
 ROOMS = (
     {"repro"}, {"study"}, {"compare", "plots", "cache"}, {"dataset"}, {"models"},
-    {"trainer", "cartography", "probes"}, {"steps"}, {"explorer"}, {"__main__"},
+    {"trainer", "cartography", "probes"}, {"steps"}, {"explorer"}, {"lab", "__main__"},
 )  # fmt: skip
 WIDGET_SIDE = {"IPython", "anywidget", "ipywidgets", "jscatter"}
 NOTEBOOK_SIDE = WIDGET_SIDE | {"papermill", "jupyter", "nbformat"}
@@ -34,7 +35,7 @@ SLOW = {
     "duckdb",
 }  # a kernel's start counts
 DRAWING = {m for m in MODULES if m.startswith("plots.")} | {"steps.figures"}
-WIDGETS = "explorer.app"  # imported by notebooks alone
+WIDGETS = "explorer.app"  # reached by `Lab.explore` through the face of its room
 ENGINE = "papermill_engine"  # papermill loads it, by its entry point; no module imports it
 EXECUTING = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}  # run code on loading
 PRIVATE = {"default_rng", "Generator", "SeedSequence"}  # all of np.random that has no global state
@@ -139,7 +140,13 @@ def test_an_import_goes_to_a_room_further_down_or_stays_in_its_own(module):
 
 def test_every_folder_is_a_room():
     there = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert there == set().union(*ROOMS) - {"__main__"}
+    assert there == set().union(*ROOMS) - {"lab", "__main__"}
+
+
+@pytest.mark.parametrize("room", sorted(set().union(*ROOMS) - {"__main__", "lab", "steps"}))
+def test_every_name_on_the_face_of_a_room_is_there(room):
+    face = importlib.import_module(f"kdlib.{room}")
+    assert [name for name in face.__all__ if not hasattr(face, name)] == []
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -168,7 +175,7 @@ def test_no_module_unpickles_evaluates_or_touches_a_global_generator(module):
 def test_the_safe_yaml_loader_of_params_is_a_safe_loader():
     import yaml
 
-    from kdlib.study.study import _SafeLoader
+    from kdlib.study.yaml_text import _SafeLoader
 
     assert issubclass(_SafeLoader, yaml.SafeLoader)
     own = {"tag:yaml.org,2002:int": _SafeLoader.construct_core_int}

@@ -10,7 +10,10 @@ import yaml
 from kdlib.dataset.images import Images
 from kdlib.repro import files
 from kdlib.steps.distill import student_folder, train_student
-from kdlib.study.study import Cell, Study, load_study, parse_yaml
+from kdlib.study.cells import Cell
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
+from kdlib.study.yaml_text import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository
 TINY = ROOT / "params" / "tiny.yaml"

@@ -29,7 +29,7 @@ from kdlib.cache.image_files import (
     size_of,
 )
 from kdlib.repro import files
-from kdlib.study.study import Data, HuggingFace
+from kdlib.study.data import Data, HuggingFace
 
 ASK_TIMEOUT_S = 10  # for the one question that finds a data set's commit
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kdlib.repro import files
-from kdlib.study.study import Data
+from kdlib.study.data import Data
 
 SPLITS = ("train", "test")
 

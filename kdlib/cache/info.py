@@ -24,7 +24,9 @@ from kdlib.cache.journal import journal_paths, read_journal
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
 from kdlib.repro import files
-from kdlib.study.study import Study, cache_folder, load_study, parse_part
+from kdlib.study.data import cache_folder, parse_part
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
 
 MOST_RANGES = 6  # more runs of shards are counted, not listed
 

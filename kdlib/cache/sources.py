@@ -16,7 +16,7 @@ from kdlib.cache.huggingface import open_hub
 from kdlib.cache.image_files import RESIZE_RULE, SPLITS, fit, limit_identity, limited, open_folder
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
-from kdlib.study.study import Data, Relabel, data_path
+from kdlib.study.data import Data, Relabel, data_path
 
 N_DIGITS_TRAIN = 1297  # of 1,797; the last 500 are the test split
 

@@ -13,7 +13,7 @@ import pandas as pd
 from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.scores import aum as scores_aum
 from kdlib.cartography.scores import confidence, el2n, forgetting_events, loss
-from kdlib.study.study import DIFFICULTY
+from kdlib.study.selections import DIFFICULTY
 
 CURVE_POINTS = 500  # at most, of a curve that is drawn
 

@@ -32,14 +32,14 @@ class DynamicsLog:
         (`train`: the training pass itself; `eval`: a clean pass after the epoch), provenance.
     """
 
-    def __init__(self, folder: Path, header: dict, arrays: dict[str, np.ndarray], writable: bool):
+    def __init__(self, folder: Path, header: dict, arrays: dict[str, np.ndarray]):
         """Hold arrays that are open already; use `create` or `open`."""
         self.folder = folder
         self.n_epochs, self.n_classes = header["n_epochs"], header["n_classes"]
         self.observed, self.provenance = header["observed"], header["provenance"]
         self.example_ids, self.labels = arrays["example_ids"], arrays["labels"]
         self.n_examples, self.has_logits = len(self.example_ids), header["logits"]
-        self._header, self._arrays, self._writable = header, arrays, writable
+        self._header, self._arrays = header, arrays
         # Plain views of flat cells: indexing a memmap object costs several times as much.
         cells = self.n_epochs * self.n_examples
         self._cells = [np.asarray(arrays[q]).reshape(cells) for q in QUANTITIES]
@@ -94,10 +94,6 @@ class DynamicsLog:
         folder = Path(folder)
         example_ids, labels = np.asarray(example_ids), np.asarray(labels)
         _check_examples(example_ids, labels, n_classes)
-        if n_epochs < 1:
-            raise ValueError(f"n_epochs is {n_epochs}; expected at least one recorded epoch")
-        if observed not in ("train", "eval"):
-            raise ValueError(f"observed is {observed!r}; expected 'train' or 'eval'")
         example_ids, labels = example_ids.astype(np.int64), labels.astype(np.int64)
         header = {
             "format": FORMAT,
@@ -120,7 +116,7 @@ class DynamicsLog:
             if name not in arrays:
                 arrays[name] = _map(folder / f"{name}.npy", dtype, shape, "r+")
         (folder / "index.json").unlink(missing_ok=True)
-        return cls(folder, header, arrays, writable=True)
+        return cls(folder, header, arrays)
 
     @classmethod
     def open(
@@ -149,28 +145,22 @@ class DynamicsLog:
                 f"{folder} has dynamics log format {index.get('format')}; expected {FORMAT}: "
                 f"{_remedy(folder)}"
             )
-        try:
-            # format 1 has no seal; one flipped bit does not make a 1 of a 2
-            if index["format"] == FORMAT and not files.is_sealed(index):
-                raise ValueError("it was changed after it was written")
-            layout = _layout(index)
-            sums = {f"{name}.npy": index["sha256"][f"{name}.npy"] for name in layout}
-            recorded_from = dict(index["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
+        # format 1 has no seal; one flipped bit does not make a 1 of a 2
+        if index["format"] == FORMAT and not files.is_sealed(index):
             raise ValueError(
-                f"{folder / 'index.json'} is not a whole index ({error}); {_remedy(folder)}"
-            ) from None
-        check_provenance(provenance, recorded_from, folder / "index.json")
+                f"{folder / 'index.json'} was changed after it was written; {_remedy(folder)}"
+            )
+        check_provenance(provenance, index["provenance"], folder / "index.json")
         arrays = {
             name: _map(folder / f"{name}.npy", dtype, shape, "r")
-            for name, (dtype, shape) in layout.items()
+            for name, (dtype, shape) in _layout(index).items()
         }
-        if verify and (changed := files.damaged_files(folder, sums)):
+        if verify and (changed := files.damaged_files(folder, index["sha256"])):
             raise ValueError(
                 f"{folder / changed[0]} has changed since it was recorded (sha256 differs); "
                 f"{_remedy(folder)}"
             )
-        return cls(folder, index, arrays, writable=False)
+        return cls(folder, index, arrays)
 
     def record(
         self,
@@ -221,8 +211,6 @@ class DynamicsLog:
     def _check_batch(
         self, epochs: np.ndarray, positions: np.ndarray, logits: torch.Tensor, labels: np.ndarray
     ) -> None:
-        if not self._writable:
-            raise ValueError(f"{self.folder} is open for reading; DynamicsLog.create writes")
         n = len(positions)
         if tuple(logits.shape) != (n, self.n_classes) or len(epochs) != n or len(labels) != n:
             raise ValueError(
@@ -260,8 +248,6 @@ class DynamicsLog:
 
         Raises: ValueError that counts the cells without a record; the log stays unfinished.
         """
-        if not self._writable:
-            raise ValueError(f"{self.folder} is finished already and open for reading")
         missing = np.zeros(self.n_epochs, dtype=np.int64)
         for quantity in (*QUANTITIES, *(("logits",) if self.has_logits else ())):
             for epoch, row in enumerate(self._arrays[quantity]):
@@ -280,7 +266,6 @@ class DynamicsLog:
         hashes = {name: files.sha256_file(self.folder / name) for name in names}
         content = {**self._header, "sha256": hashes}
         files.write_json(self.folder / "index.json", files.sealed(content))
-        self._writable = False
         return DynamicsLog.open(self.folder)
 
 
@@ -315,20 +300,14 @@ def begin_log(
 
 
 def _check_examples(example_ids: np.ndarray, labels: np.ndarray, n_classes: int) -> None:
-    if example_ids.dtype.kind not in "iu" or example_ids.ndim != 1 or len(example_ids) == 0:
+    is_row = example_ids.dtype.kind in "iu" and example_ids.ndim == 1 and len(example_ids) > 0
+    if not is_row or (np.diff(example_ids) <= 0).any():
         raise ValueError(
-            f"example_ids are {example_ids.dtype} of shape {example_ids.shape}; expected a "
-            "non-empty row of int64"
+            f"example_ids are {example_ids.dtype} of shape {example_ids.shape}, or not strictly "
+            "increasing; expected a non-empty row of int64: pass np.unique(example_ids)"
         )
-    if (np.diff(example_ids) <= 0).any():
-        raise ValueError("example_ids are not strictly increasing; pass np.unique(example_ids)")
-    if n_classes < 2:
-        raise ValueError(f"n_classes is {n_classes}; expected at least 2")
-    if labels.dtype.kind not in "iu" or labels.shape != example_ids.shape:
-        raise ValueError(
-            f"labels are {labels.dtype} of shape {labels.shape}; expected int64 of shape "
-            f"{example_ids.shape}, one per example id"
-        )
+    if labels.shape != example_ids.shape:
+        raise ValueError(f"{len(labels)} labels for {len(example_ids)} example ids")
     if labels.min() < 0 or labels.max() >= n_classes:
         raise ValueError(
             f"labels span [{labels.min()}, {labels.max()}]; expected [0, {n_classes - 1}] "
@@ -354,17 +333,13 @@ def _begin(folder: Path, header: dict) -> None:
         lines = files.difference(header, files.read_record(folder / "header.json"))
         if lines:
             raise ValueError(
-                f"{folder} holds a dynamics log begun differently (key: there -> asked for):\n  "
+                f"{folder} holds a dynamics log of other settings (key: there -> requested):\n  "
                 + "\n  ".join(lines)
                 + "\nuse another folder, or delete this one"
             )
         return
-    strays = sorted(p.name for p in folder.glob("*.npy")) if folder.exists() else []
-    if strays:
-        raise ValueError(
-            f"{folder} holds {', '.join(strays)} but no header.json, so nothing says what they "
-            "are; use another folder, or delete this one"
-        )
+    for stray in folder.glob("*.npy"):  # of a log whose header was deleted
+        stray.unlink()
     files.write_json(folder / "header.json", header)
 
 
@@ -389,9 +364,7 @@ def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> No
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.memmap:
     try:
         return files.map_npy(path, dtype, shape, mode)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; {_remedy(path.parent)}") from None
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{error}; {_remedy(path.parent)}") from None
 
 

@@ -8,7 +8,6 @@ seen (sampling).
 
 import operator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +16,8 @@ from kdlib.cartography import coresets, feature_coresets
 from kdlib.cartography.feature_scores import finite_features
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
-from kdlib.study.own_code import run
-from kdlib.study.study import DIFFICULTY, SELECTIONS, Selection, built_in_rule
+from kdlib.study.selections import DIFFICULTY, SELECTIONS, Selection, built_in_rule
+from kdlib.study.user_code import run
 
 
 def tie_break(example_ids: np.ndarray, seed: int) -> np.ndarray:
@@ -109,19 +108,16 @@ class _Chooser:
             costs = {name: _cost(table, name) for name in rule.shares}
             chosen = coresets.mixture(costs, rule.shares, m, ties)
         elif kind == "ccs":
-            difficulty = _difficulty(table, _given(rule.score, "aum"), kind)
-            # a cutoff of the study's own is refused where it leaves too few; the default gives way
-            cutoff = _given(rule.cutoff, min(0.1, 1 - m / max(len(table), 1)))
-            n_strata = _given(rule.n_strata, 50)
-            chosen = coresets.coverage(difficulty, m, ties, cutoff=cutoff, n_strata=n_strata)
+            difficulty = _difficulty(table, rule.score, kind)
+            cutoff = rule.cutoff
+            if cutoff == "at most 0.1":
+                cutoff = min(0.1, 1 - m / max(len(table), 1))
+            chosen = coresets.coverage(difficulty, m, ties, cutoff=cutoff, n_strata=rule.n_strata)
         elif kind == "moderate":
             chosen = coresets.central(_score(table, "class_distance", kind), m, ties)
         elif kind == "dual_beta":
             dual, confidence = (_score(table, name, kind) for name in ("dual", "confidence"))
-            numbers = {
-                "concentration": _given(rule.concentration, 15.0),
-                "exponent": _given(rule.exponent, 4.0),
-            }
+            numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
             chosen = coresets.beta_sampling(dual, confidence, m, ties, **numbers)
         elif kind in ("d2", "k_center", "herding"):
             chosen = self._by_features(table, self._features(positions), m, ties)
@@ -139,16 +135,16 @@ class _Chooser:
             return feature_coresets.k_center(features, m, ties)
         if rule.kind == "herding":
             return feature_coresets.herding(features, m, ties)
-        difficulty = _difficulty(table, _given(rule.score, "forgetting_events"), "d2")
+        difficulty = _difficulty(table, rule.score, "d2")
         difficulty -= min(difficulty.min(initial=0.0), 0.0)  # of aum, say: d2 takes numbers >= 0
         return feature_coresets.d2(
             difficulty,
             features,
             m,
             ties,
-            neighbours=_given(rule.neighbours, 10),
-            gamma_forward=_given(rule.gamma_forward, 1.0),
-            gamma_reverse=_given(rule.gamma_reverse, 1.0),
+            neighbours=rule.neighbours,
+            gamma_forward=rule.gamma_forward,
+            gamma_reverse=rule.gamma_reverse,
         )
 
     def _features(self, positions: np.ndarray) -> np.ndarray:
@@ -157,10 +153,6 @@ class _Chooser:
                 f"strategy {self.rule.kind!r} looks at the teacher's features; give them (features)"
             )
         return self.features[positions]
-
-
-def _given(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def _labels(table: pd.DataFrame, rule: Selection) -> np.ndarray:
@@ -189,7 +181,7 @@ def _cost(table: pd.DataFrame, ranking: str) -> np.ndarray:
 def _own_cost(table: pd.DataFrame, rule: Selection) -> np.ndarray:
     """What the study's own rule wants least of, per example: (N,) float64."""
     module = run(rule, "cost", "cost(table, **options), the least of which are chosen")
-    found = np.asarray(module.cost(table.copy(), **(rule.options or {})), dtype=np.float64)
+    found = np.asarray(module.cost(table.copy(), **rule.options), dtype=np.float64)
     if found.shape != (len(table),) or not np.isfinite(found).all():
         raise ValueError(
             f"{rule.code}: cost gave shape {found.shape}, finite: {bool(np.isfinite(found).all())};"

@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules={"sql"},
     submod_attrs={
+        "comparisons": ["with_untrained"],
         "statistics": ["paired_differences", "objective_differences", "verdict", "seeds_needed"],
     },
 )

@@ -15,6 +15,7 @@ import pandas as pd
 
 from kdlib.repro import files
 from kdlib.repro.tables import read_parquet, write_parquet
+from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 
 NAMES = ("results", "curves", "probes", "costs")
@@ -118,9 +119,8 @@ def _single(table: pd.DataFrame) -> pd.DataFrame:
 
 def _settings(study: Study, **options: Any) -> dict[str, Any]:
     """All that the tables depend on."""
-    aside = {"name", "shares", "recordings", "audit", "tracking"}
-    dump = study.model_dump(mode="json", exclude=aside, **options)
-    dump.get("compute", {}).pop("images", None)
+    aside = ("recordings", "audit")
+    dump = {key: value for key, value in dumped(study, **options).items() if key not in aside}
     for key in TOLD:
         dump.get("compare", {}).pop(key, None)
     return dump

@@ -6,8 +6,11 @@ import pandas as pd
 
 from kdlib.compare.costs import ledger
 from kdlib.compare.statistics import objective_differences, paired_differences
+from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES, MEASURES
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import AXES, MEASURES, PICKED, SHARD_POLICIES, Cell, Study
+from kdlib.study.selections import PICKED, SHARD_POLICIES
+from kdlib.study.study import Study
 
 PROBED = {measure: column for measure, column in MEASURES.items() if measure != "accuracy"}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from kdlib.study.study import AXES
+from kdlib.study.evaluation import AXES
 
 CELL = list(AXES)
 

@@ -13,7 +13,8 @@ from kdlib.compare.comparisons import comparisons
 from kdlib.compare.statistics import VERDICTS
 from kdlib.compare.text import count
 from kdlib.repro.files import workspace
-from kdlib.study.study import Study, load_study
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
 
 NAMED = 2  # rows of one verdict that a line names
 

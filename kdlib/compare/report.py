@@ -4,7 +4,6 @@ Leaves to others: the tables themselves (`compiling`), sentences and their layou
 """
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -13,8 +12,8 @@ from kdlib.compare import text as text_module
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.costs import to_markdown
 from kdlib.repro import files
-from kdlib.study.objectives import KINDS
-from kdlib.study.study import AXES, MEASURES, Study
+from kdlib.study.evaluation import AXES, MEASURES
+from kdlib.study.study import Study
 
 LARGEST = 10  # sentences of a summary: two of counts, then the largest differences
 
@@ -108,9 +107,12 @@ def objective_table(study: Study, tables: Tables) -> str:
     ]
     for name in study.axes.objective:
         settings = study.objectives[name]
-        kind = KINDS[settings.kind]
-        numbers = settings.model_dump(exclude={"kind", "trust_code"}, exclude_none=True)
+        formula, paper, test = settings.described()
+        numbers = settings.model_dump(
+            exclude={"kind", "trust_code", "teacher"}, exclude_none=True, exclude_defaults=True
+        )
         numbers |= numbers.pop("options", {})
+        numbers |= {"teacher": settings.teacher} if settings.teacher else {}
         told = ", ".join(f"{key} {value}" for key, value in numbers.items())
         cells = []
         for strategy, fraction in subsets:
@@ -118,26 +120,23 @@ def objective_table(study: Study, tables: Tables) -> str:
             rows = accepted[np.all([accepted[axis] == v for axis, v in point.items()], axis=0)]
             found = 100 * rows[MEASURES[study.compare.measure]]
             cells.append(f"{found.mean():.2f} ± {found.std(ddof=1):.2f}" if len(found) else "-")
-        loss = kind.formula.replace("|", "\\|") + (f" ({told})" if told else "")
-        test = f"`{kind.test.removeprefix('tests/')}`"
-        lines.append(f"| {name} | {loss} | {kind.paper} | {test} | {' | '.join(cells)} |")
+        loss = formula.replace("|", "\\|") + (f" ({told})" if told else "")
+        test = f"`{test.removeprefix('tests/')}`"
+        lines.append(f"| {name} | {loss} | {paper} | {test} | {' | '.join(cells)} |")
     return _tell(study, "objectives.md", lines)
 
 
-def comparison_texts(study: Study, tables: Tables) -> list[Path]:
-    """Write the tables of the comparison alone: `comparison.md` and, for a paper, `comparison.tex`.
-
-    Returns: Their paths.
-    """
+def comparison_texts(study: Study, tables: Tables) -> str:
+    """The tables of the comparison alone, as Markdown; also written to the figures folder, there
+    with `comparison.tex` for a paper."""
     markdown, latex = [], [r"% \usepackage{booktabs,longtable}; from the run records"]
     for name, title in titles(study, tables).items():
         markdown += [f"**{title}**", "", text_module.to_markdown(tables[name]), ""]
         told = text_module.MEASURED[MEASURES[study.compare.measure]]
         caption = f"{study.name}: {title[0].lower()}{title[1:]}; {told}, in %."
         latex += ["", text_module.to_latex(tables[name], caption, f"{study.name}-{name}")]
-    _tell(study, "comparison.md", markdown)
     _tell(study, "comparison.tex", latex)
-    return [study.figures / f"comparison.{kind}" for kind in ("md", "tex")]
+    return _tell(study, "comparison.md", markdown)
 
 
 def ledger_text(study: Study, tables: Tables) -> str:

@@ -26,7 +26,7 @@ from scipy.special import nctdtr, stdtr, stdtrit
 
 from kdlib.repro.files import nearest
 from kdlib.repro.seeds import generator
-from kdlib.study.study import AXES
+from kdlib.study.evaluation import AXES
 
 AGAINST = ["against_strategy", "against_fraction", "against_objective"]
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from kdlib.dataset.pixels import Pixels
-from kdlib.study.study import Augment
+from kdlib.study.training import Augment
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from kdlib.dataset.views import (
     draw,
 )
 from kdlib.repro.seeds import FACTOR_BITS
-from kdlib.study.study import Augment
+from kdlib.study.training import Augment
 
 _LOCK = threading.Lock()
 

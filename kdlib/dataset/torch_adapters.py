@@ -1,10 +1,9 @@
 """Cached images as a torch `Dataset`, and the order of a plan as a torch `Sampler`, for a training
 loop that is not kdlib's.
 
->>> from torch.utils.data import DataLoader                                     # doctest: +SKIP
->>> train = lab.images.dataset("train", subset)                                 # doctest: +SKIP
->>> sampler = PlanSampler(train.example_ids, seed=0)                            # doctest: +SKIP
->>> batches = DataLoader(train, batch_size=64, sampler=sampler, num_workers=2)  # doctest: +SKIP
+    train = lab.images.dataset("train", subset)
+    sampler = PlanSampler(train.example_ids, seed=0)
+    batches = DataLoader(train, batch_size=64, sampler=sampler, num_workers=2)
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kdlib.repro.seeds import FACTOR_BITS, counter_hash
-from kdlib.study.study import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 
 ONE = 1 << FACTOR_BITS  # a blending factor of 1, and a sixth of a turn of hue
 

@@ -25,7 +25,8 @@ from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import open_student
 from kdlib.steps.training import written
-from kdlib.study.study import PICKED, Study
+from kdlib.study.selections import PICKED
+from kdlib.study.study import Study
 
 LIMITS = {"variability": (0.0, 0.5), "confidence": (0.0, 1.0), "correctness": (0.0, 1.0)}
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.repro import files
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 
 class Network(nn.Module):

@@ -14,7 +14,7 @@ from kdlib.dataset.images import Images
 from kdlib.models.base import Network, check_options
 from kdlib.models.timm_networks import build_timm
 from kdlib.repro.seeds import torch_seeded
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 
 def _draw(network: nn.Module) -> None:

@@ -16,7 +16,7 @@ from kdlib.dataset.views import augment
 from kdlib.models.base import Network
 from kdlib.models.evaluation import accuracy, all_outputs
 from kdlib.models.weights import weights_fingerprint
-from kdlib.study.study import Augment
+from kdlib.study.training import Augment
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdlib.models.base import Network
 from kdlib.models.timm_networks import TimmNetwork
 from kdlib.models.weights import first_line
-from kdlib.study.study import Model, parse_hub
+from kdlib.study.models import Model, parse_hub
 
 
 def load_pretrained(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.models.base import Network, check_options
 from kdlib.repro.seeds import torch_seeded
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 # Up to this side in pixels a network for 224-pixel photographs keeps the image's resolution.
 SMALL_IMAGE = 64

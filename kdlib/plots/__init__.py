@@ -5,9 +5,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "theme": ["style", "save_figure"],
+        "theme": ["style", "save_figure", "NARROW", "WIDE"],
         "datamaps": ["datamap"],
-        "curves": ["learning_curves"],
+        "curves": ["learning_curves", "probe_curves", "diagnostics"],
         "results": ["differences"],
         "images": ["region_grid"],
     },

@@ -34,7 +34,7 @@ from kdlib.plots.theme import (
     varying_axes,
 )
 from kdlib.repro.files import nearest
-from kdlib.study.study import AXES
+from kdlib.study.evaluation import AXES
 
 REFERENCES = ("teacher", "untrained")
 

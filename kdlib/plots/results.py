@@ -46,7 +46,7 @@ from kdlib.plots.theme import (
     value_in_words,
 )
 from kdlib.repro.files import nearest
-from kdlib.study.study import AXES
+from kdlib.study.evaluation import AXES
 
 VERDICTS = {
     "better": (BLUE, "^"),

@@ -28,7 +28,7 @@ from matplotlib.textpath import TextPath
 from PIL import Image, ImageChops, ImageStat  # matplotlib brings Pillow
 
 from kdlib.repro.files import write_atomic
-from kdlib.study.study import AXES
+from kdlib.study.evaluation import AXES
 
 NARROW, WIDE = 3.25, 6.75  # inches: one column, two columns
 

@@ -23,7 +23,7 @@ import torch
 from kdlib.repro import files, processor
 from kdlib.repro.tables import read_parquet
 
-FORMAT = 2  # 1 had no seal
+FORMAT = 3  # since 2, settings.json holds every default and no null
 
 
 class Run:
@@ -133,13 +133,12 @@ def _whole(path: Path) -> dict[str, Any]:
     """
     evidence = files.read_record(path)
     found = evidence.get("format")
-    if found not in (1, FORMAT):
+    if found != FORMAT:
         raise ValueError(
             f"{path} has format {found}; expected {FORMAT}: delete it and run the notebook that "
             "makes it again"
         )
-    # one flipped bit does not make a 1 of a 2
-    if (found == FORMAT and not files.is_sealed(evidence)) or "settings_sha256" not in evidence:
+    if not files.is_sealed(evidence) or "settings_sha256" not in evidence:
         raise ValueError(
             f"{path} was changed after it was written; delete it and run the notebook that makes "
             "it again"
@@ -153,8 +152,8 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     Raises: As `read_evidence`; ValueError for a table that is missing or was changed.
     """
     path = folder / "metrics.parquet"
-    expected = read_evidence(folder).get("metrics_sha256")  # format 1 has none
-    if not path.is_file() or (expected is not None and files.sha256_file(path) != expected):
+    expected = read_evidence(folder)["metrics_sha256"]
+    if not path.is_file() or files.sha256_file(path) != expected:
         raise ValueError(
             f"{path} is missing or was changed after the training; delete {folder} and run the "
             "notebook that makes it again"

@@ -1,5 +1,7 @@
 """Step 01: a study's cached images, their split, and the pixel statistics."""
 
+import pandas as pd
+
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import open_source
@@ -62,3 +64,15 @@ def open_images(study: Study) -> Images:
     )
     pixels = Pixels(evidence["mean"], evidence["std"], study.compute.channels_last)
     return Images(train, test, train_ids, validation_ids, pixels)
+
+
+def split_table(images: Images) -> pd.DataFrame:
+    """One row per split: number of images, their shape (C, H, W), and the folder of their cache."""
+    splits = {"train": images.train_ids, "validation": images.validation_ids}
+    splits["test"] = images.test.example_ids
+    rows = {
+        split: {"images": len(ids), "shape": images.image_shape, "folder": str(cache.folder)}
+        for split, ids in splits.items()
+        for cache in [images.test if split == "test" else images.train]
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")

@@ -15,8 +15,10 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import open_student, train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_one_teacher, make_teacher
+from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import SHARD_POLICIES, Cell, Study
+from kdlib.study.selections import SHARD_POLICIES
+from kdlib.study.study import Study
 from kdlib.trainer.distributed import Ranks
 from kdlib.trainer.step import ALONE
 

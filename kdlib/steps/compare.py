@@ -17,11 +17,14 @@ from kdlib.compare.committed import read, there, write
 from kdlib.compare.comparisons import PROBED, Tables, command, comparisons, with_untrained
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run, read_evidence, read_metrics
-from kdlib.steps.distill import open_student, student_folder
+from kdlib.steps.distill import open_student, outcome, student_folder
 from kdlib.steps.probe import open_probes, probe_folder
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher
-from kdlib.study.study import AXES, PICKED, Cell, Study
+from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES
+from kdlib.study.selections import PICKED
+from kdlib.study.study import Study
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
@@ -101,7 +104,7 @@ class _MadeFrom:
         """Of what else a run was made."""
         found, parent = [], evidence["subset"]["parent_datamap"]
         name = self.study.objectives[cell.objective].teacher
-        of_subset = name is not None and self.study.teachers[name].learns_from == "subset"
+        of_subset = name is not None and self.study.teachers[name].of_subset
         if evidence["data"] != self.data:
             found.append("images")
         if evidence["teacher"] and not of_subset and evidence["teacher"] != self.card(name):
@@ -112,15 +115,10 @@ class _MadeFrom:
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
-    last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
-    heard = evidence["selection"]["teacher_overlap"] > 0
+    last = evidence["checkpoints"]["last"]
     budget, made, teacher = evidence["budget"], evidence["made"], evidence["teacher"]
     return {
-        "test_accuracy": last["test_accuracy"],
-        # an epoch chosen on images of which the student has heard is not reported
-        "test_accuracy_best": float("nan") if heard else best["test_accuracy"],
-        "best_step": best["step"],
-        **budget["recorded"],
+        **outcome(evidence),
         **{f"declared_{key}": value for key, value in budget["declared"].items()},
         "budget": budget["comparison"],
         "weights_sha256": last["weights_sha256"],

@@ -13,6 +13,7 @@ from kdlib.cartography.selection import select
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
+from kdlib.models.base import Network
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
@@ -20,9 +21,11 @@ from kdlib.repro.seeds import derive
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.teacher import open_heard
 from kdlib.steps.teacher_outputs import teacher_features
-from kdlib.steps.training import launch_run, open_shared_run, plan_run, train_run, use
+from kdlib.steps.training import launch_run, load_checked, open_shared_run, plan_run, train_run, use
+from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import PICKED, SHARD_POLICIES, Cell, Study
+from kdlib.study.selections import PICKED, SHARD_POLICIES
+from kdlib.study.study import Study
 from kdlib.trainer.distributed import Ranks
 from kdlib.trainer.step import ALONE
 
@@ -150,3 +153,47 @@ def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
 def student_folder(study: Study, cell: Cell, seed: int) -> Path:
     """Where the run of one cell and seed is."""
     return study.runs / "distill" / cell.path / f"seed={seed}"
+
+
+def outcome(evidence: dict[str, Any]) -> dict[str, Any]:
+    """Accuracies and budget of a finished student; the columns of every table of runs."""
+    last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
+    known = evidence["selection"]["teacher_overlap"] > 0  # the teacher learnt from these images
+    return {
+        "test_accuracy": last["test_accuracy"],
+        "test_accuracy_best": float("nan") if known else best["test_accuracy"],
+        "best_step": best["step"],
+        **evidence["budget"]["recorded"],
+    }
+
+
+def run_table(study: Study, evidences: dict[tuple[Cell, int], dict[str, Any]]) -> pd.DataFrame:
+    """One row per student, by cell and seed: axes, accuracies, budget, checks, folder."""
+    rows = [
+        dict(cell.items())
+        | {"seed": seed}
+        | outcome(evidence)
+        | {"checks": sum(check["passed"] for check in evidence["checks"])}
+        | {"weights_sha256": evidence["checkpoints"]["last"]["weights_sha256"]}
+        | {"folder": str(student_folder(study, cell, seed))}
+        for (cell, seed), evidence in evidences.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+def new_student(study: Study, images: Images, cell: Cell, seed: int) -> Network:
+    """The network of a student with the weights from which its runs of a seed begin."""
+    model, device = study.students[cell.student].model, use(study.compute)
+    return network_for(images, model, derive(seed, "init"), device)
+
+
+def student_network(study: Study, images: Images, cell: Cell, seed: int) -> Network:
+    """The network of a finished student, with the weights of its last step, in evaluation mode.
+
+    Raises: As `open_student`; ValueError for weights that were changed.
+    """
+    last = open_student(study, cell, seed)["checkpoints"]["last"]
+    network = new_student(study, images, cell, seed)
+    folder = student_folder(study, cell, seed)
+    load_checked(network, folder, last["file"], last["weights_sha256"])
+    return network.eval()

@@ -42,7 +42,8 @@ from kdlib.steps.datamap import open_datamap
 from kdlib.steps.noise import DETECTORS, _suspects, describe_noise, noise_tables
 from kdlib.steps.recordings import open_log
 from kdlib.steps.scores import describe_scores, score_tables
-from kdlib.study.study import AXES, MEASURES, STEPS, Study
+from kdlib.study.evaluation import AXES, MEASURES
+from kdlib.study.study import STEPS, Study
 
 # Drawn as lines; the tables hold all scores.
 DRAWN = ("confidence", "variability", "aum", "el2n", "grand", "forgetting_events", "dual", "tdds")

@@ -9,7 +9,9 @@ from kdlib.compare.comparisons import Tables
 from kdlib.dataset.images import Images
 from kdlib.steps.recordings import open_held_out, open_log, threshold_samples
 from kdlib.steps.scores import _tell, _write, recorded_scores
-from kdlib.study.study import DIFFICULTY, Study, StudyError
+from kdlib.study.base import StudyError
+from kdlib.study.selections import DIFFICULTY
+from kdlib.study.study import Study
 
 DETECTORS = ("aum", "loss", "confidence", "el2n", "forgetting_events", "held-out margin")
 

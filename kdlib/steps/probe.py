@@ -36,7 +36,11 @@ from kdlib.steps.distill import open_student, student_folder
 from kdlib.steps.teacher_network import made_teacher, teacher_folder, teacher_pixels
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.steps.training import load_step, use
-from kdlib.study.study import Cell, Data, Model, Probe, Study, cache_folder
+from kdlib.study.cells import Cell
+from kdlib.study.data import Data, cache_folder
+from kdlib.study.evaluation import Probe
+from kdlib.study.models import Model
+from kdlib.study.study import Study
 
 Examples = list[tuple[Cache, np.ndarray]]  # (cache, ids): what a probe learns from, is tested on
 

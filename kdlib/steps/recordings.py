@@ -23,7 +23,9 @@ from kdlib.repro.tables import write_parquet
 from kdlib.steps.datamap import gradients
 from kdlib.steps.teacher_network import keep_epoch
 from kdlib.steps.training import CROSS_ENTROPY, load_checked, load_step, plan_run, train_run, use
-from kdlib.study.study import Study, StudyError, Training
+from kdlib.study.base import StudyError
+from kdlib.study.study import Study
+from kdlib.study.training import Training
 from kdlib.trainer.step import ALONE
 
 
@@ -71,7 +73,7 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
 
 
 def _training(study: Study) -> Training:
-    return study.recordings.training or study.dynamics.training or study.teacher.training
+    return study.recordings.training or study.recorded_training
 
 
 def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:
@@ -162,6 +164,17 @@ def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, 
             "(models, seeds), as params/digits.yaml has"
         )
     return {run: record(study, images, *run) for run in study.recordings.runs()}
+
+
+def recording_table(study: Study, evidences: dict[tuple[str, str], dict[str, Any]]) -> pd.DataFrame:
+    """One row per recording: its test accuracy and its folder, by model and part."""
+    rows = [
+        {"model": model, "part": part,
+         "test_accuracy": evidence["checkpoints"]["last"]["test_accuracy"],
+         "folder": str(recording_folder(study, model, part))}
+        for (model, part), evidence in evidences.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog:

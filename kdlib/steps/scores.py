@@ -24,7 +24,8 @@ from kdlib.dataset.images import Images
 from kdlib.repro import files
 from kdlib.repro.run import Run
 from kdlib.steps.recordings import open_gradients, open_log
-from kdlib.study.study import SCORES, Study
+from kdlib.study.selections import SCORES
+from kdlib.study.study import Study
 
 TARGET = 0.95  # Spearman's correlation at which two averages count as one ranking
 

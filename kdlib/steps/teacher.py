@@ -6,6 +6,8 @@ Leaves to others: the training itself (experiment), the format of outputs (teach
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from kdlib.cache.outputs import open_outputs
 from kdlib.cache.shards import Cache
 from kdlib.cartography.log import begin_log
@@ -34,7 +36,10 @@ from kdlib.steps.training import (
     train_run,
     use,
 )
-from kdlib.study.study import Objective, Study, Training
+from kdlib.study.models import LoadedTeacher, TrainedTeacher
+from kdlib.study.objectives import Objective
+from kdlib.study.study import Study
+from kdlib.study.training import Training
 from kdlib.trainer.distributed import Ranks, wait
 from kdlib.trainer.step import ALONE
 
@@ -54,7 +59,24 @@ def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str
 
 def further_teachers(study: Study) -> list[str]:
     """Names of the further teachers that step 02 makes."""
-    return [name for name, teacher in study.teachers.items() if teacher.learns_from == "train"]
+    return [name for name, teacher in study.teachers.items() if not teacher.of_subset]
+
+
+def teacher_table(study: Study) -> pd.DataFrame:
+    """One row per teacher that step 02 made: its accuracy on the test images beside the expected
+    one, what it has learnt from, how many checks passed, and its folder."""
+    rows = []
+    for name in (None, *further_teachers(study)):
+        folder = teacher_folder(study, name)
+        evidence = read_evidence(folder)
+        card, checked = evidence["teacher"], evidence["checks"]
+        rows.append(
+            {"teacher": card["name"], "accuracy": card["measured"], "expected": card["claimed"],
+             "tolerance": card["tolerance"], "measured_by": card["measured_by"],
+             "trained_on": card["trained_on"], "checks": sum(c["passed"] for c in checked),
+             "folder": str(folder)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def make_one_teacher(
@@ -64,7 +86,7 @@ def make_one_teacher(
     device, teacher = use(study.compute, ranks), _teacher(study, name)
     folder = teacher_folder(study, name)
     settings = {"own": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
-    if teacher.weights is not None:
+    if isinstance(teacher, LoadedTeacher):
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
     point = {} if name is None else {"teacher": name}
     if launch_run(study, ranks, folder, settings, "teacher", **point):
@@ -80,7 +102,7 @@ def make_one_teacher(
         network = teacher_network(study, images, device, name)
         evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints}
         tripwires = checks.TEACHER
-        if teacher.training is not None:
+        if isinstance(teacher, TrainedTeacher):
             recorded = name is None and study.dynamics.model is None
             trained = _supervise(
                 run, study, images, network, teacher.training, teacher.seed, recorded, "teacher",
@@ -188,7 +210,7 @@ def open_heard(
 ) -> tuple[dict[str, Any], Cache]:
     """The teacher that a student of this subset and seed hears: its card and stored outputs."""
     name = objective.teacher
-    if name is not None and study.teachers[name].learns_from == "subset":
+    if name is not None and study.teachers[name].of_subset:
         if ranks.first:
             _subset_teacher(study, images, name, subset, seed)
         wait(ranks)

@@ -12,7 +12,11 @@ from kdlib.models.pretrained import load_pretrained
 from kdlib.models.weights import load_weights, weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.seeds import derive
-from kdlib.study.study import Study, StudyError, Teacher, Training, data_path
+from kdlib.study.base import StudyError
+from kdlib.study.data import data_path
+from kdlib.study.models import LoadedTeacher, PretrainedTeacher, Teacher, TrainedTeacher
+from kdlib.study.study import Study
+from kdlib.study.training import Training
 
 
 def _teacher(study: Study, name: str | None) -> Teacher:
@@ -40,7 +44,7 @@ def teacher_network(
     teacher = _teacher(study, name)
     shape, size = images.image_shape, teacher.image_size
     seen = shape if size is None else (shape[0], size, size)
-    if teacher.pretrained:
+    if isinstance(teacher, PretrainedTeacher):
         network = load_pretrained(
             teacher.model,
             n_classes=images.n_classes,
@@ -54,7 +58,7 @@ def teacher_network(
             image_shape=seen,
             seed=derive(teacher.seed if seed is None else seed, "init"),
         )
-        if teacher.weights is not None:
+        if isinstance(teacher, LoadedTeacher):
             load_weights(network, _weights_file(teacher.weights))
     network.image_size = size
     return network.to(device, memory_format=images.pixels.memory_format)
@@ -76,7 +80,7 @@ def made_teacher(
     Raises: ValueError for other weights.
     """
     network = teacher_network(study, images, device, name)
-    if _teacher(study, name).training is not None:
+    if isinstance(_teacher(study, name), TrainedTeacher):
         load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
     if weights_fingerprint(network) != evidence["teacher"]["weights_sha256"]:
         raise ValueError(
@@ -99,7 +103,7 @@ def _weights_file(weights: str) -> Path:
 def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pixels:
     """The normalisation the teacher, or a further one, was trained with."""
     teacher = _teacher(study, name)
-    if teacher.mean is None:
+    if isinstance(teacher, TrainedTeacher) or teacher.mean is None:
         return images.pixels
     if len(teacher.mean) != images.image_shape[0]:
         raise StudyError(

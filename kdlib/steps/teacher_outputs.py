@@ -26,6 +26,7 @@ from kdlib.steps.training import (
     replay,
     use,
 )
+from kdlib.study.models import TrainedTeacher
 from kdlib.study.study import Study
 from kdlib.trainer.objectives import teacher_columns
 
@@ -54,9 +55,8 @@ def _store_all(
         "weights_sha256": weights_fingerprint(network),
         "n_stages": network.n_stages,
         "outputs": outputs,
-        "trained_here": teacher.training is not None,
-        "trained_on": teacher.trained_on
-        or ("kept" if teacher.learns_from == "train" else "subset"),
+        "trained_here": isinstance(teacher, TrainedTeacher),
+        "trained_on": teacher.trained_on,
     }
 
 
@@ -87,7 +87,7 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
     Raises: ValueError for a teacher that this study trains: step 02 stores its outputs.
     """
     study = study.upstream
-    if study.teacher.training is not None:
+    if isinstance(study.teacher, TrainedTeacher):
         raise ValueError(
             "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
             "its outputs; parts are for a loaded one (study: teacher.weights or teacher.pretrained)"
@@ -176,10 +176,15 @@ def outputs_folder(study: Study, which: str) -> Path:
     return teacher_folder(study) / f"outputs-{which}"
 
 
-def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
-    """The teacher's stored features of some examples of one split, (n, D) float32."""
+def open_stored(study: Study, cache: Cache) -> Cache:
+    """The teacher's stored outputs for the clean images of one split."""
     teacher, split = open_teacher(study), cache.header["split"]
     folder = outputs_folder(study, split)
-    stored = open_outputs(folder, cache, teacher["weights_sha256"], study.data.part_of(split))
+    return open_outputs(folder, cache, teacher["weights_sha256"], study.data.part_of(split))
+
+
+def teacher_features(study: Study, cache: Cache, ids: np.ndarray) -> np.ndarray:
+    """The teacher's stored features of some examples of one split, (n, D) float32."""
+    stored = open_stored(study, cache)
     stored.verify()
     return stored.read("features", ids)[:, 0].astype(np.float32)

@@ -26,7 +26,9 @@ from kdlib.models.weights import load_weights
 from kdlib.repro import checks, files, processor
 from kdlib.repro.run import Run, open_run
 from kdlib.repro.seeds import PURPOSES, derive
-from kdlib.study.study import Compute, Objective, Study, Tracking, Training
+from kdlib.study.objectives import CrossEntropy, Objective
+from kdlib.study.study import Study
+from kdlib.study.training import Compute, Tracking, Training
 from kdlib.trainer.distributed import Ranks, launch, wait
 from kdlib.trainer.loop import Trained, checkpoint_steps, train
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
@@ -34,7 +36,7 @@ from kdlib.trainer.state import saved_step
 from kdlib.trainer.step import ALONE, Task
 from kdlib.trainer.tracking import open_tracker
 
-CROSS_ENTROPY = Objective(kind="cross_entropy")
+CROSS_ENTROPY = CrossEntropy()
 
 
 def use(compute: Compute, ranks: Ranks = ALONE) -> str:
@@ -169,7 +171,7 @@ def train_run(
     if views is not None:
         view = View(views.augment, views.seed, images.pixels, views.n)
     second = None
-    if objective.barlow_weight is not None:
+    if objective.compares_views:
         second = View(training.augment, derive(seed, "second_view"), images.pixels)
     reads = teacher_columns(objective, card["n_stages"] if card else 0)
     loader = Loader(

@@ -1,94 +1,310 @@
-"""The kinds of objective: formula, paper, and what each reads of a teacher."""
+"""What a student minimises: one settings class for each kind of objective.
 
-from dataclasses import dataclass
+The docstring of a class has three paragraphs: the loss in one line, where T is the temperature;
+authors, year and identifier of the paper; the test that works its value by hand.
+"""
 
-from kdlib.study.study import UNTAUGHT, Objective
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from kdlib.study.base import (
+    Count,
+    Distinct,
+    Name,
+    NonNegative,
+    Positive,
+    Settings,
+    Share,
+    matching,
+)
+from kdlib.study.user_code import UserCode
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What is said of one kind of objective.
+class Objective(Settings):
+    """What a student minimises. `alpha` weights the soft loss of `kd` and `mse`; the other
+    objectives add their terms to the cross-entropy (CE), except `tokens`, whose labels train the
+    last layer alone."""
 
-    Attributes:
-        formula: The loss, in one line; T is the temperature.
-        paper: Authors, year, identifier.
-        test: The test that works its value by hand.
+    kind: str
+    teacher: Name | None = None
+    """One of the study's `teachers`; without it its `teacher`."""
+
+    compares_grids: ClassVar[bool] = False  # of features, which are those of one view of an image
+
+    @property
+    def teacher_features(self) -> str | None:
+        """What it reads of a teacher beside logits, as the teacher's settings name it."""
+        return None
+
+    @property
+    def compares_views(self) -> bool:
+        """Whether the student sees each image as two views."""
+        return False
+
+    @property
+    def takes_roots(self) -> bool:
+        """Whether torch takes square roots or logarithms of whole tensors for it, whose last bits
+        differ between makers of processors."""
+        return getattr(self, "standardise", False)
+
+    @classmethod
+    def described(cls) -> tuple[str, str, str]:
+        """Formula, paper and test, from the docstring."""
+        formula, paper, test = cls.__doc__.split("\n\n")
+        return " ".join(formula.split()), paper.strip(), test.strip()
+
+
+class CrossEntropy(Objective):
+    """CE
+
+    -
+
+    tests/trainer/test_logit_losses.py::test_a_cross_entropy_worked_by_hand
     """
 
-    formula: str
-    paper: str
-    test: str
+    kind: Literal["cross_entropy"] = "cross_entropy"
 
 
-_L, _F = "tests/trainer/test_logit_losses.py::test_", "tests/trainer/test_feature_losses.py::test_"
+class LabelSmoothing(Objective):
+    """CE with labels (1 - smoothing) onehot + smoothing / C
+
+    Szegedy et al. 2016, arXiv 1512.00567
+
+    tests/trainer/test_logit_losses.py::test_label_smoothing_worked_by_hand
+    """
+
+    kind: Literal["label_smoothing"] = "label_smoothing"
+    smoothing: Annotated[float, Field(ge=0, lt=1)]
 
 
-KINDS = {
-    "cross_entropy": Kind("CE", "-", _L + "a_cross_entropy_worked_by_hand"),
-    "label_smoothing": Kind(
-        "CE with labels (1 - smoothing) onehot + smoothing / C",
-        "Szegedy et al. 2016, arXiv 1512.00567",
-        _L + "label_smoothing_worked_by_hand",
-    ),
-    "kd": Kind(
-        "(1 - alpha) CE + alpha T² KL(teacher || student)",
-        "Hinton et al. 2015, arXiv 1503.02531; standardise: Sun et al. 2024, arXiv 2403.01427",
-        _L + "a_kd_loss_worked_by_hand",
-    ),
-    "mse": Kind(
-        "(1 - alpha) CE + alpha mean (student - teacher)²",
-        "Ba and Caruana 2014, arXiv 1312.6184",
-        _L + "a_squared_difference_of_logits_worked_by_hand",
-    ),
-    "dkd": Kind(
-        "CE + T² (target_weight TCKD + rest_weight NCKD)",
-        "Zhao et al. 2022, arXiv 2203.08679",
-        _L + "decoupled_parts_worked_by_hand",
-    ),
-    "dist": Kind(
-        "CE + T² (inter_weight (1 - r over classes) + intra_weight (1 - r over examples))",
-        "Huang et al. 2022, arXiv 2205.10536",
-        _L + "correlations_worked_by_hand",
-    ),
-    "hint": Kind(
-        "CE + weight mean (projected stage - teacher's stage)²",
-        "Romero et al. 2015, arXiv 1412.6550",
-        _F + "a_hint_worked_by_hand",
-    ),
-    "attention": Kind(
-        "CE + weight Σ over stages of |map - teacher's map|",
-        "Zagoruyko and Komodakis 2017, arXiv 1612.03928",
-        _F + "attention_maps_worked_by_hand",
-    ),
-    "rkd": Kind(
-        "CE + distance_weight Huber(distances) + angle_weight Huber(angles)",
-        "Park et al. 2019, arXiv 1904.05068",
-        _F + "relations_worked_by_hand",
-    ),
-    "similarity": Kind(
-        "CE + weight mean (Gram - teacher's Gram)²",
-        "Tung and Mori 2019, arXiv 1907.09682",
-        _F + "similarities_worked_by_hand",
-    ),
-    "crd": Kind(
-        "CE + weight (-log h(own) - Σ log(1 - h(other))), both ways, negatives of the batch",
-        "Tian et al. 2020, arXiv 1910.10699",
-        _F + "a_contrast_worked_by_hand",
-    ),
-    "tokens": Kind(
-        "cls_weight (1 - cos CLS) + patch_weight (1 - cos patches) + barlow_weight Barlow; "
-        "labels train the last layer alone",
-        "barlow: Zbontar et al. 2021, arXiv 2103.03230",
-        _F + "tokens_worked_by_hand",
-    ),
-    "own": Kind(
-        "the study's own code",
-        "-",
-        "tests/trainer/test_objectives.py::test_an_own_objective_is_what_its_file_says",
-    ),
+class KD(Objective):
+    """(1 - alpha) CE + alpha T² KL(teacher || student)
+
+    Hinton et al. 2015, arXiv 1503.02531; standardise: Sun et al. 2024, arXiv 2403.01427
+
+    tests/trainer/test_logit_losses.py::test_a_kd_loss_worked_by_hand
+    """
+
+    kind: Literal["kd"] = "kd"
+    alpha: Share
+    temperature: Positive
+    standardise: bool = False
+    """Bring logits to mean 0 and variance 1 before the temperature."""
+
+
+class LogitMSE(Objective):
+    """(1 - alpha) CE + alpha mean (student - teacher)²
+
+    Ba and Caruana 2014, arXiv 1312.6184
+
+    tests/trainer/test_logit_losses.py::test_a_squared_difference_of_logits_worked_by_hand
+    """
+
+    kind: Literal["mse"] = "mse"
+    alpha: Share
+
+
+class DKD(Objective):
+    """CE + T² (target_weight TCKD + rest_weight NCKD)
+
+    Zhao et al. 2022, arXiv 2203.08679
+
+    tests/trainer/test_logit_losses.py::test_decoupled_parts_worked_by_hand
+    """
+
+    kind: Literal["dkd"] = "dkd"
+    temperature: Positive
+    standardise: bool = False
+    """Bring logits to mean 0 and variance 1 before the temperature."""
+    target_weight: NonNegative
+    """Of the gold class against the others."""
+    rest_weight: NonNegative
+    """Among the others."""
+
+
+class DIST(Objective):
+    """CE + T² (inter_weight (1 - r over classes) + intra_weight (1 - r over examples))
+
+    Huang et al. 2022, arXiv 2205.10536
+
+    tests/trainer/test_logit_losses.py::test_correlations_worked_by_hand
+    """
+
+    kind: Literal["dist"] = "dist"
+    temperature: Positive
+    standardise: bool = False
+    """Bring logits to mean 0 and variance 1 before the temperature."""
+    inter_weight: NonNegative
+    """Of the classes of an example."""
+    intra_weight: NonNegative
+    """Of the examples of a class."""
+
+
+class FeatureObjective(Objective):
+    """An objective that reads a teacher's features."""
+
+    @property
+    def teacher_features(self) -> str:
+        """What it reads of a teacher beside logits, as the teacher's settings name it."""
+        return f"{self.kind} {getattr(self, 'stage', '')}".strip()
+
+
+class Hint(FeatureObjective):
+    """CE + weight mean (projected stage - teacher's stage)²
+
+    Romero et al. 2015, arXiv 1412.6550
+
+    tests/trainer/test_feature_losses.py::test_a_hint_worked_by_hand
+    """
+
+    kind: Literal["hint"] = "hint"
+    weight: Positive
+    stage: Count | Literal["middle", "last"] = "middle"
+    """Stage of the networks whose feature grid is read, counted from 1."""
+
+    compares_grids: ClassVar[bool] = True
+
+
+class Attention(FeatureObjective):
+    """CE + weight Σ over stages of |map - teacher's map|
+
+    Zagoruyko and Komodakis 2017, arXiv 1612.03928
+
+    tests/trainer/test_feature_losses.py::test_attention_maps_worked_by_hand
+    """
+
+    kind: Literal["attention"] = "attention"
+    weight: Positive
+
+    compares_grids: ClassVar[bool] = True
+
+
+class RKD(FeatureObjective):
+    """CE + distance_weight Huber(distances) + angle_weight Huber(angles)
+
+    Park et al. 2019, arXiv 1904.05068
+
+    tests/trainer/test_feature_losses.py::test_relations_worked_by_hand
+    """
+
+    kind: Literal["rkd"] = "rkd"
+    distance_weight: NonNegative
+    angle_weight: NonNegative
+
+    @property
+    def takes_roots(self) -> bool:
+        """Distances are square roots."""
+        return True
+
+
+class Similarity(FeatureObjective):
+    """CE + weight mean (Gram - teacher's Gram)²
+
+    Tung and Mori 2019, arXiv 1907.09682
+
+    tests/trainer/test_feature_losses.py::test_similarities_worked_by_hand
+    """
+
+    kind: Literal["similarity"] = "similarity"
+    weight: Positive
+    stage: Count | Literal["middle", "last"] = "last"
+    """Stage of the networks whose feature grid is read, counted from 1."""
+
+    compares_grids: ClassVar[bool] = True
+
+
+class CRD(FeatureObjective):
+    """CE + weight (-log h(own) - Σ log(1 - h(other))), both ways, negatives of the batch
+
+    Tian et al. 2020, arXiv 1910.10699
+
+    tests/trainer/test_feature_losses.py::test_a_contrast_worked_by_hand
+    """
+
+    kind: Literal["crd"] = "crd"
+    temperature: Positive
+    weight: Positive
+    width: Count = 128
+    """Of the embedding."""
+
+
+class Tokens(FeatureObjective):
+    """cls_weight (1 - cos CLS) + patch_weight (1 - cos patches) + barlow_weight Barlow;
+    labels train the last layer alone
+
+    barlow: Zbontar et al. 2021, arXiv 2103.03230
+
+    tests/trainer/test_feature_losses.py::test_tokens_worked_by_hand
+    """
+
+    kind: Literal["tokens"] = "tokens"
+    cls_weight: NonNegative
+    patch_weight: NonNegative
+    barlow_weight: Positive | None = None
+    """Without it there is no second view."""
+
+    compares_grids: ClassVar[bool] = True
+
+    @property
+    def compares_views(self) -> bool:
+        """Whether the student sees each image as two views."""
+        return self.barlow_weight is not None
+
+    @property
+    def takes_roots(self) -> bool:
+        """Barlow's term standardises its embeddings."""
+        return self.compares_views
+
+
+Read = matching(
+    r"logits|features|(stage|attention)[1-9]\d*", "logits, features, stage1, attention1, ..."
+)
+
+
+class UserObjective(UserCode, Objective):
+    """the study's own code
+
+    -
+
+    tests/trainer/test_objectives.py::test_an_own_objective_is_what_its_file_says
+    """
+
+    kind: Literal["own"] = "own"
+    reads: Annotated[tuple[Read, ...], Distinct]
+    """Outputs of student and teacher; none where it uses no teacher."""
+
+    @property
+    def teacher_features(self) -> str | None:
+        """What it reads of a teacher beside logits, as the teacher's settings name it."""
+        return None if self.reads in ((), ("logits",)) else f"own {' '.join(self.reads)}"
+
+
+AnyObjective = Annotated[
+    CrossEntropy
+    | LabelSmoothing
+    | KD
+    | LogitMSE
+    | DKD
+    | DIST
+    | Hint
+    | Attention
+    | RKD
+    | Similarity
+    | CRD
+    | Tokens
+    | UserObjective,
+    Field(discriminator="kind"),
+]
+
+# The class of each kind
+OBJECTIVES: dict[str, type[Objective]] = {
+    cls.model_fields["kind"].default: cls for cls in get_args(get_args(AnyObjective)[0])
 }
 
 
 def needs_teacher(objective: Objective) -> bool:
     """Whether the objective reads teacher outputs."""
-    return objective.kind not in UNTAUGHT and objective.reads != ()
+    if isinstance(objective, UserObjective):
+        return bool(objective.reads)
+    return not isinstance(objective, CrossEntropy | LabelSmoothing)

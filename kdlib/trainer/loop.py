@@ -26,7 +26,7 @@ from kdlib.models.weights import save_weights, weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import Run
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.study import Training
+from kdlib.study.training import Training
 from kdlib.trainer.distributed import gathered
 from kdlib.trainer.optimiser import Ema, Patience, learning_rate
 from kdlib.trainer.state import read_state, write_state

@@ -12,13 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdlib.repro.seeds import torch_seeded
-from kdlib.study.objectives import needs_teacher
-from kdlib.study.own_code import run
-from kdlib.study.study import Objective
+from kdlib.study.objectives import Objective, needs_teacher
+from kdlib.study.user_code import run
 from kdlib.trainer import feature_losses
 from kdlib.trainer.logit_losses import decoupled, dist_terms, logit_mse, soft_loss, standardised
-
-CRD_WIDTH = 128
 
 
 def teacher_columns(objective: Objective, n_stages: int) -> tuple[str, ...]:
@@ -38,7 +35,7 @@ def teacher_columns(objective: Objective, n_stages: int) -> tuple[str, ...]:
         return tuple(f"attention{k}" for k in range(1, n_stages + 1))
     if kind == "tokens":
         return ("features", f"stage{_stage(objective, n_stages)}")
-    return objective.reads or ()
+    return getattr(objective, "reads", ())
 
 
 def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
@@ -53,9 +50,9 @@ def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
 
 
 def _stage(objective: Objective, n_stages: int) -> int:
-    stage = objective.stage
-    if stage is None:
-        stage = (n_stages + 1) // 2 if objective.kind == "hint" else n_stages
+    stage = getattr(objective, "stage", "last")
+    if isinstance(stage, str):
+        stage = {"middle": (n_stages + 1) // 2, "last": n_stages}[stage]
     if not 1 <= stage <= n_stages:
         raise ValueError(
             f"objective {objective.kind} reads stage {stage} of networks of which one has "
@@ -122,7 +119,7 @@ class Distiller(nn.Module):
             return hard + o.temperature**2 * soft
         if o.kind in ("hint", "attention", "similarity", "crd"):
             return hard + o.weight * soft
-        if o.barlow_weight is not None:
+        if o.compares_views:
             soft = soft + o.barlow_weight * feature_losses.barlow(
                 _full(projected["view1"]), _full(projected["view2"])
             )
@@ -184,7 +181,7 @@ class Distiller(nn.Module):
     ) -> Tensor:
         """What a function of the study's own file gives."""
         o = self.objective
-        found = getattr(self.code, function)(student, heard, labels, **(o.options or {}))
+        found = getattr(self.code, function)(student, heard, labels, **o.options)
         if not isinstance(found, Tensor) or found.ndim:
             seen = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"{o.code}: {function} gave {seen}; expected a tensor of no axis")
@@ -245,8 +242,8 @@ def build_distiller(
         if kind == "own":
             made.code = run(objective, "loss", "loss(student, teacher, labels, **options)")
             if hasattr(made.code, "projectors"):
-                given = objective.options or {}
-                projectors.update(made.code.projectors(student_shapes, teacher_shapes, **given))
+                options = objective.options
+                projectors.update(made.code.projectors(student_shapes, teacher_shapes, **options))
             if strange := set(projectors) - set(student_shapes):
                 raise ValueError(
                     f"{objective.code}: projectors stand behind {sorted(strange)}; expected some "
@@ -258,7 +255,7 @@ def build_distiller(
         if kind == "tokens":
             (n_in,), (n_out,) = student_shapes["features"], teacher_shapes["features"]
             projectors["features"] = nn.Linear(n_in, n_out)
-            if objective.barlow_weight is not None:
+            if objective.compares_views:
                 projectors["barlow"] = nn.Sequential(
                     nn.Linear(n_in, n_in, bias=False),
                     nn.BatchNorm1d(n_in),
@@ -266,7 +263,7 @@ def build_distiller(
                     nn.Linear(n_in, n_in, bias=False),
                 )
         if kind == "crd":
-            width, (n_in,) = objective.width or CRD_WIDTH, student_shapes["features"]
+            width, (n_in,) = objective.width, student_shapes["features"]
             (n_teacher,) = teacher_shapes["features"]
             if width > n_teacher:
                 raise ValueError(

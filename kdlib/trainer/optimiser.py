@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from kdlib.study.study import Training
+from kdlib.study.training import Training
 
 
 def learning_rate(training: Training, step: int, n_steps: int) -> float:

@@ -14,7 +14,8 @@ from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.repro.seeds import torch_seeded
-from kdlib.study.study import Compute, Objective, Training
+from kdlib.study.objectives import Objective
+from kdlib.study.training import Compute, Training
 from kdlib.trainer.distributed import Ranks, distributed, gathered, summed_loss, synchronised
 from kdlib.trainer.objectives import Distiller, student_outputs
 from kdlib.trainer.optimiser import learning_rate, make_optimiser

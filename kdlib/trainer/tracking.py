@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.repro import files
-from kdlib.study.study import Tracking
+from kdlib.study.training import Tracking
 
 
 class Tracker:

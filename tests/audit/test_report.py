@@ -23,7 +23,8 @@ from audit.study_b import identical_views, keyed_by_pixels, seed_plus_epoch, tru
 from kdlib.compare.committed import write
 from kdlib.repro import checks, files
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.study.study import load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.yaml_text import parse_yaml
 
 QUICK = (
     unsaved_subset,

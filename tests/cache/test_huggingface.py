@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdlib.cache.sources import SPLITS, Source, open_source
-from kdlib.study.study import Data, HuggingFace
+from kdlib.study.data import Data, HuggingFace
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 BOTH = pytest.mark.parametrize("streaming", [False, True])
@@ -167,7 +167,7 @@ def test_ascending_ranges_open_the_stream_once_and_going_back_opens_it_again(par
 def test_a_process_may_end_with_a_stream_half_read(parquet):
     code = (
         "from kdlib.cache.sources import open_source\n"
-        "from kdlib.study.study import Data, HuggingFace\n"
+        "from kdlib.study.data import Data, HuggingFace\n"
         f"hub = HuggingFace(dataset={str(parquet)!r}, streaming=True)\n"
         "data = Data(source='huggingface', huggingface=hub, n_validation=1)\n"
         "source = open_source(data, 'train')\n"

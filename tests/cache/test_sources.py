@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from kdlib.cache.sources import SPLITS, Source, array_source, open_source, relabelled
-from kdlib.study.study import Data, Relabel
+from kdlib.study.data import Data, Relabel
 
 
 def write_image(path: Path, array: np.ndarray) -> None:

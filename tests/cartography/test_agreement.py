@@ -72,7 +72,7 @@ def test_between_runs_is_the_mean_over_pairs():
     assert between_runs(runs) == pytest.approx({"correlation": -1 / 3, "low": -1, "high": 1})
 
 
-def test_averages_of_more_runs_agree_better_as_the_formula_foretells():
+def test_averages_of_more_runs_agree_better_as_the_prophecy_formula_predicts():
     runs = noisy(12)
     table = stability(runs)
     assert table["n_runs"].tolist() == [1, 2, 3, 4, 5, 6]

@@ -158,7 +158,7 @@ def test_class_distance_is_measured_from_the_coordinatewise_median():
     assert class_distance(np.empty((0, 2)), np.empty(0, np.int64)).tolist() == []
 
 
-def test_prototypicality_is_the_distance_to_the_centre_of_ones_blob():
+def test_prototypicality_is_the_distance_to_the_centre_of_the_nearest_cluster():
     rng = np.random.default_rng(0)
     features = np.concatenate([rng.normal(0, 1, (30, 3)), rng.normal(50, 1, (20, 3))])
     blobs = np.split(features, [30])

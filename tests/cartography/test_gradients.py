@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kdlib.cartography.gradients import gradient_norms
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.networks import build_network
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 PIXELS = Pixels([0.5], [0.25])
 
@@ -66,7 +66,7 @@ def test_measuring_leaves_the_network_and_the_global_generator_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_nothing_gives_nothing():
+def test_no_images_give_no_norms():
     images, labels = batch()
     grand, grand_last = gradient_norms(network(), PIXELS, images[:0], labels[:0])
     assert len(grand) == len(grand_last) == 0

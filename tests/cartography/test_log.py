@@ -215,11 +215,10 @@ def test_a_folder_begun_differently_is_refused_and_left_alone(tmp_path, changes,
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_stray_arrays_without_header_are_refused(tmp_path):
+def test_arrays_without_a_header_are_begun_anew(tmp_path):
     finished(tmp_path)
     (tmp_path / "header.json").unlink()
-    with pytest.raises(ValueError, match=r"no header\.json"):
-        create(tmp_path)
+    assert np.isnan(create(tmp_path)["loss"]).all()
 
 
 @pytest.mark.parametrize(
@@ -236,7 +235,7 @@ def test_stray_arrays_without_header_are_refused(tmp_path):
         (([0], [0], [[1e6, 1.0]], [0]), "float16 cannot hold"),
     ],
 )
-def test_a_batch_that_cannot_be_meant_is_refused_whole(tmp_path, arguments, message):
+def test_nothing_of_an_invalid_batch_is_written(tmp_path, arguments, message):
     log = create(tmp_path)
     with pytest.raises(ValueError, match=message):
         log.record(*(np.array(a) for a in arguments))
@@ -278,7 +277,7 @@ def test_tensors_arrays_and_half_precision_give_one_record(tmp_path):
 
 def test_a_log_open_for_reading_cannot_be_written(tmp_path):
     log = finished(tmp_path)
-    with pytest.raises(ValueError, match="open for reading"):
+    with pytest.raises(ValueError, match="read-only"):
         record_epoch(log, 0)
     with pytest.raises(ValueError, match="read-only"):
         log["loss"][0, 0] = 1
@@ -290,12 +289,12 @@ def test_a_log_open_for_reading_cannot_be_written(tmp_path):
         ([2, 1], [0, 0], "strictly increasing"),
         ([1, 1], [0, 0], "strictly increasing"),
         ([], [], "non-empty"),
-        ([1, 2], [0], "one per example id"),
+        ([1, 2], [0], "1 labels for 2 example ids"),
         ([1, 2], [0, 2], r"span \[0, 2\]; expected \[0, 1\]"),
         ([1, 2], [-1, 0], "labelled"),
     ],
 )
-def test_examples_that_make_no_datamap_are_refused(tmp_path, ids, labels, message):
+def test_invalid_ids_and_labels_are_refused(tmp_path, ids, labels, message):
     with pytest.raises(ValueError, match=message):
         DynamicsLog.create(
             tmp_path, np.array(ids), np.array(labels), n_epochs=1, n_classes=2, observed="train",
@@ -354,12 +353,8 @@ def test_an_index_that_was_changed_is_refused(tmp_path):
     whole = json.loads(path.read_text())
     for change in ({"observed": "eval"}, {"seal": ""}, {"n_classes": 3}):
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=r"index\.json is not a whole index .*record again"):
+        with pytest.raises(ValueError, match=r"index\.json was changed .*record again"):
             DynamicsLog.open(tmp_path)
-    lacking = {key: value for key, value in whole.items() if key != "sha256"}
-    path.write_text(json.dumps(files.sealed(lacking)))
-    with pytest.raises(ValueError, match=r"not a whole index \('sha256'\)"):
-        DynamicsLog.open(tmp_path)
 
 
 def test_an_index_from_before_the_seal_is_read(tmp_path):
@@ -386,7 +381,7 @@ def test_what_is_no_array_is_refused(tmp_path, kind):
         DynamicsLog.open(tmp_path)
 
 
-def test_a_disk_without_room_for_the_log_is_told_before_anything_is_mapped(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_mapped(tmp_path, monkeypatch):
     def full(descriptor, start, n_bytes):
         raise OSError(errno.ENOSPC, "No space left on device")
 

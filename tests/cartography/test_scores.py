@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdlib.cartography import scores as scores_module
 from kdlib.cartography.datamap import compute_datamap, read_datamap, regions, write_datamap
-from kdlib.study.study import SCORES
+from kdlib.study.selections import SCORES
 
 # --- the whole way from logits to datamap --------------------------------------------------------
 
@@ -54,7 +54,7 @@ def test_datamap_of_three_examples_is_as_worked_by_hand(tmp_path):
     assert list(table["region_corner"].cat.categories) == ["easy", "ambiguous", "hard"]
 
 
-def test_score_columns_are_the_scores_of_params(tmp_path):
+def test_score_columns_are_the_scores_of_the_schema(tmp_path):
     table = compute_datamap(finished(tmp_path / "log"), el2n_epoch=1, window=3)
     rest = {"label", "never_learned", "region_variability", "region_corner"}
     further = ["grand", "grand_last", "class_distance", "prototypicality"]  # not of the log alone

@@ -1,7 +1,6 @@
-"""Budgets, strategies, ties and subset files."""
+"""Strategies and ties."""
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -10,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdlib.cartography.selection import select, tie_break
-from kdlib.cartography.subset import Subset
 from kdlib.dataset.plan import budget
-from kdlib.study.study import SCORES, SELECTIONS, Selection
+from kdlib.study.selections import CCS, D2, SCORES, SELECTIONS, DualBeta, Herding, Mixture, Ranking
 
 
 def table_of(n, seed=0, ties=True):
@@ -119,14 +117,14 @@ def test_permuting_the_data_set_permutes_the_selection(strategy, n, seed):
 
 
 RULES = [
-    Selection(kind="mixture", shares={"easy": 0.5, "hard": 0.3, "aum_top": 0.2}),
-    Selection(kind="mixture", shares={"easy": 1.0}, balanced=True),
-    Selection(kind="ccs", score="loss", cutoff=0.3, n_strata=5),
-    Selection(kind="ccs", balanced=True),
-    Selection(kind="d2", score="aum", neighbours=3, gamma_forward=0.5, gamma_reverse=0.0),
-    Selection(kind="herding", balanced=True),
-    Selection(kind="dual_beta", concentration=5.0, exponent=2.0, balanced=True),
-    Selection(kind="hard", balanced=True),
+    Mixture(shares={"easy": 0.5, "hard": 0.3, "aum_top": 0.2}),
+    Mixture(shares={"easy": 1.0}, balanced=True),
+    CCS(score="loss", cutoff=0.3, n_strata=5),
+    CCS(balanced=True),
+    D2(score="aum", neighbours=3, gamma_forward=0.5, gamma_reverse=0.0),
+    Herding(balanced=True),
+    DualBeta(concentration=5.0, exponent=2.0, balanced=True),
+    Ranking(kind="hard", balanced=True),
 ]
 
 
@@ -134,7 +132,7 @@ RULES = [
 @given(st.sampled_from(RULES), st.integers(0, 30), st.integers(0, 1000))
 def test_a_rule_returns_exactly_its_budget_whatever_the_order_of_rows(rule, n, seed):
     table = table_of(30, seed)
-    if rule.cutoff == 0.3 and n > 21:  # nine of thirty are cut off
+    if getattr(rule, "cutoff", None) == 0.3 and n > 21:  # nine of thirty are cut off
         with pytest.raises(ValueError, match="cutoff"):
             select(table, n, rule, seed)
         return
@@ -153,7 +151,7 @@ def test_a_rule_returns_exactly_its_budget_whatever_the_order_of_rows(rule, n, s
 def test_a_mixture_takes_its_shares_though_its_regions_overlap():
     # easy: 1 4 2 3; ambiguous: 2 4 3 1. Of two each, in turns: easy 1, ambiguous 2, easy 4, then
     # ambiguous the next that is free, 3.
-    rule = Selection(kind="mixture", shares={"easy": 0.5, "ambiguous": 0.5})
+    rule = Mixture(shares={"easy": 0.5, "ambiguous": 0.5})
     assert select(SMALL, 2, rule, seed=0).tolist() == [1, 2]
     assert select(SMALL, 3, rule, seed=0).tolist() == [1, 2, 4]
 
@@ -174,7 +172,7 @@ def test_moderate_takes_the_middle_of_the_distances_to_the_class():
         ("tdds_top", ["tdds"], r"it needs dynamics\.logits: true in the study"),
     ],
 )
-def test_a_rule_without_what_it_looks_at_says_so(strategy, columns, message):
+def test_a_rule_names_the_missing_column_or_features(strategy, columns, message):
     with pytest.raises(ValueError, match=message):
         select(table_of(9).drop(columns=columns), 3, strategy, 0)
 
@@ -261,126 +259,3 @@ def test_double_or_fractional_ids_are_refused():
     for index in ([1, 1, 2, 3], [0.5, 1.0, 2.0, 3.0]):
         with pytest.raises(ValueError, match="distinct int64"):
             select(SMALL.set_axis(pd.Index(index)), 1, "random", 0)
-
-
-@settings(max_examples=100, deadline=None)
-@given(n_examples=st.integers(1, 10**6), hundredths=st.integers(0, 100))
-def test_budget_rounds_half_up_in_decimals(n_examples, hundredths):
-    exact = Fraction(hundredths, 100) * n_examples
-    assert budget(n_examples, hundredths / 100) == math.floor(exact + Fraction(1, 2))
-    assert budget(n_examples, 1 / n_examples) == 1
-    assert budget(n_examples, 1.0) == n_examples
-
-
-def test_budget_takes_the_fraction_as_it_is_written():
-    # As binary floats 0.145 and 0.285 lie below what is written; half an example decides.
-    assert budget(100, 0.145) == 15
-    assert budget(1000, 0.2855) == 286
-    assert budget(200, 0.0025) == 1
-
-
-@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
-def test_budget_of_an_impossible_fraction_is_refused(fraction):
-    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
-        budget(10, fraction)
-
-
-# --- files ---------------------------------------------------------------------------------------
-
-
-def subset(ids=(3, 5, 8), **changes):
-    fields = {
-        "strategy": "easy",
-        "fraction": 0.33,
-        "seed": 1,
-        "parent": "map0",
-        "data_fingerprint": "data0",
-    }
-    return Subset(np.array(ids, dtype=np.int64), **(fields | changes))
-
-
-@pytest.mark.parametrize(("ids", "parent"), [((3, 5, 8), "map0"), ((), "map0"), ((1,), None)])
-def test_subset_returns_from_its_file_below_axis_folders(tmp_path, ids, parent):
-    path = tmp_path / "strategy=easy" / "seed=7" / "subset.parquet"
-    saved = subset(ids, parent=parent)
-    saved.save(path)
-    loaded = Subset.load(path, data_fingerprint="data0")
-    assert loaded.example_ids.tolist() == list(ids)
-    assert len(loaded) == len(ids)
-    assert loaded.sha256 == saved.sha256
-    for name in ("strategy", "fraction", "seed", "parent", "data_fingerprint"):
-        assert getattr(loaded, name) == getattr(saved, name)
-
-
-def test_same_seed_gives_the_same_hash_and_other_choices_others():
-    table = table_of(100)
-    hashes = [
-        subset(select(table, 33, strategy, seed)).sha256
-        for strategy, seed in (("random", 0), ("random", 0), ("random", 1), ("easy", 0))
-    ]
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-    assert subset(strategy="a").sha256 == subset(strategy="b").sha256
-
-
-def test_saving_the_same_subset_again_leaves_the_file_alone(tmp_path):
-    path = subset().save(tmp_path / "subset.parquet")
-    before = path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()
-    subset().save(path)
-    assert (path.stat().st_mtime_ns, path.stat().st_ino, path.read_bytes()) == before
-
-
-@pytest.mark.parametrize(
-    ("other", "line"),
-    [
-        (subset(seed=2), "seed: 1 -> 2"),
-        (subset(parent="map1"), "parent: map0 -> map1"),
-        (subset((3, 5, 9)), "sha256: "),
-    ],
-)
-def test_another_subset_is_not_written_over_the_first(tmp_path, other, line):
-    path = subset().save(tmp_path / "subset.parquet")
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match=line):
-        other.save(path)
-    assert path.read_bytes() == before
-
-
-def test_a_subset_of_another_data_set_is_refused(tmp_path):
-    path = subset().save(tmp_path / "subset.parquet")
-    with pytest.raises(ValueError, match="data_fingerprint: data0 -> data1"):
-        Subset.load(path, data_fingerprint="data1")
-
-
-def test_cut_and_absent_files_say_what_to_do(tmp_path):
-    path = subset(range(1000)).save(tmp_path / "subset.parquet")
-    whole = path.read_bytes()
-    for size in (0, 3, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"cut or damaged.*04_distill"):
-            Subset.load(path)
-    with pytest.raises(FileNotFoundError, match="04_distill"):
-        Subset.load(tmp_path / "absent.parquet")
-
-
-def test_a_flipped_byte_among_the_ids_is_noticed(tmp_path):
-    path = subset(range(1000)).save(tmp_path / "subset.parquet")
-    whole = bytearray(path.read_bytes())
-    for position in (100, len(whole) // 4, len(whole) // 3):
-        damaged = bytearray(whole)
-        damaged[position] ^= 1
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
-            Subset.load(path)
-
-
-@pytest.mark.parametrize("ids", [(5, 3), (3, 3), (-1, 5)])
-def test_ids_that_are_not_sorted_distinct_and_positive_are_refused(ids):
-    with pytest.raises(ValueError, match="not sorted, distinct and >= 0"):
-        subset(ids)
-
-
-def test_ids_of_a_subset_cannot_be_changed():
-    chosen = subset()
-    with pytest.raises(ValueError, match="read-only"):
-        chosen.example_ids[0] = 1

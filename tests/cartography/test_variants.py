@@ -1,4 +1,4 @@
-"""What else goes by the names of the scores, worked by hand and against slow loops."""
+"""Variants of the scores, worked by hand and against slow loops."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ from cartography.test_log import LOGITS, finished, random_dynamics, softmax
 from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.variants import SAME_NAME, tdds_still_window, variants
-from kdlib.study.study import SCORES
+from kdlib.study.selections import SCORES
 
 
 def recorded(folder, seed=0, n_epochs=12):

@@ -12,7 +12,8 @@ from tiny import TINY
 from kdlib.compare import committed
 from kdlib.repro import files
 from kdlib.repro.tables import read_parquet
-from kdlib.study.study import load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.yaml_text import parse_yaml
 
 AXES = ["student", "strategy", "fraction", "objective"]
 

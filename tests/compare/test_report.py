@@ -12,7 +12,7 @@ from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.steps.compare import compile_tables, results
 from kdlib.steps.distill import student_folder
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 
 def test_no_row_left_is_no_comparison(lab):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kdlib.dataset.fused import _block, _compiled, available, deliver
 from kdlib.dataset.pixels import normalise, pixel_scale
 from kdlib.dataset.views import apply, draw
-from kdlib.study.study import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 
 compiled = pytest.mark.skipif(not available(), reason="numba is not installed")
 FORMATS = (torch.contiguous_format, torch.channels_last)

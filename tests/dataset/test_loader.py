@@ -23,7 +23,7 @@ from kdlib.dataset.pixels import Pixels, normalise
 from kdlib.dataset.plan import ORDERS, Plan
 from kdlib.dataset.rows import Rows, map_in_one
 from kdlib.dataset.views import augment
-from kdlib.study.study import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 VIEW = View(Augment(crop_padding=2, flip=True), 7, Pixels(MEAN, STD))

@@ -15,7 +15,7 @@ from scipy import stats
 from kdlib.dataset.pixels import normalise, pixel_scale
 from kdlib.dataset.views import ONE, Views, apply, augment, draw
 from kdlib.repro.seeds import counter_hash, torch_seeded
-from kdlib.study.study import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 JITTER = ColourJitter(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.2)

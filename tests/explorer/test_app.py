@@ -36,7 +36,8 @@ from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.datamap import make_datamap as datamap_make_datamap
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.study import load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.yaml_text import parse_yaml
 
 # jupyter-scatter 1.0.1 under pandas 3.1
 pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword")

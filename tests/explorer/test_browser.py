@@ -25,7 +25,7 @@ from kdlib.repro import files
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import open_student
-from kdlib.study.study import load_study
+from kdlib.study.load import load_study
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

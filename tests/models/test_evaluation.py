@@ -10,7 +10,7 @@ from kdlib.models.base import Network
 from kdlib.models.evaluation import accuracy, all_outputs, evaluate, outputs
 from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 PIXELS = Pixels([0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
 

@@ -7,7 +7,7 @@ import torch
 from kdlib.models.base import Network
 from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
-from kdlib.study.study import MODELS, Model
+from kdlib.study.models import MODELS, Model
 
 torch.set_num_threads(1)
 SMALL = ("timm/resnet10t", "timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224")

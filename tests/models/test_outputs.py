@@ -25,7 +25,8 @@ from kdlib.models.outputs import (
     verify_outputs,
 )
 from kdlib.models.weights import weights_fingerprint
-from kdlib.study.study import Augment, Model
+from kdlib.study.models import Model
+from kdlib.study.training import Augment
 
 PIXELS = Pixels([0.5, 0.5, 0.5], [0.3, 0.3, 0.3])
 N = 31  # shards of 7, 7, 7, 7, 3

@@ -7,7 +7,7 @@ import torch
 from kdlib.models.networks import build_network
 from kdlib.models.pretrained import load_pretrained
 from kdlib.models.weights import weights_fingerprint
-from kdlib.study.study import Model
+from kdlib.study.models import Model
 
 HUBCONF = """
 import torch

@@ -17,7 +17,7 @@ from kdlib.plots import results as results_module
 from kdlib.plots import theme
 from kdlib.plots.curves import DIAGNOSTICS, diagnostics, learning_curves, probe_curves, probe_places
 from kdlib.plots.images import region_grid
-from kdlib.study.study import AXES
+from kdlib.study.evaluation import AXES
 
 MARGIN = 0.01
 ACCURACY = {"full": 0.94, "random": 0.90, "easy": 0.87, "ambiguous_corner": 0.899, "hard": 0.78}

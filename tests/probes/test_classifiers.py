@@ -88,7 +88,7 @@ def test_probing_noise_labels_gives_chance_on_test():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_choice_looks_at_the_test_features(seed):
+def test_the_chosen_c_does_not_depend_on_the_test_features(seed):
     train, test = clouds(seed, 200), clouds(5, 100, "test")
     flipped = dataclasses.replace(test, values=-test.values, labels=(test.labels + 1) % 4)
     chosen = [linear_probe(train, other, GRID, seed=0).chosen for other in (test, flipped)]
@@ -138,7 +138,7 @@ def test_the_seed_decides_what_is_held_out_and_the_grid_has_no_order():
     assert backwards == chosen
 
 
-def test_an_unfinished_fit_is_reported_and_warns_nobody(monkeypatch):
+def test_a_fit_cut_short_is_reported_without_a_warning(monkeypatch):
     monkeypatch.setattr(classifiers, "MAX_ITERATIONS", 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -197,7 +197,7 @@ def test_knn_finds_what_a_full_sort_finds_among_many_and_among_hardly_different_
             assert knn_probe(train, test, k).accuracy == knn_by_loops(train, test, k)
 
 
-def test_few_shots_are_drawn_by_class_and_tell_more_the_more_there_are():
+def test_few_shots_are_drawn_by_class_and_more_of_them_give_a_higher_accuracy():
     train, test = clouds(0, 400), clouds(1, 500, "test")
     found = [few_shot_probe(train, test, n, 5, seed=0) for n in (1, 5, 50)]
     accuracies = [result.accuracy for result in found]
@@ -265,7 +265,7 @@ def test_all_probes_refuse_features_that_do_not_belong_together(run):
         run(dataclasses.replace(train, labels=np.full(40, 2)), test)
 
 
-def test_features_that_cannot_be_right_are_refused_when_they_are_made():
+def test_invalid_features_are_refused_when_they_are_made():
     good = clouds(0, 10)
 
     def broken(**changes):

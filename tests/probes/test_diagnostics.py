@@ -188,7 +188,7 @@ def test_collapsed_features_are_at_the_bad_end_of_every_diagnostic():
     assert mean_cosine(np.vstack([line[1:], 1e6 * row])) > 0.8
 
 
-def test_the_pairs_of_some_examples_are_those_of_these_examples_alone():
+def test_uniformity_of_some_rows_is_that_of_these_examples():
     values = np.random.default_rng(0).normal(size=(1200, 5))
     rows = np.random.default_rng(1).permutation(1200)[:600]
     assert uniformity(values, rows) == pytest.approx(uniformity(values[rows]))

@@ -1,5 +1,5 @@
-"""Features of every layer are those of one pass each, and other images reach the network in the
-shape it knows."""
+"""Features of each layer equal those of a pass of its own, and other images are brought to the
+network's input shape."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_other_sizes_are_resized_and_flat_images_stay_flat():
     assert adapted(halves, (1, 2, 2))[0, 0, :, 0].max() < 50
 
 
-def test_strange_channels_are_refused():
+def test_other_numbers_of_channels_are_refused():
     with pytest.raises(ValueError, match="2 channels and the network takes 3; expected 1 or 3"):
         adapted(torch.zeros(1, 2, 4, 4, dtype=torch.uint8), (3, 4, 4))
 

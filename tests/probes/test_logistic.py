@@ -94,7 +94,7 @@ def test_classes_that_a_plane_separates_converge_at_a_huge_c():
     assert fit.objective <= least * (1 + 1e-3)
 
 
-def test_constant_repeated_and_missing_features_and_classes_are_no_trouble():
+def test_constant_and_repeated_features_and_missing_classes_reach_the_minimum():
     values, labels = clouds()
     whole = np.hstack([values, np.full((400, 2), 3.0), values[:, :2]])
     for fit in fit_path(whole, 10 * labels + 5, [0.01, 1.0, 100.0]):

@@ -11,7 +11,8 @@ import yaml
 from tiny import TINY, tiny_study
 
 from kdlib.repro import processor
-from kdlib.study.study import StudyError, parse_yaml
+from kdlib.study.base import StudyError
+from kdlib.study.yaml_text import parse_yaml
 
 HELD = processor.KERNELS | processor.LIBRARIES
 has_avx2 = pytest.mark.skipif(
@@ -93,7 +94,7 @@ def test_roots_that_differ_between_processors_are_not_portable(home, section, va
 
 
 def test_settings_of_a_study_that_is_not_portable_read_as_before(home):
-    assert "portable" not in tiny_study(home).step_settings("teacher")["compute"]
+    assert tiny_study(home).step_settings("teacher")["compute"]["portable"] is False
     asked = tiny_study(home, compute={"portable": True})
     assert asked.step_settings("teacher")["compute"]["portable"] is True
 

@@ -9,7 +9,8 @@ from kdlib.cache.shards import CacheError
 from kdlib.repro.run import read_evidence
 from kdlib.steps import cache, commands
 from kdlib.steps.distill import open_student, student_folder
-from kdlib.study.study import StudyError, load_study
+from kdlib.study.base import StudyError
+from kdlib.study.load import load_study
 
 from tiny import tiny_study  # isort: skip
 

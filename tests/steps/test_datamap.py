@@ -25,7 +25,7 @@ def test_a_changed_study_does_not_silently_use_what_was_made_before(lab):
     with pytest.raises(ValueError, match="split_seed: 0 -> 3; run the notebook"):
         open_images(tiny_study(lab, data__split_seed=3))
     study = tiny_study(lab, dynamics__window=4)
-    with pytest.raises(ValueError, match=r"before the study was changed .* scoring.window: 3 -> 4"):
+    with pytest.raises(ValueError, match=r"study was changed .* dynamics.window: 3 -> 4"):
         train_student(study, images, study.cell(strategy="easy"), 5)
     study = tiny_study(lab, teacher__seed=9)
     for needing in (

@@ -4,7 +4,7 @@ import pytest
 
 from kdlib.steps import probe
 from kdlib.steps.probe import other_examples
-from kdlib.study.study import Data
+from kdlib.study.data import Data
 
 
 def test_examples_of_another_data_set_are_cached_once_and_split_as_it_says(tmp_path, monkeypatch):

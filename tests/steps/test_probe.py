@@ -15,7 +15,7 @@ from kdlib.steps.compare import compile_tables, probes
 from kdlib.steps.distill import open_student, student_folder
 from kdlib.steps.figures import draw_comparison
 from kdlib.steps.teacher_outputs import open_teacher
-from kdlib.study.study import parse_yaml
+from kdlib.study.yaml_text import parse_yaml
 
 
 def test_kept_weights_that_were_changed_are_not_probed(lab):

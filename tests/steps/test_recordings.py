@@ -13,7 +13,10 @@ from kdlib.steps.cache import cache_images
 from kdlib.steps.figures import draw_noise, draw_scores, redraw_scores
 from kdlib.steps.noise import describe_noise, noise_tables
 from kdlib.steps.scores import describe_scores, finish, recorded_scores, score_tables
-from kdlib.study.study import Study, StudyError, load_study, parse_yaml
+from kdlib.study.base import StudyError
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
+from kdlib.study.yaml_text import parse_yaml
 
 MORE = {
     "base": str(TINY),

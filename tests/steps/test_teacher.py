@@ -28,7 +28,9 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
-from kdlib.study.study import Model, load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.models import Model
+from kdlib.study.yaml_text import parse_yaml
 
 
 def test_a_teacher_below_its_card_stops_the_study(lab):

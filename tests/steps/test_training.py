@@ -22,7 +22,9 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import student_folder, train_student
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_network import keep_epoch
-from kdlib.study.study import Study, load_study, parse_yaml
+from kdlib.study.load import load_study
+from kdlib.study.study import Study
+from kdlib.study.yaml_text import parse_yaml
 from kdlib.trainer.loop import checkpoint_steps
 
 STUDIES = sorted(TINY.parent.glob("*.yaml"))

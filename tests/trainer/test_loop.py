@@ -25,7 +25,10 @@ from kdlib.models.base import Network
 from kdlib.models.networks import build_network
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive
-from kdlib.study.study import Compute, Model, Objective, Training
+from kdlib.study import objectives
+from kdlib.study.models import Model
+from kdlib.study.objectives import CrossEntropy
+from kdlib.study.training import Compute, Training
 from kdlib.trainer import loop
 from kdlib.trainer.loop import train
 from kdlib.trainer.objectives import build_distiller, student_outputs
@@ -87,7 +90,7 @@ def images(tmp_path):
     )
 
 
-KD = Objective(kind="kd", alpha=0.5, temperature=2.0)
+KD = objectives.KD(alpha=0.5, temperature=2.0)
 
 
 def _task(
@@ -375,7 +378,7 @@ def test_permuted_teacher_rows_show_in_the_pairing(tmp_path, images):
 
 
 def test_without_teacher_there_is_no_pairing(tmp_path, images):
-    task = _task(images, objective=Objective(kind="cross_entropy"))
+    task = _task(images, objective=CrossEntropy())
     loader = Loader(task.loader.plan, images, view=View(TRAINING.augment, 0, PIXELS))
     plain = dataclasses.replace(task, loader=loader)
     assert train(_run(tmp_path / "run"), plain).evidence["pairing"] is None
@@ -551,7 +554,9 @@ from kdlib.dataset.batch import View
 from kdlib.dataset.loader import Loader
 from kdlib.models.networks import build_network
 from kdlib.trainer.objectives import build_distiller
-from kdlib.study.study import Augment, Model, Objective, Training
+from kdlib.study.models import Model
+from kdlib.study.objectives import CrossEntropy
+from kdlib.study.training import Augment, Training
 from kdlib.repro.run import Run
 from kdlib.dataset.plan import Plan
 from kdlib.trainer.loop import train
@@ -577,7 +582,7 @@ training = Training(
     steps=60, batch_size=32, lr_peak=0.1, ema=0.9, optimiser="adamw",
     augment=Augment(crop_padding=1), checkpoint_fractions=(0, 0.5), evaluate_every_steps=7,
 )
-objective = Objective(kind="cross_entropy")
+objective = CrossEntropy()
 normal = Pixels([0.3], [0.4])
 network = build_network(Model(name="tiny_cnn"), n_classes=10, image_shape=(1, 8, 8), seed=0)
 train(Run(folder, {"some": "settings"}), Task(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdlib.study.study import Training
+from kdlib.study.training import Training
 from kdlib.trainer.optimiser import Ema, Patience, learning_rate, make_optimiser
 
 

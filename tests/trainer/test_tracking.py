@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdlib.study.study import Tracking
+from kdlib.study.training import Tracking
 from kdlib.trainer.tracking import open_tracker
 
 ROW = {"train_loss": 0.5, "validation_accuracy": 0.25}
@@ -63,7 +63,7 @@ def test_trackers_leave_the_global_generators_as_they_were(tmp_path, monkeypatch
 def test_switched_off_nothing_is_imported_or_written(tmp_path):
     code = (
         "import sys; from pathlib import Path; from kdlib.trainer.tracking import open_tracker; "
-        "from kdlib.study.study import Tracking; "
+        "from kdlib.study.training import Tracking; "
         f"t = open_tracker(Tracking(), Path({str(tmp_path)!r}), 'a', {{}}, 0); "
         "tracker = t.__enter__(); tracker.log({'loss': 1.0}, 1); t.__exit__(None, None, None); "
         "print([m for m in ('wandb', 'tensorboard', 'torch') if m in sys.modules])"

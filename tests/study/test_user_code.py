@@ -1,6 +1,5 @@
-"""`kdlib.study.own_code`: selections from a file of the study's own, and that no code runs
-unasked; objectives
-are in `test_objectives`."""
+"""`kdlib.study.user_code`: selections from a file of the user, and that no code runs unasked;
+objectives are in `tests/trainer/test_objectives.py`."""
 
 import os
 
@@ -9,8 +8,8 @@ import pandas as pd
 import pytest
 
 from kdlib.cartography.selection import select
-from kdlib.study.own_code import run
-from kdlib.study.study import Selection
+from kdlib.study.selections import Ranking, UserSelection
+from kdlib.study.user_code import pin, run
 
 CODE = """
 def cost(table, power):
@@ -26,8 +25,8 @@ def home(tmp_path, monkeypatch):
 
 
 def rule(**more):
-    given = {"kind": "own", "code": "mine.py", "trust_code": True, "options": {"power": 2.0}}
-    return Selection(**given | more)
+    given = {"code": "mine.py", "trust_code": True, "options": {"power": 2.0}}
+    return pin(UserSelection(**given | more), "selections.mine")
 
 
 def table():
@@ -72,11 +71,11 @@ def test_costs_that_are_none_are_refused(home, body, told):
 
 def test_a_selection_without_trust_or_code_is_refused_when_the_study_is_read(home):
     (home / "mine.py").write_text("raise SystemExit('ran')")
-    for wrong in ({"trust_code": None}, {"code": None}):
-        with pytest.raises(ValueError, match="needs `code`, a file, and `trust_code: true`"):
-            rule(**wrong)
-    with pytest.raises(ValueError, match="code"):
-        Selection(kind="random", code="mine.py", trust_code=True)
+    for key in ("trust_code", "code"):
+        with pytest.raises(ValueError, match=rf"(?s){key}\n.*Field required"):
+            rule(**{key: None})
+    with pytest.raises(ValueError, match="unknown key 'code'"):
+        Ranking(kind="random", code="mine.py", trust_code=True)
 
 
 def test_no_code_runs_but_that_whose_sha256_was_read(home):

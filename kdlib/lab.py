@@ -1,0 +1,291 @@
+"""A study as an object: one method for each notebook, with plain DataFrames and arrays as results.
+
+    lab = open_study("params/digits.yaml")
+    lab.cache(); lab.teacher(); lab.datamap()                                   # 01, 02, 03
+    lab.distill("ambiguous", fraction=0.33); lab.probe(); lab.compare()         # 04, 05, 06
+
+A method makes what is not there yet and opens what is. The functions behind it, for scripts, are
+those of `kdlib.steps`.
+"""
+
+import sys
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from kdlib.cache.outputs import stored_logits
+from kdlib.cache.shards import Cache
+from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.subset import Subset
+from kdlib.compare.comparisons import Tables
+from kdlib.dataset.images import Images
+from kdlib.models.base import Network
+from kdlib.models.evaluation import evaluate
+from kdlib.repro.run import read_evidence, read_metrics
+from kdlib.steps.cache import cache_images, open_images, split_table
+from kdlib.steps.columns import meanings
+from kdlib.steps.compare import compile_tables, finish, open_tables
+from kdlib.steps.datamap import make_datamap
+from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
+from kdlib.steps.noise import noise_tables
+from kdlib.steps.probe import probe_cell
+from kdlib.steps.recordings import record_all, recording_table
+from kdlib.steps.scores import finish as finish_tables
+from kdlib.steps.scores import score_tables
+from kdlib.steps.shown import FIGURES, TEXTS, Picture, Text, describe, draw, step_of
+from kdlib.steps.teacher import make_teacher, teacher_table
+from kdlib.steps.teacher_outputs import open_stored
+from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES
+from kdlib.study.load import load_study
+from kdlib.study.parameters import check_history
+from kdlib.study.place import study_file
+from kdlib.study.study import Study
+
+Name, Share = str | None, float | None
+
+
+def open_study(study: str | Path = "params/digits.yaml", **axes: str | float) -> "Lab":
+    """Read a study file, and print its absolute path.
+
+    Args:
+        study: The file: absolute, else relative to the current folder, else to the workspace.
+        axes: `student`, `strategy`, `fraction`, `objective` of the calls that name none. As in the
+            parameters cell of a notebook, an empty string or 0 leaves an axis open.
+
+    Raises: ValueError for a papermill parameter that this notebook does not have, for a study or a
+        value that is not valid; FileNotFoundError that lists the studies there are.
+    """
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:
+        check_history(shell.user_ns.get("In", ()))
+    path = study_file(study)
+    lab = Lab(load_study(path), **{a: v for a, v in axes.items() if v not in ("", 0, None)})
+    print(f"study {lab.study.name}: {path}")
+    return lab
+
+
+class Lab:
+    """A study with its images, runs, tables and figures.
+
+    Methods about students take `strategy`, `fraction`, `objective` and `student`. One that is not
+    given has the value of `open_study`, else the first of the study's axis.
+
+    Attributes:
+        study: The settings.
+    """
+
+    def __init__(self, study: Study, **point: str | float) -> None:
+        """Args: study, the settings; point, values of axes for calls that name none."""
+        self.study, self._point = study, point
+        self._tables: dict[str, Tables] = {}
+        self._figures: dict[str, dict[str, Picture]] = {}
+        self.cell()
+
+    @cached_property
+    def images(self) -> Images:
+        """The cached images and their split: `train_ids`, `validation_ids`, `dataset("train")`."""
+        return open_images(self.study)
+
+    def cell(self, **point: str | float | None) -> Cell:
+        """One cell of the study: a student, strategy, fraction and objective."""
+        given = {axis: value for axis, value in point.items() if value is not None}
+        return self.study.cell(**self._point | given)
+
+    def cache(self) -> pd.DataFrame:
+        """Step 01: cache the images. Returns: One row per split."""
+        self.images = cache_images(self.study)
+        return split_table(self.images)
+
+    def teacher(self) -> pd.DataFrame:
+        """Step 02: train or load the teachers, store their outputs. Returns: One row each."""
+        make_teacher(self.study, self.images)
+        return teacher_table(self.study)
+
+    def dynamics(self) -> DynamicsLog:
+        """The recorded training dynamics: an array (E, N) for each quantity, `log["gold_prob"]`."""
+        return DynamicsLog.open(self.study.recorded_run / "dynamics", self.images.fingerprints)
+
+    def datamap(self) -> pd.DataFrame:
+        """Step 03: every score of every training example.
+
+        Returns: Index `example_id`; `lab.columns(table)` explains the columns.
+        """
+        return make_datamap(self.study, self.images)
+
+    def explore(self, **options: Any) -> Any:
+        """The datamap as an app; make it the last line of a cell.
+
+        Args:
+            options: Of `kdlib.explorer.explore`.
+        """
+        from kdlib.explorer import explore  # widgets, where they are shown
+
+        return explore(self.study, **options)
+
+    def select(self, strategy: Name = None, fraction: Share = None, seed: int = 0) -> Subset:
+        """The training examples of a strategy, fraction and seed: `subset.example_ids`."""
+        cell = self.cell(strategy=strategy, fraction=fraction)
+        return make_subset(self.study, self.images, cell, seed)
+
+    def distill(
+        self,
+        strategy: Name = None,
+        fraction: Share = None,
+        objective: Name = None,
+        student: Name = None,
+        seeds: Iterable[int] | None = None,
+    ) -> pd.DataFrame:
+        """Step 04: train the students of one subset: all seeds, and all objectives unless one is
+        given.
+
+        Returns: One row per run; `lab.columns(table)` explains the columns.
+        """
+        cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
+        one = objective or self._point.get("objective")
+        runs = {
+            (c, seed): train_student(self.study, self.images, c, seed)
+            for c in ([cell] if one else self.study.same_subset(cell))
+            for seed in (self.study.seeds if seeds is None else seeds)
+        }
+        return run_table(self.study, runs)
+
+    def student(
+        self,
+        strategy: Name = None,
+        fraction: Share = None,
+        objective: Name = None,
+        student: Name = None,
+        seed: int = 0,
+    ) -> Network:
+        """The network of one finished student, with the weights of its last step, in evaluation
+        mode."""
+        cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
+        return student_network(self.study, self.images, cell, seed)
+
+    def untrained(self, student: Name = None, seed: int = 0) -> Network:
+        """A student's network with the weights from which its runs of a seed begin."""
+        return new_student(self.study, self.images, self.cell(student=student), seed)
+
+    def evaluate(self, network: Network, split: str = "test") -> tuple[float, float]:
+        """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on a split's images."""
+        data, place = self.images.dataset(split), next(network.parameters()).device
+        images, labels = (
+            torch.from_numpy(data.images.read(column, data.example_ids)).to(place)
+            for column in ("images", "labels")
+        )
+        return evaluate(network, self.images.pixels, images, labels)
+
+    def teacher_outputs(self, split: str = "train") -> Cache:
+        """The teacher's stored outputs for the clean images of `train` or `test`."""
+        return open_stored(self.study, self.images.test if split == "test" else self.images.train)
+
+    def teacher_logits(self, subset: Subset | np.ndarray, split: str = "train") -> np.ndarray:
+        """The teacher's stored logits for a subset or example ids: (n, C) float32."""
+        ids = getattr(subset, "example_ids", subset)
+        return stored_logits(self.teacher_outputs(split), ids).numpy()
+
+    def probe(
+        self,
+        strategy: Name = None,
+        fraction: Share = None,
+        objective: Name = None,
+        student: Name = None,
+    ) -> pd.DataFrame:
+        """Step 05: probes and diagnostics of every kept checkpoint of a cell, and of the teacher.
+
+        Returns: One row per seed, step, data set, layer and probe.
+        """
+        cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
+        return probe_cell(self.study, self.images, cell)
+
+    def compare(self) -> Tables:
+        """Step 06, once all runs and probes of the study are finished (`python -m kdlib study`).
+
+        Returns: `results`, one row per run; what follows from it: `strategies`, `objectives`,
+            `controls` and `ledger`; and `curves`, `probes`, `costs`.
+        Raises: FileNotFoundError for probes that are not there yet.
+        """
+        tables = compile_tables(self.study)
+        finish(self.study, tables)
+        return self._keep("compare", tables)
+
+    def record(self) -> pd.DataFrame:
+        """Train and record what the study's `recordings` name. Returns: One row each."""
+        return recording_table(self.study, record_all(self.study, self.images))
+
+    def scores(self) -> Tables:
+        """Step 07: how scores agree with each other, from seed to seed and between networks."""
+        tables = score_tables(self.study, self.images)
+        finish_tables(self.study, "scores", tables)
+        return self._keep("scores", tables)
+
+    def noise(self) -> Tables:
+        """Step 08: how well scores find training labels that are wrong."""
+        tables = noise_tables(self.study, self.images)
+        finish_tables(self.study, "noise", tables)
+        return self._keep("noise", tables)
+
+    def _keep(self, step: str, tables: Tables) -> Tables:
+        self._tables[step] = tables
+        self._figures.pop(step, None)
+        return tables
+
+    def _open(self, step: str) -> Tables:
+        """The tables of `compare`, `scores` or `noise`, of this session, else from the files."""
+        if step == "compare" and step not in self._tables:
+            self._tables[step], _ = open_tables(self.study)
+        return self._tables[step] if step in self._tables else getattr(self, step)()
+
+    def figures(self, step: str) -> dict[str, Picture]:
+        """All figures of `cache`, `datamap`, `compare`, `scores` or `noise` by name, drawn and
+        written to `figures/<study>/`."""
+        if step not in self._figures:
+            tables = self._open(step) if step in TEXTS else {}
+            self._figures[step] = draw(self.study, self.images, step, tables)
+        return self._figures[step]
+
+    def figure(self, name: str) -> Picture:
+        """One figure by name, such as `datamap`, `regions` or `accuracy`; as `figures`.
+
+        Raises: KeyError for a figure that the study does not have.
+        """
+        if name not in (drawn := self.figures(step_of(name, FIGURES))):
+            raise KeyError(f"{self.study.name} has no figure {name!r}; it has {', '.join(drawn)}")
+        return drawn[name]
+
+    def text(self, name: str) -> Text:
+        """What a step found, as Markdown, also written to `figures/<study>/`: `summary`,
+        `comparison`, `objectives`, `ledger`, `scores` or `noise`."""
+        return describe(self.study, name, self._open(step_of(name, TEXTS)))
+
+    def curves(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """The metrics of runs, one row per evaluation: accuracy and loss by epoch and step.
+
+        Args:
+            runs: Rows with a `folder`, as `distill`, `record` and `teacher` return them.
+        """
+        return _of_each(runs, read_metrics)
+
+    def checks(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """What each run was checked for: `name`, `passed`, and `sentence` with the numbers.
+
+        Args:
+            runs: As in `curves`.
+        """
+        return _of_each(runs, lambda folder: pd.DataFrame(read_evidence(folder)["checks"]))
+
+    def columns(self, table: pd.DataFrame) -> Text:
+        """What the columns of a table mean, for those of the datamap, of runs, of probes."""
+        return Text("\n".join(f"- `{name}`: {told}" for name, told in meanings(table).items()))
+
+
+def _of_each(runs: pd.DataFrame, read: Any) -> pd.DataFrame:
+    axes = [axis for axis in (*AXES, "seed", "teacher", "model", "part") if axis in runs]
+    tables = (read(Path(run["folder"])).assign(**run[axes]) for _, run in runs.iterrows())
+    return pd.concat(tables, ignore_index=True)

@@ -1,0 +1,112 @@
+"""The cells of a study: points of its axes, each with all seeds."""
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdlib.repro.files import nearest
+from kdlib.study.base import StudyError, known
+from kdlib.study.consistency import check_strategy
+from kdlib.study.evaluation import AXES
+from kdlib.study.selections import PICKED
+
+if TYPE_CHECKING:
+    from kdlib.study.study import Study
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One point of the axes; `path` names its folder."""
+
+    student: str
+    strategy: str
+    fraction: float
+    objective: str
+
+    @property
+    def path(self) -> Path:
+        parts = dict(self.items()) | {"fraction": repr(self.fraction).removesuffix(".0")}
+        return Path(*(f"{axis}={value}" for axis, value in parts.items()))
+
+    def items(self) -> Iterable[tuple[str, str | float]]:
+        return asdict(self).items()
+
+
+def cells(study: "Study") -> list[Cell]:
+    """All cells, the full set first; beside a picked selection its baseline of equal size.
+
+    Raises: As `fraction_of`.
+    """
+    axes, baseline, subsets = study.axes, study.compare.baseline, [("full", 1.0)]
+    for strategy in axes.strategy:
+        fraction = fraction_of(study, strategy)
+        if fraction is None:
+            subsets += itertools.product([strategy], axes.fraction)
+        else:
+            subsets += [(strategy, fraction)]
+            if fraction_of(study, baseline) is None and strategy != "full":
+                subsets += [(baseline, fraction)]
+    subsets = list(dict.fromkeys(subsets))
+    return [Cell(st, s, f, o) for st in axes.student for s, f in subsets for o in axes.objective]
+
+
+def probed_cells(study: "Study") -> list[Cell]:
+    """The cells whose checkpoints are probed."""
+    probe = study.probe
+    return [
+        cell
+        for cell in cells(study)
+        if cell.strategy in probe.strategy
+        and cell.objective in probe.objective
+        and cell.fraction == (1.0 if cell.strategy == "full" else probe.fraction)
+    ]
+
+
+def cell_at(study: "Study", axes: dict[str, Any]) -> Cell:
+    """The cell with these axis values; an axis that is not given takes the study's first value.
+
+    Raises: StudyError for an unknown axis or value.
+    """
+    for axis in axes:
+        if axis not in AXES:
+            raise StudyError(f"unknown axis {axis!r}; {nearest(axis, AXES)}")
+    values = {
+        axis: axes.get(axis) if axes.get(axis) is not None else getattr(study.axes, axis)[0]
+        for axis in AXES
+    }
+    try:
+        check_strategy(str(values["strategy"]), study.selections)
+        known(values["student"], study.students, "student")
+        known(values["objective"], study.objectives, "objective")
+    except ValueError as error:
+        raise StudyError(str(error)) from None
+    fixed = fraction_of(study, values["strategy"])
+    if fixed is not None:
+        values["fraction"] = fixed
+    try:
+        fraction = float(values["fraction"])
+    except (TypeError, ValueError):
+        fraction = math.nan
+    if not 0 < fraction <= 1:
+        raise StudyError(f"fraction is {values['fraction']!r}; expected a number in (0, 1]")
+    return Cell(values["student"], values["strategy"], fraction, values["objective"])
+
+
+def fraction_of(study: "Study", strategy: str) -> float | None:
+    """The fraction that a strategy has by itself; None when the study says it.
+
+    Raises: FileNotFoundError for a picked selection that was not saved; ValueError for one that was
+        changed.
+    """
+    if strategy == "full":
+        return 1.0
+    if not strategy.startswith(PICKED):
+        return None
+    from kdlib.repro.tables import read_parquet  # pandas, only here
+
+    maker = "the map in notebooks/03_datamap.ipynb and save a selection of that name"
+    _, metadata = read_parquet(study.picked(strategy), maker)
+    return float(metadata["fraction"])

@@ -1,0 +1,151 @@
+"""Whether the sections of a study fit each other."""
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from kdlib.study.base import NAME, known
+from kdlib.study.models import StoredOutputs
+from kdlib.study.objectives import needs_teacher
+from kdlib.study.selections import PICKED, STRATEGIES
+from kdlib.study.training import Augment
+
+if TYPE_CHECKING:
+    from kdlib.study.study import Study
+
+
+def check(study: "Study") -> None:
+    """Compare every section with those it names.
+
+    Raises: ValueError with the first thing that does not fit.
+    """
+    _check_names(study)
+    _check_probes(study)
+    _check_teachers(study)
+    _check_trainings(study)
+    _check_objectives(study)
+    if study.compute.portable:
+        _check_portable(study)
+
+
+def check_strategy(name: str, selections: Iterable[str]) -> None:
+    """Refuse a strategy that is neither built in, nor named by the study, nor picked by hand."""
+    if not (name.startswith(PICKED) and re.fullmatch(NAME, name, re.ASCII)):
+        known(name, (*STRATEGIES, *selections, f"{PICKED}<name>"), "strategy")
+
+
+def _check_names(study: "Study") -> None:
+    for name in study.axes.student:
+        known(name, study.students, "student on the axis")
+    for name in study.selections:
+        if name in STRATEGIES or name.startswith(PICKED):
+            raise ValueError(f"selection {name!r} has the name of a built-in strategy")
+    for name in study.axes.strategy:
+        check_strategy(name, study.selections)
+    for name in study.axes.objective:
+        known(name, study.objectives, "objective")
+    known(study.compare.baseline, study.axes.strategy, "baseline strategy")
+    if study.compare.objective is not None:
+        known(study.compare.objective, study.axes.objective, "objective to compare with")
+
+
+def _check_probes(study: "Study") -> None:
+    probe, axes, measure = study.probe, study.axes, study.compare.measure
+    for name in probe.objective:
+        known(name, axes.objective, "objective to probe")
+    for name in probe.strategy:
+        known(name, ("full", *axes.strategy), "strategy to probe")
+        if name.startswith(PICKED):
+            raise ValueError(f"{name} has a fraction of its own and cannot be probed")
+    if probe.fraction not in axes.fraction:
+        raise ValueError(f"probe.fraction is {probe.fraction}; expected one of axes.fraction")
+    if measure == "accuracy":
+        return
+    lacking = {
+        "strategy": {"full", *axes.strategy} - set(probe.strategy),
+        "objective": set(axes.objective) - set(probe.objective),
+        "fraction": set(axes.fraction) - {probe.fraction},
+    }
+    if lacking := {axis: sorted(values) for axis, values in lacking.items() if values}:
+        raise ValueError(
+            f"compare.measure is {measure}, but not every cell is probed: probe lacks {lacking}; "
+            "add them, or compare accuracy"
+        )
+
+
+def _check_teachers(study: "Study") -> None:
+    if study.teacher.of_subset:
+        raise ValueError(
+            "the study's teacher learns from all training images; one that learns from the "
+            "subset alone stands under `teachers`"
+        )
+    if study.recorded_training is None:
+        raise ValueError(
+            "a loaded teacher has no recorded training: give `dynamics` a model and a training"
+        )
+    for name, teacher in study.teachers.items():
+        if teacher.outputs != StoredOutputs():
+            raise ValueError(
+                f"teacher {name} has `outputs`; those of `teacher` hold for all: students of "
+                "one study see the same views"
+            )
+    everyone = (study.teacher, *study.teachers.values())
+    contaminated = any(teacher.trained_on == "train" for teacher in everyone)
+    if contaminated and (how := study.training.selects):
+        raise ValueError(
+            f"`{how}` reads the validation images, which the teacher has learnt from "
+            "(trained_on: train): take another teacher, or a budget that does not read them"
+        )
+
+
+def _check_trainings(study: "Study") -> None:
+    for training in study.trainings:
+        pieces = training.accumulate * study.compute.processes
+        if training.batch_size % pieces:
+            raise ValueError(
+                f"batch_size {training.batch_size} cannot be split among "
+                f"{study.compute.processes} processes, each in {training.accumulate} pieces; "
+                f"expected a multiple of {pieces}"
+            )
+    if study.recorded_training.early_stopping is not None:
+        raise ValueError(
+            "`early_stopping` is for students: every epoch of the recorded training is planned"
+        )
+
+
+def _check_objectives(study: "Study") -> None:
+    augmented = study.training.augment != Augment()
+    for name, objective in study.objectives.items():
+        if objective.teacher is not None:
+            if not needs_teacher(objective):
+                raise ValueError(
+                    f"objective {name} uses no teacher: remove `teacher: {objective.teacher}`"
+                )
+            known(objective.teacher, study.teachers, f"teacher of objective {name}")
+        # grids of features cannot be augmented afterwards
+        if objective.compares_grids and augmented and study.teacher.outputs.views is None:
+            raise ValueError(
+                f"objective {name} compares grids of features, and the flipped grid is not that of "
+                "the flipped image: give teacher.outputs.views, which the students then see, or no "
+                "training.augment"
+            )
+        if objective.compares_views and not augmented:
+            raise ValueError(
+                f"objective {name} compares two views of each image: give training.augment"
+            )
+
+
+def _check_portable(study: "Study") -> None:
+    """torch leaves square roots and logarithms of whole tensors to a library of a maker of
+    processors, whose last bits differ on another one."""
+    asked = {
+        "optimiser: adamw": any(training.optimiser == "adamw" for training in study.trainings),
+        "outputs: top_k": study.teacher.outputs.top_k is not None,
+        **{f"objective {name}": o.takes_roots for name, o in study.objectives.items()},
+    }
+    if any(asked.values()):
+        culprit = next(what for what, is_asked in asked.items() if is_asked)
+        raise ValueError(
+            f"compute.portable: true cannot be kept with {culprit}: it takes square roots or "
+            "logarithms that differ between processors; leave one of them out"
+        )

@@ -1,0 +1,132 @@
+"""Which images a study learns from, and the folder of their cache."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from kdlib.repro.files import data_root, fingerprint, workspace
+from kdlib.study.base import Count, Fraction, ImageSize, Seed, Settings
+
+
+class HuggingFace(Settings):
+    """A data set of the Hugging Face hub, or a local folder or file that `datasets` can read."""
+
+    dataset: str
+    """`owner/name` on the hub, or a local parquet file or folder (relative: in the data folder)."""
+    config: str | None = None
+    """The data set's configuration, where it has several."""
+    revision: str | None = None
+    """Commit of the hub repository; without it the latest one is taken and recorded."""
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str = "image"
+    label_column: str = "label"
+    streaming: bool = False
+    """Read once, in order, without keeping the files."""
+
+
+class Relabel(Settings):
+    """Other labels for the training split, to measure which scores find wrong ones: drawn noise
+    (`noise`), or the labels of a file (`file`, `key`). The source's labels are kept beside them as
+    the truth; no training reads those."""
+
+    noise: Fraction | None = None
+    """Probability that a label is replaced."""
+    kind: Literal["symmetric", "next_class"] = "symmetric"
+    """What replaces it: any other class with equal probability, or always the next one."""
+    seed: Seed = 0
+    file: str | None = None
+    """An .npz file; a relative path is looked up in the data folder."""
+    key: str | None = None
+    """The file's array of one label in [0, n_classes) for each training image."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Relabel":
+        if (self.noise is None) == (self.file is None) or (self.file is None) != (self.key is None):
+            raise ValueError("other labels are drawn (`noise`) or read (`file` and `key`)")
+        return self
+
+
+def parse_part(part: str) -> tuple[int, int]:
+    """`i/k` as (i, k), with 1 <= i <= k.
+
+    Raises: ValueError for anything else.
+
+    >>> parse_part("2/8")
+    (2, 8)
+    """
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", part)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"part is {part!r}; expected i/k with 1 <= i <= k, such as 2/8")
+    return int(match[1]), int(match[2])
+
+
+def _checked_part(part: str) -> str:
+    parse_part(part)
+    return part
+
+
+class Data(Settings):
+    """Which images. `n_validation` training images are held out, the same for teacher and students
+    of the study."""
+
+    source: Literal["digits", "mnist", "cifar10", "cifar100", "folder", "huggingface"]
+    folder: str | None = None
+    """Of source `folder`: a path with train/<class>/ and test/<class>/; unlabelled: train/,
+    test/."""
+    test_folder: str = "test"
+    """Name of the folder of test images, such as `val`."""
+    huggingface: HuggingFace | None = None
+    """Of source `huggingface`."""
+    labelled: bool = True
+    """False: labels are not read, and stored as -1."""
+    relabel: Relabel | None = None
+    """Other labels for the training split."""
+    n_train: Annotated[int, Field(ge=2)] | None = None
+    """Only the first so many training images."""
+    image_size: ImageSize | None = None
+    """Pixels to which images are resized; without it they keep their size."""
+    n_validation: Count
+    split_seed: Seed = 0
+    shard_size: Count = 2048
+    """Examples per shard of the cache."""
+    part: Annotated[str, AfterValidator(_checked_part)] = "1/1"
+    """`i/k`: learn from the i-th of k equal runs of shards of the training split."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Data":
+        if (self.source == "folder") != (self.folder is not None):
+            raise ValueError(
+                "`folder` is the path of an image folder: give it with `source: folder`, and "
+                "only there"
+            )
+        if (self.source == "huggingface") != (self.huggingface is not None):
+            raise ValueError(
+                "`huggingface` names a data set of the hub: give it with `source: huggingface`, "
+                "and only there"
+            )
+        if not self.labelled and self.source not in ("folder", "huggingface"):
+            raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
+        if self.relabel is not None and not self.labelled:
+            raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")
+        return self
+
+    def part_of(self, split: str) -> tuple[int, int]:
+        """(i, k): part i of k of a split's shards is learnt from; the test split stays whole."""
+        return parse_part(self.part) if split == "train" else (1, 1)
+
+
+def cache_folder(data: Data) -> Path:
+    """Folder of the cache of these images; studies that ask for the same images share it."""
+    content = data.model_dump(exclude={"n_validation", "split_seed", "part"})
+    if content["relabel"] is None:  # caches of before there was the key keep their names
+        del content["relabel"]
+    return workspace() / "cache" / f"{data.source}-{fingerprint(content)[:8]}"
+
+
+def data_path(name: str) -> Path:
+    """Where a file named in a study lies: as written if absolute, else in the data root."""
+    path = Path(name)
+    return path if path.is_absolute() else data_root() / path

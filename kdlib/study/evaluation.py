@@ -1,0 +1,95 @@
+"""What is swept, probed and compared."""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from kdlib.study.base import (
+    Count,
+    Distinct,
+    Fraction,
+    Name,
+    Positive,
+    Seed,
+    Settings,
+    matching,
+    suggested,
+)
+from kdlib.study.data import Data
+from kdlib.study.selections import STRATEGIES
+
+AXES = ("student", "strategy", "fraction", "objective")
+
+# What a study compares, and the column of the results table that holds it.
+MEASURES = {"accuracy": "test_accuracy", "linear": "linear_accuracy", "knn": "knn_accuracy"}
+
+Strategy = Annotated[str, suggested(STRATEGIES)]
+
+_Names = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
+_Strategies = Annotated[tuple[Strategy, ...], Field(min_length=1), Distinct]
+
+
+class Axes(Settings):
+    """The axes of the sweep; the full set is one more strategy, run once per objective."""
+
+    student: _Names
+    """Names of `students`."""
+    strategy: _Strategies
+    """Built-in strategies, names of `selections`, or `picked_<name>` of a saved selection."""
+    fraction: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct]
+    """Of the training images."""
+    objective: _Names
+    """Names of `objectives`."""
+
+
+def _with_last_layer(layers: tuple) -> tuple:
+    if "features" not in layers:
+        raise ValueError(f"layers are {list(layers)}; expected features, and stage1, stage2, ...")
+    return layers
+
+
+def _not_own(name: str) -> str:
+    if name == "own":
+        raise ValueError("`own` is the study's data; give the further data set another name")
+    return name
+
+
+Layer = matching(r"features|stage[1-9]\d*", "features, stage1, stage2, ...")
+
+
+class Probe(Settings):
+    """Which cells are probed, and how."""
+
+    strategy: _Strategies = ("full", "random")
+    fraction: Fraction
+    objective: _Names
+    k: Count = 20
+    """Neighbours."""
+    c_grid: Annotated[tuple[Positive, ...], Field(min_length=1)] = tuple(
+        10.0 ** (k / 4) for k in range(-24, 21)
+    )
+    """Inverse regularisation, on standardised features; 45 values from 1e-6 to 1e5 by default."""
+    few_shot: Annotated[tuple[Count, ...], Distinct] = ()
+    """Labelled examples of each class, for probes of few."""
+    few_shot_draws: Count = 5
+    """How often each number of them is drawn."""
+    layers: Annotated[tuple[Layer, ...], Distinct, AfterValidator(_with_last_layer)] = ("features",)
+    """`features`, what the last layer reads (of a transformer what timm hands its classifier), and
+    the mean of a stage's grid, `stage1`, ..."""
+    others: dict[Annotated[Name, AfterValidator(_not_own)], Data] = Field(default_factory=dict)
+    """Further data sets on which the same networks are probed."""
+    seed: Seed = 0
+
+
+class Compare(Settings):
+    """What, against what, and how small a difference counts as none."""
+
+    measure: Literal["accuracy", "linear", "knn"] = "accuracy"
+    """Test accuracy of the student's last layer, or of a probe of its features at the last step."""
+    baseline: Strategy = "random"
+    """Strategy that the others are compared with."""
+    objective: str | None = None
+    """Objective that each other one is compared with, beside the one without a teacher."""
+    margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Accuracy; differences inside +-margin are equivalent."""
+    confidence_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95

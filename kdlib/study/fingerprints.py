@@ -1,0 +1,112 @@
+"""Which settings each step reads: what a finished run is compared with, and what studies share."""
+
+from typing import TYPE_CHECKING, Any
+
+from kdlib.repro.files import difference
+from kdlib.study.base import StudyError
+from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES
+from kdlib.study.selections import CORESETS
+
+if TYPE_CHECKING:
+    from kdlib.study.study import Study
+
+_SCORING = tuple(f"dynamics.{key}" for key in ("el2n_epoch", "window", "clusters"))
+_RECORDED = tuple(f"dynamics.{key}" for key in ("observed", "logits", "gradient_epoch"))
+
+# Sections, and keys of sections, that each step reads; `-` and a key leaves it out again
+READS = {
+    "cache": ("data",),
+    "teacher": ("teacher", "dynamics", *(f"-{key}" for key in _SCORING), "compute"),
+    "datamap": _SCORING,
+    "record": ("recordings", *_RECORDED, "compute"),
+    "audit": ("compute",),
+    "scores": (*_SCORING, "recordings"),
+    "noise": (*_SCORING, "recordings"),
+    "probe": ("probe", *(f"-probe.{axis}" for axis in AXES), "compute"),
+    "compare": (
+        "data", "teacher", "teachers", "dynamics", *(f"-{key}" for key in _SCORING), "selections",
+        "students", "training", "objectives", "axes", "seeds", "probe", "compare", "compute",
+    ),
+}  # fmt: skip
+
+
+def step_settings(
+    study: "Study", step: str, cell: Cell | None = None, teacher: str | None = None
+) -> dict[str, Any]:
+    """The settings one step reads itself; what it inherits reaches it as fingerprints.
+
+    Args:
+        step: One of `READS`, or distill.
+        cell: The cell, for distill.
+        teacher: One of the further teachers, for teacher; None: the study's own.
+    """
+    dump = dumped(study)
+    if step == "distill":
+        return _of_student(study, dump, cell)
+    settings = {}
+    for key in READS[step]:
+        section, _, name = key.removeprefix("-").partition(".")
+        if key.startswith("-"):
+            settings[section].pop(name, None)
+        elif not name and section in dump:
+            value = dump[section]
+            settings[section] = dict(value) if isinstance(value, dict) else value
+        elif name in dump.get(section, {}):
+            settings.setdefault(section, {})[name] = dump[section][name]
+    if step == "record":
+        settings["training"] = study.recorded_training.model_dump(mode="json", exclude_none=True)
+    if step == "teacher":
+        if teacher is not None:
+            del settings["dynamics"]
+            settings["teacher"] = dump["teachers"][teacher]
+        if study.teacher.outputs.views:  # replayed views are those of the students' augmentation
+            settings["augment"] = dump["training"]["augment"]
+        read = {o.teacher_features for o in study.objectives.values() if o.teacher == teacher}
+        settings["features_for"] = sorted(read - {None})
+    return settings
+
+
+def dumped(study: "Study", **options: Any) -> dict[str, Any]:
+    """All that results depend on, as JSON; a key that is not given is left out."""
+    aside = {"name": True, "shares": True, "tracking": True, "compute": {"images"}}
+    return study.model_dump(mode="json", exclude=aside, exclude_none=True, **options)
+
+
+def _of_student(study: "Study", dump: dict[str, Any], cell: Cell) -> dict[str, Any]:
+    subset = {"strategy": cell.strategy, "fraction": cell.fraction}
+    if cell.strategy in study.selections or cell.strategy in CORESETS:
+        rule = study.selection(cell.strategy)
+        subset["rule"] = rule.model_dump(mode="json", exclude_none=True)
+    settings = {
+        "student": dump["students"][cell.student],
+        "objective": dump["objectives"][cell.objective],
+        "subset": subset,
+        "training": dump["training"],
+        "compute": dump["compute"],
+    }
+    name = study.objectives[cell.objective].teacher
+    if name is not None and study.teachers[name].of_subset:
+        settings["teacher"] = dump["teachers"][name]
+    return settings
+
+
+def check_shared(study: "Study", other: "Study") -> None:
+    """Refuse a study that cannot use the images, teacher, recorded dynamics and datamap of another.
+
+    Raises: StudyError with the differences.
+    """
+    lines = []
+    for step in ("cache", "teacher", "datamap"):
+        ours, theirs = study.step_settings(step), other.step_settings(step)
+        if step == "teacher":
+            missing = set(ours.pop("features_for")) - set(theirs.pop("features_for"))
+            lines += [f"objectives: no teacher outputs for {m}" for m in sorted(missing)]
+        lines += difference(ours, theirs)
+    if other.shares is not None:
+        lines.append(f"it shares those of {other.shares} itself: name that one")
+    if lines:
+        raise StudyError(
+            f"{study.name} cannot share the images, teacher and datamap of {other.name} (there "
+            "-> here):\n  " + "\n  ".join(lines)
+        )

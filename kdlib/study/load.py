@@ -1,0 +1,157 @@
+"""A study file becomes settings: safe YAML, laid over its base, validated, its code files hashed.
+
+Unknown keys, unknown names, double keys and impossible values are refused with the nearest known
+name.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kdlib.repro.files import nearest, workspace
+from kdlib.study.base import StudyError
+from kdlib.study.place import study_file
+from kdlib.study.study import Study
+from kdlib.study.user_code import UserCode, pin
+from kdlib.study.yaml_text import MALFORMED, parse_yaml
+
+_MOST_BYTES = 2**18  # of a study file; the largest here has 3 kB
+_MOST_LINES = 20  # of what is wrong with a study
+
+
+def load_study(path: str | Path) -> Study:
+    """Read and validate a study file.
+
+    Args:
+        path: As in `study_file`.
+
+    Raises: FileNotFoundError that lists the studies there are; StudyError that says which key is
+        wrong and how.
+    """
+    file = study_file(path)
+    study = _pinned(_validated(file))
+    if study.shares is None:
+        return study
+    for folder in (file.parent, workspace() / "params"):
+        other = _beside(folder, study.shares)
+        if other is not None and not other.samefile(file):
+            return study.sharing(_pinned(_validated(other)))
+    raise StudyError(
+        f"{file}: `shares` names {_short(study.shares)!r}; expected another study file beside it"
+    )
+
+
+def _beside(folder: Path, name: str) -> Path | None:
+    """A study file of this name in a folder; None where there is none."""
+    try:
+        return folder / name if (folder / name).is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def _pinned(study: Study) -> Study:
+    """The study with the sha256 of every code file it names."""
+    sections = {
+        section: {
+            name: pin(rule, f"{section}.{name}") if isinstance(rule, UserCode) else rule
+            for name, rule in getattr(study, section).items()
+        }
+        for section in ("objectives", "selections")
+    }
+    return study.model_copy(update=sections)
+
+
+def _validated(path: Path) -> Study:
+    """The study of a file by itself, whatever it shares."""
+    return study_from({"name": path.stem, **_read_yaml(path, ())}, str(path))
+
+
+def study_from(content: dict[str, Any], source: str = "this") -> Study:
+    """A study from the content of its file and its `name`.
+
+    Args:
+        source: What the message calls it.
+
+    Raises: StudyError that says which key is wrong and how.
+    """
+    try:
+        return Study.model_validate(content)
+    except ValidationError as error:
+        lines = [f"  {_worded(e, content)}" for e in error.errors()]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES:] = [f"  and {len(lines) - _MOST_LINES} more"]
+        raise StudyError(f"{source} is not a valid study:\n" + "\n".join(lines)) from None
+
+
+def _worded(error: dict[str, Any], content: Any) -> str:
+    """One fault as `place: what is wrong`, without the tags of unions in its place."""
+    parts, last = [], len(error["loc"]) - 1
+    for i, part in enumerate(error["loc"]):
+        try:
+            content = content[part]
+        except (KeyError, IndexError, TypeError):
+            if error["type"] != "missing" or i != last:
+                continue  # the tag of a union
+        parts.append(str(part))
+    message, context = error["msg"].removeprefix("Value error, "), error.get("ctx", {})
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        names = re.findall(r"'([^']*)'", context["expected"])
+        message = f"unknown value {error['input']!r}; {nearest(error['input'], names)}"
+    elif error["type"] == "union_tag_invalid":
+        names = re.findall(r"'([^']*)'", context["expected_tags"])
+        message = f"unknown kind {context['tag']!r}; {nearest(context['tag'], names)}"
+    elif error["type"] == "union_tag_not_found":
+        message = "`kind` is missing"
+    return f"{_short('.'.join(parts) or 'study', 200)}: {_short(message)}"
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The content of a study file, laid over that of its `base` where it names one.
+
+    A key of the file replaces that of its base, mappings key by key; `null` takes a key away.
+    """
+    try:
+        if (n_bytes := path.stat().st_size) > _MOST_BYTES:
+            raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except MALFORMED as error:
+        raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
+    if not isinstance(content, dict):
+        raise StudyError(
+            f"{path} holds {type(content).__name__}; expected a mapping with data, "
+            "teacher, students, ..."
+        )
+    if "name" in content:
+        raise StudyError(
+            f"{path}: `name` is taken from the file name ({path.stem}); remove the key"
+        )
+    if "base" not in content:
+        return content
+    name = str(content.pop("base"))
+    base = _beside(path.parent, name)
+    if base is None or base in (path, *above):
+        raise StudyError(
+            f"{path}: its base {_short(name)} is "
+            f"{'no file' if base is None else 'itself built on this file'}; expected another study "
+            "file beside it"
+        )
+    return _laid_over(_read_yaml(base, (path, *above)), content)
+
+
+def _short(text: str, most: int = 500) -> str:
+    """A text that can stand in a message."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            merged[key] = _laid_over(below[key], value)
+        elif value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    return merged

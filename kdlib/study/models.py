@@ -1,0 +1,200 @@
+"""Networks of a study: any network by its name, the teacher with its origin, the student."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
+
+from kdlib.study.base import Count, ImageSize, NonNegative, Seed, Settings, Share, known
+from kdlib.study.training import Training
+
+MODELS = (
+    "tiny_cnn", "cifar_resnet8", "cifar_resnet20", "cifar_resnet32", "cifar_resnet44",
+    "cifar_resnet56", "mlperf_resnet8",
+)  # fmt: skip
+
+
+def parse_hub(name: str) -> tuple[str, str]:
+    """`hub/<owner>/<repository>:<ref>/<entry>` as (`owner/repository:ref`, entry).
+
+    A commit stays what it is; a branch or tag runs whatever it names on that day.
+
+    Raises: ValueError for anything else.
+
+    >>> parse_hub("hub/facebookresearch/dinov2:main/dinov2_vits14")
+    ('facebookresearch/dinov2:main', 'dinov2_vits14')
+    """
+    match = re.fullmatch(r"hub/([\w.-]+/[\w.-]+:[\w.-]+)/(\w+)", name, re.ASCII)
+    if not match:
+        raise ValueError(
+            f"{name!r} is no torch.hub network; expected hub/<owner>/<repository>:<commit, "
+            "tag or branch>/<entry>"
+        )
+    return match[1], match[2]
+
+
+def _network_name(name: str) -> str:
+    if name.startswith("hub/"):
+        parse_hub(name)
+    elif not name.startswith("timm/"):
+        known(name, (*MODELS, "timm/<name>", "hub/<owner>/<repository>:<ref>/<entry>"), "model")
+    return name
+
+
+class Model(Settings):
+    """A network and the options of its constructor."""
+
+    name: Annotated[
+        str,
+        AfterValidator(_network_name),
+        WithJsonSchema(
+            {"anyOf": [{"enum": list(MODELS)}, {"type": "string", "pattern": "^(timm|hub)/"}]}
+        ),
+    ]
+    """A built-in network; `timm/<name>` for any timm model, which gets a stem for small images; or
+    `hub/<owner>/<repository>:<commit or tag>/<entry>` of torch.hub, for teachers."""
+    options: dict[str, int | float | bool | str] = Field(default_factory=dict)
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the network is downloaded code of torch.hub."""
+        return self.name.startswith("hub/")
+
+
+class StoredOutputs(Settings):
+    """What of a teacher is stored for its students."""
+
+    views: Count | None = None
+    """Number of replayed views of each image whose outputs are stored; students see these views in
+    turn, one per pass, all students the same. Without it the clean image's outputs are stored."""
+    seed: Seed = 0
+    """Of the replayed views."""
+    top_k: Count | None = None
+    """Store the k largest logits and the mass of the others."""
+
+
+class Teacher(Settings):
+    """A network whose outputs students learn from. Give one origin: `training`, `weights` or
+    `pretrained: true`."""
+
+    model: Model
+    seed: Seed = 0
+    image_size: ImageSize | None = None
+    """Pixels of the images the teacher sees; students see those of the cache."""
+    expected_accuracy: Share
+    """Expected accuracy on the test split. A network without a classifier is scored by k-NN on its
+    features."""
+    tolerance: NonNegative = 0.005
+    """By how much the measured accuracy may lie below the expected one."""
+    outputs: StoredOutputs = StoredOutputs()
+
+    @model_validator(mode="after")
+    def _trusted(self) -> "Teacher":
+        if self.model.from_hub and not getattr(self, "trust_code", False):
+            raise ValueError(
+                f"{self.model.name} is downloaded code, which would run here: read it, then write "
+                "`trust_code: true` and `pretrained: true`; it cannot be trained"
+            )
+        return self
+
+    @property
+    def of_subset(self) -> bool:
+        """Whether one is trained for each subset and seed."""
+        return False
+
+
+class TrainedTeacher(Teacher):
+    """A teacher that the study trains."""
+
+    training: Training
+    learns_from: Literal["train", "subset"] = "train"
+    """All training images, or (of the further teachers) one teacher for each subset and seed that
+    is trained on that subset, so that its soft labels carry nothing of the images left out."""
+
+    @property
+    def of_subset(self) -> bool:
+        """Whether one is trained for each subset and seed."""
+        return self.learns_from == "subset"
+
+    @property
+    def trained_on(self) -> str:
+        """Images it has learnt from: the study's training images, or a subset of them."""
+        return "subset" if self.of_subset else "kept"
+
+
+class _FinishedTeacher(Teacher):
+    trained_on: Literal["train", "kept", "elsewhere"]
+    """Images the teacher has learnt from: the whole training split, held-out images included
+    (`train`); the study's training images (`kept`); other data (`elsewhere`)."""
+    mean: tuple[float, ...] | None = None
+    """Per channel, of pixels in [0, 1]; without it measured on the training split."""
+    std: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _normalised(self) -> "_FinishedTeacher":
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("`mean` and `std` go together")
+        if self.std is not None and (len(self.mean) != len(self.std) or min(self.std) <= 0):
+            raise ValueError(
+                f"mean is {self.mean}, std is {self.std}; expected a number per channel, std > 0"
+            )
+        return self
+
+
+class LoadedTeacher(_FinishedTeacher):
+    """A teacher whose weights are read from a file."""
+
+    weights: str
+    """A .safetensors file, or a PyTorch checkpoint of plain tensors; a relative path is looked up
+    in the data folder."""
+
+
+class PretrainedTeacher(_FinishedTeacher):
+    """A teacher that is published with its weights, by timm or torch.hub."""
+
+    pretrained: Literal[True]
+    trust_code: bool = False
+    """The code of a torch.hub network runs here."""
+
+    @model_validator(mode="after")
+    def _published(self) -> "PretrainedTeacher":
+        if not self.model.name.startswith(("timm/", "hub/")):
+            raise ValueError(f"{self.model.name} has no published weights; give `weights`")
+        return self
+
+
+ORIGINS = {"training": TrainedTeacher, "weights": LoadedTeacher, "pretrained": PretrainedTeacher}
+
+
+def _origin(content: Any) -> str | None:
+    """The key that says where a teacher comes from; None unless it is one."""
+    given = dict(content) if isinstance(content, dict | Teacher) else {}
+    origins = [key for key in ORIGINS if given.get(key) not in (None, False)]
+    return f"from_{origins[0]}" if len(origins) == 1 else None
+
+
+AnyTeacher = Annotated[
+    Annotated[TrainedTeacher, Tag("from_training")]
+    | Annotated[LoadedTeacher, Tag("from_weights")]
+    | Annotated[PretrainedTeacher, Tag("from_pretrained")],
+    Discriminator(
+        _origin,
+        custom_error_type="origin",
+        custom_error_message="a teacher is either trained (`training`), loaded (`weights`) or "
+        "`pretrained`: give one of them",
+    ),
+]
+
+
+class Student(Settings):
+    """A student's network; its initial weights are drawn from the run's seed."""
+
+    model: Model
+
+    @model_validator(mode="after")
+    def _trainable(self) -> "Student":
+        if self.model.from_hub:
+            raise ValueError(
+                f"{self.model.name} comes with its weights; a student begins from none"
+            )
+        return self

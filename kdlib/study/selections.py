@@ -1,0 +1,204 @@
+"""Which examples: names of scores and strategies, what is recorded for the datamap, and one
+settings class for each rule that chooses a subset."""
+
+import math
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from kdlib.study.base import Count, Distinct, Name, NonNegative, Positive, Seed, Settings
+from kdlib.study.models import Model
+from kdlib.study.training import Training
+from kdlib.study.user_code import UserCode
+
+# Every score, and which end of it is difficult: 1 the high one, -1 the low one, 0 neither.
+DIFFICULTY = {
+    "confidence": -1, "variability": 0, "correctness": -1, "forgetting_events": 1, "aum": -1,
+    "el2n": 1, "entropy": 1, "loss": 1, "trend": 0, "dyn_unc": 0, "tdds": 0, "dual": 0, "grand": 1,
+    "grand_last": 1, "class_distance": 1, "prototypicality": 1,
+}  # fmt: skip
+
+SCORES = tuple(DIFFICULTY)
+
+REGION_STRATEGIES = ("easy", "ambiguous", "ambiguous_corner", "hard")
+
+SHARD_POLICIES = ("fixed_shards", "random_shards")  # whole shards: always the same, or new per pass
+
+RANKINGS = (  # the first n of one order
+    "random",
+    *REGION_STRATEGIES,
+    *(f"{s}_{end}" for s in SCORES for end in ("top", "bottom")),
+)
+
+PICKED = "picked_"  # and a name: a selection that was made by hand and saved
+
+
+class Dynamics(Settings):
+    """Whose training is recorded for the datamap, and how. Without `model` it is the teacher's own
+    training."""
+
+    observed: Literal["train", "eval"] = "train"
+    """The training pass itself, or a clean pass after each epoch."""
+    logits: bool = False
+    """Also store all logits (needed by `tdds`)."""
+    model: Model | None = None
+    training: Training | None = None
+    seed: Seed = 0
+    el2n_epoch: Count = 10
+    """Recorded epoch, counted from 1, at which el2n is read."""
+    window: Annotated[int, Field(ge=2)] = 10
+    """Epochs per window of dyn_unc, tdds and dual."""
+    gradient_epoch: Count | None = None
+    """Epoch, counted from 1, after which the gradient of every example is measured; without it the
+    datamap has no `grand` and `grand_last`."""
+    clusters: Count | None = None
+    """Of `prototypicality`; without it as many as classes."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Dynamics":
+        if self.logits and self.window < 3:
+            raise ValueError("`tdds`, of kept logits, needs a `window` of at least 3 epochs")
+        if (self.model is None) != (self.training is None):
+            raise ValueError("`model` and `training` of dynamics go together")
+        return self
+
+
+class ExtraRecordings(Settings):
+    """Further recorded trainings of the same images, from labels alone: how far two runs agree on a
+    score, and which scores find wrong labels. Notebooks 07 and 08 read them."""
+
+    models: dict[Name, Model] = Field(min_length=1)
+    training: Training | None = None
+    """Without it that of the recorded training of the study."""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=2), Distinct]
+    """Each of them for each model."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Cross-validation with the first model: each image is judged by a network that has not learnt
+    it."""
+    threshold_samples: bool = False
+    """Two trainings of the first model in which some images pretend to be of one more class."""
+
+    def runs(self) -> list[tuple[str, str]]:
+        """Every recording as (model, part): `seed=0`, `fold=1`, `threshold=1`, ..."""
+        first = next(iter(self.models))
+        runs = [(model, f"seed={seed}") for model in self.models for seed in self.seeds]
+        runs += [(first, f"fold={k}") for k in range(1, (self.folds or 0) + 1)]
+        return runs + [(first, f"threshold={k}") for k in (1, 2) if self.threshold_samples]
+
+
+class Selection(Settings):
+    """A rule that chooses a subset of an exact number of examples; `kdlib.cartography.coresets` has
+    formula and paper of each that is more than a ranking."""
+
+    kind: str
+    balanced: bool = False
+    """As many examples of each class as there are, or as the others have."""
+
+
+class Ranking(Selection):
+    """The first examples in the order of a region or a score."""
+
+    kind: Literal[RANKINGS]
+
+
+Difficulty = Literal[tuple(score for score, sign in DIFFICULTY.items() if sign)]
+
+
+class Mixture(Selection):
+    """Several rankings, each with a share of the budget."""
+
+    kind: Literal["mixture"] = "mixture"
+    shares: dict[Literal[RANKINGS], NonNegative]
+    """Shares of the budget, which sum to 1."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Mixture":
+        if not math.isclose(sum(self.shares.values()), 1):
+            raise ValueError(f"shares are {self.shares}; expected numbers >= 0 that sum to 1")
+        return self
+
+
+class CCS(Selection):
+    """The hardest cut off, then equal shares of strata of difficulty."""
+
+    kind: Literal["ccs"] = "ccs"
+    score: Difficulty = "aum"
+    cutoff: Annotated[float, Field(ge=0, lt=1)] | Literal["at most 0.1"] = "at most 0.1"
+    """Share of the hardest left out. A number is refused where it leaves fewer than the budget; `at
+    most 0.1` then leaves out fewer."""
+    n_strata: Count = 50
+
+
+class D2(Selection):
+    """Difficulty passed along the nearest neighbours of the teacher's features."""
+
+    kind: Literal["d2"] = "d2"
+    score: Difficulty = "forgetting_events"
+    neighbours: Count = 10
+    gamma_forward: NonNegative = 1.0
+    gamma_reverse: NonNegative = 1.0
+
+
+class Moderate(Selection):
+    """The examples nearest to the median distance to the mean of their class."""
+
+    kind: Literal["moderate"] = "moderate"
+
+
+class KCenter(Selection):
+    """The next example is that farthest from all chosen ones, in the teacher's features."""
+
+    kind: Literal["k_center"] = "k_center"
+
+
+class Herding(Selection):
+    """The mean of the chosen features follows the mean of all."""
+
+    kind: Literal["herding"] = "herding"
+
+
+class DualBeta(Selection):
+    """The dual score, sampled by a beta distribution of confidence that moves with the budget."""
+
+    kind: Literal["dual_beta"] = "dual_beta"
+    concentration: Positive = 15.0
+    exponent: Positive = 4.0
+
+
+class UserSelection(UserCode, Selection):
+    """A cost of each example, from a Python file of the user; the least costly are chosen."""
+
+    kind: Literal["own"] = "own"
+
+
+AnySelection = Annotated[
+    Ranking | Mixture | CCS | D2 | Moderate | KCenter | Herding | DualBeta | UserSelection,
+    Field(discriminator="kind"),
+]
+
+# The class of each kind that is no ranking
+CORESETS: dict[str, type[Selection]] = {
+    cls.model_fields["kind"].default: cls
+    for cls in get_args(get_args(AnySelection)[0])
+    if cls is not Ranking
+}
+
+# Subsets of an exact number of examples that need no `selections` in the study
+SELECTIONS = (
+    "full",
+    *RANKINGS,
+    "random_balanced",
+    *(name for name in CORESETS if name not in ("mixture", "own")),
+)
+
+STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
+
+
+def built_in_rule(strategy: str) -> Selection:
+    """The rule behind a strategy that needs no `selections` in the study.
+
+    Raises: KeyError for a strategy that follows no rule, such as `full`.
+    """
+    if strategy == "random_balanced":
+        return Ranking(kind="random", balanced=True)
+    return Ranking(kind=strategy) if strategy in RANKINGS else CORESETS[strategy]()

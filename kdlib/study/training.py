@@ -1,0 +1,185 @@
+"""How a network is trained: views of images, budget, optimiser, computation, tracking."""
+
+import math
+from fractions import Fraction as Exact
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from kdlib.study.base import Count, NonNegative, Positive, Settings, Share
+
+_Change = Annotated[float, Field(ge=0, le=8)]
+_Inside = Annotated[float, Field(gt=0, lt=1)]
+
+
+class ResizedCrop(Settings):
+    """Ranges of a random resized crop, as torchvision defines it."""
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of the crop, as a fraction of the image's."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Width / height."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ResizedCrop":
+        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(
+                f"scale is {self.scale} and ratio {self.ratio}; expected 0 < scale <= 1 and "
+                "0 < ratio, the lower end first"
+            )
+        return self
+
+
+class ColourJitter(Settings):
+    """Largest changes of colour, as torchvision defines them: a factor is drawn from
+    [max(0, 1 - x), 1 + x], the hue's shift from [-hue, hue] turns."""
+
+    brightness: _Change = 0.0
+    contrast: _Change = 0.0
+    saturation: _Change = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+
+class Augment(Settings):
+    """Random views of a training image; all off by default."""
+
+    crop_padding: Annotated[int, Field(ge=0)] = 0
+    """Pixels of zero padding before a random crop of the native size."""
+    flip: bool = False
+    """Mirror left-right with probability 1/2."""
+    resized_crop: ResizedCrop | None = None
+    """In place of the padded crop."""
+    colour_jitter: ColourJitter | None = None
+
+    @model_validator(mode="after")
+    def _one_crop(self) -> "Augment":
+        if self.crop_padding and self.resized_crop:
+            raise ValueError("give one crop: either `crop_padding` or `resized_crop`")
+        return self
+
+
+class Training(Settings):
+    """One budget and one optimiser. The budget is a number of optimiser steps, given as such or as
+    epochs."""
+
+    steps: Count | None = None
+    """Equal-steps comparison: the same number for every subset."""
+    epochs: Positive | None = None
+    """Equal-epochs comparison: steps follow from the subset's size."""
+    batch_size: Count
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    lr_peak: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 5e-4
+    schedule: Literal["cosine", "constant", "step", "one_cycle", "plateau"] = "cosine"
+    """After the warm-up. `step` multiplies by `decay` at each of `milestones`; `plateau` when the
+    validation loss has not fallen for more than `patience` evaluations; `one_cycle` falls to 0 in a
+    line."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """The learning rate rises linearly over them."""
+    milestones: tuple[_Inside, ...] = ()
+    """Of `step`, as fractions of the budget."""
+    decay: _Inside = 0.1
+    """Of `step` and `plateau`."""
+    patience: Count = 5
+    """Of `plateau`, in evaluations."""
+    clip_norm: Positive | None = None
+    """Largest norm of a step's whole gradient."""
+    accumulate: Count = 1
+    """Pieces of a step's batch that are computed one after another, where memory is short;
+    BatchNorm then sees one piece at a time."""
+    ema: _Inside | None = None
+    """Decay of a running mean of the student's weights, which is then measured and kept."""
+    early_stopping: Count | None = None
+    """Stop when the validation loss has not fallen for more than so many evaluations. The budget is
+    then an upper bound, and runs are compared as `early_stopping`."""
+    augment: Augment = Augment()
+    order: Literal["shuffled", "windowed", "sequential"] = "shuffled"
+    """Of each pass. `shuffled` draws from the whole training set; `windowed` permutes the shards
+    and shuffles within some of them, for caches larger than memory; `sequential` is by example
+    id."""
+    window_shards: Count = 8
+    """Shards that `windowed` shuffles together."""
+    evaluate_every_steps: Count | None = None
+    """Without it once per pass over the full training split."""
+    checkpoint_fractions: tuple[Share, ...] = ()
+    """Places of the budget, as fractions of it, at which weights are kept for probing."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Training":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give the budget once: either `steps` or `epochs`")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("`milestones` belong to `schedule: step`, and it needs some")
+        if self.schedule == "one_cycle" and self.warmup_steps == 0:
+            raise ValueError("`schedule: one_cycle` rises before it falls; give `warmup_steps`")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"a batch of {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        return self
+
+    @property
+    def selects(self) -> str | None:
+        """The setting by which validation images steer this training; None when they do not."""
+        if self.early_stopping is not None:
+            return "early_stopping"
+        return "schedule: plateau" if self.schedule == "plateau" else None
+
+    def n_steps(self, n_examples: int) -> int:
+        """Optimiser steps of the budget for a training set of `n_examples`."""
+        if self.steps is not None:
+            return self.steps
+        # as written: 0.07 epochs of 100 examples are 7, where floats make 7.000000000000001
+        return math.ceil(Exact(str(self.epochs)) * n_examples / self.batch_size)
+
+    @property
+    def comparison(self) -> str:
+        """`equal_steps`, `equal_epochs` or `early_stopping`: the only kind of comparison this
+        budget allows."""
+        if self.early_stopping is not None:
+            return "early_stopping"
+        return "equal_steps" if self.steps is not None else "equal_epochs"
+
+
+class Compute(Settings):
+    """Where and how tensors are computed."""
+
+    device: str = "cpu"
+    threads: Count = 1
+    """Fixed, because sums depend on it."""
+    channels_last: bool = True
+    precision: Literal["float32", "bf16"] = "float32"
+    """`bf16` computes the network's passes in bfloat16, weights and losses in float32."""
+    compile: bool = False
+    """Use torch.compile; on a CPU it needs a C++ compiler."""
+    portable: bool = False
+    """The same bytes on every x86-64 processor with AVX2, but for `grand`."""
+    processes: Count = 1
+    """Processes under torchrun that share each batch."""
+    images: Literal["auto", "resident", "mapped"] = "auto"
+    """Where pixels are kept: on the device, or mapped from the disk; `auto` looks at the memory.
+    Changes no result."""
+
+    @model_validator(mode="after")
+    def _portable_alone(self) -> "Compute":
+        asked = {"device": self.device != "cpu", "precision": self.precision != "float32",
+                 "compile": self.compile}  # fmt: skip
+        if self.portable and any(asked.values()):
+            key = next(key for key, is_asked in asked.items() if is_asked)
+            raise ValueError(
+                f"portable: true and {key}: {getattr(self, key)} exclude each other; the same "
+                "bytes on every processor are those of float32 on a CPU, not compiled"
+            )
+        return self
+
+
+class Tracking(Settings):
+    """Where metrics go besides the run's folder. Changes no result."""
+
+    tensorboard: bool = False
+    """Write event files into the run's folder."""
+    wandb: bool = False
+    """Send to Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
+    project: str = "kdlib"
+    """Of Weights & Biases."""

@@ -1,0 +1,167 @@
+"""The lab of a finished study: what each method gives, and the page that shows them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import ROOT, tiny_study
+
+from kdlib import open_study
+from kdlib.lab import Lab
+from kdlib.repro.run import read_evidence
+from kdlib.steps.cache import open_images
+from kdlib.steps.columns import meanings
+from kdlib.steps.distill import make_subset
+from kdlib.study.base import StudyError
+
+# page -> its program: the block of code that opens a study
+PROGRAMS = {
+    path.name: block
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    if "open_study(" in block
+}
+# what holds after it
+RESULTS = {
+    "python.md": "assert accuracy == runs.query('seed == 0')['test_accuracy'].item()\n"
+    "assert logits.shape == (len(subset), 10)\n"
+    "assert lab.evaluate(mine)[1] > 0.2\n"
+}
+
+
+@pytest.fixture
+def tiny_lab(lab: Path) -> Lab:
+    return Lab(tiny_study(lab))
+
+
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_the_program_of_a_page_runs(lab, page):
+    """All of it, with the names of the tiny study."""
+    tiny_study(lab)
+    code = PROGRAMS[page].replace("digits", "tiny").replace('"ambiguous"', '"easy"')
+    assert len(code.splitlines()) <= 35
+    code += RESULTS.get(page, "")
+    environment = os.environ | {"KDLIB_HOME": str(lab), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=lab, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"study tiny: {lab / 'params' / 'tiny.yaml'}" in done.stdout
+
+
+def test_a_study_is_looked_for_here_and_then_in_the_workspace(lab, tmp_path_factory, monkeypatch):
+    tiny_study(lab)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    assert open_study("params/tiny.yaml").study.compare.margin == 0.02
+    (elsewhere / "params").mkdir()
+    text = (lab / "params" / "tiny.yaml").read_text()
+    (elsewhere / "params" / "tiny.yaml").write_text(text.replace("margin: 0.02", "margin: 0.03"))
+    assert open_study("params/tiny.yaml").study.compare.margin == 0.03
+    with pytest.raises(FileNotFoundError, match=r"no study file 'none.yaml'; params/ has tiny"):
+        open_study("none.yaml")
+
+
+def test_an_axis_left_open_has_the_first_value_of_the_study(lab):
+    tiny_study(lab)
+    usual = open_study("params/tiny.yaml", strategy="", fraction=0.0, objective=None)
+    assert usual.cell() == usual.study.cell()
+    chosen = open_study("params/tiny.yaml", strategy="easy", objective="plain")
+    assert chosen.cell() == chosen.study.cell(strategy="easy", objective="plain")
+    assert chosen.cell(strategy="random") == chosen.study.cell(strategy="random", objective="plain")
+    with pytest.raises(StudyError, match="unknown strategy 'eazy'; did you mean 'easy'"):
+        open_study("params/tiny.yaml", strategy="eazy")
+
+
+def test_every_column_of_the_tables_shown_has_a_meaning(tiny_lab):
+    tiny_lab.cache()
+    runs = tiny_lab.distill()
+    for table in (tiny_lab.datamap(), runs):
+        assert list(meanings(table)) == list(table.columns)
+    hashes = {"train_weights", "test_weights"}
+    assert set(tiny_lab.probe("easy").columns) - hashes == set(meanings(tiny_lab.probe("easy")))
+    assert "Mean over epochs of the probability of the gold label" in tiny_lab.columns(
+        tiny_lab.datamap()
+    )
+
+
+def test_runs_are_those_of_all_seeds_and_of_all_objectives_or_one(tiny_lab):
+    runs = tiny_lab.distill("easy", fraction=0.33)
+    assert runs[["objective", "seed"]].values.tolist() == [
+        ["kd", 0], ["kd", 1], ["plain", 0], ["plain", 1],
+    ]  # fmt: skip
+    one = tiny_lab.distill("easy", fraction=0.33, objective="plain", seeds=[1])
+    assert one["folder"].tolist() == runs["folder"].tolist()[3:]
+    checks = tiny_lab.checks(one)
+    assert checks["passed"].sum() == one["checks"].item() == len(checks)
+    curves = tiny_lab.curves(runs)
+    last = curves.groupby(["objective", "seed"])["step"].max()
+    assert last.tolist() == runs["steps"].tolist()
+    evidence = read_evidence(Path(runs["folder"][0]))
+    assert runs["weights_sha256"][0] == evidence["checkpoints"]["last"]["weights_sha256"]
+
+
+def test_the_tables_of_the_teacher_and_of_the_images(tiny_lab):
+    [card] = tiny_lab.teacher().to_dict("records")
+    assert card["accuracy"] >= card["expected"] == 0.5
+    table = tiny_lab.cache()
+    assert table["images"].to_dict() == {"train": 1100, "validation": 197, "test": 500}
+    assert tiny_lab.dynamics().n_examples == 1100
+
+
+def test_a_subset_is_that_of_the_step_and_its_images_carry_the_teacher_s_logits(tiny_lab):
+    subset = tiny_lab.select("easy", fraction=0.33, seed=1)
+    cell = tiny_lab.study.cell(strategy="easy", fraction=0.33)
+    assert subset.sha256 == make_subset(tiny_lab.study, open_images(tiny_lab.study), cell, 1).sha256
+    data = tiny_lab.images.dataset("train", subset, teacher=tiny_lab.teacher_outputs())
+    image, _, example_id, logits = data[3]
+    assert int(example_id) == subset.example_ids[3]
+    assert np.array_equal(logits, tiny_lab.teacher_logits(subset)[3])
+    accuracy = float((tiny_lab.teacher_logits(np.arange(500), "test").argmax(1)
+                      == tiny_lab.images.test.read("labels", np.arange(500))).mean())  # fmt: skip
+    assert accuracy == tiny_lab.teacher()["accuracy"].item()
+    raw = tiny_lab.images.dataset("train", subset, normalised=False)[3][0]
+    assert torch.equal(tiny_lab.images.pixels.prepare(raw[None])[0], image)
+
+
+def test_examples_of_another_split_are_refused(tiny_lab):
+    ids = tiny_lab.images.validation_ids
+    assert len(tiny_lab.images.dataset("validation")) == len(ids)
+    with pytest.raises(ValueError, match=r"197 of 197 examples, .* are not of the split train"):
+        tiny_lab.images.dataset("train", ids)
+    with pytest.raises(ValueError, match="no split 'tets'; did you mean 'test'"):
+        tiny_lab.images.dataset("tets")
+
+
+def test_an_untrained_student_has_the_weights_its_run_began_with(tiny_lab):
+    from kdlib.models.weights import weights_fingerprint
+
+    evidence = read_evidence(Path(tiny_lab.distill(seeds=[1])["folder"][0]))
+    found = weights_fingerprint(tiny_lab.untrained(seed=1))
+    assert found == evidence["initialisation"]["weights_sha256"]
+
+
+def test_figures_and_texts_are_those_of_the_steps(tiny_lab):
+    tables = tiny_lab.compare()
+    assert set(meanings(tables["results"])) > {"test_accuracy", "refused", "reason"}
+    picture = tiny_lab.figure("datamap")
+    assert picture.path == tiny_lab.study.figures / "datamap.png"
+    assert picture._repr_png_()[0] == picture.path.read_bytes()
+    text = tiny_lab.text("summary")
+    assert text == text._repr_markdown_() == (tiny_lab.study.figures / "summary.md").read_text()
+    with pytest.raises(KeyError, match="did you mean 'regions'"):
+        tiny_lab.figure("region")
+
+
+def test_a_notebook_s_unknown_parameter_is_refused_though_no_history_is_passed(lab, monkeypatch):
+    tiny_study(lab)
+    history = ["", 'study = "params/tiny.yaml"', "# Parameters\nstuddy = 'params/tiny.yaml'"]
+    shell = SimpleNamespace(user_ns={"In": history})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    with pytest.raises(ValueError, match="no parameter 'studdy'; did you mean 'study'"):
+        open_study("params/tiny.yaml")
