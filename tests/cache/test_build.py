@@ -111,7 +111,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from kdlib.cache import build as building, journal
+from kdlib.cache import build
 from cache.test_shards import make_cache
 victim, moment = 3, sys.argv[2]
 def die(*_):
