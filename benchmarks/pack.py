@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib.cache.image_files import SPLITS
 from kdlib.cache.index import file_name, index_paths, read_indexes, shard_span
 from kdlib.cache.shards import Cache
+from kdlib.cache.sources import SPLITS
 from kdlib.repro import files
 from kdlib.study.load import load_study
 

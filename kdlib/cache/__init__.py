@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "shards": ["Cache", "CacheError"],
-        "sources": ["Source", "open_source", "array_source"],
+        "sources": ["Source", "array_source"],
+        "open": ["open_source"],
         "build": ["build_images"],
     },
 )

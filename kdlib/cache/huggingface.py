@@ -1,33 +1,18 @@
-"""Data sets read by the `datasets` library: of the Hugging Face hub, or local files it can read.
-
-Holds how a data set, a split and its columns are found and refused, and how encoded images are read
-at random or from a stream. Leaves decoding, and folders without that library, to `encoded`.
-"""
+"""Data sets that the `datasets` library reads, from the Hugging Face hub or from local files, as
+sources: their split and columns, and encoded images at random or from a stream."""
 
 import errno
-import glob
-import hashlib
 import itertools
-import os
 import re
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdlib.cache.image_files import (
-    SUFFIXES,
-    Decoder,
-    Encoded,
-    Payload,
-    all_files,
-    limit_identity,
-    limited,
-    size_identity,
-    size_of,
-)
+from kdlib.cache.huggingface_files import Place, local_place, no_split
+from kdlib.cache.image_files import Decoder, Payload, size_of
+from kdlib.cache.sources import Source, check_labels, limit_identity, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data, HuggingFace
 
@@ -37,29 +22,13 @@ ASK_TIMEOUT_S = 10  # for the one question that finds a data set's commit
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+_UNLABELLED = ", or `labelled: false` for images without labels (study: data.labelled)"
+
+
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
-# `train`, `train_3`, `train-00000-of-00002`, `train-00000-of-00001-0123456789abcdef` are of `train`
-_SHARD_NAME = re.compile(r"(.+?)([-_.]?\d+)?(-of-\d+)?(-[0-9a-f]{16})?")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a split is.
-
-    Attributes:
-        arguments: Of `datasets.load_dataset`.
-        identity: What determines the bytes there.
-        n_rows: Where it is known without loading.
-    """
-
-    arguments: dict[str, Any]
-    identity: dict[str, Any]
-    n_rows: int | None = None
-
-
-def open_hub(data: Data, split: str) -> Encoded:
+def open_huggingface(data: Data, split: str) -> Source:
     """One split of a hub data set, a local parquet file, or a folder of parquet files or images.
 
     A path that exists (a relative one: in the data folder) comes before a hub name. A hub data set
@@ -83,7 +52,7 @@ def open_hub(data: Data, split: str) -> Encoded:
         raise ValueError(
             f"the number of examples of {where} is not known before its stream has ended; give "
             + ("data.n_train, or " if split == "train" else "")
-            + "`streaming: false` (params: data.huggingface.streaming)"
+            + "`streaming: false` (study: data.huggingface.streaming)"
         )
     n_examples = data.n_train if n_known is None else limited(data, split, n_known)
     if n_examples == 0:
@@ -100,11 +69,12 @@ def open_hub(data: Data, split: str) -> Encoded:
             return Payload(start, images, np.full(stop - start, -1, np.int64))
         labels = [-1 if label is None else label for label in part[settings.label_column]]
         labels = np.array(labels, np.int64)
-        return Payload(start, images, _checked(labels, start, len(class_names), where))
+        check_labels(labels, len(class_names), where, np.arange(start, stop), _UNLABELLED)
+        return Payload(start, images, labels)
 
     if data.labelled and not settings.streaming:  # now rather than after hours of building
         labels = _label_column(rows, settings.label_column)[:n_examples]
-        _checked(labels, 0, len(class_names), where)
+        check_labels(labels, len(class_names), where, hint=_UNLABELLED)
     if data.image_size:
         size = (data.image_size, data.image_size)
     else:
@@ -119,10 +89,14 @@ def open_hub(data: Data, split: str) -> Encoded:
         **size_identity(data),
     }
     decode = Decoder(where, size, data.image_size)
-    return Encoded(class_names, n_examples, (3, *size), identity, fetch_range, decode)
+    shape = (3, *size)
+    return Source(
+        "huggingface", split, class_names, n_examples, shape, identity, fetch_range, decode,
+        parallel=True,
+    )  # fmt: skip
 
 
-def _open(settings: HuggingFace, name: str, streaming: bool) -> tuple[_Place, Any]:
+def _open(settings: HuggingFace, name: str, streaming: bool) -> tuple[Place, Any]:
     """The place of a split, and its rows as a Dataset or an IterableDataset."""
     try:
         import datasets
@@ -134,36 +108,37 @@ def _open(settings: HuggingFace, name: str, streaming: bool) -> tuple[_Place, An
     options = {"streaming": streaming, "cache_dir": str(files.data_root() / "huggingface")}
     if path.exists():
         datasets.disable_progress_bars()
-        place = _local_place(path, settings, name)
+        place = local_place(path, settings, name)
         try:
             opened = datasets.load_dataset(**place.arguments, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(
-                f"{path} cannot be read by `datasets` ({_short(error.__cause__ or error)}); repair "
-                "its files or fetch them again"
+                f"{path} cannot be read by `datasets` "
+                f"({files.one_line(error.__cause__ or error)}); repair its files or fetch them "
+                "again"
             ) from error
     else:
         datasets.enable_progress_bars()  # a download can take hours
         place, opened = _from_hub(path, settings, options)
     if name not in opened:
-        raise _no_split(settings, name, opened)
+        raise no_split(settings, name, opened)
     return place, opened[name]
 
 
-def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[_Place, dict[str, Any]]:
+def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[Place, dict[str, Any]]:
     import datasets
     from huggingface_hub import HfApi
 
     name = settings.dataset
     if not _HUB_NAME.fullmatch(name) or name.endswith(".parquet"):
         raise FileNotFoundError(
-            f"there is no {path}, and {name!r} is no name on the Hugging Face hub (params: "
+            f"there is no {path}, and {name!r} is no name on the Hugging Face hub (study: "
             "data.huggingface.dataset)"
         )
     if Path(name).exists():  # `datasets` would take it, and call it by the hub's commit
         raise ValueError(
             f"{Path(name).resolve()} is named like the hub's {name}; give its absolute path "
-            "(params: data.huggingface.dataset), or start elsewhere"
+            "(study: data.huggingface.dataset), or start elsewhere"
         )
     commit = settings.revision or ""
     try:
@@ -173,119 +148,18 @@ def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[_Place,
         arguments = {"path": name, "name": settings.config, "revision": commit}
         opened = datasets.load_dataset(**arguments, **options)
     except ValueError as error:  # a configuration that is not there, and the like
-        raise ValueError(f"{name} cannot be opened: {_short(error)}") from error
+        raise ValueError(f"{name} cannot be opened: {files.one_line(error)}") from error
     except Exception as error:  # of three libraries, with no common base
         if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise  # ours, not the hub's
+            raise  # of this machine, not of the hub
         raise FileNotFoundError(
             f"data set {name} is not in {path}, and the Hugging Face hub did not give it "
-            f"({_short(error)}): run `hf download --repo-type dataset {name} --local-dir {path}` "
-            "on a machine with network, or give a local path (params: data.huggingface.dataset)"
+            f"({files.one_line(error)}): run `hf download --repo-type dataset {name} --local-dir "
+            f"{path}` on a machine with network, or give a local path (study: "
+            "data.huggingface.dataset)"
         ) from error
     identity = {"dataset": name, "config": settings.config, "commit": commit}
-    return _Place(arguments, identity), opened
-
-
-def _local_place(path: Path, settings: HuggingFace, name: str) -> _Place:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kind, splits = _local_files(path, settings)
-    if name not in splits:
-        raise _no_split(settings, name, splits)
-    base = path.parent if path.is_file() else path
-    listing = [[os.path.relpath(file, base), os.stat(file).st_size] for file in splits[name]]
-    if kind == "imagefolder":
-        for file, entry in zip(splits[name], listing, strict=True):
-            if os.path.basename(file).startswith("metadata."):  # where labels may stand
-                entry.append(files.sha256_file(Path(file)))
-        return _Place(_image_folder(path, settings, splits), {"sha256": files.fingerprint(listing)})
-    n_rows = 0
-    for file, entry in zip(splits[name], listing, strict=True):
-        try:
-            n_rows += pq.read_metadata(file).num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(
-                f"{file} is not a whole parquet file ({_short(error)}); fetch it again"
-            ) from None
-        entry.append(_sha256_footer(file))
-    # `datasets` takes every path for a pattern
-    arguments = {"path": kind, "data_files": {name: [glob.escape(file) for file in splits[name]]}}
-    return _Place(arguments, {"sha256": files.fingerprint(listing)}, n_rows)
-
-
-def _image_folder(path: Path, settings: HuggingFace, splits: dict[str, list[str]]) -> dict:
-    """Arguments for a folder of images: both splits together, so that they number their classes
-    alike; with labels where all images lie equally deep in class folders."""
-    root = _split_folder(path, settings)
-    used = sorted({settings.train_split, settings.test_split} & splits.keys())
-    depths = {
-        len(Path(file).relative_to(root).parts)
-        for split in used
-        for file in splits[split]
-        if _is_image(file)
-    }
-    return {
-        "path": "imagefolder",
-        "data_files": {split: [f"{glob.escape(str(root / split))}/**"] for split in used},
-        "drop_labels": len(depths) > 1 or min(depths) < 3,  # <split>/<class>/<file>
-    }
-
-
-def _split_folder(path: Path, settings: HuggingFace) -> Path:
-    return path / settings.config if settings.config else path
-
-
-def _local_files(path: Path, settings: HuggingFace) -> tuple[str, dict[str, list[str]]]:
-    """`parquet` or `imagefolder`, and the sorted files of each split.
-
-    One file is the split `train`. In a folder, as on the hub, files are named after their split, or
-    lie in a folder of that name; either in the folder itself, or in its folder `data`.
-    """
-    if path.is_file():
-        return "parquet", {"train": [str(path)]}
-    root, splits = _split_folder(path, settings), {}
-    for base in (root / "data", root):
-        for file in sorted((*base.glob("*.parquet"), *base.glob("*/*.parquet"))):
-            split = _SHARD_NAME.fullmatch(file.stem)[1] if file.parent == base else file.parent.name
-            if not file.name.startswith((".", "metadata.")):
-                splits.setdefault(split, []).append(str(file))
-        if splits:
-            return "parquet", splits
-    folders = sorted(p for p in root.glob("*/") if p.name[0] != ".")
-    found = {folder.name: all_files(folder) for folder in folders}
-    found = {s: paths for s, paths in found.items() if any(_is_image(path) for path in paths)}
-    if not found:
-        raise ValueError(
-            f"{root} has neither parquet files (train*.parquet or train/*.parquet) nor images "
-            f"({', '.join(SUFFIXES)}) in folders train/ and test/ (params: data.huggingface)"
-        )
-    return "imagefolder", found
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
-
-
-def _sha256_footer(file: str) -> str:
-    """sha256 of a parquet file's metadata, whose length stands before the last four bytes."""
-    with open(file, "rb") as opened:
-        opened.seek(-8, os.SEEK_END)
-        length = int.from_bytes(opened.read(4), "little")
-        opened.seek(-8 - length, os.SEEK_END)
-        return hashlib.sha256(opened.read(length)).hexdigest()
-
-
-def _no_split(settings: HuggingFace, name: str, known: Any) -> ValueError:
-    return ValueError(
-        f"{settings.dataset} has no split {name!r}; there are: {', '.join(known)} (params: "
-        "data.huggingface.train_split, test_split, config)"
-    )
-
-
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    return Place(arguments, identity), opened
 
 
 def _check_columns(features: dict[str, Any], columns: list[str], where: str) -> None:
@@ -294,7 +168,7 @@ def _check_columns(features: dict[str, Any], columns: list[str], where: str) -> 
     for column, key in zip(columns, ("image_column", "label_column"), strict=False):
         if column not in features:
             raise ValueError(
-                f"{where} has no column {column!r}; there are: {', '.join(features)} (params: "
+                f"{where} has no column {column!r}; there are: {', '.join(features)} (study: "
                 f"data.huggingface.{key})"
             )
     feature = features[columns[0]]
@@ -305,7 +179,7 @@ def _check_columns(features: dict[str, Any], columns: list[str], where: str) -> 
     if not fits:
         raise ValueError(
             f"column {columns[0]!r} of {where} is {feature}; expected images, or the bytes of "
-            "image files (params: data.huggingface.image_column)"
+            "image files (study: data.huggingface.image_column)"
         )
 
 
@@ -328,12 +202,12 @@ def _class_names(rows: Any, settings: HuggingFace, split: str, where: str) -> tu
     if not re.fullmatch(r"u?int\d+", getattr(feature, "dtype", "")):
         raise ValueError(
             f"label column {column!r} of {where} is {feature}; expected ClassLabel or integers "
-            "(params: data.huggingface.label_column, or data.labelled)"
+            "(study: data.huggingface.label_column, or data.labelled)"
         )
     if settings.streaming:
         raise ValueError(
             f"label column {column!r} of {where} is {feature}, which does not say how many classes "
-            "there are; to stream it, give it ClassLabel features, or `labelled: false` (params: "
+            "there are; to stream it, give it ClassLabel features, or `labelled: false` (study: "
             "data.labelled)"
         )
     if split != "train":
@@ -346,17 +220,6 @@ def _label_column(rows: Any, column: str) -> np.ndarray:
     """All labels of a Dataset, int64; -1 where one is missing. No image is read."""
     table = rows.select_columns([column]).with_format("arrow")[:]
     return table[column].cast("int64").fill_null(-1).to_numpy()
-
-
-def _checked(labels: np.ndarray, first_id: int, n_classes: int, where: str) -> np.ndarray:
-    bad = np.flatnonzero((labels < 0) | (labels >= n_classes))
-    if len(bad):
-        raise ValueError(
-            f"example {first_id + bad[0]} of {where} has label {labels[bad[0]]}; expected "
-            f"[0, {n_classes - 1}], or `labelled: false` for images without labels (params: "
-            "data.labelled)"
-        )
-    return labels
 
 
 def _encoded(image: dict[str, Any] | None, name: str) -> bytes | str:
@@ -375,7 +238,7 @@ def _encoded(image: dict[str, Any] | None, name: str) -> bytes | str:
         return file.read()
 
 
-def _count(rows: Any, place: _Place, name: str) -> int | None:
+def _count(rows: Any, place: Place, name: str) -> int | None:
     """Rows of a stream, as far as they are known."""
     if place.n_rows is not None:
         return place.n_rows
@@ -411,7 +274,7 @@ class _Stream:
             raise ValueError(
                 f"the stream of {self._where} ended before example {start + len(rows)}, though "
                 f"example {stop - 1} was expected; give data.n_train, or `streaming: false` "
-                "(params: data.huggingface.streaming)"
+                "(study: data.huggingface.streaming)"
             )
         self._open.append(iterator)
         self._next_id = stop

@@ -1,32 +1,25 @@
-"""Encoded images: what a range of them is before decoding, its decoding, and folders of files.
+"""Image files: a folder of them as a source, and the decoding of encoded images.
 
-Opening finds what there is without reading pixels; `fetch_range` gathers the paths or bytes of a
-range; a `Decoder`, which may run in another process, makes them uint8 arrays of one size. Leaves to
-others: the interface of a source and images that are arrays already (`data`), and data sets that
-the `datasets` library reads (`hub`).
+Opening lists files without reading pixels. `fetch_range` gathers the paths or bytes of a range; a
+`Decoder`, which may run in another process, makes them uint8 arrays of one size.
 """
 
 import contextlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kdlib.cache.sources import SPLITS, Source, fit, limit_identity, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data
 
-SPLITS = ("train", "test")
-
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-
-RESIZE_RULE = "largest centred square, bilinear with antialiasing"
 
 
 @dataclass(frozen=True)
@@ -69,53 +62,14 @@ class Decoder:
             if pixels.shape[:2] != self.size:
                 raise ValueError(
                     f"{_named(encoded, name)} has {pixels.shape[1]}x{pixels.shape[0]} pixels but "
-                    f"example 0 has {self.size[1]}x{self.size[0]}; give one size for all (params: "
+                    f"example 0 has {self.size[1]}x{self.size[0]}; give one size for all (study: "
                     "data.image_size)"
                 )
             images[i] = pixels.transpose(2, 0, 1)
         return images, payload.labels
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One split of encoded images; the attributes are those of `data.Source`."""
-
-    class_names: tuple[str, ...]
-    n_examples: int
-    image_shape: tuple[int, int, int]
-    identity: dict[str, Any]
-    fetch_range: Callable[[int, int], Payload]
-    decode: Decoder
-
-
-def limited(data: Data, split: str, n_examples: int) -> int:
-    """How many examples of a split are used: all, or the first `n_train` of the training split.
-
-    Raises: ValueError when there are fewer than `n_train`.
-    """
-    if split != "train" or data.n_train is None:
-        return n_examples
-    if data.n_train > n_examples:
-        raise ValueError(
-            f"n_train is {data.n_train} but the training split of {data.source} has {n_examples} "
-            "images; give at most that (params: data.n_train)"
-        )
-    return data.n_train
-
-
-def limit_identity(data: Data, split: str) -> dict[str, int]:
-    """What `n_train` adds to an identity."""
-    return {"n_train": data.n_train} if split == "train" and data.n_train is not None else {}
-
-
-def size_identity(data: Data) -> dict[str, Any]:
-    """What `image_size` adds to an identity."""
-    if data.image_size is None:
-        return {}
-    return {"image_size": data.image_size, "resize": RESIZE_RULE}
-
-
-def open_folder(data: Data, split: str) -> Encoded:
+def open_folder(data: Data, split: str) -> Source:
     """Images in <folder>/<split>/<class>/: classes sorted by name, files sorted within their class.
     Unlabelled: images anywhere below <folder>/<split>/, sorted by their path from there.
 
@@ -130,7 +84,7 @@ def open_folder(data: Data, split: str) -> Encoded:
         if data.n_train is not None:
             raise ValueError(
                 "n_train takes the first images, which in a folder sorted by class are those of "
-                "its first classes; leave it out, or give `labelled: false` (params: data.n_train)"
+                "its first classes; leave it out, or give `labelled: false` (study: data.n_train)"
             )
         class_names, paths, labels = _class_images(folders, split)
     else:
@@ -147,7 +101,10 @@ def open_folder(data: Data, split: str) -> Encoded:
         return Payload(start, paths[start:stop], labels[start:stop].copy())
 
     decode = Decoder(f"folder {split}", size, data.image_size)
-    return Encoded(class_names, len(paths), (3, *size), identity, fetch_range, decode)
+    n, shape = len(paths), (3, *size)
+    return Source(
+        "folder", split, class_names, n, shape, identity, fetch_range, decode, parallel=True
+    )
 
 
 def _class_images(
@@ -161,14 +118,14 @@ def _class_images(
             f"{folders['train']} and {folders['test']} differ in their classes: only in train "
             f"{only['train']}, only in test {only['test']}; expected the same class folders in both"
         )
-    found = [_image_paths(folders[split] / name) for name in classes[split]]
-    labels = np.repeat(np.arange(len(found)), [len(paths) for paths in found])
-    return tuple(classes[split]), list(itertools.chain(*found)), labels
+    by_class = [_image_paths(folders[split] / name) for name in classes[split]]
+    labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class])
+    return tuple(classes[split]), list(itertools.chain(*by_class)), labels
 
 
 def _class_names(folder: Path) -> list[str]:
     """Sorted names of the class folders of one split; hidden ones are passed over."""
-    layout = "expected <folder>/train/<class>/ and <folder>/test/<class>/ (params: data.folder; "
+    layout = "expected <folder>/train/<class>/ and <folder>/test/<class>/ (study: data.folder; "
     layout += "data.test_folder where the test images are elsewhere)"
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; {layout}")
@@ -195,7 +152,7 @@ def _image_paths(folder: Path) -> list[str]:
 def _all_images(folder: Path) -> list[str]:
     """Sorted images anywhere below a folder; files of other kinds and hidden ones are passed
     over."""
-    layout = f"expected images ({', '.join(SUFFIXES)}) anywhere below it (params: data.folder)"
+    layout = f"expected images ({', '.join(SUFFIXES)}) anywhere below it (study: data.folder)"
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; {layout}")
     paths = [path for path in all_files(folder) if path.lower().endswith(SUFFIXES)]
@@ -235,7 +192,7 @@ def _common_size(paths: Sequence[str]) -> tuple[int, int]:
         if size != first:
             raise ValueError(
                 f"{path} has {size[1]}x{size[0]} pixels but {paths[0]} has {first[1]}x{first[0]}; "
-                "give one size for all (params: data.image_size)"
+                "give one size for all (study: data.image_size)"
             )
     return first
 
@@ -252,8 +209,7 @@ def _named(encoded: bytes | str, name: str) -> str:
 
 @contextlib.contextmanager
 def _opened(encoded: bytes | str, name: str) -> Iterator[Any]:
-    """An open PIL image; whatever Pillow says of one it cannot read becomes a ValueError with the
-    name."""
+    """An open PIL image; any error of Pillow becomes a ValueError with the name."""
     from PIL import Image
 
     file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
@@ -264,7 +220,7 @@ def _opened(encoded: bytes | str, name: str) -> Iterator[Any]:
         raise ValueError(
             f"{name} cannot be read as an image (its format is unknown); repair or remove it"
         ) from None
-    # SyntaxError: Pillow's word for a broken PNG chunk
+    # SyntaxError: Pillow raises it for a broken PNG chunk
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{name} cannot be read as an image ({error}); repair or remove it"
@@ -282,13 +238,3 @@ def _decode(encoded: bytes | str, name: str, image_size: int | None) -> np.ndarr
             )
         image = image.convert("RGB")
     return np.asarray(image if image_size is None else fit(image, image_size))
-
-
-def fit(image: Any, size: int) -> Any:
-    """The largest centred square of a PIL image, resized to `size` x `size`."""
-    from PIL import Image
-
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)

@@ -10,7 +10,6 @@ import numpy as np
 
 from kdlib.cache.build import build_images
 from kdlib.cache.build import repair as build_repair
-from kdlib.cache.image_files import SPLITS
 from kdlib.cache.index import (
     CacheError,
     all_sums,
@@ -21,8 +20,9 @@ from kdlib.cache.index import (
     shard_span,
 )
 from kdlib.cache.journal import journal_paths, read_journal
+from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
-from kdlib.cache.sources import open_source
+from kdlib.cache.sources import SPLITS
 from kdlib.repro import files
 from kdlib.study.data import cache_folder, parse_part
 from kdlib.study.load import load_study

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdlib.cache.sources import check_labels
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan
 from kdlib.repro import files
@@ -308,11 +309,8 @@ def _check_examples(example_ids: np.ndarray, labels: np.ndarray, n_classes: int)
         )
     if labels.shape != example_ids.shape:
         raise ValueError(f"{len(labels)} labels for {len(example_ids)} example ids")
-    if labels.min() < 0 or labels.max() >= n_classes:
-        raise ValueError(
-            f"labels span [{labels.min()}, {labels.max()}]; expected [0, {n_classes - 1}] "
-            "(a datamap needs labelled examples)"
-        )
+    hint = " (a datamap needs labelled examples)"
+    check_labels(labels, n_classes, "the log", example_ids, hint)
 
 
 def _layout(header: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

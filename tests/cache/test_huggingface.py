@@ -22,7 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kdlib.cache.sources import SPLITS, Source, open_source
+from kdlib.cache.open import open_source
+from kdlib.cache.sources import SPLITS, Source
 from kdlib.study.data import Data, HuggingFace
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -166,7 +167,7 @@ def test_ascending_ranges_open_the_stream_once_and_going_back_opens_it_again(par
 
 def test_a_process_may_end_with_a_stream_half_read(parquet):
     code = (
-        "from kdlib.cache.sources import open_source\n"
+        "from kdlib.cache.open import open_source\n"
         "from kdlib.study.data import Data, HuggingFace\n"
         f"hub = HuggingFace(dataset={str(parquet)!r}, streaming=True)\n"
         "data = Data(source='huggingface', huggingface=hub, n_validation=1)\n"
@@ -236,7 +237,9 @@ def test_one_parquet_file_is_the_training_split_and_no_other(tmp_path):
 
 @BOTH
 def test_another_split_is_never_taken_for_the_stated_one(parquet, streaming):
-    with pytest.raises(ValueError, match=r"no split 'validation'; there are: test, train .*params"):
+    with pytest.raises(
+        ValueError, match=r"no split 'validation'; there are: test, train .*study"):
+    ):
         open_hub(parquet, "test", test_split="validation", streaming=streaming)
 
 

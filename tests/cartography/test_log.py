@@ -290,7 +290,7 @@ def test_a_log_open_for_reading_cannot_be_written(tmp_path):
         ([1, 1], [0, 0], "strictly increasing"),
         ([], [], "non-empty"),
         ([1, 2], [0], "1 labels for 2 example ids"),
-        ([1, 2], [0, 2], r"span \[0, 2\]; expected \[0, 1\]"),
+        ([1, 2], [0, 2], r"example 2 of the log has label 2; expected \[0, 1\]"),
         ([1, 2], [-1, 0], "labelled"),
     ],
 )
