@@ -237,9 +237,7 @@ def test_one_parquet_file_is_the_training_split_and_no_other(tmp_path):
 
 @BOTH
 def test_another_split_is_never_taken_for_the_stated_one(parquet, streaming):
-    with pytest.raises(
-        ValueError, match=r"no split 'validation'; there are: test, train .*study"):
-    ):
+    with pytest.raises(ValueError, match=r"no split 'validation'; there are: test, train .*study"):
         open_hub(parquet, "test", test_split="validation", streaming=streaming)
 
 
