@@ -1,4 +1,5 @@
-"""Command line: `python -m kdlib study | figures | findings | record | step | probe | cache`.
+"""Command line: `python -m kdlib study | figures | findings | schema | record | step | probe |
+cache`.
 
 Commands import what they need when they run, so that help and errors come at once.
 """
@@ -243,6 +244,14 @@ def _probe(arguments: argparse.Namespace, further: list[str]) -> int:
     return 0
 
 
+def _schema(arguments: argparse.Namespace, further: list[str]) -> int:
+    """Write what is generated from the schema of a study."""
+    from kdlib.study.schema import write
+
+    print(*write(), sep="\n")
+    return 0
+
+
 def _add_probe(commands: Any) -> None:
     probe = commands.add_parser("probe", help="probe a weight file from outside, print a table")
     probe.add_argument("study", help="study file, such as params/cifar10.yaml: images and settings")
@@ -323,6 +332,8 @@ def main() -> int:
     figures.set_defaults(run=_figures)
     described = "what the studies found whose tables are committed, a line each"
     commands.add_parser("findings", help=described).set_defaults(run=_findings)
+    described = "write the schema of study files for editors, and docs/studies.md"
+    commands.add_parser("schema", help=described).set_defaults(run=_schema)
     record = commands.add_parser("record", help="make one further recording (study: recordings)")
     record.add_argument("study", help="study file, such as params/digits.yaml")
     record.add_argument("--model", required=True, help="one of recordings.models")
