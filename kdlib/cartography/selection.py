@@ -1,13 +1,13 @@
 """Which examples a student learns from: a subset is a function of datamap, budget, strategy, seed.
 
-Ties, and the whole of `random`, are decided by a hash of (seed, example id), never by an example's
-position, so that permuting the data set permutes nothing but rows. Leaves to others: the scores
-(cartography), the rules that are more than a ranking (coresets), the order in which a subset is
-seen (sampling).
+Ties, and the whole of `random`, are decided by a hash of (seed, example id), so that permuting the
+data set permutes nothing but rows. To add a rule: its function in `coresets` or `feature_coresets`,
+its settings in `kdlib.study.selections`, and the call here that is registered for these settings.
 """
 
 import operator
 from dataclasses import dataclass
+from functools import singledispatch
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,31 @@ from kdlib.cartography import coresets, feature_coresets
 from kdlib.cartography.feature_scores import finite_features
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
-from kdlib.study.selections import DIFFICULTY, SELECTIONS, Selection, built_in_rule
+from kdlib.study.selections import (
+    CCS,
+    D2,
+    DIFFICULTY,
+    SELECTIONS,
+    DualBeta,
+    Herding,
+    KCenter,
+    Mixture,
+    Moderate,
+    Ranking,
+    Selection,
+    UserSelection,
+    built_in_rule,
+)
 from kdlib.study.user_code import run
+
+# (variability, confidence) of the examples that a region's strategy takes first
+POLES = {"easy": (0.0, 1.0), "hard": (0.0, 0.0), "ambiguous_corner": (1.0, 0.5)}
+# Study keys of the scores that are not in every datamap
+NEEDS = {
+    "tdds": "dynamics.logits: true",
+    "grand": "dynamics.gradient_epoch",
+    "grand_last": "dynamics.gradient_epoch",
+}
 
 
 def tie_break(example_ids: np.ndarray, seed: int) -> np.ndarray:
@@ -44,14 +67,14 @@ def select(
     `full`: all (n must be N). `random`: uniformly; with one seed, a smaller random subset lies
     within a larger one. `easy`, `hard`, `ambiguous_corner`: nearest to (variability, confidence) =
     (0, 1), (0, 0), (1, 0.5). `ambiguous`: highest variability. `<score>_top`, `<score>_bottom`:
-    highest, lowest score. The rules of `params.CORESETS` are those of `coresets`. A rule that is
-    `balanced` chooses within each class, from all classes alike as far as they reach.
+    highest, lowest score. `coresets` and `feature_coresets` have the other rules. A rule that is
+    `balanced` chooses within each class, equally many from all classes as far as they reach.
 
     Args:
         table: A datamap: index of N distinct int64 example ids in any order, score columns, `label`
             where classes count.
         n: Budget, in [0, N].
-        strategy: One of `params.SELECTIONS`, or a rule with its numbers.
+        strategy: One of `kdlib.study.selections.SELECTIONS`, or a rule with its numbers.
         seed: >= 0; decides `random`, every draw and every tie.
         features: (N, D) float, one row per row of `table`; `k_center`, `herding` and `d2` read it.
 
@@ -78,143 +101,163 @@ def select(
             )
         return np.sort(ids.astype(np.int64))
     rule = built_in_rule(strategy) if isinstance(strategy, str) else strategy
-    # By id, so that the order of the table's rows reaches no rule.
-    order = np.argsort(ids, kind="stable")
+    order = np.argsort(ids, kind="stable")  # by id: the order of the table's rows decides nothing
     table, ids = table.iloc[order], ids[order].astype(np.int64)
     features = None if features is None else finite_features(features, n_examples)[order]
-    own_cost = _own_cost(table, rule) if rule.kind == "own" else None
-    choose = _Chooser(table, rule, tie_break(ids, seed), features, own_cost)
-    if rule.balanced:
-        labels = _labels(table, rule)
-        return ids[coresets.per_class(labels, n, choose.ties, choose)]
-    return ids[choose(np.arange(n_examples), n)]
+    costs = _user_costs(table, rule) if isinstance(rule, UserSelection) else None
+    examples = Candidates(table, tie_break(ids, seed), features, costs)
+    if not rule.balanced:
+        return ids[choose(rule, examples, n)]
+    if "label" not in table.columns:
+        raise ValueError(f"{rule.kind!r} balanced needs the column 'label' of the datamap")
+
+    def choose_within(positions: np.ndarray, m: int) -> np.ndarray:
+        return positions[choose(rule, examples.at(positions), m)]
+
+    return ids[coresets.per_class(table["label"].to_numpy(), n, examples.ties, choose_within)]
 
 
 @dataclass(frozen=True)
-class _Chooser:
-    """One rule on one datamap: which m of some positions."""
+class Candidates:
+    """The N examples that a rule chooses from, sorted by id.
+
+    Attributes: table, their rows of the datamap; ties, (N,) uint64; features, (N, D) float64, and
+        costs by the user's code, (N,) float64, where the rule reads them.
+    """
 
     table: pd.DataFrame
-    rule: Selection
     ties: np.ndarray
     features: np.ndarray | None
-    own_cost: np.ndarray | None
+    costs: np.ndarray | None
 
-    def __call__(self, positions: np.ndarray, m: int) -> np.ndarray:
-        """(m,) sorted positions out of `positions`."""
-        table, rule, ties = self.table.iloc[positions], self.rule, self.ties[positions]
-        kind = rule.kind
-        if kind == "mixture":
-            costs = {name: _cost(table, name) for name in rule.shares}
-            chosen = coresets.mixture(costs, rule.shares, m, ties)
-        elif kind == "ccs":
-            difficulty = _difficulty(table, rule.score, kind)
-            cutoff = rule.cutoff
-            if cutoff == "at most 0.1":
-                cutoff = min(0.1, 1 - m / max(len(table), 1))
-            chosen = coresets.coverage(difficulty, m, ties, cutoff=cutoff, n_strata=rule.n_strata)
-        elif kind == "moderate":
-            chosen = coresets.central(_score(table, "class_distance", kind), m, ties)
-        elif kind == "dual_beta":
-            dual, confidence = (_score(table, name, kind) for name in ("dual", "confidence"))
-            numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
-            chosen = coresets.beta_sampling(dual, confidence, m, ties, **numbers)
-        elif kind in ("d2", "k_center", "herding"):
-            chosen = self._by_features(table, self._features(positions), m, ties)
-        elif kind == "own":
-            chosen = coresets.lowest(self.own_cost[positions], m, ties)
-        else:
-            chosen = coresets.lowest(_cost(table, kind), m, ties)
-        return positions[chosen]
-
-    def _by_features(
-        self, table: pd.DataFrame, features: np.ndarray, m: int, ties: np.ndarray
-    ) -> np.ndarray:
-        rule = self.rule
-        if rule.kind == "k_center":
-            return feature_coresets.k_center(features, m, ties)
-        if rule.kind == "herding":
-            return feature_coresets.herding(features, m, ties)
-        difficulty = _difficulty(table, rule.score, "d2")
-        difficulty -= min(difficulty.min(initial=0.0), 0.0)  # of aum, say: d2 takes numbers >= 0
-        return feature_coresets.d2(
-            difficulty,
-            features,
-            m,
-            ties,
-            neighbours=rule.neighbours,
-            gamma_forward=rule.gamma_forward,
-            gamma_reverse=rule.gamma_reverse,
+    def at(self, positions: np.ndarray) -> "Candidates":
+        """Those at some positions."""
+        features, costs = (
+            None if rows is None else rows[positions] for rows in (self.features, self.costs)
         )
+        return Candidates(self.table.iloc[positions], self.ties[positions], features, costs)
 
-    def _features(self, positions: np.ndarray) -> np.ndarray:
-        if self.features is None:
+    def score(self, name: str) -> np.ndarray:
+        """A score, (N,) float64.
+
+        Raises: ValueError when it is absent or not finite.
+        """
+        if name not in self.table.columns:
+            hint = f" (it needs {NEEDS[name]} in the study)" if name in NEEDS else ""
             raise ValueError(
-                f"strategy {self.rule.kind!r} looks at the teacher's features; give them (features)"
+                f"the strategy needs the score {name!r}, which the datamap lacks{hint}; it has "
+                f"{', '.join(map(str, self.table.columns))}"
             )
-        return self.features[positions]
+        score = self.table[name].to_numpy(dtype=np.float64)
+        bad = ~np.isfinite(score)
+        if bad.any():
+            raise ValueError(
+                f"{name} is NaN or infinite for {bad.sum()} of {len(score)} examples (first: id "
+                f"{self.table.index[bad][0]}); expected finite scores: make the datamap again"
+            )
+        return score
+
+    def difficulty(self, name: str) -> np.ndarray:
+        """A score, (N,) float64, with a sign such that high is hard."""
+        return DIFFICULTY[name] * self.score(name)
+
+    def features_for(self, rule: Selection) -> np.ndarray:
+        """The teacher's features, (N, D) float64.
+
+        Raises: ValueError when there are none.
+        """
+        if self.features is None:
+            raise ValueError(f"{rule.kind!r} needs the teacher's features (argument `features`)")
+        return self.features
+
+    def cost(self, ranking: str) -> np.ndarray:
+        """What a ranking sorts by, lowest first: (N,) float64."""
+        if ranking == "random":
+            return np.zeros(len(self.table))
+        if ranking == "ambiguous":
+            return -self.score("variability")
+        if ranking in POLES:
+            variability, confidence = POLES[ranking]
+            return (self.score("variability") - variability) ** 2 + (
+                self.score("confidence") - confidence
+            ) ** 2
+        name, end = ranking.rsplit("_", 1)
+        return -self.score(name) if end == "top" else self.score(name)
 
 
-def _labels(table: pd.DataFrame, rule: Selection) -> np.ndarray:
-    if "label" not in table.columns:
-        raise ValueError(f"{rule.kind!r} balanced needs the column 'label' of the datamap")
-    return table["label"].to_numpy()
+@singledispatch
+def choose(rule: Selection, examples: Candidates, n: int) -> np.ndarray:
+    """The positions of the n examples that a rule chooses: (n,) int64, sorted and distinct."""
+    raise TypeError(f"no selection is registered for {type(rule).__name__}")
 
 
-def _cost(table: pd.DataFrame, ranking: str) -> np.ndarray:
-    """What a ranking wants least of, per example: (N,) float64."""
-    if ranking == "random":
-        return np.zeros(len(table))
-    if ranking == "ambiguous":
-        return -_score(table, "variability", ranking)
-    poles = {"easy": (0.0, 1.0), "hard": (0.0, 0.0), "ambiguous_corner": (1.0, 0.5)}
-    if ranking in poles:
-        variability, confidence = poles[ranking]
-        return (_score(table, "variability", ranking) - variability) ** 2 + (
-            _score(table, "confidence", ranking) - confidence
-        ) ** 2
-    column, end = ranking.rsplit("_", 1)
-    score = _score(table, column, ranking)
-    return -score if end == "top" else score
+@choose.register
+def _(rule: Ranking, examples: Candidates, n: int) -> np.ndarray:
+    return coresets.lowest(examples.cost(rule.kind), n, examples.ties)
 
 
-def _own_cost(table: pd.DataFrame, rule: Selection) -> np.ndarray:
-    """What the study's own rule wants least of, per example: (N,) float64."""
+@choose.register
+def _(rule: Mixture, examples: Candidates, n: int) -> np.ndarray:
+    costs = {ranking: examples.cost(ranking) for ranking in rule.shares}
+    return coresets.mixture(costs, rule.shares, n, examples.ties)
+
+
+@choose.register
+def _(rule: CCS, examples: Candidates, n: int) -> np.ndarray:
+    difficulty, cutoff = examples.difficulty(rule.score), rule.cutoff
+    if cutoff == "at most 0.1":
+        cutoff = min(0.1, 1 - n / max(len(difficulty), 1))
+    return coresets.coverage(difficulty, n, examples.ties, cutoff=cutoff, n_strata=rule.n_strata)
+
+
+@choose.register
+def _(rule: Moderate, examples: Candidates, n: int) -> np.ndarray:
+    return coresets.central(examples.score("class_distance"), n, examples.ties)
+
+
+@choose.register
+def _(rule: DualBeta, examples: Candidates, n: int) -> np.ndarray:
+    dual, confidence = examples.score("dual"), examples.score("confidence")
+    numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
+    return coresets.beta_sampling(dual, confidence, n, examples.ties, **numbers)
+
+
+@choose.register
+def _(rule: D2, examples: Candidates, n: int) -> np.ndarray:
+    difficulty = examples.difficulty(rule.score)
+    return feature_coresets.d2(
+        difficulty - min(difficulty.min(initial=0.0), 0.0),  # d2 takes numbers >= 0
+        examples.features_for(rule),
+        n,
+        examples.ties,
+        neighbours=rule.neighbours,
+        gamma_forward=rule.gamma_forward,
+        gamma_reverse=rule.gamma_reverse,
+    )
+
+
+@choose.register
+def _(rule: KCenter, examples: Candidates, n: int) -> np.ndarray:
+    return feature_coresets.k_center(examples.features_for(rule), n, examples.ties)
+
+
+@choose.register
+def _(rule: Herding, examples: Candidates, n: int) -> np.ndarray:
+    return feature_coresets.herding(examples.features_for(rule), n, examples.ties)
+
+
+@choose.register
+def _(rule: UserSelection, examples: Candidates, n: int) -> np.ndarray:
+    return coresets.lowest(examples.costs, n, examples.ties)
+
+
+def _user_costs(table: pd.DataFrame, rule: UserSelection) -> np.ndarray:
+    """What the user's rule sorts by, lowest first: (N,) float64."""
     module = run(rule, "cost", "cost(table, **options), the least of which are chosen")
-    found = np.asarray(module.cost(table.copy(), **rule.options), dtype=np.float64)
-    if found.shape != (len(table),) or not np.isfinite(found).all():
+    costs = np.asarray(module.cost(table.copy(), **rule.options), dtype=np.float64)
+    if costs.shape != (len(table),) or not np.isfinite(costs).all():
         raise ValueError(
-            f"{rule.code}: cost gave shape {found.shape}, finite: {bool(np.isfinite(found).all())};"
+            f"{rule.code}: cost gave shape {costs.shape}, finite: {bool(np.isfinite(costs).all())};"
             f" expected a finite number for each of {len(table)} examples"
         )
-    return found
-
-
-def _difficulty(table: pd.DataFrame, column: str, strategy: str) -> np.ndarray:
-    """A score, turned so that high is hard."""
-    return DIFFICULTY[column] * _score(table, column, strategy)
-
-
-# What a score that is not in every datamap needs.
-_NEEDS = {
-    "tdds": "dynamics.logits: true",
-    "grand": "dynamics.gradient_epoch",
-    "grand_last": "dynamics.gradient_epoch",
-}
-
-
-def _score(table: pd.DataFrame, column: str, strategy: str) -> np.ndarray:
-    if column not in table.columns:
-        hint = f" (it needs {_NEEDS[column]} in the study)" if column in _NEEDS else ""
-        raise ValueError(
-            f"strategy {strategy!r} needs the score {column!r}, which the datamap lacks{hint}; it "
-            f"has {', '.join(map(str, table.columns))}"
-        )
-    score = table[column].to_numpy(dtype=np.float64)
-    bad = ~np.isfinite(score)
-    if bad.any():
-        raise ValueError(
-            f"{column} is NaN or infinite for {bad.sum()} of {len(score)} examples (first: id "
-            f"{table.index[bad][0]}); expected finite scores: make the datamap again"
-        )
-    return score
+    return costs

@@ -87,8 +87,8 @@ class ExtraRecordings(Settings):
 
 
 class Selection(Settings):
-    """A rule that chooses a subset of an exact number of examples; `kdlib.cartography.coresets` has
-    formula and paper of each that is more than a ranking."""
+    """A rule that chooses a subset of an exact number of examples; `coresets` and
+    `feature_coresets` of `kdlib.cartography` have formula and paper of each but the rankings."""
 
     kind: str
     balanced: bool = False

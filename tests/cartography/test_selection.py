@@ -164,8 +164,8 @@ def test_moderate_takes_the_middle_of_the_distances_to_the_class():
 @pytest.mark.parametrize(
     ("strategy", "columns", "message"),
     [
-        ("herding", [], "looks at the teacher's features"),
-        ("k_center", [], "looks at the teacher's features"),
+        ("herding", [], "needs the teacher's features"),
+        ("k_center", [], "needs the teacher's features"),
         ("random_balanced", ["label"], "needs the column 'label'"),
         ("moderate", ["class_distance"], "needs the score 'class_distance'"),
         ("grand_top", ["grand"], r"it needs dynamics\.gradient_epoch in the study"),
