@@ -22,7 +22,7 @@ from kdlib.probes.classifiers import Features, linear_probe
 from kdlib.probes.diagnostics import collapse
 from kdlib.repro import checks
 from kdlib.repro.run import Run
-from kdlib.repro.seeds import PURPOSES, derive, generator, torch_seeded
+from kdlib.repro.seeds import generator, torch_seeded
 from kdlib.study.objectives import Hint, Objective, Tokens
 from kdlib.study.training import Augment
 from kdlib.trainer.feature_losses import barlow, resized
@@ -248,20 +248,20 @@ def seed_plus_epoch(bench: Bench) -> Exhibit:
     for rule in (wrong, ours):
         one, other = ({rule(seed, epoch) for epoch in range(n_epochs)} for seed in pair)
         shared.append(len(one & other) / n_epochs)
-    resolved = {purpose: derive(pair[0], purpose) for purpose in PURPOSES}
+    defect, honest = shared
     return Exhibit(
         study="B",
         name="seed + epoch",
         happened="Each epoch was seeded with seed + epoch on the global generator: two replicates "
         "drew the same shards, one epoch apart.",
         measure="draws that seeds 42 and 43 share, 100 epochs",
-        defect=shared[0],
-        honest=shared[1],
-        **judged(
-            (checks.seeds,),
-            {"seeds": {"requested": pair[0], "resolved": resolved | {"shards": pair[0] + 0}}},
-            {"seeds": {"requested": pair[0], "resolved": resolved}},
-        ),
+        defect=defect,
+        honest=honest,
+        tripwire="seeds.generator",
+        sentence=f"the hash of seed, purpose and epoch gives {honest:.0%} shared draws instead of "
+        f"{defect:.0%}",
+        caught=defect > 0,
+        quiet=honest == 0,
     )
 
 

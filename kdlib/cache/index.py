@@ -110,7 +110,8 @@ def refuse_other(folder: Path, expected: Mapping[str, Any], header: Mapping[str,
 def index_paths(folder: Path) -> list[Path]:
     """The indexes of all finished parts in a folder, sorted."""
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    return [folder / name for name in names if _INDEX_NAME.fullmatch(name)]
+    paths = [folder / name for name in names if _INDEX_NAME.fullmatch(name)]
+    return [path for path in paths if path.exists()]  # a link to nothing is no index
 
 
 def read_indexes(folder: Path) -> tuple[dict[str, Any], Entries]:

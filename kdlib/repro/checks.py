@@ -1,8 +1,8 @@
-"""The tripwires: conditions under which a number would be a lie.
+"""The checks on a run's evidence, without which its numbers are not used.
 
-Each is a function from a run's evidence to pass or fail with a sentence. They run where the number
-is made (a failure stops the notebook) and again when a table is compiled (a failure refuses the
-row and says why). They trust nothing but the evidence and the files it names.
+Each check is a function from the evidence to pass or fail with a sentence. They run where the
+number is made (a failure stops the notebook) and again when a table is compiled (a failure refuses
+the row and gives the reason). They read the evidence and the files it names.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from kdlib.repro import files
-from kdlib.repro.seeds import derive
 
 # Teacher terms are float64. Of a loss that is 0 whatever it compares they differ by rounding, by
 # 1e-33 measured (2026-11), in either direction.
@@ -22,7 +21,7 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one tripwire."""
+    """Result of one check."""
 
     name: str
     passed: bool
@@ -30,7 +29,7 @@ class Check:
 
 
 class TripwireError(RuntimeError):
-    """A number that must not be printed."""
+    """A result that must not be used."""
 
 
 Evidence = dict[str, Any]
@@ -59,36 +58,26 @@ def coverage(evidence: Evidence) -> Check:
     )
 
 
-def seeds(evidence: Evidence) -> Check:
-    """Every stream on record is the one the requested seed gives; that a run draws from these is
-    what the tests of equal bytes hold."""
-    requested, resolved = evidence["seeds"]["requested"], evidence["seeds"]["resolved"]
-    wrong = [p for p, value in resolved.items() if value != derive(requested, p)]
-    sentence = f"seed {requested}" + (f" does not give the streams of {wrong}" if wrong else "")
-    return Check("seeds", not wrong, sentence)
-
-
 def gradient(evidence: Evidence) -> Check:
     """The first step's gradient reached every trained tensor."""
-    found = evidence["gradient"]
+    norm, without, n = (evidence["gradient"][k] for k in ("norm", "tensors_without", "tensors"))
     return Check(
         "gradient",
-        found["norm"] > 0 and found["tensors_without"] == 0,
-        f"gradient norm {found['norm']:.3g}; {found['tensors_without']} of {found['tensors']} "
-        "parameter tensors got none",
+        norm > 0 and without == 0,
+        f"gradient norm {norm:.3g}; {without} of {n} parameter tensors got none",
     )
 
 
 def pairing(evidence: Evidence) -> Check:
     """Teacher rows belong to their examples: permuting them raises the objective's teacher term,
-    and the logits a loader hands out are as accurate as the teacher they came from."""
-    found = evidence["pairing"]
-    if found is None:
+    and the logits that a loader reads are as accurate as the teacher they came from."""
+    terms = evidence["pairing"]
+    if terms is None:
         return Check("pairing", True, "no teacher in this objective")
-    passed = found["permuted"] - found["paired"] > ROUNDING
-    sentence = f"teacher term {found['paired']:.4g}, {found['permuted']:.4g} with permuted rows"
-    if found["teacher_accuracy"] is not None:
-        read, measured = found["teacher_accuracy"], found["stored_accuracy"]
+    passed = terms["permuted"] - terms["paired"] > ROUNDING
+    sentence = f"teacher term {terms['paired']:.4g}, {terms['permuted']:.4g} with permuted rows"
+    if terms["teacher_accuracy"] is not None:
+        read, measured = terms["teacher_accuracy"], terms["stored_accuracy"]
         passed = passed and abs(read - measured) < 1e-9
         sentence += f"; teacher rows {read:.2%} right where the teacher is {measured:.2%}"
     return Check("pairing", passed, sentence)
@@ -109,16 +98,16 @@ def teacher_card(evidence: Evidence) -> Check:
 
 
 def untouched_test(evidence: Evidence) -> Check:
-    """No test data and no training data took part in choosing the best epoch, and no validation
-    image the teacher has learnt from steered the training."""
-    found = evidence["selection"]
-    chosen, overlap, heard = (found[k] for k in ("best_epoch_by", "overlap", "teacher_overlap"))
+    """The best epoch was chosen on validation images that were not trained on, and no validation
+    image that the teacher was trained on steered the training."""
+    selection = evidence["selection"]
+    chosen, overlap = selection["best_epoch_by"], selection["overlap"]
     sentence = f"best epoch chosen on {chosen}; {overlap} of its examples were trained on"
-    if heard:
-        sentence += f"; the teacher has learnt from {heard}: the best epoch is not reported"
-    steered = heard > 0 and found["steers"] is not None
+    if by_teacher := selection["teacher_overlap"]:
+        sentence += f"; the teacher has learnt from {by_teacher}: the best epoch is not reported"
+    steered = by_teacher > 0 and selection["steers"] is not None
     if steered:
-        sentence += f"; yet `{found['steers']}` read them"
+        sentence += f"; yet `{selection['steers']}` read them"
     return Check(
         "untouched_test", chosen == "validation" and overlap == 0 and not steered, sentence
     )
@@ -159,7 +148,7 @@ def not_collapsed(evidence: Evidence) -> Check:
 TEACHER = (teacher_card,)
 
 
-RUN = (budget, coverage, seeds, gradient, untouched_test)  # every training
+RUN = (budget, coverage, gradient, untouched_test)  # every training
 
 
 STUDENT = (*RUN, pairing, teacher_card)
@@ -169,7 +158,7 @@ PROBE = (probe_floor, same_weights, not_collapsed)
 
 
 def run_all(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[Check]:
-    """Every tripwire on one run's evidence; missing evidence is a failure, not an exemption."""
+    """Every check on one run's evidence; one whose evidence is missing has failed."""
     results = []
     for tripwire in tripwires:
         try:

@@ -1,7 +1,4 @@
-"""Tables on the disk: parquet files that carry what they were made from and a hash of themselves.
-
-Leaves to others: what the columns mean.
-"""
+"""Tables on the disk: parquet files with their provenance and a hash of their content."""
 
 import json
 from pathlib import Path
@@ -12,23 +9,19 @@ import pyarrow.parquet as pq
 
 from kdlib.repro import files
 
-MOST_BYTES = 2**28  # in memory; a larger table must be as large on the disk, give or take
 
-
-MOST_RATIO = 64  # of the bytes in memory to those on the disk
-
-
-def check_provenance(expected: dict | None, found: dict, path: Path) -> None:
-    """Compare what a reader expects with what a file says it was made from.
+def check_provenance(expected: dict | None, stored: dict, path: Path) -> None:
+    """Compare the provenance that a reader expects with that of a file.
 
     Args:
         expected: The keys the reader knows, all of which must match; None compares nothing.
-        found: The provenance stored in the file; further keys are allowed.
+        stored: The provenance in the file; further keys are allowed.
         path: The file, for the message.
 
     Raises: ValueError that names each differing key, what the file has and what was expected.
     """
-    lines = files.difference(expected or {}, {k: found[k] for k in (expected or {}) if k in found})
+    wanted = expected or {}
+    lines = files.difference(wanted, {k: stored[k] for k in wanted if k in stored})
     if lines:
         raise ValueError(
             f"{path} was made from something else (key: found -> expected):\n  "
@@ -76,10 +69,6 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def _remedy(maker: str) -> str:
-    return f"delete it, and the evidence.json beside it where there is one, and run {maker} again"
-
-
 def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
     """Read what `write_parquet` wrote.
 
@@ -89,30 +78,22 @@ def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
 
     Returns: The table and its metadata.
     Raises: FileNotFoundError that names the maker; ValueError for a file that is cut, changed, or
-        not ours.
+        was not written by `write_parquet`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}; run {maker}, which makes it")
+    remedy = f"delete it, and the evidence.json beside it where there is one, and run {maker} again"
     try:
         # One file as it is: pq.read_table looks for a data set, and reads `axis=value` in paths.
         with pq.ParquetFile(path) as file:
-            told = file.metadata
-            n_bytes = 8 * told.num_rows * told.num_columns
-            if n_bytes > max(MOST_BYTES, MOST_RATIO * path.stat().st_size):
-                raise ValueError(f"{told.num_rows} rows in a file of {path.stat().st_size} bytes")
             content = file.read()
-        stored = (content.schema.metadata or {}).get(b"kdlib")
-        if stored is not None:
-            stored, table = json.loads(stored), content.to_pandas()
-            metadata = stored["content"]
-            intact = stored["sha256"] == _content_sha256(table, metadata)
+        stored = json.loads((content.schema.metadata or {}).get(b"kdlib", b"null"))
+        if stored is None:
+            raise ValueError("it carries no kdlib metadata")
+        table = content.to_pandas()
+        if stored["sha256"] != _content_sha256(table, stored["content"]):
+            raise ValueError("its content does not match its sha256")
     except _DAMAGE as error:
-        raise ValueError(f"{path} is cut or damaged ({error}); {_remedy(maker)}") from None
-    if stored is None:
-        raise ValueError(f"{path} carries no kdlib metadata; expected a file made by {maker}")
-    if not intact:
-        raise ValueError(
-            f"{path} is cut or damaged (its content does not match its sha256); {_remedy(maker)}"
-        )
-    return table, metadata
+        raise ValueError(f"{path} is cut or damaged ({error}); {remedy}") from None
+    return table, stored["content"]

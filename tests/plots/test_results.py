@@ -111,7 +111,7 @@ def exhibit_table():
             "measure": ["test accuracy of a random third", "draws that are shared", "tensors"],
             "defect": [0.94, 1.0, 0.0],
             "honest": [0.85, 0.0, 1.0],
-            "tripwire": ["checks.budget, checks.coverage", "checks.seeds", "states.read_state"],
+            "tripwire": ["checks.budget, checks.coverage", "checks.gradient", "states.read_state"],
             "caught": [True, True, False],
         }
     )

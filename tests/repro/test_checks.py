@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from kdlib.repro import checks, files
-from kdlib.repro.seeds import PURPOSES, derive
 
 HONEST = {
     "budget": {
@@ -22,7 +21,6 @@ HONEST = {
         "shards_per_pass": None,
     },
     "subset": {"n_examples": 30},
-    "seeds": {"requested": 3, "resolved": {p: derive(3, p) for p in PURPOSES}},
     "gradient": {"norm": 0.7, "tensors": 8, "tensors_without": 0},
     "pairing": {
         "paired": 0.2,
@@ -77,7 +75,6 @@ def test_honest_evidence_passes_every_tripwire():
         (_broken("coverage", "fewest", 1), "coverage", "visited 1 to 22 times"),
         (_broken("coverage", "unlike_plan", 4), "coverage", "4 not as often as planned"),
         (_broken("coverage", "outside_subset", 5), "coverage", "5 visits outside the subset"),
-        (_broken("seeds", "resolved", "order", derive(0, "order")), "seeds", r"\['order'\]"),
         (_broken("gradient", "norm", 0.0), "gradient", "gradient norm 0;"),
         (_broken("gradient", "tensors_without", 1), "gradient", "1 of 8 parameter tensors"),
         (_broken("pairing", "permuted", 0.2), "pairing", "term 0.2, 0.2 with permuted rows"),
