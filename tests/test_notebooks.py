@@ -6,13 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
+from kdlib.papermill_engine import IpcEngine
 from kdlib.repro import files
 from kdlib.study.evaluation import AXES as study_AXES
 from kdlib.study.selections import STRATEGIES
@@ -201,6 +205,14 @@ def test_wrong_labels_are_looked_for_in_a_study_that_has_some(home, monkeypatch)
 def test_an_unknown_parameter_is_refused_with_the_nearest_known_name(home):
     with pytest.raises(RuntimeError, match="no parameter 'stratgy'; did you mean 'strategy'"):
         _papermill(home, "04_distill", "-p", "stratgy", "easy")
+
+
+def test_the_engine_refuses_an_unknown_parameter_before_a_kernel_starts():
+    notebook = load_notebook_node(str(FOLDER / "04_distill.ipynb"))
+    asked = {"study": "params/tiny.yaml", "stratgy": "easy"}
+    notebook = parameterize_notebook(notebook, asked, kernel_name="python3", language="python")
+    with pytest.raises(ValueError, match="no parameter 'stratgy'; did you mean 'strategy'"):
+        IpcEngine.execute_managed_notebook(SimpleNamespace(nb=notebook), "no such kernel")
 
 
 def test_an_unknown_value_is_refused_with_the_nearest_known_one(home, monkeypatch):
