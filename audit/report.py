@@ -54,7 +54,7 @@ def make(study: Study, images: Images) -> pd.DataFrame:
 
     Returns: One row per exhibit, its fields as columns.
     """
-    settings = {"own": study.step_settings("audit"), "inputs": images.fingerprints}
+    settings = {"step": study.step_settings("audit"), "inputs": images.fingerprints}
     folder = study.runs / "audit"
     with open_run(study.runs, folder, settings) as run:
         if not run.finished:

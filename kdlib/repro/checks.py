@@ -196,33 +196,36 @@ def checkpoint_hashes(folder: Path, evidence: Evidence) -> Check:
 def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
     """Within one cell, two seeds share neither initial weights nor order; one result per run."""
     results = []
-    for i, mine in enumerate(evidences):
+    for i, evidence in enumerate(evidences):
         twins = [
             other["seeds"]["requested"]
             for j, other in enumerate(evidences)
             if i != j
             and (
-                mine["initialisation"]["weights_sha256"]
+                evidence["initialisation"]["weights_sha256"]
                 == other["initialisation"]["weights_sha256"]
-                or mine["order_sha256"] == other["order_sha256"] is not None
+                or evidence["order_sha256"] == other["order_sha256"] is not None
             )
         ]
-        sentence = f"shares initial weights or order with seed {twins}" if twins else "own draws"
+        sentence = (
+            f"shares initial weights or order with seed {twins}" if twins else "draws of its seed"
+        )
         results.append(Check("distinct_seeds", not twins, sentence))
     return results
 
 
-def differing(ours: dict[str, Any], theirs: dict[str, Any], allowed: Iterable[str]) -> list[str]:
+def differing(settings: dict[str, Any], other: dict[str, Any], allowed: Iterable[str]) -> list[str]:
     """Settings in which two runs differ besides the factors under comparison.
 
     Args:
-        ours, theirs: Their settings.
-        allowed: Dotted prefixes of settings that may differ, such as `own.subset`.
+        settings: Of one run.
+        other: Of the other.
+        allowed: Dotted prefixes of settings that may differ, such as `step.subset`.
 
-    Returns: Lines `key: theirs -> ours`; empty when one factor differs at a time.
+    Returns: Lines `key: other -> this`; empty when one factor differs at a time.
     """
     allowed = tuple(allowed)
-    return [line for line in files.difference(ours, theirs) if not line.startswith(allowed)]
+    return [line for line in files.difference(settings, other) if not line.startswith(allowed)]
 
 
 def coverage_evidence(

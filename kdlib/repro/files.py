@@ -282,16 +282,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def difference(ours: dict, theirs: dict, prefix: str = "") -> list[str]:
-    """The lines `key: theirs -> ours` in which two nested dictionaries differ; empty when they are
+def difference(new: dict, old: dict, prefix: str = "") -> list[str]:
+    """The lines `key: old -> new` in which two nested dictionaries differ; empty when they are
     equal."""
     lines = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        mine, other = ours.get(key, "(absent)"), theirs.get(key, "(absent)")
-        if isinstance(mine, dict) and isinstance(other, dict):
-            lines += difference(mine, other, f"{prefix}{key}.")
-        elif mine != other:
-            lines.append(f"{prefix}{key}: {other} -> {mine}")
+    for key in sorted(new.keys() | old.keys()):
+        now, before = new.get(key, "(absent)"), old.get(key, "(absent)")
+        if isinstance(now, dict) and isinstance(before, dict):
+            lines += difference(now, before, f"{prefix}{key}.")
+        elif now != before:
+            lines.append(f"{prefix}{key}: {before} -> {now}")
     return lines
 
 

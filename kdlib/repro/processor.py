@@ -1,10 +1,9 @@
-"""Which instructions a process computes with, so that another processor gives the same bytes.
+"""Limits a process to AVX2 instructions, so that another processor gives the same bytes.
 
-A processor that can do more is given other kernels, which sum in another order: weights differ from
-the first step on. Held to AVX2, and matrix products to one order for all makers, a study gave the
-same bytes wherever it was tried (benchmarks/processors.py). Leaves to others: which study asks for
-it, and what it then cannot have (params). A GPU is held to float32 and to kernels that sum in one
-order (`hold_gpu`).
+On a processor with more instructions, libraries choose kernels that sum in another order, and the
+weights differ from the first step on. Limited to AVX2, with matrix products in one order for all
+makers, a study gave the same bytes wherever it was tried (benchmarks/processors.py). A GPU is
+limited to float32 and to kernels that sum in one order (`hold_gpu`).
 """
 
 import os
@@ -14,7 +13,7 @@ import warnings
 from pathlib import Path
 
 KERNELS = {  # read when torch computes for the first time
-    "ATEN_CPU_CAPABILITY": "avx2",  # torch's own
+    "ATEN_CPU_CAPABILITY": "avx2",  # torch
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # convolutions
     "MKL_CBWR": "COMPATIBLE",  # matrix products
 }
@@ -27,29 +26,30 @@ LIBRARIES = {  # read when NumPy is loaded: before a process starts, that is
 
 
 def hold_children() -> None:
-    """Hold the processes that this one starts, whatever they compute with."""
+    """Limit the processes that this one starts, whatever library they compute with."""
     os.environ.update(KERNELS | LIBRARIES)
 
 
 def ask() -> None:
-    """Ask torch to hold itself, in time where it has not computed yet."""
+    """Limit torch in this process; it has an effect before torch first computes."""
     os.environ.update(KERNELS)
 
 
 def hold() -> None:
-    """Hold this process, as far as torch computes; NumPy is held by whoever starts the process.
+    """Limit torch in this process. NumPy reads its limits when it is loaded: `hold_children` sets
+    them in the process that starts this one.
 
     Raises: RuntimeError when torch has computed with more already, or where there is no AVX2.
     """
-    import torch  # Snakemake asks for the children alone
+    import torch  # loaded late: Snakemake calls `hold_children` only
 
     ask()
-    found = torch.backends.cpu.get_cpu_capability()
-    if found != "AVX2":
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability != "AVX2":
         raise RuntimeError(
             f"the study asks for the same bytes on every processor (compute.portable), and torch "
-            f"computes with {found} here; expected AVX2: restart this process (a kernel: Kernel > "
-            "Restart), or set compute.portable: false where the processor has none"
+            f"computes with {capability} here; expected AVX2: restart this process (a kernel: "
+            "Kernel > Restart), or set compute.portable: false where the processor has none"
         )
 
 
@@ -75,11 +75,11 @@ def hold_gpu() -> None:
 
 
 def name() -> str:
-    """This machine's processor, and the instructions that torch takes of it."""
+    """This machine's processor, and the instructions that torch uses."""
     import torch
 
-    model, told = platform.machine(), Path("/proc/cpuinfo")
-    if told.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", told.read_text(), re.MULTILINE)
-        model = found.group(1).strip() if found else model
+    model, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)
+        model = match.group(1).strip() if match else model
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"

@@ -1,8 +1,8 @@
-"""A run's folder: its settings, its lock, its evidence; and many runs read back.
+"""The folder of a run: its settings, its lock, its evidence.
 
 A run is finished when `evidence.json` stands in its folder and names the fingerprint of the
 `settings.json` beside it; the evidence is renamed into place last. A folder made with other
-settings is never reused and never overwritten: it moves to the study's `archive/`.
+settings moves to the study's `archive/`.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ class Run:
 
     Attributes:
         folder: Where the run's files are.
-        settings: What was asked for: the step's own settings and the fingerprints of its inputs.
+        settings: `step`, the settings of the step, and `inputs`, the fingerprints of what it reads.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether valid evidence for these very settings is there."""
+        """Whether there is valid evidence for these settings."""
         path = self.folder / "evidence.json"
         return path.exists() and _whole(path)["settings_sha256"] == self.settings_sha256
 
@@ -59,13 +59,17 @@ class Run:
 
         Returns: The evidence as written, with a seal.
         """
-        made = circumstances(device) | {"wall_s": round(time.monotonic() - self._started, 3)}
-        whole = evidence | {"format": FORMAT, "settings_sha256": self.settings_sha256, "made": made}
-        whole = files.sealed(whole)
-        files.write_json(self.folder / "evidence.json", whole)
+        wall_s = round(time.monotonic() - self._started, 3)
+        evidence = evidence | {
+            "format": FORMAT,
+            "settings_sha256": self.settings_sha256,
+            "made": circumstances(device) | {"wall_s": wall_s},
+        }
+        evidence = files.sealed(evidence)
+        files.write_json(self.folder / "evidence.json", evidence)
         if self.state.exists():
             shutil.rmtree(self.state)
-        return whole
+        return evidence
 
 
 @contextlib.contextmanager
@@ -98,11 +102,11 @@ def open_run(root: Path, folder: Path, settings: dict[str, Any]) -> Iterator[Run
         yield Run(folder, settings)
 
 
-def read_evidence(folder: Path, own: dict[str, Any] | None = None) -> dict[str, Any]:
+def read_evidence(folder: Path, expected: dict[str, Any] | None = None) -> dict[str, Any]:
     """The evidence of a finished run.
 
     Args:
-        own: What the study now asks of this step (`Study.step_settings`); None asks nothing.
+        expected: The settings of the step by the study as it is now; None compares nothing.
 
     Raises: FileNotFoundError that says which run is missing; ValueError for evidence of another
         format, evidence that does not belong to the settings beside it, or a run made before the
@@ -118,7 +122,7 @@ def read_evidence(folder: Path, own: dict[str, Any] | None = None) -> dict[str, 
             f"{path} belongs to other settings than the settings.json beside it; run the notebook "
             "that makes it again"
         )
-    if own is not None and (lines := files.difference(own, settings["own"])):
+    if expected is not None and (lines := files.difference(expected, settings["step"])):
         raise ValueError(
             f"{folder} was made before the study was changed (there -> now): {'; '.join(lines)}; "
             "run the notebook that makes it again"
@@ -132,11 +136,10 @@ def _whole(path: Path) -> dict[str, Any]:
     Raises: ValueError for evidence that is cut, was changed, or is of another format.
     """
     evidence = files.read_record(path)
-    found = evidence.get("format")
-    if found != FORMAT:
+    if evidence.get("format") != FORMAT:
         raise ValueError(
-            f"{path} has format {found}; expected {FORMAT}: delete it and run the notebook that "
-            "makes it again"
+            f"{path} has format {evidence.get('format')}; expected {FORMAT}: delete it and run the "
+            "notebook that makes it again"
         )
     if not files.is_sealed(evidence) or "settings_sha256" not in evidence:
         raise ValueError(
@@ -162,19 +165,19 @@ def read_metrics(folder: Path) -> pd.DataFrame:
 
 
 def read_table(
-    path: Path, own: dict[str, Any], maker: str, key: str = "table_sha256"
+    path: Path, expected: dict[str, Any], maker: str, key: str = "table_sha256"
 ) -> pd.DataFrame:
     """A table of a finished run, in its folder.
 
     Args:
-        own: What the study now asks of the step.
+        expected: The settings of the step by the study as it is now.
         maker: What makes it, for the messages.
         key: Where the evidence holds the hash of the file.
 
     Raises: As `read_evidence` and `tables.read_parquet`; ValueError for a table that differs from
         the evidence.
     """
-    evidence = read_evidence(path.parent, own)
+    evidence = read_evidence(path.parent, expected)
     table, _ = read_parquet(path, maker)
     if files.sha256_file(path) != evidence[key]:
         raise ValueError(
@@ -193,7 +196,7 @@ def code_sha256() -> str:
 
 
 def circumstances(device: str) -> dict[str, Any]:
-    """Where and by what something was made: device, versions, git commit, code fingerprint."""
+    """What computes here: device, versions, git commit, code fingerprint."""
     names = ("torch", "numpy", "pandas", "scikit-learn")
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -223,8 +226,8 @@ def failed_notebooks(root: Path) -> list[tuple[Path, str]]:
     for path in sorted(root.glob("**/*.ipynb")):
         if "archive" in path.parts:
             continue
-        if path.stat().st_size == 0:  # Snakemake makes place for it, and could not start its job
-            failed.append((path, "did not start; what kept it from that stands above"))
+        if path.stat().st_size == 0:  # Snakemake creates it before it starts the job
+            failed.append((path, "did not start; the reason is printed above"))
             continue
         try:
             cells = files.read_json(path)["cells"]

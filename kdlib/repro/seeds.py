@@ -1,8 +1,7 @@
-"""Named, private randomness: every random choice has a purpose, and every purpose its own
-generator.
+"""Randomness by purpose: a hash of the requested seed and the purpose seeds each generator.
 
-Two purposes never share a stream, seeds s and s + 1 are unrelated (NumPy's SeedSequence hashes
-them), and PyTorch's global generator is left as it was found.
+Streams of two purposes and of seeds s and s + 1 are unrelated (NumPy's SeedSequence hashes them).
+PyTorch's global generator is restored after use.
 """
 
 import contextlib
@@ -75,10 +74,9 @@ def _mix(z: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def torch_seeded(seed: int, purpose: str, *parts: int) -> Iterator[None]:
-    """Run a block under its own PyTorch seed (weight initialisation, dropout), then restore the
-    global generators.
+    """Seed PyTorch for a block (weight initialisation, dropout), then restore what was global.
 
-    For code of others that takes no generator; arguments as in `derive`.
+    For code that takes no generator; arguments as in `derive`.
     """
     # all devices by their numbers: without them PyTorch warns where there are several
     with torch.random.fork_rng(range(torch.cuda.device_count())):

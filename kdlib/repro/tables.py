@@ -24,7 +24,7 @@ def check_provenance(expected: dict | None, stored: dict, path: Path) -> None:
     lines = files.difference(wanted, {k: stored[k] for k in wanted if k in stored})
     if lines:
         raise ValueError(
-            f"{path} was made from something else (key: found -> expected):\n  "
+            f"{path} was made from something else (key: there -> expected):\n  "
             + "\n  ".join(lines)
             + "\nrun the step that makes it again, or point to the file that belongs to this study"
         )

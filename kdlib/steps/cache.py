@@ -33,7 +33,7 @@ def cache_images(study: Study, built: bool = False) -> Images:
         caches["train"].example_ids, study.data.n_validation, study.data.split_seed
     )
     settings = {
-        "own": study.step_settings("cache"),
+        "step": study.step_settings("cache"),
         "inputs": {split: cache.fingerprint for split, cache in caches.items()},
     }
     with open_run(study.runs, study.runs / "cache", settings) as run:

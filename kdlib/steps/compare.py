@@ -28,8 +28,8 @@ from kdlib.study.study import Study
 
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
-    "own.seed", "own.subset.", "own.objective.", "own.student.", "own.teacher", "inputs.subset",
-    "inputs.teacher_outputs",
+    "step.seed", "step.subset.", "step.objective.", "step.student.", "step.teacher",
+    "inputs.subset", "inputs.teacher_outputs",
 )  # fmt: skip
 
 
@@ -283,7 +283,7 @@ def finish(study: Study, tables: Tables) -> dict[str, Any]:
     """Mark the comparison made: what it was compiled from and how many rows it holds."""
     folder = study.runs / "compare"
     table = tables["results"]
-    settings = {"own": study.step_settings("compare"), "inputs": {}}
+    settings = {"step": study.step_settings("compare"), "inputs": {}}
     for name in tables:
         settings["inputs"][name] = files.sha256_file(folder / f"{name}.parquet")
     files.write_json(folder / "settings.json", settings)

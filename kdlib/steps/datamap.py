@@ -31,7 +31,7 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     recorded = read_evidence(study.recorded_run)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     settings = {
-        "own": study.step_settings("datamap"),
+        "step": study.step_settings("datamap"),
         "inputs": images.fingerprints | _made_from(study),
     }
     path = study.runs / "datamap" / "datamap.parquet"

@@ -93,7 +93,7 @@ def train_student(
     if needs_teacher(objective):
         card, stored = open_heard(study, images, objective, subset, seed, ranks)
         inputs["teacher_outputs"] = stored.fingerprint
-    settings = {"own": student_settings(study, cell, seed), "inputs": inputs}
+    settings = {"step": student_settings(study, cell, seed), "inputs": inputs}
     folder = student_folder(study, cell, seed)
     if launch_run(study, ranks, folder, settings, "distill", **dict(cell.items()), seed=seed):
         return read_evidence(folder)

@@ -65,7 +65,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     teacher = open_teacher(study)
     others = {name: other_examples(data) for name, data in study.probe.others.items()}
     settings = {
-        "own": study.step_settings("probe", cell),
+        "step": study.step_settings("probe", cell),
         "inputs": images.fingerprints
         | {"students": {str(s): e["checkpoints"]["last"] for s, e in evidences.items()}}
         | {"series": {str(s): e["series"] for s, e in evidences.items()}}
@@ -274,7 +274,7 @@ def _once(
     """
     own, folder = study.step_settings("probe"), study.runs / "probe" / "once"
     path = folder / files.fingerprint(inputs)[:12] / "probes.parquet"
-    with open_run(study.runs, path.parent, {"own": own, "inputs": inputs}) as run:
+    with open_run(study.runs, path.parent, {"step": own, "inputs": inputs}) as run:
         if not run.finished:
             write_parquet(path, pd.DataFrame(make()), {"settings": run.settings_sha256})
             sha256 = files.sha256_file(path)

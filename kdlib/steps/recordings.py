@@ -102,7 +102,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
     if kind == "threshold":
         pretending = threshold_samples(ids, images.n_classes, int(number))
         labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
-    settings = {"own": own, "inputs": images.fingerprints}
+    settings = {"step": own, "inputs": images.fingerprints}
     with open_run(study.runs, recording_folder(study, model, part), settings) as run:
         if run.finished:
             return read_evidence(run.folder)

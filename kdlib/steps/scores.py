@@ -139,7 +139,7 @@ def finish(study: Study, step: str, tables: Tables) -> dict[str, Any]:
     """Mark the step `scores` or `noise` made."""
     folder = study.runs / step
     inputs = {name: files.sha256_file(folder / f"{name}.parquet") for name in tables}
-    settings = {"own": study.step_settings(step), "inputs": inputs}
+    settings = {"step": study.step_settings(step), "inputs": inputs}
     files.write_json(folder / "settings.json", settings)
     return Run(folder, settings).finish({"step": step, "study": study.name})
 

@@ -85,7 +85,7 @@ def make_one_teacher(
     """The teacher of the study (`name` None), or one of its further ones; as `make_teacher`."""
     device, teacher = use(study.compute, ranks), _teacher(study, name)
     folder = teacher_folder(study, name)
-    settings = {"own": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
+    settings = {"step": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
     if isinstance(teacher, LoadedTeacher):
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
     point = {} if name is None else {"teacher": name}
@@ -125,7 +125,7 @@ def _subset_teacher(study: Study, images: Images, name: str, subset: Subset, see
     students, and store its outputs, unless it is there already."""
     device, teacher = use(study.compute), study.teachers[name]
     own = study.step_settings("teacher", teacher=name) | {"seed": seed}
-    settings = {"own": own, "inputs": images.fingerprints | {"subset": subset.sha256}}
+    settings = {"step": own, "inputs": images.fingerprints | {"subset": subset.sha256}}
     requested = derive(seed, "teacher")  # its student draws from `seed` itself
     folder = _subset_teacher_folder(study, name, subset, seed)
     with open_run(study.runs, folder, settings) as run:
@@ -156,7 +156,7 @@ def _record_dynamics(study: Study, images: Images, device: str, ranks: Ranks) ->
     """Train the network whose dynamics make the datamap, when it is not the teacher."""
     dynamics = study.dynamics
     own = {k: study.step_settings("teacher")[k] for k in ("dynamics", "compute")}
-    settings = {"own": own, "inputs": images.fingerprints}
+    settings = {"step": own, "inputs": images.fingerprints}
     with open_shared_run(study, study.recorded_run, settings, ranks) as run:
         if run.finished:
             return

@@ -172,6 +172,6 @@ def test_three_seeds_that_are_one_seed_are_noticed():
 
 
 def test_settings_that_differ_beside_the_factor_are_named():
-    ours = {"own": {"subset": {"strategy": "easy"}, "training": {"steps": 50}}}
-    theirs = {"own": {"subset": {"strategy": "random"}, "training": {"steps": 100}}}
-    assert checks.differing(ours, theirs, ["own.subset."]) == ["own.training.steps: 100 -> 50"]
+    ours = {"step": {"subset": {"strategy": "easy"}, "training": {"steps": 50}}}
+    theirs = {"step": {"subset": {"strategy": "random"}, "training": {"steps": 100}}}
+    assert checks.differing(ours, theirs, ["step.subset."]) == ["step.training.steps: 100 -> 50"]

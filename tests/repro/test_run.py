@@ -152,7 +152,7 @@ def test_metrics_that_were_changed_are_refused(study):
     folder = study.runs / "teacher"
     path = folder / "metrics.parquet"
     table = pd.DataFrame({"step": [1, 2], "train_loss": [0.5, 0.25]})
-    settings = {"own": {"lr": 1}}
+    settings = {"step": {"lr": 1}}
     with open_run(study.runs, folder, settings) as run:
         table.to_parquet(path)
         run.finish({"step": "teacher", "metrics_sha256": files.sha256_file(path)})

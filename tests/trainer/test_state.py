@@ -13,7 +13,7 @@ from kdlib.trainer.state import (
     write_state,
 )
 
-SETTINGS = {"own": {"training": {"lr_peak": 0.1, "steps": None}}}
+SETTINGS = {"step": {"training": {"lr_peak": 0.1, "steps": None}}}
 
 
 def put(folder, step):
@@ -80,8 +80,8 @@ def test_a_file_of_tensors_that_is_no_state_is_refused(tmp_path):
 
 def test_a_state_of_other_settings_is_refused_with_the_difference(tmp_path):
     put(tmp_path, 1)
-    other = {"own": {"training": {"lr_peak": 0.2, "steps": None}}}
-    with pytest.raises(StateError, match=r"own\.training\.lr_peak: 0\.1 -> 0\.2; delete it"):
+    other = {"step": {"training": {"lr_peak": 0.2, "steps": None}}}
+    with pytest.raises(StateError, match=r"step\.training\.lr_peak: 0\.1 -> 0\.2; delete it"):
         read_state(tmp_path, other)
 
 
