@@ -1,7 +1,8 @@
-# make study | test | lab | figures | lint    (STUDY=params/mnist.yaml CORES=8 choose another;
-# STEP=scores, noise or audit makes those figures without training a study's student;
-# PROFILE=profiles/slurm sends each notebook to a cluster as a job; figures
-# without STUDY redraws those of every study)
+# make study    run a study: STUDY=params/mnist.yaml selects the file, CORES=8 the number of cores;
+#               STEP=scores, noise or audit runs that step and what it needs, without the students;
+#               PROFILE=profiles/slurm submits each notebook as a job of a Slurm cluster
+# make figures  redraw the figures of STUDY, or of every study when STUDY is not given
+# make test | lint | lab | clean
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
@@ -14,15 +15,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 study: .venv/installed
 	@$(BIN)/python -m kdlib study $(STUDY) $(STEP) $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES))
 
-# Two files at a time; the long ones first (and not those of the most tests).
+# Two processes, one test file at a time each. The long files run first; xdist would otherwise
+# start with the files that hold the most tests.
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib audit
 
-# JupyterLab saves outputs into the notebooks it shows: it is given copies, which git ignores.
+# JupyterLab saves outputs into notebooks: this opens copies in lab/, which git ignores.
 lab: .venv/installed $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))
 	$(BIN)/jupyter lab --notebook-dir=. lab/01_cache.ipynb
 
-# A notebook that has changed is copied again, and the copy of it before keeps the time in its name.
+# A notebook that has changed is copied again; the earlier copy is kept under a name with the time.
 lab/%.ipynb: notebooks/%.ipynb
 	@mkdir -p lab
 	@if [ -e $@ ]; then kept=lab/$*.$$(date +%Y%m%d-%H%M%S).ipynb; mv $@ $$kept; \
@@ -37,7 +39,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-# The lock has the hash of every package. uv, where it is installed, does the same eight times faster.
+# The lock holds the hash of every package. pip installs it; uv, where present, is eight times faster.
 .venv/installed: requirements.lock pyproject.toml
 	@test -d .venv || python3 -m venv .venv
 	@if command -v uv >/dev/null; then \
@@ -49,6 +51,6 @@ lint: .venv/installed
 	fi
 	@touch $@
 
-# Removes what `make study` made; the environment, downloaded data and committed figures stay.
+# Removes runs and caches. The environment, downloaded data and committed figures stay.
 clean:
 	rm -rf runs cache .snakemake

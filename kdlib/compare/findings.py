@@ -1,10 +1,8 @@
-"""What the studies found, from their committed tables alone: the list in the README.
-
-Leaves to others: the comparisons (compiling), and their every row in words (telling).
-"""
+"""What the studies found, in words, from their committed tables: docs/findings.md, README.md."""
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 
@@ -16,66 +14,144 @@ from kdlib.repro.files import workspace
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
+ASKS = "Study "  # how the first comment of a study file begins whose findings are listed
+
+
 NAMED = 2  # rows of one verdict that a line names
 
 
-ASKS = "Study "  # how the first comment of a study file begins that asks a question of the paper
+# A sentence of the README, and for each `{}` in it one row of a comparison: the study, the
+# comparison, and the values that select the row.
+Row = tuple[str, str, dict[str, Any]]
+Sentence = tuple[str, tuple[Row, ...]]
 
 
-def findings() -> list[str]:
-    """One item of a Markdown list for each study of the two questions whose tables are committed,
-    in the order of what their files ask first.
+def _thirds(study: str, strategy: str, *points: tuple[str, str]) -> tuple[Row, ...]:
+    """The rows of a third of the images against a random third, for (student, objective) pairs."""
+    fixed = {"strategy": strategy, "fraction": 0.33}
+    return tuple(
+        (study, "strategies", fixed | {"student": student, "objective": objective})
+        for student, objective in points
+    )
+
+
+HEADLINE: Sentence = (
+    "On CIFAR-10, distilling a ResNet-8 on the third of the images with the highest `correctness` "
+    "instead of a random third changes its test accuracy by {}.",
+    _thirds("subsets", "correctness_top", ("resnet8", "kd")),
+)
+
+
+KEY_FINDINGS: tuple[Sentence, ...] = (
+    (
+        "On CIFAR-10, the third with the highest `correctness` instead of a random third changes "
+        "the accuracy of a ResNet-8 without a teacher by {}, and of a tiny network with one by {}.",
+        _thirds("subsets", "correctness_top", ("resnet8", "plain"), ("tiny", "kd")),
+    ),
+    (
+        "On CIFAR-10, the third with the lowest `confidence` instead of a random third changes the "
+        "accuracy of a ResNet-8 with a teacher by {}, and without by {}.",
+        _thirds("subsets", "confidence_bottom", ("resnet8", "kd"), ("resnet8", "plain")),
+    ),
+    (
+        "On MNIST, the hard third of the datamap instead of a random third changes the accuracy of "
+        "a ResNet-8 without a teacher by {}, and with one by {}.",
+        _thirds("mnist_subsets", "hard", ("resnet8", "plain"), ("resnet8", "kd")),
+    ),
+    (
+        "On the digits, the teacher changes the accuracy of a tiny network by {} on a random tenth "
+        "of the images, and by {} on all of them, at equal steps.",
+        (
+            ("digits", "objectives", {"strategy": "random", "fraction": 0.1}),
+            ("digits", "objectives", {"strategy": "full"}),
+        ),
+    ),
+    (
+        "On CIFAR-10, the same shards in each pass instead of shards drawn anew change the linear "
+        "probe of a tiny network by {} with the teacher's features, and by {} with its logits.",
+        tuple(
+            ("shards", "strategies", {"strategy": "fixed_shards", "objective": objective})
+            for objective in ("features", "kd")
+        ),
+    ),
+)
+
+
+def in_words(sentence: Sentence) -> str:
+    """A sentence with the paired differences of its rows, from the committed tables.
 
     Raises: ValueError for tables that were changed or belong to other settings.
     """
-    asked = []
+    text, rows = sentence
+    differences = []
+    for name, comparison, values in rows:
+        study = load_study(f"params/{name}.yaml")
+        table = comparisons(study, read(study))[comparison]
+        for column, value in values.items():
+            table = table[table[column] == value]
+        [row] = table.itertuples()
+        interval = f"95 % interval {100 * row.low:+.1f} to {100 * row.high:+.1f}"
+        differences.append(f"{100 * row.difference:+.1f} points ({interval}, {row.verdict})")
+    return text.format(*differences)
+
+
+def findings(repository: str = "") -> list[str]:
+    """One item of a Markdown list for each study whose file begins with `ASKS` and whose tables are
+    committed, in the order of their questions.
+
+    Args:
+        repository: What the paths of links begin with, such as `../`.
+
+    Raises: ValueError for tables that were changed or belong to other settings.
+    """
+    items = []
     for path in (workspace() / "params").glob("*.yaml"):
         lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
-        told = " ".join(line.removeprefix("#").strip() for line in lines)
-        if told.startswith(ASKS) and there(study := load_study(path)):
-            question = told.split("?")[0] + "?"
-            asked.append((question, finding(study, question)))
-    return [line for _, line in sorted(asked)]
+        comment = " ".join(line.removeprefix("#").strip() for line in lines)
+        if comment.startswith(ASKS) and there(study := load_study(path)):
+            question = comment.split("?")[0] + "?"
+            items.append((question, finding(study, question, repository)))
+    return [item for _, item in sorted(items)]
 
 
-def finding(study: Study, question: str) -> str:
-    """What one study found, after what it asked: an item of a list, and one below it for each
-    student, and objective or fraction."""
+def finding(study: Study, question: str, repository: str = "") -> str:
+    """What one study found: an item of a list with the question, and one below it for each student,
+    and objective or fraction."""
     tables = comparisons(study, read(study))
     kind = "strategies" if study.compare.objective is None else "controls"
-    kind = kind if kind in tables else "objectives"  # the control is the plain training itself
-    table, name = tables[kind], study.name
+    kind = kind if kind in tables else "objectives"  # the control is the training without teacher
+    name = study.name
     against = study.compare.objective or study.compare.baseline
     pictures = {"strategies": "differences", "controls": "control_differences",
                 "objectives": "objective_differences"}  # fmt: skip
-    picture = pictures[kind]
     links = (
-        f"[figure](figures/{name}/{picture}.png), [table](figures/{name}/comparison.md), "
-        f"[study](params/{name}.yaml), {count(len(study.seeds), 'seed')}"
+        f"[figure]({repository}figures/{name}/{pictures[kind]}.png), "
+        f"[table]({repository}figures/{name}/comparison.md), "
+        f"[study]({repository}params/{name}.yaml), {count(len(study.seeds), 'seed')}"
     )
-    told = "".join(f"\n  - {line}." for line in _groups(table, kind))
+    verdicts = "".join(f"\n  - {line}." for line in _groups(tables[kind], kind))
     refused = tables["results"]["refused"]
     lost = f", {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
     training = study.training
     budget = "at equal epochs" if training.steps is None else f"{training.steps:,} steps"
     return (
         f"- **{question}** {budget} of {training.batch_size} images, against {against}{lost} "
-        f"({links}).{told}"
+        f"({links}).{verdicts}"
     )
 
 
 def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:
     """The verdicts of each student, and objective or fraction, in words."""
     by = ["student", "objective"] if kind == "strategies" else ["student", "fraction"]
-    table = table[table["difference"].notna()]  # the others have no pair: they are refused
+    table = table[table["difference"].notna()]  # rows of refused runs have no pair
     subsets = table[table["strategy"] != "full"]
-    if kind == "strategies" and len(subsets):  # else there is nothing but the full set to compare
+    if kind == "strategies" and len(subsets):  # else the full set is all there is to compare
         table = subsets
     several = table["student"].nunique() > 1
     for (student, part), rows in table.groupby(by, sort=False):
         label = part if kind == "strategies" else f"{100 * part:.4g} % of the images"
-        said = [_verdict(rows, verdict, kind) for verdict in VERDICTS]
-        yield f"{f'{student}, ' if several else ''}{label}: {'; '.join(filter(None, said))}"
+        verdicts = [_verdict(rows, verdict, kind) for verdict in VERDICTS]
+        yield f"{f'{student}, ' if several else ''}{label}: {'; '.join(filter(None, verdicts))}"
 
 
 def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:
