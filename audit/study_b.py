@@ -444,7 +444,7 @@ class _Killer(Tracker):
     """Stops the training at its first evaluation from a step on."""
 
     def __init__(self, at: int) -> None:
-        super().__init__()
+        super().__init__({})
         self.at = at
 
     def log(self, row: Any, step: int) -> None:

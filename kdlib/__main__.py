@@ -164,14 +164,14 @@ def _step(arguments: argparse.Namespace, further: list[str]) -> int:
     from kdlib.trainer.distributed import joined
 
     study, code = load_study(arguments.study), 0
-    with joined(study.compute.device) as ranks:
+    with joined(study.compute.device) as world:
         lone = [step for step in arguments.step if step not in commands.SHARED]
-        if lone and not ranks.alone:
+        if lone and not world.alone:
             raise ValueError(f"step {lone[0]} is made by one process; start it without torchrun")
         for step in arguments.step:
             started = time.monotonic()
             if step == "distill":
-                for row in commands.distill(study, _points(arguments, study), ranks):
+                for row in commands.distill(study, _points(arguments, study)):
                     if row is not None:
                         print(json.dumps(row), flush=True)
                         code = max(code, int("error" in row))
@@ -179,7 +179,7 @@ def _step(arguments: argparse.Namespace, further: list[str]) -> int:
             if step == "cache":
                 row = commands.cache(study, arguments.built)
             elif step == "teacher":
-                row = commands.teacher(study, arguments.teacher, ranks)
+                row = commands.teacher(study, arguments.teacher)
             else:
                 row = {
                     "datamap": commands.datamap,

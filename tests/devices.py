@@ -33,7 +33,7 @@ from kdlib.study import objectives
 from kdlib.study.models import Model
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Augment, ColourJitter, Compute, Training
-from kdlib.trainer.distributed import Ranks, _group, wait
+from kdlib.trainer.distributed import World, process_group, wait
 from kdlib.trainer.loop import Trained, train
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.step import Step, Task
@@ -89,7 +89,7 @@ def task(
     training: Training = TRAINING,
     student: Network | None = None,
     pixels: Pixels = PIXELS,
-    together: Ranks | None = None,
+    together: World | None = None,
     n: int = 80,
     **more: Any,
 ) -> Task:
@@ -99,7 +99,7 @@ def task(
         together: Of the processes that share each batch; None: this one alone.
         more: Fields of `Task`.
     """
-    together = together or Ranks(device=device)
+    together = together or World(device=device)
     student = student or network(pixels=pixels)
     reads = teacher_columns(objective, 2)
     second = None
@@ -128,7 +128,7 @@ def task(
             device=device,
             reuse=together.alone,
             rank=together.rank,
-            world_size=together.n,
+            world_size=together.size,
         ),
         objective=objective,
         training=training,
@@ -136,7 +136,7 @@ def task(
         full_size=n,
         n_examples=N,
         seed=0,
-        ranks=together,
+        world=together,
         **more,
     )
 
@@ -179,7 +179,7 @@ def exact(model: Network, images: Tensor, wanted: Sequence[str]) -> dict[str, np
     return {name: value.numpy() for name, value in found.items()}
 
 
-class Together(Ranks):
+class Together(World):
     """Processes that talk to each other even where there is one of them."""
 
     alone = False
@@ -187,18 +187,18 @@ class Together(Ranks):
 
 def share(folder: Path, device: str) -> None:
     """Be one of the processes of a training in `folder`, where images and outputs are."""
-    with _group(device) as found:
-        together = Together(found.rank, found.n, found.device)
-        use(Compute(device=device), together)
+    with process_group(device) as world:
+        together = Together(world.rank, world.size, world.device)
+        use(Compute(device=device))
         images = Cache(folder / "images")
         teacher = Cache(folder / "teacher")
-        made = task(images, teacher, device=found.device, objective=KD, together=together)
+        made = task(images, teacher, device=world.device, objective=KD, together=together)
         trained = train(run_in(folder / "together"), made)
         wait(together)
-        if found.first:
+        if world.first:
             (folder / "last").write_text(trained.checkpoints[trained.last_step][0])
             backend = torch.distributed.get_backend()
-            (folder / "backend").write_text(f"{backend} {found.n}")
+            (folder / "backend").write_text(f"{backend} {world.size}")
 
 
 if __name__ == "__main__":

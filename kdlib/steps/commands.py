@@ -19,8 +19,7 @@ from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import SHARD_POLICIES
 from kdlib.study.study import Study
-from kdlib.trainer.distributed import Ranks
-from kdlib.trainer.step import ALONE
+from kdlib.trainer.distributed import this_process
 
 SHARED = ("teacher", "distill")  # by the several processes that torchrun starts
 Row = dict[str, Any]
@@ -32,14 +31,14 @@ def cache(study: Study, built: bool = False) -> Row:
     return {"n_train": len(images.train_ids), "n_test": images.test.n_examples}
 
 
-def teacher(study: Study, name: str | None = None, ranks: Ranks = ALONE) -> Row | None:
+def teacher(study: Study, name: str | None = None) -> Row | None:
     """Step 02: all teachers, or one of the study's further ones. None on all but the first of
     several processes."""
     images = open_images(study)
     if name:
-        made = make_one_teacher(study, images, name, ranks)
+        made = make_one_teacher(study, images, name)
     else:
-        made = make_teacher(study, images, ranks)
+        made = make_teacher(study, images)
     return None if made is None else {"test_accuracy": made["teacher"]["measured"]}
 
 
@@ -75,9 +74,7 @@ def read_points(lines: Iterable[str], study: Study) -> Iterator[tuple[Cell, int]
         yield study.cell(**point), seed
 
 
-def distill(
-    study: Study, points: Iterable[tuple[Cell, int]], ranks: Ranks = ALONE
-) -> Iterator[Row | None]:
+def distill(study: Study, points: Iterable[tuple[Cell, int]]) -> Iterator[Row | None]:
     """Step 04: the students of some cells and seeds, one after another.
 
     A student that fails has `error` in its row, and the next one is trained. The images are opened
@@ -91,9 +88,9 @@ def distill(
         row: Row = {"step": "distill"} | dict(cell.items()) | {"seed": seed}
         try:
             images = images or open_images(study)
-            made = train_student(study, images, cell, seed, ranks)
+            made = train_student(study, images, cell, seed)
         except (ValueError, OSError, RuntimeError) as error:
-            if not ranks.alone:
+            if not this_process(study.compute.device).alone:
                 raise
             row["error"] = f"{type(error).__name__}: {error}"
         else:

@@ -26,8 +26,7 @@ from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
 from kdlib.study.study import Study
-from kdlib.trainer.distributed import Ranks
-from kdlib.trainer.step import ALONE
+from kdlib.trainer.distributed import this_process
 
 
 def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
@@ -76,31 +75,30 @@ def _picked(study: Study, cell: Cell, seed: int, ids: np.ndarray, data: str) -> 
     return Subset(saved.example_ids, cell.strategy, cell.fraction, seed, saved.parent, data)
 
 
-def train_student(
-    study: Study, images: Images, cell: Cell, seed: int, ranks: Ranks = ALONE
-) -> dict[str, Any] | None:
+def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[str, Any] | None:
     """Step 04: one student of one cell and seed.
 
     Returns: Its evidence, of this training or, when the run is finished, of the earlier one; None
         on all but the first of several processes.
     Raises: TripwireError when a tripwire fails; the run is then not finished.
     """
-    device = use(study.compute, ranks)
+    device = use(study.compute)
+    world = this_process(study.compute.device)
     subset = make_subset(study, images, cell, seed)
     objective = study.objectives[cell.objective]
     card = stored = None
     inputs = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
-        card, stored = open_heard(study, images, objective, subset, seed, ranks)
+        card, stored = open_heard(study, images, objective, subset, seed)
         inputs["teacher_outputs"] = stored.fingerprint
     settings = {"step": student_settings(study, cell, seed), "inputs": inputs}
     folder = student_folder(study, cell, seed)
-    if launch_run(study, ranks, folder, settings, "distill", **dict(cell.items()), seed=seed):
+    if launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed):
         return read_evidence(folder)
-    with open_shared_run(study, folder, settings, ranks) as run:
+    with open_shared_run(study, folder, settings) as run:
         if run.finished:
             return read_evidence(run.folder)
-        if ranks.first:
+        if world.first:
             subset.save(run.folder / "subset.parquet")
         network = network_for(
             images, study.students[cell.student].model, derive(seed, "init"), device
@@ -113,7 +111,7 @@ def train_student(
         plan = plan_run(images, study.training, subset.example_ids, seed, n_shards)
         describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
         evidence = train_run(
-            run, study, images, network, study.training, plan, objective, seed, describe, ranks,
+            run, study, images, network, study.training, plan, objective, seed, describe, world,
             teacher=stored, card=card,
         )  # fmt: skip
         if evidence is None:

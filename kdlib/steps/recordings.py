@@ -26,7 +26,7 @@ from kdlib.steps.training import CROSS_ENTROPY, load_checked, load_step, plan_ru
 from kdlib.study.base import StudyError
 from kdlib.study.study import Study
 from kdlib.study.training import Training
-from kdlib.trainer.step import ALONE
+from kdlib.trainer.distributed import World
 
 
 def recording_folder(study: Study, model: str, part: str) -> Path:
@@ -125,7 +125,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
             )
         evidence = train_run(
             run, study, images, network, training, plan, CROSS_ENTROPY, seed, f"{model} {part}",
-            ALONE, log=log, labels=labels,
+            World(device=device), log=log, labels=labels,
         )  # fmt: skip
         if log is not None:
             log.finish()

@@ -40,20 +40,19 @@ from kdlib.study.models import LoadedTeacher, TrainedTeacher
 from kdlib.study.objectives import Objective
 from kdlib.study.study import Study
 from kdlib.study.training import Training
-from kdlib.trainer.distributed import Ranks, wait
-from kdlib.trainer.step import ALONE
+from kdlib.trainer.distributed import World, this_process, wait
 
 
-def make_teacher(study: Study, images: Images, ranks: Ranks = ALONE) -> dict[str, Any] | None:
+def make_teacher(study: Study, images: Images) -> dict[str, Any] | None:
     """Step 02: train or load the teacher, record training dynamics, store its outputs; then the
     study's further teachers, but for those that learn from a subset alone.
 
     Returns: The study's teacher's evidence; None on all but the first of several processes.
     Raises: TripwireError when one does not reach the accuracy on its card, among others.
     """
-    evidence = make_one_teacher(study.upstream, images, None, ranks)
+    evidence = make_one_teacher(study.upstream, images, None)
     for name in further_teachers(study):
-        make_one_teacher(study, images, name, ranks)
+        make_one_teacher(study, images, name)
     return evidence
 
 
@@ -79,24 +78,22 @@ def teacher_table(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def make_one_teacher(
-    study: Study, images: Images, name: str | None, ranks: Ranks = ALONE
-) -> dict[str, Any] | None:
+def make_one_teacher(study: Study, images: Images, name: str | None) -> dict[str, Any] | None:
     """The teacher of the study (`name` None), or one of its further ones; as `make_teacher`."""
-    device, teacher = use(study.compute, ranks), _teacher(study, name)
+    device, teacher = use(study.compute), _teacher(study, name)
     folder = teacher_folder(study, name)
     settings = {"step": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
     if isinstance(teacher, LoadedTeacher):
         settings["inputs"]["weights_file"] = files.sha256_file(_weights_file(teacher.weights))
     point = {} if name is None else {"teacher": name}
-    if launch_run(study, ranks, folder, settings, "teacher", **point):
+    if launch_run(study, folder, settings, "teacher", **point):
         return read_evidence(folder)
     if name is None and study.dynamics.model is not None:
-        _record_dynamics(study, images, device, ranks)
-    with open_shared_run(study, folder, settings, ranks) as run:
+        _record_dynamics(study, images, device)
+    with open_shared_run(study, folder, settings) as run:
         if run.finished:
             evidence = read_evidence(run.folder)
-            if ranks.first:
+            if this_process(study.compute.device).first:
                 _restore_outputs(study, images, name, run.folder, evidence, device)
             return evidence
         network = teacher_network(study, images, device, name)
@@ -105,15 +102,14 @@ def make_one_teacher(
         if isinstance(teacher, TrainedTeacher):
             recorded = name is None and study.dynamics.model is None
             trained = _supervise(
-                run, study, images, network, teacher.training, teacher.seed, recorded, "teacher",
-                ranks,
+                run, study, images, network, teacher.training, teacher.seed, recorded, "teacher"
             )  # fmt: skip
             if trained is None:
                 return None
             evidence |= trained
             tripwires = (*checks.RUN, *checks.TEACHER)
             load_weights(network, run.folder / trained["checkpoints"]["last"]["file"])
-        elif not ranks.first:
+        elif not this_process(study.compute.device).first:
             return None
         evidence["teacher"] = _store_all(study, images, network, name, run.folder, device)
         evidence["checks"] = checks.demand(tripwires, evidence)
@@ -138,7 +134,7 @@ def _subset_teacher(study: Study, images: Images, name: str, subset: Subset, see
         describe = f"teacher {name} of {subset.strategy} {subset.fraction:g}, seed {seed}"
         trained = train_run(
             run, study, images, network, teacher.training, plan, CROSS_ENTROPY, requested,
-            describe, ALONE,
+            describe, World(device=device),
         )  # fmt: skip
         evidence = {"step": "teacher", "study": study.name, "data": images.fingerprints} | trained
         evidence["subset"] |= {"sha256": subset.sha256, "strategy": subset.strategy}
@@ -152,18 +148,18 @@ def _subset_teacher_folder(study: Study, name: str, subset: Subset, seed: int) -
     return teacher_folder(study, name) / f"subset={subset.sha256[:16]}" / f"seed={seed}"
 
 
-def _record_dynamics(study: Study, images: Images, device: str, ranks: Ranks) -> None:
+def _record_dynamics(study: Study, images: Images, device: str) -> None:
     """Train the network whose dynamics make the datamap, when it is not the teacher."""
     dynamics = study.dynamics
     own = {k: study.step_settings("teacher")[k] for k in ("dynamics", "compute")}
     settings = {"step": own, "inputs": images.fingerprints}
-    with open_shared_run(study, study.recorded_run, settings, ranks) as run:
+    with open_shared_run(study, study.recorded_run, settings) as run:
         if run.finished:
             return
         network = recorded_network(study, images, device)
         evidence = {"step": "dynamics", "study": study.name, "data": images.fingerprints}
         trained = _supervise(
-            run, study, images, network, dynamics.training, dynamics.seed, True, "dynamics", ranks
+            run, study, images, network, dynamics.training, dynamics.seed, True, "dynamics"
         )
         if trained is None:
             return
@@ -181,14 +177,14 @@ def _supervise(
     seed: int,
     recorded: bool,
     describe: str,
-    ranks: Ranks,
 ) -> dict[str, Any] | None:
     """Train on all training images with labels alone, recording dynamics when asked to."""
     plan = plan_run(images, training, images.train_ids, seed)
+    world = this_process(study.compute.device)
     if recorded:
         training = keep_epoch(training, plan, study.dynamics.gradient_epoch)
     log = None
-    if recorded and ranks.first:
+    if recorded and world.first:
         log = begin_log(
             run.folder / "dynamics",
             images,
@@ -198,7 +194,7 @@ def _supervise(
             settings=run.settings_sha256,
         )
     evidence = train_run(
-        run, study, images, network, training, plan, CROSS_ENTROPY, seed, describe, ranks, log=log
+        run, study, images, network, training, plan, CROSS_ENTROPY, seed, describe, world, log=log
     )
     if log is not None:
         log.finish()
@@ -206,14 +202,15 @@ def _supervise(
 
 
 def open_heard(
-    study: Study, images: Images, objective: Objective, subset: Subset, seed: int, ranks: Ranks
+    study: Study, images: Images, objective: Objective, subset: Subset, seed: int
 ) -> tuple[dict[str, Any], Cache]:
     """The teacher that a student of this subset and seed hears: its card and stored outputs."""
     name = objective.teacher
     if name is not None and study.teachers[name].of_subset:
-        if ranks.first:
+        world = this_process(study.compute.device)
+        if world.first:
             _subset_teacher(study, images, name, subset, seed)
-        wait(ranks)
+        wait(world)
         folder = _subset_teacher_folder(study, name, subset, seed)
         card = read_evidence(folder)["teacher"]
     else:

@@ -29,22 +29,22 @@ from kdlib.repro.seeds import PURPOSES, derive
 from kdlib.study.objectives import CrossEntropy, Objective
 from kdlib.study.study import Study
 from kdlib.study.training import Compute, Tracking, Training
-from kdlib.trainer.distributed import Ranks, launch, wait
+from kdlib.trainer.distributed import World, launch, this_process, wait
 from kdlib.trainer.loop import Trained, checkpoint_steps, train
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.state import saved_step
-from kdlib.trainer.step import ALONE, Task
+from kdlib.trainer.step import Task
 from kdlib.trainer.tracking import open_tracker
 
 CROSS_ENTROPY = CrossEntropy()
 
 
-def use(compute: Compute, ranks: Ranks = ALONE) -> str:
-    """Set the number of threads, hold a GPU to float32 and deterministic kernels, and return the
-    device the study asks for, or this process's own one of several.
+def use(compute: Compute) -> str:
+    """Set the number of threads, hold a GPU to float32 and deterministic kernels, and return this
+    process's device.
 
-    Raises: RuntimeError when that device is not there; another one is never taken silently. Or when
-        the study asks for the same bytes everywhere and this process computes with more already.
+    Raises: RuntimeError when the study's device is not there, or when the study asks for the same
+        bytes on every processor and torch has begun to compute with other kernels.
     """
     torch.set_num_threads(compute.threads)
     if compute.portable:
@@ -56,39 +56,39 @@ def use(compute: Compute, ranks: Ranks = ALONE) -> str:
         )
     if compute.device.startswith("cuda"):
         processor.hold_gpu()
-    return compute.device if ranks.alone else ranks.device
+    return this_process(compute.device).device
 
 
 @contextlib.contextmanager
-def open_shared_run(
-    study: Study, folder: Path, settings: dict[str, Any], ranks: Ranks
-) -> Iterator[Run]:
+def open_shared_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[Run]:
     """The run, opened and locked by the first of the processes that share it."""
-    if ranks.first:
+    world = this_process(study.compute.device)
+    if world.first:
         with open_run(study.runs, folder, settings) as run:
-            wait(ranks)
+            wait(world)
             yield run
     else:
-        wait(ranks)
+        wait(world)
         yield Run(folder, settings)
 
 
 def launch_run(
-    study: Study, ranks: Ranks, folder: Path, settings: dict[str, Any], step: str, **point: Any
+    study: Study, folder: Path, settings: dict[str, Any], step: str, **point: Any
 ) -> bool:
-    """Make a run by several processes under torchrun, when the study asks for them and this is not
-    one of them; whether that happened.
+    """Make an unfinished run by several processes under torchrun, when the study asks for several
+    and this process is not one of them; whether they were started.
 
-    Raises: RuntimeError when one of them fails, its own error stands above; or when there are fewer
+    Raises: RuntimeError when one of them fails (it has printed its error), or when there are fewer
         GPUs than processes.
     """
-    if study.compute.processes == 1 or not ranks.alone or Run(folder, settings).finished:
+    alone = this_process(study.compute.device).alone
+    if study.compute.processes == 1 or not alone or Run(folder, settings).finished:
         return False
     if study.compute.device.startswith("cuda"):
         n_processes, n_gpus = study.compute.processes, torch.cuda.device_count()
         if n_processes > n_gpus:
             raise RuntimeError(
-                f"the study asks for {n_processes} processes, each on a GPU of its own, and torch "
+                f"the study asks for {n_processes} processes, one per GPU, and torch "
                 f"sees {n_gpus} here; lower compute.processes, or run it where as many GPUs are"
             )
     path = written(study)
@@ -146,7 +146,7 @@ def train_run(
     objective: Objective,
     seed: int,
     describe: str,
-    ranks: Ranks,
+    world: World,
     *,
     log: DynamicsLog | None = None,
     teacher: Cache | None = None,
@@ -162,8 +162,8 @@ def train_run(
     Returns: The evidence; None on all but the first of several processes.
     Raises: CacheError when a shard of images, labels or teacher outputs is not as it was written.
     """
-    device = use(study.compute, ranks)
-    if ranks.first:  # once a run: 0.3 s a GB on two cores, and what is learnt is what was stored
+    device = world.device
+    if world.first:  # once a run: 0.3 s a GB on two cores, and what is learnt is what was stored
         for cache in (images.train, images.test, *([] if teacher is None else [teacher])):
             cache.verify()
     views = replay(study) if teacher is not None else None
@@ -184,9 +184,9 @@ def train_run(
         labels=labels,
         device=device,
         residence=study.compute.images,
-        reuse=ranks.alone,
-        rank=ranks.rank,
-        world_size=ranks.n,
+        reuse=world.alone,
+        rank=world.rank,
+        world_size=world.size,
     )
     heard = {} if teacher is None else teacher.header["columns"]
     shapes = {  # without the axis of views; logits may be stored as the largest alone
@@ -214,14 +214,14 @@ def train_run(
         log=log,
         observed=study.dynamics.observed,
         compute=study.compute,
-        ranks=ranks,
+        world=world,
     )
-    tracking = study.tracking if ranks.first else Tracking()
+    tracking = study.tracking if world.first else Tracking()
     with open_tracker(
         tracking, run.folder, describe, run.settings, saved_step(run.state)
     ) as tracker:
         trained = train(run, task, describe, tracker)
-    if not ranks.first:
+    if not world.first:
         return None
     test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
     measured = {}

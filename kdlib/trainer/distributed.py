@@ -1,9 +1,8 @@
 """Several processes that share each batch and train what one process would, to rounding.
 
-Each process runs its share of a batch through the network; outputs are gathered, and every process
+Each process runs its share of a batch through the network. Outputs are gathered, and every process
 computes the same loss of the whole batch, so that losses which relate examples to each other mean
-the same for any number of processes. Leaves to others: which examples a process sees (`sampling`),
-and the training itself (`trainer`).
+the same for any number of processes.
 """
 
 import contextlib
@@ -20,56 +19,65 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """Which process this is of how many.
+class World:
+    """This process among those that share each batch.
 
     Attributes:
-        rank: In [0, n).
-        n: Processes.
-        device: This process's own.
+        rank: Of this process, in [0, size).
+        size: Number of processes.
+        device: Of this process.
     """
 
     rank: int = 0
-    n: int = 1
+    size: int = 1
     device: str = "cpu"
 
     @property
     def first(self) -> bool:
-        """Whether this process writes what all have made."""
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other process."""
-        return self.n == 1
+        """Whether this is the only process."""
+        return self.size == 1
 
 
-@contextlib.contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, or be alone.
+def this_process(device: str) -> World:
+    """This process among those of `joined`, or as the only one.
 
     Args:
-        device: Of the study; on GPUs each process takes its own.
+        device: Of the study; each of several processes has a GPU for itself.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks(device=device)
-        return
-    with _group(device) as ranks:
-        yield ranks
+    if not dist.is_initialized():
+        return World(device=device)
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 @contextlib.contextmanager
-def _group(device: str) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, even where this is the only one."""
-    kind, own = "gloo", None
+def joined(device: str) -> Iterator[World]:
+    """Connect the processes that torchrun started; a process started otherwise stays alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield World(device=device)
+        return
+    with process_group(device) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[World]:
+    """Connect the processes that torchrun started, also where there is only one."""
+    backend, gpu = "gloo", None
     if device.startswith("cuda"):
-        kind, device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
-        own = torch.device(device)  # where NCCL's barrier waits; otherwise it guesses, and warns
-        torch.cuda.set_device(own)
-    # the others wait while the first one waits for a lock, or stores a teacher's outputs
-    dist.init_process_group(kind, timeout=timedelta(days=7), device_id=own)
+        backend, gpu = "nccl", torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(gpu)
+    # the other processes wait while the first one waits for a lock or stores a teacher's outputs;
+    # NCCL's barrier waits on the device that is named here, and warns when it has to guess
+    dist.init_process_group(backend, timeout=timedelta(days=7), device_id=gpu)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield this_process(device)
     finally:
         dist.destroy_process_group()
 
@@ -77,7 +85,7 @@ def _group(device: str) -> Iterator[Ranks]:
 def launch(arguments: Sequence[str], n: int) -> None:
     """Run `python -m <arguments>` in n processes under torchrun, and wait for them.
 
-    Raises: RuntimeError when one of them fails; its own error was printed before.
+    Raises: RuntimeError when one of them fails; that process has printed its error.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(n), "--max-restarts", "0", "-m", *arguments]
@@ -97,29 +105,30 @@ def launch(arguments: Sequence[str], n: int) -> None:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows. Every process computes the same loss from them, so the gradient of the
-    own rows is whole without any further exchange."""
+    """The rows of all processes. Every process computes the same loss from them, so that the
+    gradient of its rows is complete without a further exchange."""
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
+    def forward(ctx, tensor: Tensor, world: World) -> Tensor:
+        ctx.world = world
         tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(ranks.n)]
+        parts = [torch.empty_like(tensor) for _ in range(world.size)]
         dist.all_gather(parts, tensor)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.chunk(ctx.ranks.n)[ctx.ranks.rank], None
+        return gradient.chunk(ctx.world.size)[ctx.world.rank], None
 
 
-def gathered(tensor: Tensor, ranks: Ranks) -> Tensor:
+def gathered(tensor: Tensor, world: World) -> Tensor:
     """(B / n, ...) of each process to (B, ...), in the order of their ranks."""
-    return tensor if ranks.alone else _Gather.apply(tensor, ranks)
+    return tensor if world.alone else _Gather.apply(tensor, world)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; its gradient is summed, too, as each holds a part of the loss."""
+    """The sum over processes; gradients are summed too, since each process holds a part of the
+    loss."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:
@@ -135,7 +144,19 @@ class _Sum(torch.autograd.Function):
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the batches of all processes, on any device. PyTorch's own one needs GPUs."""
+    """BatchNorm over the batches of all processes, on CPUs and GPUs; torch.nn.SyncBatchNorm runs on
+    GPUs only."""
+
+    @classmethod
+    def of(cls, norm: nn.modules.batchnorm._BatchNorm) -> "SyncedBatchNorm":
+        """A layer with the parameters and buffers of another one, and with the layers `drop` and
+        `act` of timm's BatchNormAct2d."""
+        synced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        for name, tensor in (norm._parameters | norm._buffers).items():
+            setattr(synced, name, tensor)
+        for name, child in norm.named_children():
+            setattr(synced, name, child)
+        return synced.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
         if x.ndim < 2:
@@ -143,8 +164,10 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """As BatchNorm of the whole batch."""
-        if not self.training:
-            return super().forward(x)
+        y = self._normalised(x) if self.training else super().forward(x)
+        return self.act(self.drop(y)) if hasattr(self, "act") else y
+
+    def _normalised(self, x: Tensor) -> Tensor:
         axes = [0, *range(2, x.ndim)]
         wide = x.float()
         n = float(wide.numel() // wide.shape[1] * dist.get_world_size())
@@ -162,46 +185,35 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             scaled = scaled * self.weight.view(shape) + self.bias.view(shape)
-        scaled = scaled.to(x.dtype)
-        # timm's BatchNormAct2d drops and activates within
-        return self.act(self.drop(scaled)) if hasattr(self, "act") else scaled
+        return scaled.to(x.dtype)
 
 
-def synchronised(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module, in which every BatchNorm now sees the batches of all processes; parameters,
-    buffers and their names stay."""
-    if ranks.alone:
+def synchronised(module: nn.Module, world: World) -> nn.Module:
+    """The module, with every BatchNorm replaced by one that sees the batches of all processes;
+    parameters and buffers, and their names, stay."""
+    if world.alone:
         return module
-    for child in module.modules():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.track_running_stats:
-            child.__class__ = _synced(type(child))
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and child.track_running_stats:
+                setattr(parent, name, SyncedBatchNorm.of(child))
     return module
 
 
-def _synced(kind: type) -> type:
-    """SyncedBatchNorm that is still an instance of its former class."""
-    if kind not in _SYNCED:
-        _SYNCED[kind] = type(f"Synced{kind.__name__}", (SyncedBatchNorm, kind), {})
-    return _SYNCED[kind]
-
-
-_SYNCED: dict[type, type] = {}
-
-
-def distributed(module: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module under DistributedDataParallel; itself when alone."""
-    if ranks.alone:
+def distributed(module: nn.Module, world: World) -> nn.Module:
+    """The module under DistributedDataParallel where there are several processes."""
+    if world.alone:
         return module
     return nn.parallel.DistributedDataParallel(module)
 
 
-def summed_loss(loss: Tensor, ranks: Ranks) -> Tensor:
-    """The loss to call `backward` on: each process holds its part of one gradient, and
-    DistributedDataParallel takes their mean where their sum is meant."""
-    return loss if ranks.alone else loss * ranks.n
+def summed_loss(loss: Tensor, world: World) -> Tensor:
+    """The loss to call `backward` on. DistributedDataParallel averages gradients, but each process
+    holds a partial sum of them: the loss is multiplied by the world size."""
+    return loss if world.alone else loss * world.size
 
 
-def wait(ranks: Ranks) -> None:
-    """Go on when all processes are here."""
-    if not ranks.alone:
+def wait(world: World) -> None:
+    """Wait until all processes are here."""
+    if not world.alone:
         dist.barrier()

@@ -1,10 +1,7 @@
-"""The one training step and the one loop, for teachers and students alike, resumable to the bit.
+"""The training loop of teachers and students, which resumes to the bit.
 
-What differs between runs is the objective and the settings, never the code path. No generator has
-a state here: order, augmentation and dropout are functions of (seed, step), so that a run killed at
-any moment and started again ends with the same bytes. Several processes share each batch and train
-what one would. Leaves to others: what is trained on what (`experiment`), how weights move
-(`optimising`), and whether the numbers may be believed (`checks`).
+Order, augmentation and dropout are functions of (seed, step) without a generator's state, so that
+a run that is killed at any moment and started again ends with the same bytes.
 """
 
 import contextlib
@@ -21,35 +18,34 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdlib.models.evaluation import accuracy, all_outputs, evaluate
+from kdlib.models.evaluation import all_outputs, evaluate
 from kdlib.models.weights import save_weights, weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import Run
-from kdlib.study.objectives import needs_teacher
 from kdlib.study.training import Training
 from kdlib.trainer.distributed import gathered
 from kdlib.trainer.optimiser import Ema, Patience, learning_rate
+from kdlib.trainer.pairing import pairing
 from kdlib.trainer.state import read_state, write_state
-from kdlib.trainer.step import Learner, Step, Task, TrainingError
+from kdlib.trainer.step import Step, Task, TrainingError
 from kdlib.trainer.tracking import Tracker
 
-STATE_EVERY_S = 20.0  # at most this much work is lost by a kill
+STATE_EVERY_S = 20.0  # a killed run loses at most this much work
 
-
-CHUNK = 5000  # images of a clean pass that are in memory at once; a multiple of its batch
+CHUNK = 5000  # images without augmentation in memory at once; a multiple of their batch size
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a finished loop leaves.
+    """The results of a finished loop.
 
     Attributes:
         metrics: One row per evaluation.
-        checkpoints: Step -> (file name, weights fingerprint); the last step is always there.
+        checkpoints: Step -> (file name, weights fingerprint), the last step included.
         best_step: Step of the highest validation accuracy, the first one when several tie.
         last_step: Steps taken: those of the plan, or fewer with early stopping.
         visits: (n_examples of the split,) int64, how often each example id was trained on.
-        evidence: Facts for the tripwires: initialisation, order, gradient, pairing.
+        evidence: Facts for the checks: initialisation, order, gradient, pairing.
     """
 
     metrics: pd.DataFrame
@@ -61,12 +57,12 @@ class Trained:
 
 
 def checkpoint_steps(training: Training, n_steps: int) -> set[int]:
-    """Steps whose weights are kept for probing: the chosen fractions of the budget and its end."""
+    """Steps of the checkpoints to probe: the study's fractions of the budget, and its end."""
     return {round(f * n_steps) for f in training.checkpoint_fractions} | {n_steps}
 
 
 def _order_sha256(order: np.ndarray) -> str | None:
-    """Of the first pass; None where nothing is drawn, so that all seeds have the same."""
+    """Fingerprint of the first pass's order; None for the sorted one, which all seeds share."""
     drawn = not np.array_equal(order, np.sort(order))
     return files.sha256_array(order) if drawn else None
 
@@ -78,13 +74,13 @@ def train(
     tracker: Tracker | None = None,
     state_every_s: float | None = None,
 ) -> Trained:
-    """Train to the end of the budget, from the beginning or from where a killed run stopped.
+    """Train to the end of the budget, from the beginning or from the saved state of a killed run.
 
     Weights at the checkpoint steps, at the best and at the last step are written into the run's
     folder; the caller finishes the run. Of several processes the first one writes.
 
     Args:
-        describe: Beside the progress bar; None shows none.
+        describe: Text beside the progress bar; None shows no bar.
         state_every_s: Seconds between resumable states; None: `STATE_EVERY_S`.
 
     Raises: TrainingError for a loss that is not finite, memory that runs out, or a network that
@@ -108,7 +104,7 @@ def _train(
     every = training.evaluate_every_steps or max(1, round(task.full_size / training.batch_size))
     kept = checkpoint_steps(training, plan.n_steps)
     loop = _Loop(run, task)
-    quiet = {} if task.ranks.first and describe is not None else {"disable": True}
+    quiet = {} if task.world.first and describe is not None else {"disable": True}
     interval = STATE_EVERY_S if state_every_s is None else state_every_s
     progress = tqdm(
         total=plan.n_steps, initial=loop.step, desc=describe, unit="step", leave=False, **quiet
@@ -138,7 +134,7 @@ def _train(
 
 @contextlib.contextmanager
 def _explaining() -> Iterator[None]:
-    """What is to be done about an error of the machine, in its place."""
+    """Raise a TrainingError that says what to do in the place of an error of the machine."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -148,7 +144,7 @@ def _explaining() -> Iterator[None]:
 
 
 def _explained(error: Exception) -> str | None:
-    """What to do about an error of the machine; None for any other."""
+    """What to do about an error of the machine; None for other errors."""
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     # of the CPU's allocator; of the CUDA runtime, as for pinned memory; of cuBLAS and cuDNN
@@ -164,10 +160,10 @@ def _explained(error: Exception) -> str | None:
 
 
 class _Loop:
-    """Everything of a run that changes from step to step, and how it is kept."""
+    """Everything of a run that changes from step to step; saved and restored."""
 
     def __init__(self, run: Run, task: Task) -> None:
-        """A fresh loop, or the one a killed run saved."""
+        """At step 0, or at the step of the saved state."""
         self.run, self.task = run, task
         self.advance_one = Step(task)
         self.step, self.stopped = 0, False
@@ -177,11 +173,11 @@ class _Loop:
         self.best_weights: dict[str, Tensor] = {}
         self.checkpoints: dict[int, tuple[str, str]] = {}
         self.visits = torch.zeros(task.n_examples, dtype=torch.int64)
-        self.factor = 1.0  # on the learning rate: what `plateau` has left of it
+        self.factor = 1.0  # multiplies the learning rate; `plateau` lowers it
         self.plateau = Patience(task.training.patience)
         self.patience = Patience(task.training.early_stopping or 0)
         self.ema = Ema(task.network, task.training.ema) if task.training.ema else None
-        # a second network to measure the mean of weights with
+        # a second network, which holds the mean of weights while it is evaluated
         self._measured = copy.deepcopy(task.network) if self.ema else task.network
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
@@ -190,10 +186,10 @@ class _Loop:
         self._restore()
 
     def advance(self) -> None:
-        """One step, its dynamics, its bookkeeping."""
+        """Take one step; record its dynamics, hits and visits."""
         task = self.task
         batch = task.loader.batch(self.step)
-        loss, logits, _ = self.advance_one(batch, self.step, self.factor)
+        loss, logits = self.advance_one(batch, self.step, self.factor)
         if self.step == 0:
             self.evidence["gradient"] = self._gradient()
         if self.ema is not None:
@@ -201,9 +197,9 @@ class _Loop:
         ids, labels, passes, positions = (
             batch.example_ids, batch.labels, batch.passes, batch.positions,
         )  # fmt: skip
-        if not task.ranks.alone:
+        if not task.world.alone:
             ids, labels, passes, positions = (
-                gathered(v, task.ranks) for v in (ids, labels, passes, positions)
+                gathered(v, task.world) for v in (ids, labels, passes, positions)
             )
         self.losses.append(loss)
         self.hits += int((logits.argmax(1) == labels).sum())
@@ -223,9 +219,9 @@ class _Loop:
         }
 
     def _record(self, passes: Tensor, positions: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Write the dynamics of complete passes; the last, partial pass is no recorded epoch."""
+        """Record the dynamics of complete passes; a partial last pass is left out."""
         task, batch_size = self.task, self.task.training.batch_size
-        if not task.ranks.first:
+        if not task.world.first:
             return
         if task.observed == "train":
             whole = passes < task.loader.plan.n_passes
@@ -241,16 +237,16 @@ class _Loop:
                 task.log.record(epochs, some, clean, task.loader.labels[some])
 
     def kept_weights(self) -> dict[str, Tensor]:
-        """The weights that are measured and kept: the network's, or their running mean."""
+        """The weights to evaluate and to save: the network's, or their running mean."""
         return self.task.network.state_dict() if self.ema is None else self.ema.weights
 
     def measure(self) -> dict[str, float]:
-        """Add one row of metrics, remember the weights when they are the best so far, and look
-        whether the learning rate falls or the training ends."""
+        """Evaluate: add one row of metrics, copy the weights when they are the best so far, lower
+        the learning rate on a plateau, and stop early where the study says so."""
         task, training = self.task, self.task.training
         if self.ema is not None:
             self._measured.load_state_dict(self.ema.weights)
-        loss, hits = evaluate(self._measured, task.pixels, *task.validation)
+        loss, accuracy = evaluate(self._measured, task.pixels, *task.validation)
         rate = learning_rate(training, self.step - 1, task.loader.plan.n_steps)
         row = {
             "step": self.step,
@@ -259,12 +255,12 @@ class _Loop:
             "train_loss": math.fsum(self.losses) / len(self.losses),
             "train_accuracy": self.hits / (len(self.losses) * training.batch_size),
             "validation_loss": loss,
-            "validation_accuracy": hits,
+            "validation_accuracy": accuracy,
         }
         self.rows.append(row)
         self.losses, self.hits = [], 0
-        if hits > self.best_accuracy:
-            self.best_accuracy, self.best_step = hits, self.step
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, self.step
             kept = self.kept_weights()
             self.best_weights = {k: v.detach().cpu().clone() for k, v in kept.items()}
         if training.schedule == "plateau" and self.plateau.spent(loss):
@@ -277,7 +273,7 @@ class _Loop:
         """Write a checkpoint's weights."""
         name = f"weights-{step:08d}.safetensors"
         sha256 = weights_fingerprint(weights)
-        if self.task.ranks.first:
+        if self.task.world.first:
             save_weights(weights, self.run.folder / name, {"step": str(step)})
         self.checkpoints[step] = (name, sha256)
 
@@ -288,7 +284,7 @@ class _Loop:
 
     def save(self) -> None:
         """Write the resumable state."""
-        if not self.task.ranks.first:
+        if not self.task.world.first:
             return
         step = self.advance_one
         tensors = {f"learner.{k}": v for k, v in step.learner.state_dict().items()}
@@ -308,10 +304,10 @@ class _Loop:
         write_state(self.run.state, self.run.settings, tensors, numbers)
 
     def _restore(self) -> None:
-        found = read_state(self.run.state, self.run.settings)
-        if found is None:
+        state = read_state(self.run.state, self.run.settings)
+        if state is None:
             return
-        tensors, numbers = found
+        tensors, numbers = state
         for key in self._NUMBERS:
             setattr(self, key, numbers[key])
         self.checkpoints = {step: tuple(kept) for step, kept in numbers["checkpoints"]}
@@ -334,18 +330,18 @@ class _Loop:
             number, _, key = name.partition(".")
             parameter = trained[int(number)]
             if tensor.shape == parameter.shape:
-                # fused optimisers pair a weight and its momentum by their place in memory: the
-                # saved one is contiguous, the weight may have its channels last
+                # fused optimisers pair the elements of a weight and its momentum by their order in
+                # memory: the saved tensor is contiguous, the weight may have its channels last
                 tensor = torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
             slots.setdefault(int(number), {})[key] = tensor
         step.optimiser.load_state_dict({"state": slots, "param_groups": groups})
 
     def close(self) -> Trained:
-        """Write metrics and the best weights; gather what the tripwires need."""
+        """Write metrics and the best weights; collect the evidence for the checks."""
         if self.best_step not in self.checkpoints:
             self.keep(self.best_weights, self.best_step)
         metrics = pd.DataFrame(self.rows)
-        if self.task.ranks.first:
+        if self.task.world.first:
             path = self.run.folder / "metrics.parquet"
             files.write_atomic(path, lambda f: metrics.to_parquet(f))
         self.evidence["pairing"] = pairing(self.task, self.advance_one.learner)
@@ -358,50 +354,3 @@ class _Loop:
             self.visits.numpy(),
             self.evidence,
         )
-
-
-@torch.no_grad()
-def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, float] | None:
-    """The objective's teacher term on `n` evenly spaced training examples, teacher rows in place
-    and swapped.
-
-    Swapped means that each example gets the row of an example of another class, as far as no class
-    has more than half of them.
-
-    Returns: {"paired", "permuted"}: the terms; "teacher_accuracy": of the logits of all training
-        examples as this loader hands them out, against its labels, None when it reads no logits.
-        None without a teacher.
-    """
-    loader = task.loader
-    if not needs_teacher(task.objective):
-        return None
-    every = np.arange(len(loader.plan.example_ids))
-    chosen = every[np.linspace(0, len(every) - 1, min(n, len(every))).astype(np.int64)]
-    teacher = loader.teacher_rows(chosen, np.zeros_like(chosen))
-    by_class = loader.labels[chosen].argsort(stable=True)
-    shift = int(loader.labels[chosen].bincount().max())
-    swapped = {k: v.clone() for k, v in teacher.items()}
-    for key, rows in teacher.items():
-        swapped[key][by_class] = rows[by_class.roll(shift)]
-    modes = [(module, module.training) for module in learner.modules()]
-    learner.eval()
-    images = task.pixels.prepare(loader.raw(chosen))
-    parts = [learner(some) for some in images.split(128)]
-    # exact sums tell a loss that hears nothing; code of others may be written for float32 alone
-    exact = torch.float32 if task.objective.kind == "own" else torch.float64
-    projected = {k: torch.cat([p[k] for p in parts]).to(exact) for k in parts[0]}
-    for module, training in modes:
-        module.training = training
-    labels = loader.labels[chosen]
-    terms = [
-        float(
-            task.distiller.soft_term(projected, {k: v.to(exact) for k, v in rows.items()}, labels)
-        )
-        for rows in (teacher, swapped)
-    ]
-    found = {"paired": terms[0], "permuted": terms[1], "teacher_accuracy": None}
-    if "logits" in teacher:
-        chunks = np.split(every, every[CHUNK::CHUNK])
-        read = [loader.teacher_rows(r, np.zeros_like(r))["logits"] for r in chunks]
-        found["teacher_accuracy"] = accuracy(torch.cat(read), loader.labels)
-    return found

@@ -1,10 +1,10 @@
-"""One optimiser step of one task."""
+"""One optimiser step: forward, loss and backward of one batch."""
 
 import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,9 @@ from kdlib.models.base import Network
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Compute, Training
-from kdlib.trainer.distributed import Ranks, distributed, gathered, summed_loss, synchronised
+from kdlib.trainer.distributed import World, distributed, gathered, summed_loss, synchronised
 from kdlib.trainer.objectives import Distiller, student_outputs
 from kdlib.trainer.optimiser import learning_rate, make_optimiser
-
-ALONE = Ranks()
 
 
 class Recorder(Protocol):
@@ -34,25 +32,25 @@ class Recorder(Protocol):
 
 
 class TrainingError(RuntimeError):
-    """Training that cannot go on; the last saved state is whole and the run is not finished."""
+    """A training that cannot go on. The run is not finished; its last saved state is whole."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one run trains on what.
+    """A network, its loss, its batches, and how it is trained.
 
     Attributes:
-        distiller: The objective's loss, with what it trains beside the network.
+        distiller: The objective's loss, with the projectors it trains beside the network.
         validation: (images (N, C, H, W) uint8, labels (N,) int64) for the curves and the best
             epoch.
-        full_size: Images that may be trained on in all: one `epoch` of the curves.
-        n_examples: Examples of the whole split; ids are below it.
-        seed: The run's requested seed, from which every stream is derived.
+        full_size: Number of training images before any selection: one `epoch` of the curves.
+        n_examples: Examples of the whole split; every example id is below it.
+        seed: The run's seed, from which every random stream is derived.
         log: Where training dynamics are recorded, or None.
         observed: `train` records each batch as it is trained on, `eval` a clean pass after each
             pass.
         compute: Precision, compilation.
-        ranks: Of the processes that share each batch; the loader's are the same.
+        world: The processes that share each batch, as the loader knows them.
     """
 
     network: Network
@@ -68,50 +66,49 @@ class Task:
     log: Recorder | None = None
     observed: str = "train"
     compute: Compute = field(default_factory=Compute)
-    ranks: Ranks = field(default_factory=Ranks)
+    world: World = field(default_factory=World)
 
 
 class Learner(nn.Module):
-    """A network and its objective's projectors as one module: images in, all that the loss needs
-    out, so that one call is compiled, wrapped and watched."""
+    """A network and its objective's projectors as one module, from images to the inputs of the
+    loss: one call to compile and to distribute."""
 
     def __init__(self, network: Network, distiller: Distiller, objective: Objective) -> None:
         super().__init__()
         self.network, self.distiller = network, distiller
         wanted = student_outputs(objective, network.n_stages)
-        # a label-free objective reaches the network through its features alone; the labels train
-        # the last layer on them, and the features never hear of it
+        # gradients of the label loss stop at the features: labels train the last layer only
         self.apart = objective.kind == "tokens"
         self.wanted = tuple(name for name in wanted if not (self.apart and name == "logits"))
 
     def _outputs(self, images: Tensor) -> dict[str, Tensor]:
         if self.wanted == ("logits",):
             return {"logits": self.network(images)}
-        found = self.network.outputs(images, self.wanted)
+        outputs = self.network.outputs(images, self.wanted)
         if self.apart:
-            found["logits"] = self.network.head(found["features"].detach())
-        return found
+            outputs["logits"] = self.network.head(outputs["features"].detach())
+        return outputs
 
     def forward(self, images: Tensor, second: Tensor | None = None) -> dict[str, Tensor]:
-        """Projected outputs by name, (B, ...); of a second view of the same examples, too."""
-        found = self._outputs(images)
-        other = None if second is None else self._outputs(second)
-        return self.distiller.project(found, other)
+        """Projected outputs by name, (B, ...), with those of a second view of the same examples."""
+        outputs = self._outputs(images)
+        others = None if second is None else self._outputs(second)
+        return self.distiller.project(outputs, others)
 
 
 class Step:
-    """One optimiser step: forward, loss, backward, in the precision and on the processes asked for.
+    """Takes optimiser steps, in the precision and on the processes of a task.
 
     Attributes:
-        learner: The plain module, whose parameters are trained.
+        learner: The module whose parameters are trained, neither compiled nor distributed.
         optimiser: Over all its trained parameters.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        learner = synchronised(Learner(task.network, task.distiller, task.objective), task.ranks)
+        learner = synchronised(Learner(task.network, task.distiller, task.objective), task.world)
         self.learner, self.optimiser = learner, make_optimiser(learner.parameters(), task.training)
-        self._call = distributed(learner, task.ranks)
+        self._call = distributed(learner, task.world)
         if task.compute.compile:
             self._call = torch.compile(self._call)
         self._drops = any(
@@ -119,52 +116,49 @@ class Step:
         )
         self._cast = task.compute.precision == "bf16"
 
-    def __call__(
-        self, batch: Batch, step: int, factor: float = 1.0
-    ) -> tuple[float, Tensor, Tensor]:
+    def __call__(self, batch: Batch, step: int, factor: float = 1.0) -> tuple[float, Tensor]:
         """Take step `step` on one batch.
 
         Args:
-            factor: On the schedule's learning rate.
+            factor: Multiplies the schedule's learning rate.
 
-        Returns: (loss in nats, detached logits (B, C) float32 from before the step, norm of the
-            gradient before clipping, 0 where nothing is clipped), of the batch of all processes.
-        Raises: TrainingError when the loss is not finite; the weights are then those before it.
+        Returns: (loss in nats, detached logits (B, C) float32 from before the step), of the batch
+            of all processes.
+        Raises: TrainingError when the loss is not finite; the weights are then unchanged.
         """
         task, training = self.task, self.task.training
         self.optimiser.zero_grad(set_to_none=True)
         n_pieces = training.accumulate
-        total, logits = 0.0, []
+        total, parts = 0.0, []
         for number, piece in enumerate(_pieces(batch, n_pieces)):
             last = number == n_pieces - 1
-            quiet = contextlib.nullcontext() if last or task.ranks.alone else self._call.no_sync()
+            quiet = contextlib.nullcontext() if last or task.world.alone else self._call.no_sync()
             with quiet:
-                loss, found = self._loss(piece, step, number)
+                loss, logits = self._loss(piece, step, number)
                 value = loss.item() / n_pieces
                 if not math.isfinite(value):
                     raise TrainingError(
                         f"the loss is {value} at step {step}; lower training.lr_peak, or look at "
                         f"the batch of example ids {piece.example_ids[:4].tolist()}, ..."
                     )
-                loss = summed_loss(loss, task.ranks)
+                loss = summed_loss(loss, task.world)
                 (loss if n_pieces == 1 else loss / n_pieces).backward()
             total += value
-            logits.append(found)
-        norm = torch.zeros(())
+            parts.append(logits)
         if training.clip_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.learner.parameters(), training.clip_norm)
+            nn.utils.clip_grad_norm_(self.learner.parameters(), training.clip_norm)
         rate = learning_rate(training, step, task.loader.plan.n_steps) * factor
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
-        return total, logits[0] if n_pieces == 1 else _in_order(logits, task.ranks), norm
+        return total, parts[0] if n_pieces == 1 else _in_order(parts, task.world)
 
     def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
         """(the loss of the whole batch, its detached logits)."""
         task = self.task
         seeded = contextlib.nullcontext()
         if self._drops:
-            seeded = torch_seeded(task.seed, "dropout", step, piece, task.ranks.rank)
+            seeded = torch_seeded(task.seed, "dropout", step, piece, task.world.rank)
         cast = contextlib.nullcontext()
         if self._cast:
             cast = torch.autocast(batch.images.device.type, torch.bfloat16)
@@ -172,11 +166,11 @@ class Step:
             seen = (batch.images,) if batch.second is None else (batch.images, batch.second)
             projected = self._call(*seen)
         labels, teacher = batch.labels, batch.teacher
-        if not task.ranks.alone:
-            projected = {k: gathered(v, task.ranks) for k, v in projected.items()}
-            labels = gathered(labels, task.ranks)
+        if not task.world.alone:
+            projected = {k: gathered(v, task.world) for k, v in projected.items()}
+            labels = gathered(labels, task.world)
             if teacher is not None:
-                teacher = {k: gathered(v, task.ranks) for k, v in teacher.items()}
+                teacher = {k: gathered(v, task.world) for k, v in teacher.items()}
         loss = task.distiller.loss(projected, labels, teacher or {})
         return loss, projected["logits"].detach().float()
 
@@ -188,15 +182,17 @@ def _pieces(batch: Batch, n: int) -> Iterator[Batch]:
         return
     size = len(batch.labels) // n
     for start in range(0, size * n, size):
-        cut = slice(start, start + size)
-        yield Batch(
-            *(x[cut] for x in batch[:5]),
-            None if batch.teacher is None else {k: v[cut] for k, v in batch.teacher.items()},
-            None if batch.second is None else batch.second[cut],
-        )
+        rows = slice(start, start + size)
+        yield Batch(**{name: _cut(value, rows) for name, value in batch._asdict().items()})
 
 
-def _in_order(pieces: list[Tensor], ranks: Ranks) -> Tensor:
+def _cut(value: Tensor | dict[str, Tensor] | None, rows: slice) -> Any:
+    if isinstance(value, dict):
+        return {name: tensor[rows] for name, tensor in value.items()}
+    return None if value is None else value[rows]
+
+
+def _in_order(pieces: list[Tensor], world: World) -> Tensor:
     """Rows of pieces, each gathered over the processes, in the order of the gathered batch."""
-    by_rank = [piece.chunk(ranks.n) for piece in pieces]
-    return torch.cat([part[rank] for rank in range(ranks.n) for part in by_rank])
+    of_process = [piece.chunk(world.size) for piece in pieces]
+    return torch.cat([part[rank] for rank in range(world.size) for part in of_process])

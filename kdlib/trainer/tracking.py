@@ -1,35 +1,55 @@
 """Metrics to TensorBoard and Weights & Biases, where a study switches them on.
 
-The run's folder is the record; these are views of it. A tracker that fails says so once and stops
-nothing. Leaves to others: what is measured (`trainer`).
+The run's folder holds the same metrics. A tracker that fails warns once and is switched off; the
+training goes on.
 """
 
 import contextlib
 import hashlib
+import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kdlib.repro import files
 from kdlib.study.training import Tracking
 
 
-class Tracker:
-    """Where one run's metrics go."""
-
-    def __init__(self) -> None:
-        self._sinks: dict[str, Callable[[Mapping[str, float], int], None]] = {}
+class Sink(Protocol):
+    """Where metrics are written."""
 
     def log(self, row: Mapping[str, float], step: int) -> None:
-        """Hand one evaluation's metrics on; a sink that fails is dropped with a warning."""
+        """Write one evaluation's metrics."""
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+
+
+class Tracker:
+    """The sinks of one run."""
+
+    def __init__(self, openers: Mapping[str, Callable[[], Sink]]) -> None:
+        self._sinks: dict[str, Sink] = {}
+        for name, opener in openers.items():
+            with self._guarded(name):
+                self._sinks[name] = opener()
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        """Write one evaluation's metrics to every sink."""
         for name, sink in list(self._sinks.items()):
-            with self._stopping_nothing(name):
-                sink(row, step)
+            with self._guarded(name):
+                sink.log(row, step)
+
+    def close(self) -> None:
+        """Close every sink."""
+        for name, sink in list(self._sinks.items()):
+            with self._guarded(name):
+                sink.close()
 
     @contextlib.contextmanager
-    def _stopping_nothing(self, name: str) -> Iterator[None]:
-        """Whatever a tracker raises, training goes on without it."""
+    def _guarded(self, name: str) -> Iterator[None]:
+        """Turn any error of a sink into a warning, and switch the sink off."""
         try:
             yield
         except Exception as error:
@@ -37,7 +57,7 @@ class Tracker:
             warnings.warn(
                 f"{name} failed and is off for the rest of this run ({error}); the metrics are in "
                 "the run's folder",
-                stacklevel=3,
+                stacklevel=4,
             )
 
 
@@ -48,72 +68,64 @@ def open_tracker(
     """A tracker for one run; its packages are imported when they are switched on.
 
     Args:
-        folder: The run's.
-        settings: Shown beside the metrics; with the folder they name the run for ever.
-        resumed_step: Steps already logged by a killed run; later ones are logged anew.
+        folder: Of the run.
+        settings: Shown beside the metrics; the run's id is made of them and of the folder.
+        resumed_step: Last step that a killed run has logged for good; later ones are logged again.
 
     Raises: ModuleNotFoundError that says what to install.
     """
-    tracker = Tracker()
-    with contextlib.ExitStack() as stack:
-        if tracking.tensorboard:
-            stack.enter_context(_tensorboard(tracker, folder, resumed_step))
-        if tracking.wandb:
-            stack.enter_context(_wandb(tracker, tracking.project, folder, name, settings))
+    openers: dict[str, Callable[[], Sink]] = {}
+    if tracking.tensorboard:
+        _require("tensorboard", "torch.utils.tensorboard")
+        openers["TensorBoard"] = lambda: _TensorBoard(folder, resumed_step)
+    if tracking.wandb:
+        _require("wandb", "wandb")
+        openers["Weights & Biases"] = lambda: _Wandb(tracking.project, folder, name, settings)
+    tracker = Tracker(openers)
+    try:
         yield tracker
-
-
-@contextlib.contextmanager
-def _tensorboard(tracker: Tracker, folder: Path, resumed_step: int) -> Iterator[None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise _missing("tensorboard") from error
-    name = "TensorBoard"
-    with tracker._stopping_nothing(name):
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
-
-        def sink(row: Mapping[str, float], step: int) -> None:
-            for key, value in row.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()
-
-        tracker._sinks[name] = sink
-    try:
-        yield
     finally:
-        if name in tracker._sinks:
-            with tracker._stopping_nothing(name):
-                writer.close()
+        tracker.close()
 
 
-@contextlib.contextmanager
-def _wandb(
-    tracker: Tracker, project: str, folder: Path, name: str, settings: Mapping[str, Any]
-) -> Iterator[None]:
-    try:
+class _TensorBoard:
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        for key, value in row.items():
+            self._writer.add_scalar(key, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: str, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         import wandb
-    except ImportError as error:
-        raise _missing("wandb") from error
-    named = hashlib.sha256(f"{folder} {files.canonical_json(settings)}".encode()).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
-    sink = "Weights & Biases"
-    with tracker._stopping_nothing(sink):
-        run = wandb.init(
-            project=project, name=name, id=named[:16], dir=str(folder), resume="allow",
+
+        run_id = hashlib.sha256(f"{folder} {files.canonical_json(settings)}".encode()).hexdigest()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=project, name=name, id=run_id[:16], dir=str(folder), resume="allow",
             config=dict(settings),
         )  # fmt: skip
-        tracker._sinks[sink] = lambda row, step: run.log(dict(row), step=step)
+
+    def log(self, row: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(row), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _require(package: str, module: str) -> None:
     try:
-        yield
-    finally:
-        if sink in tracker._sinks:
-            with tracker._stopping_nothing(sink):
-                run.finish()
-
-
-def _missing(package: str) -> ModuleNotFoundError:
-    return ModuleNotFoundError(
-        f"tracking.{package} needs the package {package}: pip install 'kdlib[tracking]', or switch "
-        "it off in the study"
-    )
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"tracking.{package} needs the package {package}: pip install 'kdlib[tracking]', or "
+            "switch it off in the study"
+        ) from error

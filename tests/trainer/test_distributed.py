@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from kdlib.trainer.distributed import (
-    Ranks,
     SyncedBatchNorm,
+    World,
     distributed,
     gathered,
     joined,
@@ -56,7 +56,7 @@ with joined("cpu") as r:
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     told = []
     for step in range(6):
-        share = slice(r.rank * 8 // r.n, (r.rank + 1) * 8 // r.n)
+        share = slice(r.rank * 8 // r.size, (r.rank + 1) * 8 // r.size)
         out = gathered(call(x[step][share]), r)
         labels = gathered(y[step][share], r)
         # the second part relates every example to every other
@@ -69,25 +69,25 @@ with joined("cpu") as r:
     module.eval()
     found = {k: v.flatten().tolist() for k, v in module.state_dict().items()}
     shown = gathered(module(x[0][share]).detach().bfloat16(), r).float().tolist()
-    (folder / f"{r.n}-{r.rank}.json").write_text(json.dumps([told, found, shown]))
+    (folder / f"{r.size}-{r.rank}.json").write_text(json.dumps([told, found, shown]))
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where the same training was done by one process, and by two of them twice at once."""
-    made = tmp_path_factory.mktemp("ranks")
-    (made / "worker_of_ranks.py").write_text(SCRIPT)
+    made = tmp_path_factory.mktemp("world")
+    (made / "worker_of_world.py").write_text(SCRIPT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{made}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        subprocess.run([sys.executable, "-m", "worker_of_ranks", str(made)], check=True)
+        subprocess.run([sys.executable, "-m", "worker_of_world", str(made)], check=True)
         twins = [made / "a", made / "b"]
         failed: list[BaseException] = []
 
         def run(twin: Path) -> None:
             twin.mkdir()
             try:
-                launch(["worker_of_ranks", str(twin)], 2)
+                launch(["worker_of_world", str(twin)], 2)
             except BaseException as error:
                 failed.append(error)
 
@@ -124,15 +124,15 @@ def test_two_launches_at_once_do_not_meet(folder):
 
 
 def test_a_process_that_fails_ends_all_of_them(folder, capfd):
-    with pytest.raises(RuntimeError, match=r"2 processes of `python -m worker_of_ranks .*status 1"):
-        launch(["worker_of_ranks", str(folder), "fail"], 2)
+    with pytest.raises(RuntimeError, match=r"2 processes of `python -m worker_of_world .*status 1"):
+        launch(["worker_of_world", str(folder), "fail"], 2)
     assert "of this process alone" in capfd.readouterr().err
 
 
 def test_alone_nothing_changes_and_nothing_is_joined():
     network, rows = nn.BatchNorm1d(2), torch.randn(3, 2, requires_grad=True)
     with joined("cpu") as one:
-        assert one == Ranks(device="cpu")
+        assert one == World(device="cpu")
         assert one.first
         assert one.alone
         assert synchronised(network, one) is network
@@ -147,7 +147,6 @@ def test_alone_nothing_changes_and_nothing_is_joined():
 def test_batchnorm_keeps_its_names_and_parameters_when_synchronised():
     network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2))
     before = {k: v.data_ptr() for k, v in network.state_dict().items()}
-    synchronised(network, Ranks(0, 2))
+    synchronised(network, World(0, 2))
     assert {k: v.data_ptr() for k, v in network.state_dict().items()} == before
     assert isinstance(network[1], SyncedBatchNorm)
-    assert isinstance(network[1], nn.BatchNorm2d)
