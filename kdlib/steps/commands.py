@@ -35,11 +35,8 @@ def teacher(study: Study, name: str | None = None) -> Row | None:
     """Step 02: all teachers, or one of the study's further ones. None on all but the first of
     several processes."""
     images = open_images(study)
-    if name:
-        made = make_one_teacher(study, images, name)
-    else:
-        made = make_teacher(study, images)
-    return None if made is None else {"test_accuracy": made["teacher"]["measured"]}
+    evidence = make_one_teacher(study, images, name) if name else make_teacher(study, images)
+    return None if evidence is None else {"test_accuracy": evidence["teacher"]["measured"]}
 
 
 def datamap(study: Study) -> Row:
@@ -88,16 +85,16 @@ def distill(study: Study, points: Iterable[tuple[Cell, int]]) -> Iterator[Row | 
         row: Row = {"step": "distill"} | dict(cell.items()) | {"seed": seed}
         try:
             images = images or open_images(study)
-            made = train_student(study, images, cell, seed)
+            evidence = train_student(study, images, cell, seed)
         except (ValueError, OSError, RuntimeError) as error:
             if not this_process(study.compute.device).alone:
                 raise
             row["error"] = f"{type(error).__name__}: {error}"
         else:
-            if made is None:
+            if evidence is None:
                 yield None
                 continue
-            row["test_accuracy"] = made["checkpoints"]["last"]["test_accuracy"]
+            row["test_accuracy"] = evidence["checkpoints"]["last"]["test_accuracy"]
         yield row | {"seconds": round(time.monotonic() - started, 3)}
 
 

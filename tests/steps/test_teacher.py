@@ -21,7 +21,7 @@ from kdlib.models.weights import save_weights
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.steps import teacher as teacher_module
-from kdlib.steps import training
+from kdlib.steps import teacher_outputs, training
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
@@ -201,7 +201,7 @@ def test_a_study_that_shares_a_teacher_makes_students_alone(lab, monkeypatch):
     path = lab / "params" / "less.yaml"
     path.write_text(yaml.safe_dump(other))
     study = load_study(path)
-    monkeypatch.setattr(teacher_module, "store_outputs", None)
+    monkeypatch.setattr(teacher_outputs, "store_outputs", None)
     images = cache_images(study)
     teacher_module.make_teacher(study, images)
     make_datamap(study, images)
