@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdlib.study.base import NAME, known
 from kdlib.study.models import StoredOutputs
-from kdlib.study.objectives import needs_teacher
+from kdlib.study.objectives import RKD, Objective, needs_teacher
 from kdlib.study.selections import PICKED, STRATEGIES
 from kdlib.study.training import Augment
 
@@ -141,7 +141,7 @@ def _check_portable(study: "Study") -> None:
     asked = {
         "optimiser: adamw": any(training.optimiser == "adamw" for training in study.trainings),
         "outputs: top_k": study.teacher.outputs.top_k is not None,
-        **{f"objective {name}": o.takes_roots for name, o in study.objectives.items()},
+        **{f"objective {name}": _takes_roots(o) for name, o in study.objectives.items()},
     }
     if any(asked.values()):
         culprit = next(what for what, is_asked in asked.items() if is_asked)
@@ -149,3 +149,9 @@ def _check_portable(study: "Study") -> None:
             f"compute.portable: true cannot be kept with {culprit}: it takes square roots or "
             "logarithms that differ between processors; leave one of them out"
         )
+
+
+def _takes_roots(objective: Objective) -> bool:
+    """Of distances, of variances of logits, or of those of Barlow's embeddings."""
+    standardised = getattr(objective, "standardise", False) or objective.compares_views
+    return standardised or isinstance(objective, RKD)

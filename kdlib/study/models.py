@@ -163,13 +163,12 @@ class PretrainedTeacher(_FinishedTeacher):
         return self
 
 
-ORIGINS = {"training": TrainedTeacher, "weights": LoadedTeacher, "pretrained": PretrainedTeacher}
-
-
 def _origin(content: Any) -> str | None:
-    """The key that says where a teacher comes from; None unless it is one."""
+    """The tag of a teacher's class, by the key that says where it comes from; None unless it is
+    one."""
     given = dict(content) if isinstance(content, dict | Teacher) else {}
-    origins = [key for key in ORIGINS if given.get(key) not in (None, False)]
+    keys = ("training", "weights", "pretrained")
+    origins = [key for key in keys if given.get(key) not in (None, False)]
     return f"from_{origins[0]}" if len(origins) == 1 else None
 
 

@@ -42,12 +42,6 @@ class Objective(Settings):
         """Whether the student sees each image as two views."""
         return False
 
-    @property
-    def takes_roots(self) -> bool:
-        """Whether torch takes square roots or logarithms of whole tensors for it, whose last bits
-        differ between makers of processors."""
-        return getattr(self, "standardise", False)
-
     @classmethod
     def described(cls) -> tuple[str, str, str]:
         """Formula, paper and test, from the docstring."""
@@ -192,11 +186,6 @@ class RKD(FeatureObjective):
     distance_weight: NonNegative
     angle_weight: NonNegative
 
-    @property
-    def takes_roots(self) -> bool:
-        """Distances are square roots."""
-        return True
-
 
 class Similarity(FeatureObjective):
     """CE + weight mean (Gram - teacher's Gram)²
@@ -251,11 +240,6 @@ class Tokens(FeatureObjective):
         """Whether the student sees each image as two views."""
         return self.barlow_weight is not None
 
-    @property
-    def takes_roots(self) -> bool:
-        """Barlow's term standardises its embeddings."""
-        return self.compares_views
-
 
 Read = matching(
     r"logits|features|(stage|attention)[1-9]\d*", "logits, features, stage1, attention1, ..."
@@ -281,21 +265,10 @@ class UserObjective(UserCode, Objective):
 
 
 AnyObjective = Annotated[
-    CrossEntropy
-    | LabelSmoothing
-    | KD
-    | LogitMSE
-    | DKD
-    | DIST
-    | Hint
-    | Attention
-    | RKD
-    | Similarity
-    | CRD
-    | Tokens
-    | UserObjective,
+    CrossEntropy | LabelSmoothing | KD | LogitMSE | DKD | DIST | Hint | Attention | RKD | Similarity
+    | CRD | Tokens | UserObjective,
     Field(discriminator="kind"),
-]
+]  # fmt: skip
 
 # The class of each kind
 OBJECTIVES: dict[str, type[Objective]] = {

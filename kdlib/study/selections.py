@@ -119,7 +119,8 @@ class Mixture(Selection):
 
 
 class CCS(Selection):
-    """The hardest cut off, then equal shares of strata of difficulty."""
+    """The hardest cut off, then equal shares of strata of difficulty. Zheng et al. 2023, arXiv
+    2210.15809."""
 
     kind: Literal["ccs"] = "ccs"
     score: Difficulty = "aum"
@@ -130,7 +131,8 @@ class CCS(Selection):
 
 
 class D2(Selection):
-    """Difficulty passed along the nearest neighbours of the teacher's features."""
+    """Difficulty passed between neighbours in the teacher's features. Maharana et al. 2023, arXiv
+    2310.07931."""
 
     kind: Literal["d2"] = "d2"
     score: Difficulty = "forgetting_events"
@@ -140,25 +142,27 @@ class D2(Selection):
 
 
 class Moderate(Selection):
-    """The examples nearest to the median distance to the mean of their class."""
+    """The middle of the distances to the class median. Xia et al. 2023."""
 
     kind: Literal["moderate"] = "moderate"
 
 
 class KCenter(Selection):
-    """The next example is that farthest from all chosen ones, in the teacher's features."""
+    """Greedily the farthest from those chosen, in the teacher's features. Sener and Savarese 2018,
+    arXiv 1708.00489."""
 
     kind: Literal["k_center"] = "k_center"
 
 
 class Herding(Selection):
-    """The mean of the chosen features follows the mean of all."""
+    """Greedily what keeps the mean of the teacher's features. Welling 2009."""
 
     kind: Literal["herding"] = "herding"
 
 
 class DualBeta(Selection):
-    """The dual score, sampled by a beta distribution of confidence that moves with the budget."""
+    """Drawn by DUAL's score and a Beta density that moves with the budget. Cho et al. 2025, arXiv
+    2502.06905."""
 
     kind: Literal["dual_beta"] = "dual_beta"
     concentration: Positive = 15.0
