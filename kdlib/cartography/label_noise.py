@@ -16,8 +16,6 @@ from kdlib.cartography.scores import confidence, el2n, forgetting_events, loss
 from kdlib.study.selections import DIFFICULTY
 
 CURVE_POINTS = 500  # at most, of a curve that is drawn
-
-
 PERCENTILE = 99  # of the threshold samples' AUM, as in the paper
 
 

@@ -2,12 +2,11 @@
 
 Ties, and the whole of `random`, are decided by a hash of (seed, example id), so that permuting the
 data set permutes nothing but rows. To add a rule: its function in `coresets` or `feature_coresets`,
-its settings in `kdlib.study.selections`, and the call here that is registered for these settings.
+its settings in `kdlib.study.selections`, and its case in `choose`.
 """
 
 import operator
 from dataclasses import dataclass
-from functools import singledispatch
 
 import numpy as np
 import pandas as pd
@@ -185,70 +184,39 @@ class Candidates:
         return -self.score(name) if end == "top" else self.score(name)
 
 
-@singledispatch
 def choose(rule: Selection, examples: Candidates, n: int) -> np.ndarray:
     """The positions of the n examples that a rule chooses: (n,) int64, sorted and distinct."""
-    raise TypeError(f"no selection is registered for {type(rule).__name__}")
-
-
-@choose.register
-def _(rule: Ranking, examples: Candidates, n: int) -> np.ndarray:
-    return coresets.lowest(examples.cost(rule.kind), n, examples.ties)
-
-
-@choose.register
-def _(rule: Mixture, examples: Candidates, n: int) -> np.ndarray:
-    costs = {ranking: examples.cost(ranking) for ranking in rule.shares}
-    return coresets.mixture(costs, rule.shares, n, examples.ties)
-
-
-@choose.register
-def _(rule: CCS, examples: Candidates, n: int) -> np.ndarray:
-    difficulty, cutoff = examples.difficulty(rule.score), rule.cutoff
-    if cutoff == "at most 0.1":
-        cutoff = min(0.1, 1 - n / max(len(difficulty), 1))
-    return coresets.coverage(difficulty, n, examples.ties, cutoff=cutoff, n_strata=rule.n_strata)
-
-
-@choose.register
-def _(rule: Moderate, examples: Candidates, n: int) -> np.ndarray:
-    return coresets.central(examples.score("class_distance"), n, examples.ties)
-
-
-@choose.register
-def _(rule: DualBeta, examples: Candidates, n: int) -> np.ndarray:
-    dual, confidence = examples.score("dual"), examples.score("confidence")
-    numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
-    return coresets.beta_sampling(dual, confidence, n, examples.ties, **numbers)
-
-
-@choose.register
-def _(rule: D2, examples: Candidates, n: int) -> np.ndarray:
-    difficulty = examples.difficulty(rule.score)
-    return feature_coresets.d2(
-        difficulty - min(difficulty.min(initial=0.0), 0.0),  # d2 takes numbers >= 0
-        examples.features_for(rule),
-        n,
-        examples.ties,
-        neighbours=rule.neighbours,
-        gamma_forward=rule.gamma_forward,
-        gamma_reverse=rule.gamma_reverse,
-    )
-
-
-@choose.register
-def _(rule: KCenter, examples: Candidates, n: int) -> np.ndarray:
-    return feature_coresets.k_center(examples.features_for(rule), n, examples.ties)
-
-
-@choose.register
-def _(rule: Herding, examples: Candidates, n: int) -> np.ndarray:
-    return feature_coresets.herding(examples.features_for(rule), n, examples.ties)
-
-
-@choose.register
-def _(rule: UserSelection, examples: Candidates, n: int) -> np.ndarray:
-    return coresets.lowest(examples.costs, n, examples.ties)
+    ties = examples.ties
+    match rule:
+        case Ranking():
+            return coresets.lowest(examples.cost(rule.kind), n, ties)
+        case Mixture():
+            costs = {ranking: examples.cost(ranking) for ranking in rule.shares}
+            return coresets.mixture(costs, rule.shares, n, ties)
+        case CCS():
+            difficulty, cutoff = examples.difficulty(rule.score), rule.cutoff
+            if cutoff == "at most 0.1":
+                cutoff = min(0.1, 1 - n / max(len(difficulty), 1))
+            return coresets.coverage(difficulty, n, ties, cutoff=cutoff, n_strata=rule.n_strata)
+        case Moderate():
+            return coresets.central(examples.score("class_distance"), n, ties)
+        case DualBeta():
+            dual, confidence = examples.score("dual"), examples.score("confidence")
+            numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
+            return coresets.beta_sampling(dual, confidence, n, ties, **numbers)
+        case D2():
+            difficulty = examples.difficulty(rule.score)
+            difficulty -= min(difficulty.min(initial=0.0), 0.0)  # d2 takes numbers >= 0
+            names = ("neighbours", "gamma_forward", "gamma_reverse")
+            numbers = {name: getattr(rule, name) for name in names}
+            return feature_coresets.d2(difficulty, examples.features_for(rule), n, ties, **numbers)
+        case KCenter():
+            return feature_coresets.k_center(examples.features_for(rule), n, ties)
+        case Herding():
+            return feature_coresets.herding(examples.features_for(rule), n, ties)
+        case UserSelection():
+            return coresets.lowest(examples.costs, n, ties)
+    raise TypeError(f"no rule for {type(rule).__name__}")
 
 
 def _user_costs(table: pd.DataFrame, rule: UserSelection) -> np.ndarray:
