@@ -85,7 +85,8 @@ class Lab:
         self.study, self._point = study, point
         self._tables: dict[str, Tables] = {}
         self._figures: dict[str, dict[str, Picture]] = {}
-        self.cell()
+        if point:
+            self.cell()  # raises StudyError for a value that the study does not have
 
     @cached_property
     def images(self) -> Images:
