@@ -172,8 +172,8 @@ class DynamicsLog:
     ) -> None:
         """Write one batch; a cell written before is overwritten, so that a resumed run may repeat.
 
-        Invisible to training: no gradient, no random number, no module. Computed in float32 on the
-        device of `logits`; one small copy to the host (which waits for the device).
+        Training is not affected: no gradient, no random number, no module. Computed in float32 on
+        the device of `logits`; one small copy to the host (which waits for the device).
 
         Args:
             epochs: (B,) int64 in [0, E), the recorded epoch of each example.

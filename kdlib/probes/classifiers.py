@@ -24,7 +24,7 @@ KNN_TEMPERATURE = 0.07  # [Wu2018], sec. 3.4
 HELD_OUT_EVERY = 5  # one training example in five chooses C
 FEW_SHOT_C = 1.0  # n examples of a class are too few to choose by
 CHUNK = 2**22  # similarities held at once by the k-NN probe: 16 MiB
-GROUP = 32  # columns of which the k-NN probe first looks at the largest
+GROUP = 32  # columns of which the k-NN probe first takes the largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +133,14 @@ def few_shot_probe(
     """Test accuracy of the linear probe when only so many training examples of each class have
     labels, the mean over draws.
 
-    Nothing is chosen: C is `FEW_SHOT_C`, on features standardised by the examples drawn. Two draws,
-    and two numbers of shots, are unrelated; the same seed draws the same examples of any network.
+    C is `FEW_SHOT_C`; features are standardised by the examples drawn. Two draws, and two numbers
+    of shots, are unrelated; the same seed draws the same examples for every network.
 
     Args:
         train: Features of which examples are drawn, of at least 2 classes.
         test: Features of another split, made by the same weights.
         n_shots: Examples of each class, >= 1.
-        n_draws: How often they are drawn, >= 1.
+        n_draws: Number of draws, >= 1.
         seed: Requested seed of the draws.
 
     Returns: `ProbeResult` with probe `few_shot_<n_shots>` and `n_train` of one draw.
@@ -183,9 +183,9 @@ def knn_probe(train: Features, test: Features, k: int) -> ProbeResult:
     Each of the k most similar training examples votes for its class with weight
     exp(similarity / `KNN_TEMPERATURE`). Equally similar neighbours are taken by smallest example
     id, equal votes go to the smallest label; similarities and votes equal to nine decimals count as
-    equal, so that rounding decides nothing: float32 products, with a margin for their error, only
-    say which examples the float64 ones are computed of. An all-zero feature has similarity 0 to
-    everything. k is given, not chosen: the test features are used once.
+    equal, so that rounding does not decide. float32 products, with a margin for their error, select
+    the examples whose similarity is computed in float64. An all-zero feature has similarity 0 to
+    every other. k is given; the test features are used once.
 
     Args:
         train: Features that vote, of at least 2 classes.

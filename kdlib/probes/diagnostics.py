@@ -100,7 +100,7 @@ def isotropic_rank(n_examples: int, n_features: int) -> float:
 
 
 def collapse(values: np.ndarray) -> Collapse:
-    """Whether features span little more than one direction, judged against what theory allows.
+    """Whether features span little more than one direction, compared with what theory allows.
 
     Total collapse (constant features) has effective rank 1, isotropic random features of the same
     shape have `isotropic_rank`; the threshold lies a quarter of the way between them on a
@@ -113,7 +113,7 @@ def collapse(values: np.ndarray) -> Collapse:
 
     Returns: `Collapse`.
     Raises: ValueError for another shape or non-finite values.
-    Source: [Garrido2023]; the threshold is ours.
+    Source: [Garrido2023]; the threshold is kdlib's.
 
     >>> collapse(np.ones((50, 8))).collapsed, collapse(np.eye(8)).collapsed
     (True, False)
@@ -154,8 +154,8 @@ def mean_cosine(values: np.ndarray) -> float:
 def unit_variance(values: np.ndarray) -> float:
     """Mean over dimensions of the variance of features of norm 1.
 
-    The variances sum to 1 - |mean of u|^2, so that no network can exceed 1 / D, and a threshold
-    that does not look at D means nothing.
+    The variances sum to 1 - |mean of u|^2, so that the most possible is 1 / D: a threshold for this
+    number must depend on D.
 
     Args:
         values: Features, shape (N, D), finite.

@@ -2,9 +2,9 @@
 
 The objective is scikit-learn's: C times the sum of the losses plus half the squared weights, the
 intercepts free. The features are rotated once into their principal axes, where the curvature of
-every objective of the grid is nearly diagonal; L-BFGS [Liu1989] with that diagonal as its first
-guess goes up the grid, each fit begun by extrapolating the two before, the curvature learnt on the
-way kept.
+every objective of the grid is nearly diagonal. L-BFGS [Liu1989] with that diagonal as its first
+guess fits one C after the other, from the smallest; each fit starts from an extrapolation of the
+two before it and keeps the curvature learnt so far.
 
 N examples, D features, K classes, R <= D axes along which the features vary.
 
