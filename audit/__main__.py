@@ -13,8 +13,7 @@ def main() -> None:
     parser.add_argument("study", help="study file, such as params/digits.yaml")
     study = load_study(parser.parse_args().study)
     table = report.make(study, open_images(study))
-    print(report.write(study, table))
-    print(*report.draw(study, table).values(), sep="\n")
+    print(report.write(study, table), *report.draw(study, table).values(), sep="\n")
 
 
 if __name__ == "__main__":

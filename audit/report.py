@@ -1,7 +1,5 @@
-"""What did the two earlier studies measure? Their published table beside ours, every defect beside
-the tripwire that catches it, and the test that holds each invariant: what notebook 09 shows.
-
-Leaves to others: the defects (`subset_defects`, `feature_defects`), drawing (`plots`).
+"""Step 09: every defect of two earlier studies beside the check that catches it, their published
+table beside ours, and the tests of each invariant, as text and figure.
 """
 
 import contextlib
@@ -13,16 +11,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from audit.bench import Bench, Exhibit
 from audit.invariants import INVARIANTS
-from audit.study_a import DEFECTS as study_a_DEFECTS
-from audit.study_b import DEFECTS as study_b_DEFECTS
-from kdlib.compare.committed import read
+from audit.study_a import DEFECTS_A
+from audit.study_b import DEFECTS_B
+from kdlib.compare.committed import read_committed
+from kdlib.compare.text import table as markdown_table
+from kdlib.compare.text import write_text
 from kdlib.dataset.images import Images
 from kdlib.plots import theme
-from kdlib.plots.results import defects
+from kdlib.plots.layout import mark
+from kdlib.plots.theme import BLACK, BLUE, GREY, TEXT_PT, VERMILLION
 from kdlib.repro import files
 from kdlib.repro.run import open_run, read_table
 from kdlib.repro.tables import write_parquet
@@ -46,7 +48,7 @@ STUDENTS = {
 }
 
 
-DEFECTS = (*study_a_DEFECTS, *study_b_DEFECTS)
+DEFECTS = (*DEFECTS_A, *DEFECTS_B)
 
 
 def make(study: Study, images: Images) -> pd.DataFrame:
@@ -67,24 +69,24 @@ def make(study: Study, images: Images) -> pd.DataFrame:
 
 
 def exhibits(images: Images) -> list[Exhibit]:
-    """Each defect made again; what they train is left nowhere."""
-    found = []
-    with tempfile.TemporaryDirectory() as place:
-        bench = Bench(images, Path(place))
+    """Each defect made again, in a temporary folder."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(images, Path(folder))
         for defect in DEFECTS:
-            made = defect(bench)
-            told = " ".join(made.sentence.replace(place, "...").split())
-            found.append(dataclasses.replace(made, sentence=told))
-    return found
+            exhibit = defect(bench)
+            sentence = " ".join(exhibit.sentence.replace(folder, "...").split())
+            results.append(dataclasses.replace(exhibit, sentence=sentence))
+    return results
 
 
 def open_exhibits(study: Study) -> pd.DataFrame:
-    """What step 09 made.
+    """The table of step 09.
 
     Raises: FileNotFoundError that names notebook 09; ValueError for a table that was changed.
     """
-    own = study.step_settings("audit")
-    return read_table(study.runs / "audit" / "exhibits.parquet", own, MAKER)
+    settings = study.step_settings("audit")
+    return read_table(study.runs / "audit" / "exhibits.parquet", settings, MAKER)
 
 
 def published() -> pd.DataFrame:
@@ -97,62 +99,61 @@ def ours(table: pd.DataFrame, strategy: str, fraction: float) -> str:
     objective, in %; `-` where there are none.
 
     Args:
-        table: Rows of one student, as `compiling.results` gives them.
+        table: Rows of one student, from `kdlib.steps.compare.results`.
     """
     rows = table[~table["refused"].astype(bool) & (table["strategy"] == strategy)]
     rows = rows[np.isclose(rows["fraction"], fraction)]
-    told = []
-    for objective, runs_of in rows.groupby("objective", sort=True):
-        accuracy = 100 * runs_of["test_accuracy"]
-        told.append(f"{objective} {accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f}")
-    return ", ".join(told) or "-"
+    cells = []
+    for objective, of_objective in rows.groupby("objective", sort=True):
+        accuracy = 100 * of_objective["test_accuracy"]
+        cells.append(f"{objective} {accuracy.mean():.1f} ± {accuracy.std(ddof=1):.1f}")
+    return ", ".join(cells) or "-"
 
 
 def results_beside() -> dict[str, pd.DataFrame]:
-    """Run tables of our own studies of these questions, by study; those that are not there, or
-    belong to other settings of the study, are left out."""
-    found = {}
+    """Run tables of our studies of these questions, by study; those that are missing, or belong to
+    other settings of the study, are left out."""
+    tables = {}
     for name in BESIDE:
         with contextlib.suppress(FileNotFoundError, ValueError):  # of the study, or its tables
             study = load_study(files.workspace() / "params" / f"{name}.yaml")
-            found[name] = read(study)["results"]
-    return found
+            tables[name] = read_committed(study)["results"]
+    return tables
 
 
 def describe_published() -> str:
-    """Their table beside ours, as Markdown."""
-    theirs, beside = published(), results_beside()
+    """Study A's table beside ours, as Markdown."""
+    beside = results_beside()
     columns = {
         f"ours: {study}, {student}": table[table["student"] == student]
         for study, table in beside.items()
         for student in table["student"].unique()
     }
-    heads = [*(f"theirs: {name}" for name in STUDENTS.values()), *columns]
+    rows = []
+    for row in published().to_dict("records"):
+        strategy, fraction = row["strategy"], row["fraction"]
+        name = f"{theme.in_words(strategy)}, {100 * fraction:g} %"
+        if strategy == "random_as_published":
+            name = f"random, {100 * fraction:g} %, as published (in fact the full set)"
+        theirs = [f"{row[student]:.1f}" for student in STUDENTS]
+        rows.append([name, *theirs, *(ours(t, strategy, fraction) for t in columns.values())])
+    head = ["subset", *(f"theirs: {name}" for name in STUDENTS.values()), *columns]
     lines = [
         "Accuracy on CIFAR-10, %. Theirs: on validation images, 10 epochs, teacher ResNet-50 "
         "(84.1), every student distilled. Ours: on the test images, last step, mean ± s.d. over "
         "seeds, other networks and another budget; within a column orders compare, across "
         "columns no number.",
         "",
-        f"| subset | {' | '.join(heads)} |",
-        f"| --- |{' ---: |' * len(heads)}",
+        markdown_table(head, rows, "l" + "r" * (len(head) - 1)),
     ]
-    for row in theirs.to_dict("records"):
-        strategy, fraction = row["strategy"], row["fraction"]
-        name = f"{theme.in_words(strategy)}, {100 * fraction:g} %"
-        if strategy == "random_as_published":
-            name = f"random, {100 * fraction:g} %, as published (in fact the full set)"
-        cells = [f"{row[student]:.1f}" for student in STUDENTS]
-        cells += [ours(table, strategy, fraction) for table in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
     for name, table in columns.items():
         fewest, most = table["steps"].min(), table["steps"].max()
         steps = f"{fewest:g}" if fewest == most else f"{fewest:g} to {most:g}"
         lines += ["", f"{name}: {steps} steps, {table['seed'].nunique()} seeds."]
     missing = [name for name in BESIDE if name not in beside]
     if missing:
-        told = " and ".join(f"`{name}`" for name in missing)
-        lines += ["", f"No run table here that belongs to {told}: `make study STUDY=params/"
+        names = " and ".join(f"`{name}`" for name in missing)
+        lines += ["", f"No run table here that belongs to {names}: `make study STUDY=params/"
                   f"{missing[0]}.yaml` makes it."]  # fmt: skip
     lines += [
         "",
@@ -164,41 +165,37 @@ def describe_published() -> str:
 
 
 def describe_exhibits(table: pd.DataFrame) -> str:
-    """Every defect with its numbers and what its tripwire says, as Markdown."""
-    lines = [
-        "| study | defect | what both numbers are | with it | without | tripwire | caught |",
-        "| --- | --- | --- | ---: | ---: | --- | --- |",
-    ]
+    """Every defect with its numbers and the message of its check, as Markdown."""
+    rows, messages = [], []
     for row in table.to_dict("records"):
         caught = "yes" if row["caught"] and row["quiet"] else "**no**"
-        lines.append(
-            f"| {row['study']} | {row['name']} | {row['measure']} | {100 * row['defect']:.1f} | "
-            f"{100 * row['honest']:.1f} | `{row['tripwire']}` | {caught} |"
-        )
-    lines += ["", "## In their own words", ""]
-    for row in table.to_dict("records"):
-        lines.append(f"- **{row['name']}** ({row['study']}). {row['happened']} "
-                     f"`{row['tripwire']}`: {_cut(row['sentence'])}")  # fmt: skip
-    return "\n".join(lines)
+        numbers = f"{100 * row['defect']:.1f}", f"{100 * row['honest']:.1f}"
+        check = f"`{row['tripwire']}`"
+        rows.append((row["study"], row["name"], row["measure"], *numbers, check, caught))
+        messages.append(f"- **{row['name']}** ({row['study']}). {row['happened']} "
+                        f"{check}: {_cut(row['sentence'])}")  # fmt: skip
+    head = ("study", "defect", "what both numbers are", "with it", "without", "tripwire", "caught")
+    parts = [markdown_table(head, rows, "lllrr"), "", "## What the checks print", "", *messages]
+    return "\n".join(parts)
 
 
 def _cut(sentence: str, most: int = 400) -> str:
-    """Hashes are shown by their beginning, and long sentences too."""
+    """The sentence with hashes shortened, and its beginning where it is long."""
     short = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", sentence)
     return short if len(short) <= most else short[:most].rstrip() + " …"
 
 
 def describe_invariants() -> str:
-    """Each invariant and the tests that hold it, as Markdown."""
-    lines = ["| study | invariant | tests |", "| --- | --- | --- |"]
-    for study, invariant, tests in INVARIANTS:
-        shown = ", ".join(f"`{name}`" for name in tests)
-        lines.append(f"| {study} | {invariant} | {shown} |")
-    return "\n".join(lines)
+    """Each invariant and its tests, as Markdown."""
+    rows = [
+        (study, invariant, ", ".join(f"`{name}`" for name in tests))
+        for study, invariant, tests in INVARIANTS
+    ]
+    return markdown_table(("study", "invariant", "tests"), rows)
 
 
 def write(study: Study, table: pd.DataFrame) -> Path:
-    """Write `audit.md` into the figures folder."""
+    """Write `audit.md` into the figures folder; returns its path."""
     n, caught = len(table), int((table["caught"] & table["quiet"]).sum())
     parts = [
         f"# {study.name}: what the two earlier studies measured",
@@ -211,25 +208,82 @@ def write(study: Study, table: pd.DataFrame) -> Path:
         "## Invariants and their tests",
         describe_invariants(),
     ]
-    text = "\n\n".join(parts) + "\n"
-    return files.write_atomic(study.figures / "audit.md", lambda file: file.write(text.encode()))
+    write_text(study, "audit.md", ["\n\n".join(parts)])
+    return study.figures / "audit.md"
 
 
-def draw(study: Study, table: pd.DataFrame) -> dict[str, Any]:
+def draw_defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
+    """The number of each defect beside the honest one: a row each, with the check that caught it.
+
+    Args:
+        ax: The axis.
+        exhibits: One row per defect, drawn from top to bottom: `study`, `name`, `measure`,
+            `defect` and `honest` (shares in [0, 1]), `tripwire`, and whether it was `caught`.
+        title: Above the rows.
+
+    Returns: `ax`, its x axis in %.
+    Raises: ValueError for missing columns, an empty table, or numbers that are no shares.
+    """
+    columns = ("study", "name", "measure", "defect", "honest", "tripwire", "caught")
+    theme.demand(exhibits, columns, "exhibits")
+    numbers = 100 * exhibits[["defect", "honest"]].to_numpy()
+    if not ((numbers >= 0) & (numbers <= 100)).all():
+        raise ValueError(f"numbers span [{numbers.min()}, {numbers.max()}] %; expected [0, 100]")
+    rows = exhibits.reset_index(drop=True)
+    for y, row in rows.iterrows():
+        _draw_defect(ax, y, row)
+    for y in np.flatnonzero(rows["study"].to_numpy()[1:] != rows["study"].to_numpy()[:-1]):
+        ax.axhline(y + 0.5, color=BLACK, linewidth=0.6)
+    top = -0.6
+    ax.set(xlim=(0, 100), ylim=(len(rows) - 0.4, top), yticks=[])
+    ax.set_xlabel("what each row measures (%)")
+    ax.spines["left"].set_visible(False)
+    ax.grid(axis="x", color="#DDDDDD", linewidth=0.5)
+    ax.set_axisbelow(True)
+    handles = [
+        mark("with the defect", marker="X", color=VERMILLION, linestyle=""),
+        mark("without", marker="o", color=BLUE, linestyle=""),
+    ]
+    ax.legend(
+        handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=0.8,
+        handletextpad=0.2, borderaxespad=0.1, borderpad=0.1,
+    )  # fmt: skip
+    _note(ax, "tripwire", 1, top, (65, 2), ha="left", va="bottom", fontweight="bold")
+    _note(ax, title, 0, top, (-7, 2), ha="right", va="bottom", fontweight="bold")
+    return ax
+
+
+def _draw_defect(ax: Axes, y: float, row: pd.Series) -> None:
+    wrong, honest = 100 * row["defect"], 100 * row["honest"]
+    ax.plot([wrong, honest], [y, y], color=GREY, linewidth=0.8, zorder=1)
+    look = {"linestyle": "", "clip_on": False}
+    ax.plot(honest, y, marker="o", color=BLUE, markersize=5.5, zorder=2, **look)
+    ax.plot(wrong, y, marker="X", color=VERMILLION, markersize=5, zorder=3, **look)
+    _note(ax, f"{row['study']}  {row['name']}", 0, y, (-7, 0.5), ha="right", va="bottom")
+    _note(ax, row["measure"], 0, y, (-7, -0.5), ha="right", va="top", color=GREY)
+    _note(ax, f"{wrong:.1f}", 1, y, (30, 0), ha="right", va="center", color=VERMILLION)
+    _note(ax, f"{honest:.1f}", 1, y, (57, 0), ha="right", va="center", color=BLUE)
+    checks = "\n".join(row["tripwire"].split(", "))
+    checks = checks if row["caught"] else f"not caught by\n{checks}"
+    _note(ax, checks, 1, y, (65, 0), ha="left", va="center", linespacing=1.05)
+
+
+def _note(
+    ax: Axes, text: str, side: int, y: float, points: tuple[float, float], **look: Any
+) -> None:
+    """Text beside the left (0) or right (1) edge of the axis, at a distance in points."""
+    ax.annotate(
+        text, (side, y), points, ax.get_yaxis_transform(), "offset points",
+        annotation_clip=False, fontsize=TEXT_PT, **look,
+    )  # fmt: skip
+
+
+def draw(study: Study, table: pd.DataFrame) -> dict[str, Path]:
     """Draw `audit`: each defect's number against the honest one.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
     with theme.style():
         fig = Figure(figsize=(theme.WIDE, 0.29 * len(table) + 0.9))
-        defects(fig.subplots(), table, f"{study.name}: {len(table)} defects in miniature")
-    return {"audit": theme.save_figure(fig, study.figures, "audit")[1]}
-
-
-def redraw(study: Study) -> dict[str, Any]:
-    """The figure and text of notebook 09, where it is finished."""
-    if not (study.runs / "audit" / "evidence.json").is_file():
-        return {}
-    table = open_exhibits(study)
-    write(study, table)
-    return draw(study, table)
+        draw_defects(fig.subplots(), table, f"{study.name}: {len(table)} defects in miniature")
+    return theme.save_figures({"audit": fig}, study.figures)

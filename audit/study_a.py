@@ -410,7 +410,7 @@ def stopped_early(bench: Bench) -> Exhibit:
     )
 
 
-DEFECTS = (
+DEFECTS_A = (
     ignored_subset, frozen_statistics, one_seed, unsaved_subset, overlapping_union,
     slice_of_minus_zero, ties_in_order, keyed_by_position, prefix_accuracy, best_on_test,
     last_called_best, no_plain_student, stopped_early,

@@ -513,7 +513,7 @@ def resumed_elsewhere(bench: Bench) -> Exhibit:
     )
 
 
-DEFECTS = (
+DEFECTS_B = (
     stale_features, norms_of_unit_vectors, projector_of_the_teacher, truncated_patches,
     biased_shards, seed_plus_epoch, identical_views, alarm_out_of_reach, c_chosen_on_test, fixed_c,
     keyed_by_pixels, resumed_elsewhere,

@@ -63,14 +63,15 @@ from kdlib.compare.report import objective_table, summary
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import compile_tables, curves, finish
-from kdlib.steps.compare import results as compare_results
+from kdlib.steps.compare import compile_tables, curves
+from kdlib.steps.compare import results as run_table
 from kdlib.steps.datamap import make_datamap as datamap_make_datamap
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import open_student, student_folder, train_student
 from kdlib.steps.figures import draw_comparison
 from kdlib.steps.probe import open_probes, probe_cell, probe_folder
 from kdlib.steps.recordings import open_gradients, open_log, record
+from kdlib.steps.tables import finish_tables
 from kdlib.steps.teacher import make_teacher as teacher_make_teacher
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
 from kdlib.study.cells import Cell
@@ -200,7 +201,7 @@ def make_comparison() -> None:
     draw_comparison(study, tables)
     summary(study, tables)
     objective_table(study, tables)
-    finish(study, tables)
+    finish_tables(study, "compare", tables)
 
 
 STEPS = {  # in their order; each begins in a workspace in which the ones before it are done
@@ -363,7 +364,7 @@ class RefusedRow(ValueError):
 
 def _accepted(study: Study) -> Any:
     """The table of results, in which no row is refused."""
-    table = compare_results(study)
+    table = run_table(study)
     for row in table[table["refused"]].to_dict("records"):
         raise RefusedRow(f"{study.runs / row['run']}: {row['reason']}")
     return table

@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from kdlib.compare.statistics import AGAINST, objective_differences, paired_differences
+from kdlib.compare.differences import AGAINST, objective_differences, paired_differences
 from kdlib.repro import files, processor
 from kdlib.study.evaluation import AXES
 from kdlib.study.load import load_study

@@ -29,15 +29,15 @@ from kdlib.models.evaluation import evaluate
 from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.steps.cache import cache_images, open_images, split_table
 from kdlib.steps.columns import meanings
-from kdlib.steps.compare import compile_tables, finish, open_tables
+from kdlib.steps.compare import compile_tables, open_tables
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.noise import noise_tables
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.recordings import record_all, recording_table
-from kdlib.steps.scores import finish as finish_tables
 from kdlib.steps.scores import score_tables
 from kdlib.steps.shown import FIGURES, TEXTS, Picture, Text, describe, draw, step_of
+from kdlib.steps.tables import finish_tables
 from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.teacher_outputs import open_stored
 from kdlib.study.cells import Cell
@@ -213,7 +213,7 @@ class Lab:
         Raises: FileNotFoundError for probes that are not there yet.
         """
         tables = compile_tables(self.study)
-        finish(self.study, tables)
+        finish_tables(self.study, "compare", tables)
         return self._keep("compare", tables)
 
     def record(self) -> pd.DataFrame:

@@ -71,7 +71,7 @@ def home(done, tmp_path):
 
 def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     home, printed = done
-    assert "# tiny: what was found" in printed
+    assert "# tiny: results" in printed
     assert f"Figures and tables: {home}/figures/tiny" in printed
     for name in (
         "shard_visits",
@@ -109,7 +109,7 @@ def test_a_second_run_makes_nothing_anew(home):
     process = _run(home)
     assert process.returncode == 0
     assert "Nothing to be done" in process.stdout + process.stderr
-    assert "# tiny: what was found" in process.stdout
+    assert "# tiny: results" in process.stdout
     after = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
     assert {p.name for p in before if after[p] != before[p]} <= {"tiny", ".lock"}
 

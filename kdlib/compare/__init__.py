@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules={"sql"},
     submod_attrs={
         "comparisons": ["with_untrained"],
-        "statistics": ["paired_differences", "objective_differences", "verdict", "seeds_needed"],
+        "differences": ["paired_differences", "objective_differences"],
+        "statistics": ["verdict", "seeds_needed"],
     },
 )

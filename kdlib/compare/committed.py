@@ -1,9 +1,8 @@
-"""Tables of a study's runs small enough to be committed beside its figures, which they can redraw
-when the runs are elsewhere.
+"""Tables of a study's runs, small enough to be committed beside its figures, and enough to redraw
+them where the runs are not.
 
 `figures/<study>/tables/<name>.parquet` holds a hash of its content and the settings of the study it
-was compiled from; a file that was changed, or that belongs to other settings, is refused. Leaves to
-others: what the tables mean, and how they are compiled (compiling).
+was compiled from; a file that was changed, or that belongs to other settings, is refused.
 """
 
 import copy
@@ -30,25 +29,24 @@ LEAST, MOST = 12, 40
 MAKER = "notebooks/06_compare.ipynb"
 
 
-# Read after the tables are compiled: they change what is told of the runs, not the runs.
-TOLD = ("baseline", "objective", "margin", "confidence_level")
+# Keys of `compare` that are read after the tables are compiled.
+READ_LATER = ("baseline", "objective", "margin", "confidence_level")
 
 
-def folder(study: Study) -> Path:
-    """Where a study's committed tables are."""
+def committed_folder(study: Study) -> Path:
+    """Folder of a study's committed tables."""
     return study.figures / "tables"
 
 
-def there(study: Study) -> bool:
-    """Whether any table of the study is committed; a folder that lacks one is still one."""
-    return any((folder(study) / f"{name}.parquet").is_file() for name in NAMES)
+def is_committed(study: Study) -> bool:
+    """Whether any table of the study is committed."""
+    return any((committed_folder(study) / f"{name}.parquet").is_file() for name in NAMES)
 
 
-def write(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Write the tables, and return them as a reader will get them.
+def write_committed(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Write the tables, and return them as `read_committed` does.
 
-    Figures are drawn from what is returned, so that they are the same whether the runs are there or
-    the tables alone.
+    Figures are drawn from what is returned, so that they are the same with and without the runs.
 
     Args:
         tables: The tables of `NAMES`; numbers become float32 in `curves` and `probes`, and curves
@@ -64,34 +62,36 @@ def write(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFra
     }
     for name, table in small.items():
         metadata = {"table": name, "study": study.name, "settings": _settings(study)}
-        write_parquet(folder(study) / f"{name}.parquet", table, metadata, compression="zstd")
-    return read(study)
+        write_parquet(
+            committed_folder(study) / f"{name}.parquet", table, metadata, compression="zstd"
+        )
+    return read_committed(study)
 
 
-def read(study: Study) -> dict[str, pd.DataFrame]:
+def read_committed(study: Study) -> dict[str, pd.DataFrame]:
     """The committed tables of a study.
 
     Raises: FileNotFoundError for a table that is not there; ValueError for one that was changed, of
         another name, or of other settings than the study file has now, with the difference.
     """
-    found = {}
+    tables = {}
     for name in NAMES:
-        path = folder(study) / f"{name}.parquet"
-        found[name], metadata = read_parquet(path, MAKER)
+        path = committed_folder(study) / f"{name}.parquet"
+        tables[name], metadata = read_parquet(path, MAKER)
         belongs = {"table": metadata.get("table"), "study": metadata.get("study")}
         lines = files.difference({"table": name, "study": study.name}, belongs)
-        lines += _unlike(study, metadata.get("settings", {}))
+        lines += _differences(study, metadata.get("settings", {}))
         if lines:
             raise ValueError(
                 f"{path} was compiled before the study was changed (there -> now): "
                 f"{'; '.join(lines)}; run the study again, or take the change back"
             )
-    return found
+    return tables
 
 
 def thin(curves: pd.DataFrame) -> pd.DataFrame:
     """Some rows of each run's curve: at steps evenly chosen from those of its cell, the same for
-    every seed, the first among them, and at its own last step.
+    every seed, the first among them, and at its last step.
 
     Args:
         curves: One row per run and evaluation: `student strategy fraction objective seed`, `step`
@@ -118,15 +118,15 @@ def _single(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _settings(study: Study, **options: Any) -> dict[str, Any]:
-    """All that the tables depend on."""
+    """The settings that the tables depend on."""
     aside = ("recordings", "audit")
     dump = {key: value for key, value in dumped(study, **options).items() if key not in aside}
-    for key in TOLD:
+    for key in READ_LATER:
         dump.get("compare", {}).pop(key, None)
     return dump
 
 
-def _unlike(study: Study, stored: dict[str, Any]) -> list[str]:
+def _differences(study: Study, stored: dict[str, Any]) -> list[str]:
     """Lines `key: stored -> now`; a key that settings did not have yet, and that the study leaves
     at its default, is no difference."""
     now, written = _settings(study), _settings(study, exclude_defaults=True)

@@ -5,7 +5,7 @@ import shlex
 import pandas as pd
 
 from kdlib.compare.costs import ledger
-from kdlib.compare.statistics import objective_differences, paired_differences
+from kdlib.compare.differences import objective_differences, paired_differences
 from kdlib.study.cells import Cell
 from kdlib.study.evaluation import AXES, MEASURES
 from kdlib.study.objectives import needs_teacher
@@ -18,12 +18,12 @@ PROBED = {measure: column for measure, column in MEASURES.items() if measure != 
 Tables = dict[str, pd.DataFrame]
 
 
-def command(study: Study, cell: Cell) -> str:
-    """The one command that makes a cell's runs again, from the repository's folder."""
+def rerun_command(study: Study, cell: Cell) -> str:
+    """The command that makes a cell's runs again, from the repository's folder."""
     axes = dict(cell.items()) | {"fraction": repr(cell.fraction)}
-    given = {"study": f"params/{study.name}.yaml"} | axes
-    told = " ".join(f"-p {name} {shlex.quote(str(value))}" for name, value in given.items())
-    return f"papermill notebooks/04_distill.ipynb out.ipynb {told}"
+    parameters = {"study": f"params/{study.name}.yaml"} | axes
+    options = (f"-p {name} {shlex.quote(str(value))}" for name, value in parameters.items())
+    return f"papermill notebooks/04_distill.ipynb out.ipynb {' '.join(options)}"
 
 
 def with_untrained(table: pd.DataFrame) -> pd.DataFrame:
@@ -39,16 +39,15 @@ def with_untrained(table: pd.DataFrame) -> pd.DataFrame:
     return whole[~(is_reference & whole.duplicated(keys))].reset_index(drop=True)
 
 
-def selection_s(study: Study, spent: pd.DataFrame, strategy: str, objective: str) -> float:
-    """Seconds before the first subset of a strategy was there, that a student on the full set would
-    not have needed.
+def selection_s(study: Study, costs: pd.DataFrame, strategy: str, objective: str) -> float:
+    """Seconds spent on a strategy's selection that a student on the full set does not need.
 
-    A strategy that reads the datamap needs it and the training recorded for it; where the teacher's
-    own training was recorded, a student with that teacher would have needed it anyway. Further
-    teachers are needed for the full set as well, and a subset's own one is charged to nobody.
+    A strategy that reads the datamap needs it and the training recorded for it. Where that is the
+    training of the teacher, a student with this teacher needs it anyway. Teachers of the study's
+    `teachers` are not charged: the full set needs them as well.
 
     Args:
-        spent: From `costs`.
+        costs: From `kdlib.steps.compare.costs`.
     """
     if strategy in ("full", *SHARD_POLICIES):
         return 0.0
@@ -57,36 +56,36 @@ def selection_s(study: Study, spent: pd.DataFrame, strategy: str, objective: str
     needed = {"datamap"}
     if study.dynamics.model is not None:
         needed.add("dynamics")
-    elif not needs_teacher(heard := study.objectives[objective]) or heard.teacher is not None:
+    elif not needs_teacher(settings := study.objectives[objective]) or settings.teacher is not None:
         needed.add("teacher")
-    return float(spent[spent["what"].isin(needed)]["wall_s"].sum())
+    return float(costs[costs["what"].isin(needed)]["wall_s"].sum())
 
 
 def comparisons(study: Study, tables: Tables) -> Tables:
     """The tables, and what follows from them: `strategies` (each strategy minus the baseline),
     `objectives` (each objective minus the one without a teacher, when the study has one),
     `controls` (each minus `compare.objective`, when the study names one), `ledger`."""
-    settings, table, names = study.compare, tables["results"], study.axes.objective
+    settings, results, names = study.compare, tables["results"], study.axes.objective
     how = (settings.margin, settings.confidence_level, MEASURES[settings.measure])
-    made = {"strategies": paired_differences(table, settings.baseline, *how)}
+    compared = {"strategies": paired_differences(results, settings.baseline, *how)}
     plain = [n for n in names if study.objectives[n].kind == "cross_entropy"][:1]
     against = {"objectives": plain[0] if plain else None, "controls": settings.objective}
     if against["controls"] == against["objectives"]:
         del against["controls"]
     for name, reference in against.items():
         if reference is not None and len(names) > 1:
-            made[name] = objective_differences(table, reference, *how)
+            compared[name] = objective_differences(results, reference, *how)
     axes = list(AXES)
-    commands = table.drop_duplicates(axes).set_index(axes)["command"]
-    for name, content in made.items():
-        cells = zip(*(content[axis] for axis in AXES), strict=True)
-        made[name] = content.assign(command=[commands[cell] for cell in cells])
-    spent = tables["costs"]
-    made["ledger"] = ledger(
-        table,
+    commands = results.drop_duplicates(axes).set_index(axes)["command"]
+    for name, table in compared.items():
+        cells = zip(*(table[axis] for axis in AXES), strict=True)
+        compared[name] = table.assign(command=[commands[cell] for cell in cells])
+    costs = tables["costs"]
+    compared["ledger"] = ledger(
+        results,
         tables["curves"],
-        spent[spent["what"] == "student"],
+        costs[costs["what"] == "student"],
         settings.margin,
-        lambda strategy, objective: selection_s(study, spent, strategy, objective),
+        lambda strategy, objective: selection_s(study, costs, strategy, objective),
     )
-    return tables | made
+    return tables | compared

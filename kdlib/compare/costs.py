@@ -1,8 +1,7 @@
 """What a selection costs, and after how many students it has paid for itself.
 
 At equal steps a subset saves nothing: a step costs the same whatever it is drawn from. It saves
-time only where its student gets as far in fewer steps, so that is what is asked of the learning
-curves. Leaves to others: where times and curves come from (compiling).
+time where its student gets as far in fewer steps, which the learning curves show.
 """
 
 import math
@@ -11,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
+from kdlib.compare.text import table
 from kdlib.study.evaluation import AXES
 
 CELL = list(AXES)
@@ -33,12 +33,12 @@ def ledger(
     students it takes to save what the selection cost.
 
     The target is the mean validation accuracy (over seeds) of the full set's students at their last
-    step, less the margin. Either side is charged the steps after which its own mean curve is first
-    at the target, `full_steps` and `steps`, so that the full set is not charged for steps that add
-    less than the margin; a curve that never gets there saves nothing. A step costs the median over
-    all runs of the student and objective of wall time / steps, evaluations included. What this
-    cannot say: steps are read from evaluations, between which nothing is known, and from curves of
-    one schedule, which a shorter training would run through faster; the curves are of validation
+    step, less the margin. Either side is charged the steps after which its mean curve is first at
+    the target, `full_steps` and `steps`, so that the full set is not charged for steps that add
+    less than the margin; a curve that does not reach the target saves nothing. A step costs the
+    median over all runs of the student and objective of wall time / steps, evaluations included.
+    Limits: steps are read from evaluations, between which nothing is known, and from curves of one
+    schedule, which a shorter training would run through faster; the curves are of validation
     images; and wall times are those of machines that may have done other things.
 
     Args:
@@ -85,8 +85,8 @@ def ledger(
                 "pays_after": pays_after(spent, saved),
             }
         )
-    table = pd.DataFrame(rows, columns=COLUMNS)
-    return table.sort_values(["student", "objective", "fraction", "strategy"], ignore_index=True)
+    order = ["student", "objective", "fraction", "strategy"]
+    return pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
 
 
 def pays_after(spent: float, saved: float) -> float:
@@ -98,18 +98,18 @@ def pays_after(spent: float, saved: float) -> float:
     return float(math.ceil(spent / saved)) if saved > 0 else math.nan
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """The ledger as a Markdown table; lines joined by newlines."""
+def ledger_markdown(cells: pd.DataFrame) -> str:
+    """What `ledger` returns as a Markdown table; lines joined by newlines."""
     head = (
         "student", "objective", "strategy", "fraction", "whole run (s)", "on the full set (s)",
         "target (%)", "steps", "of the full set", "saved per student (s)", "selection (s)",
         "pays after",
     )  # fmt: skip
-    lines = [head, ["---"] * 4 + ["---:"] * 8]
-    for row in table.itertuples():
+    rows = []
+    for row in cells.itertuples():
         never = math.isnan(row.steps)
         pays = "never" if math.isnan(row.pays_after) else _students(row.pays_after)
-        lines.append(
+        rows.append(
             (
                 row.student, row.objective, row.strategy, f"{100 * row.fraction:.4g} %",
                 f"{row.run_s:.3g}", f"{row.full_run_s:.3g}", f"{100 * row.target:.1f}",
@@ -117,7 +117,7 @@ def to_markdown(table: pd.DataFrame) -> str:
                 "-" if never else f"{row.saved_s:+.3g}", f"{row.selection_s:.3g}", pays,
             )
         )  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(head, rows, "llll" + "r" * 8)
 
 
 def _students(n: float) -> str:
@@ -132,5 +132,5 @@ def _mean_curve(rows: pd.DataFrame) -> pd.Series:
 
 def _first(curve: pd.Series, target: float) -> float:
     """First step at which a curve is at the target; NaN when it never is."""
-    there = curve.index[curve >= target]
-    return float(there[0]) if len(there) else math.nan
+    reached = curve.index[curve >= target]
+    return float(reached[0]) if len(reached) else math.nan

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.compare.committed import read, there
+from kdlib.compare.committed import is_committed, read_committed
 from kdlib.compare.comparisons import comparisons
 from kdlib.compare.statistics import VERDICTS
 from kdlib.compare.text import count
@@ -86,7 +86,7 @@ def in_words(sentence: Sentence) -> str:
     differences = []
     for name, comparison, values in rows:
         study = load_study(f"params/{name}.yaml")
-        table = comparisons(study, read(study))[comparison]
+        table = comparisons(study, read_committed(study))[comparison]
         for column, value in values.items():
             table = table[table[column] == value]
         [row] = table.itertuples()
@@ -108,7 +108,7 @@ def findings(repository: str = "") -> list[str]:
     for path in (workspace() / "params").glob("*.yaml"):
         lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
         comment = " ".join(line.removeprefix("#").strip() for line in lines)
-        if comment.startswith(ASKS) and there(study := load_study(path)):
+        if comment.startswith(ASKS) and is_committed(study := load_study(path)):
             question = comment.split("?")[0] + "?"
             items.append((question, finding(study, question, repository)))
     return [item for _, item in sorted(items)]
@@ -117,7 +117,7 @@ def findings(repository: str = "") -> list[str]:
 def finding(study: Study, question: str, repository: str = "") -> str:
     """What one study found: an item of a list with the question, and one below it for each student,
     and objective or fraction."""
-    tables = comparisons(study, read(study))
+    tables = comparisons(study, read_committed(study))
     kind = "strategies" if study.compare.objective is None else "controls"
     kind = kind if kind in tables else "objectives"  # the control is the training without teacher
     name = study.name

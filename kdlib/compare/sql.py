@@ -1,7 +1,7 @@
 """SQL over all runs of all studies, by DuckDB, where the files lie.
 
-Leaves to others: what may be compared. A query sees runs that no table accepts, and says nothing of
-budgets; numbers for a paper come from `compiling`.
+A query also sees refused runs, and does not compare budgets: take the numbers of a paper from the
+tables of notebook 06.
 """
 
 from pathlib import Path
@@ -9,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
+from kdlib.compare.committed import NAMES
 from kdlib.repro.files import workspace
-
-COMMITTED = ("results", "curves", "probes", "costs")
 
 
 def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
@@ -29,15 +28,15 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
     Raises: ModuleNotFoundError without DuckDB; duckdb.Error for a query it cannot answer, such as
         one of a view of which there is no file.
     """
-    import duckdb  # here alone: a laboratory without it lacks nothing else
+    import duckdb  # optional: only queries need it
 
-    # nothing is fetched while a query runs
+    # a query downloads nothing
     settings = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
     with duckdb.connect(config=settings) as connection:
-        for name, found in _files().items():
-            if found:
-                connection.register(f"{name}_files", pd.DataFrame(found))
-                paths = ", ".join(_quoted(row["filename"]) for row in found)
+        for name, rows in _files().items():
+            if rows:
+                connection.register(f"{name}_files", pd.DataFrame(rows))
+                paths = ", ".join(_quoted(row["filename"]) for row in rows)
                 connection.execute(
                     f"CREATE VIEW {name} AS SELECT place.* EXCLUDE (filename), "
                     "content.* EXCLUDE (filename) FROM read_parquet("
@@ -48,20 +47,20 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
 
 
 def _files() -> dict[str, list[dict[str, Any]]]:
-    """View -> its files, with what their places say; read here and not by DuckDB, which would take
-    any `=` of the path for an axis."""
-    found: dict[str, list[dict[str, Any]]] = {"metrics": []}
+    """View -> its files and the axes in their paths. The hive partitioning of DuckDB would read an
+    `=` anywhere in the path as an axis."""
+    views: dict[str, list[dict[str, Any]]] = {"metrics": []}
     runs = workspace() / "runs"
     for path in sorted(runs.glob("*/distill/**/metrics.parquet")):
         if (path.parent / "evidence.json").is_file():
             study, _, *axes = path.parent.relative_to(runs).parts
             values: dict[str, Any] = dict(axis.split("=", 1) for axis in axes)
             values |= {"fraction": float(values["fraction"]), "seed": int(values["seed"])}
-            found["metrics"].append({"filename": str(path), "study": study} | values)
-    for name in COMMITTED:
+            views["metrics"].append({"filename": str(path), "study": study} | values)
+    for name in NAMES:
         paths = sorted((workspace() / "figures").glob(f"*/tables/{name}.parquet"))
-        found[name] = [{"filename": str(p), "study": p.parents[1].name} for p in paths]
-    return found
+        views[name] = [{"filename": str(p), "study": p.parents[1].name} for p in paths]
+    return views
 
 
 def _quoted(path: str | Path) -> str:

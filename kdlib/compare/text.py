@@ -1,7 +1,4 @@
-"""Comparisons in words: sentences, Markdown and LaTeX, all from the same rows.
-
-Leaves to others: the statistics (compare), and where the text is written (report).
-"""
+"""Comparisons in words: sentences, Markdown and LaTeX, all from the same rows."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,9 +6,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.statistics import AGAINST, AXES, EQUIVALENCE_LEVEL, VERDICTS
+from kdlib.compare.differences import AGAINST
+from kdlib.compare.statistics import EQUIVALENCE_LEVEL, VERDICTS
+from kdlib.repro.files import write_atomic
+from kdlib.study.evaluation import AXES
+from kdlib.study.study import Study
 
-MEASURED = {  # what the compared number is called, by column
+MEASURED = {  # column of the results table -> what the compared accuracy is measured on
     "test_accuracy": "last step on the test split",
     "linear_accuracy": "linear probe of the last step's features, on the test split",
     "knn_accuracy": "k-NN probe of the last step's features, on the test split",
@@ -27,8 +28,32 @@ _LATEX = {
 }  # fmt: skip
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -> str:
+    """A Markdown table; lines joined by newlines, without one at the end.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells of each row, written as `str` writes them.
+        align: `l` or `r` for each column; columns without a letter are aligned left.
+
+    >>> print(table(["score", "runs"], [["aum", 3]], "lr"))
+    | score | runs |
+    | --- | ---: |
+    | aum | 3 |
+    """
+    rules = ["---:" if letter == "r" else "---" for letter in align.ljust(len(head), "l")]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, rules, *rows))
+
+
+def write_text(study: Study, name: str, parts: Iterable[str]) -> str:
+    """Write lines or blocks of text to a file of the study's figures folder; returns the text."""
+    text = "\n".join(parts).rstrip() + "\n"
+    write_atomic(study.figures / name, lambda file: file.write(text.encode()))
+    return text
+
+
 def summary_lines(comparison: pd.DataFrame) -> list[str]:
-    """What was found, in plain sentences: the counts first, then better, worse, equivalent and
+    """The results in plain sentences: the counts first, then better, worse, equivalent and
     inconclusive, the largest differences first.
 
     Args:
@@ -40,10 +65,10 @@ def summary_lines(comparison: pd.DataFrame) -> list[str]:
         return ["There is nothing to compare: no cell but those to compare with."]
     first, n = comparison.iloc[0], len(comparison)
     counts = comparison["verdict"].value_counts()
-    told = ", ".join(f"{counts.get(name, 0)} {name}" for name in VERDICTS)
+    verdicts = ", ".join(f"{counts.get(name, 0)} {name}" for name in VERDICTS)
     lines = [
         f"{count(n, 'comparison')} at {first.budget.replace('_', ' ')} with a "
-        f"margin of {count(100 * first.margin, 'point')}: {told}."
+        f"margin of {count(100 * first.margin, 'point')}: {verdicts}."
     ]
     settled = comparison[comparison["verdict"].isin(["better", "worse"])]
     if len(settled):
@@ -52,47 +77,35 @@ def summary_lines(comparison: pd.DataFrame) -> list[str]:
             f"Of the {len(settled)} better or worse, {kept} stay significant after Holm's "
             f"correction for {count(int(comparison['p_value'].notna().sum()), 'test')}."
         )
-    order = comparison.assign(
-        rank=comparison["verdict"].map(VERDICTS.index), size=-comparison["difference"].abs()
-    ).sort_values(["rank", "size", *AXES, *AGAINST], kind="stable")
+    ordered = comparison.assign(
+        order=comparison["verdict"].map(VERDICTS.index), size=-comparison["difference"].abs()
+    ).sort_values(["order", "size", *AXES, *AGAINST], kind="stable")
     several = comparison["student"].nunique() > 1
-    return lines + [_sentence(row, several) for row in order.itertuples()]
+    return lines + [_sentence(row, several) for row in ordered.itertuples()]
 
 
-def inflation_line(mean: float, most: float, n_runs: int) -> str:
+def best_epoch_line(mean: float, most: float, n_runs: int) -> str:
     """By how much accuracy at the best validation epoch lies above that at the last one."""
     return (
         f"The best validation epoch would change them by {100 * mean:+.2f} points on average and "
         f"{100 * most:+.2f} at most ({count(n_runs, 'run')}): it is shown beside the last step, "
-        "which alone is judged."
+        "and verdicts rest on the last step."
     )
 
 
-def bootstrap_line(comparison: pd.DataFrame) -> str:
-    """What the bootstrap interval is worth, with this number of seeds."""
-    n = 0 if comparison.empty else int(comparison["n_seeds"].max())
-    return (
-        f"The bootstrap interval resamples {count(n, 'paired difference')} 10,000 times; with few "
-        "seeds it is narrower than it says (of five normal ones its 95 % cover 84 %), and the "
-        "verdict rests on the t interval before it."
-    )
-
-
-def to_markdown(comparison: pd.DataFrame) -> str:
+def comparison_markdown(comparison: pd.DataFrame) -> str:
     """The comparison as a Markdown table: accuracies in %, mean ± sd (ddof=1) over paired seeds.
 
     Args:
         comparison: From `paired_differences` or `objective_differences`.
 
-    Returns: Lines joined by newlines, without one at the end; a number that is not there is "-",
-        and best epochs have a column only where one is reported.
+    Returns: The table; a number that is not there is "-", and best epochs have a column where one
+        is reported.
     """
-    head, rows = _table(comparison)
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(*_head_and_rows(comparison))
 
 
-def to_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
+def comparison_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
     """The same table for LaTeX, in the rules of booktabs; a long one may break over pages.
 
     Args:
@@ -101,21 +114,21 @@ def to_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
 
     Returns: A `table`, or a `longtable` of more than 40 rows, ending with a newline.
     """
-    head, rows = _table(comparison)
+    head, rows = _head_and_rows(comparison)
     numbers = {"fraction", "seeds", "p (Holm)"}
     columns = "".join("r" if name in numbers else "l" for name in head)
-    told = rf"\caption{{{escaped(caption)}}}\label{{tab:{_label(label)}}}"
+    title = rf"\caption{{{escaped(caption)}}}\label{{tab:{_label(label)}}}"
     header = rf"{' & '.join(map(escaped, head))} \\"
     body = [rf"{' & '.join(map(_typeset, row))} \\" for row in rows]
     if len(rows) > LONG:
         lines = [
-            rf"\begin{{longtable}}{{{columns}}}", rf"{told} \\", r"\toprule", header,
+            rf"\begin{{longtable}}{{{columns}}}", rf"{title} \\", r"\toprule", header,
             r"\midrule", r"\endfirsthead", r"\toprule", header, r"\midrule", r"\endhead",
             r"\bottomrule", r"\endfoot", *body, r"\end{longtable}",
         ]  # fmt: skip
     else:
         lines = [
-            r"\begin{table}", r"\centering", told, rf"\begin{{tabular}}{{{columns}}}",
+            r"\begin{table}", r"\centering", title, rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule", header, r"\midrule", *body, r"\bottomrule", r"\end{tabular}",
             r"\end{table}",
         ]  # fmt: skip
@@ -131,24 +144,22 @@ def escaped(text: str) -> str:
     return "".join(_LATEX.get(sign, sign) for sign in text)
 
 
-def cell_table(cells: Iterable[Sequence[str]]) -> str:
-    """A Markdown table of cells and the command that makes each again.
+def count(n: float, thing: str) -> str:
+    """A number of things.
 
-    Args:
-        cells: student, strategy, fraction, objective, command; the command holds no backtick.
+    >>> count(1, "point"), count(2.5, "point")
+    ('1 point', '2.5 points')
     """
-    lines = [[*AXES, "command"], ["---"] * 5]
-    lines += [[*map(str, cell[:-1]), f"`{cell[-1]}`"] for cell in cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{n:g} {thing}" if n == 1 else f"{n:g} {thing}s"
 
 
-def _table(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def _head_and_rows(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Head and cells of a comparison, as text."""
     head = [
         "student", "objective", "fraction", "strategy", "accuracy (%)", "against",
-        "its accuracy (%)", "difference (points)", "bootstrap", "p (Holm)", "seeds", "verdict",
+        "its accuracy (%)", "difference (points)", "p (Holm)", "seeds", "verdict",
     ]  # fmt: skip
-    shown = comparison["best_mean"].notna().any()
+    has_best = comparison["best_mean"].notna().any()
     rows = []
     for row in comparison.itertuples():
         interval = f"({100 * row.level:g} %: {_points(row.low, '+')} to {_points(row.high, '+')})"
@@ -158,13 +169,11 @@ def _table(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
                 row.student, row.objective, f"{100 * row.fraction:.4g} %", row.strategy,
                 f"{_points(row.mean)} ± {_points(row.sd)}", _against(row),
                 f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
-                f"{_points(row.difference, '+')} {interval}",
-                f"{_points(row.boot_low, '+')} to {_points(row.boot_high, '+')}",
-                _probability(row.p_holm), str(row.n_seeds), row.verdict,
-                *([best] if shown else []),
+                f"{_points(row.difference, '+')} {interval}", _probability(row.p_holm),
+                str(row.n_seeds), row.verdict, *([best] if has_best else []),
             ]
         )  # fmt: skip
-    return head + (["best epoch (%)"] if shown else []), rows
+    return head + (["best epoch (%)"] if has_best else []), rows
 
 
 def _probability(p: float) -> str:
@@ -198,17 +207,8 @@ def _points(accuracy: float, sign: str = "") -> str:
     return "-" if np.isnan(rounded) else f"{rounded:{sign}.1f}"
 
 
-def count(n: float, thing: str) -> str:
-    """A number of things.
-
-    >>> count(1, "point"), count(2.5, "point")
-    ('1 point', '2.5 points')
-    """
-    return f"{n:g} {thing}" if n == 1 else f"{n:g} {thing}s"
-
-
 def _against(row: Any) -> str:
-    """What a row is compared with: only what differs from its own cell."""
+    """What a row is compared with: only what differs from its cell."""
     parts = [row.against_strategy] if row.against_strategy != row.strategy else []
     if row.against_objective != row.objective:
         parts.append(f"with {row.against_objective}")
@@ -235,17 +235,17 @@ def _sentence(row: Any, name_student: bool) -> str:
         facts.append(f"{count(row.n_refused, 'refused run')} left out")
     if name_student:
         facts.append(f"student {row.student}")
-    told, after = f"({', '.join(facts)})", _against(row)
+    basis, against = f"({', '.join(facts)})", _against(row)
     if row.verdict in ("better", "worse"):
         size = _points(abs(row.difference))
-        return f"{subject} is {row.verdict} than {after} by {size} points {told}."
+        return f"{subject} is {row.verdict} than {against} by {size} points {basis}."
     if row.verdict == "equivalent":
         margin, size = count(100 * row.margin, "point"), _points(row.difference, "+")
-        return f"{subject} is as good as {after} within {margin}: it differs by {size} {told}."
+        return f"{subject} is as good as {against} within {margin}: it differs by {size} {basis}."
     if row.n_seeds < 2:
-        return f"{subject} cannot be compared with {after}: two paired seeds are needed {told}."
-    ending = "the difference may lie between 0 and the margin, where seeds tell least"
+        return f"{subject} cannot be compared with {against}: two paired seeds are needed {basis}."
+    ending = "a difference between 0 and the margin may need many more seeds"
     if row.seeds_needed > row.n_seeds:
         ending = f"about {row.seeds_needed} paired seeds would settle it"
     size = _points(row.difference, "+")
-    return f"{subject} cannot be told from {after}: {size} points {told}; {ending}."
+    return f"{subject} against {against} is undecided: {size} points {basis}; {ending}."

@@ -1,7 +1,7 @@
 """Figures over the steps of training: learning curves, probes, the shape of features.
 
 A function takes tables and an axis (or a figure where several panels belong together), draws, and
-returns it. Leaves to others: how it looks (looks), every number drawn.
+returns it.
 """
 
 import itertools
@@ -11,24 +11,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from kdlib.plots.layout import PANELS, End, label_ends, legend_in_rows, mark, name_rows, panel_grid
 from kdlib.plots.theme import (
     BLACK,
     DASHES,
     GREY,
     OBJECTIVES,
-    PANELS,
     TEXT_PT,
-    End,
     demand,
     held_axes,
     in_words,
-    label_ends,
-    legend_in_rows,
     line_looks,
-    mark,
     name_of_spread,
-    name_rows,
-    panel_grid,
     sorting_key,
     value_in_words,
     varying_axes,
@@ -88,7 +82,7 @@ def probe_curves(
         probes: The axes of the study, `seed`, `step`, `probe`, `accuracy` in [0, 1]; rows whose
             `strategy` is `untrained` or `teacher` become horizontal lines at their mean.
         probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
-        on: On which data set; `own` is the study's.
+        on: On which data set; `own` means the study's images.
         layer: Of which layer. The teacher's level is that of its last one.
 
     Returns: `ax`.
@@ -121,17 +115,16 @@ def probe_curves(
             label = f"{name}, {in_words(student)}" if several else name
             ends.append((level, label, BLACK, None))
     ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
-    told = [f"{in_words(probe)} probe", held_axes(trained, "strategy")]
-    told += [f"on {on}"] * (on != "own") + [layer] * (layer != "features")
-    held = ", ".join(told)
-    ax.set_title(f"{held}; {name_of_spread(trained)}", fontsize=TEXT_PT)
+    title = [f"{in_words(probe)} probe", held_axes(trained, "strategy")]
+    title += [f"on {on}"] * (on != "own") + [layer] * (layer != "features")
+    ax.set_title(f"{', '.join(title)}; {name_of_spread(trained)}", fontsize=TEXT_PT)
     _finish_lines(ax, ends)
     return ax
 
 
 def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Figure:
-    """What the features of every layer know of every data set, a panel for each set: those of the
-    last step, between the untrained student's and the teacher's.
+    """Probe accuracy of every layer on every data set at the last step, a panel for each data set,
+    between the untrained student and the teacher.
 
     Args:
         fig: An empty figure; its height is set to what the rows need.
@@ -184,13 +177,13 @@ def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Fi
 
 
 def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
-    """The shape of the features over optimiser steps, a panel for each diagnostic, with what theory
-    says of features without structure, or the most there can be.
+    """Diagnostics of the features over optimiser steps, a panel for each. Dotted lines are values
+    that theory gives features without structure, or the largest possible ones.
 
     Args:
         fig: An empty figure.
         probes: The axes of the study, `seed`, `step`, `on`, `layer`, `probe`, and the diagnostics;
-            rows of the study's own data and the last layer are drawn.
+            rows of the study's images and the last layer are drawn.
 
     Returns: `fig`.
     Raises: ValueError for missing columns or a table without such rows.
@@ -198,8 +191,8 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
     columns = [name for name, *_ in DIAGNOSTICS]
     needed = (*AXES, "seed", "step", "on", "layer", "probe", *columns)
     demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
-    own = (probes["on"] == "own") & (probes["layer"] == "features")
-    rows = probes[own & ~probes["strategy"].isin(REFERENCES)]
+    last_layer = (probes["on"] == "own") & (probes["layer"] == "features")
+    rows = probes[last_layer & ~probes["strategy"].isin(REFERENCES)]
     demand(rows, (), "probes")
     rows = rows[rows["probe"] == rows["probe"].iloc[0]]  # they are the same in every probe's row
     levels = {
@@ -208,17 +201,19 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
         "uniformity": rows["uniformity_even"],
     }
     axs = fig.subplots(2, 3, sharex=True)
-    for ax, (name, label, level, told) in zip(axs.flat, DIAGNOSTICS, strict=True):
+    for ax, (name, label, level, bound) in zip(axs.flat, DIAGNOSTICS, strict=True):
         _draw_cells(ax, rows, name, "strategy", scale=1)
         for height in sorted(set(levels[name].round(9)) if level is None else [level]):
             ax.axhline(height, color=BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
         ax.set_xlim(0, max(1, rows["step"].max()))
-        ax.set_title(f"{label}\n(dotted: {told})", fontsize=TEXT_PT)
+        ax.set_title(f"{label}\n(dotted: {bound})", fontsize=TEXT_PT)
     for ax in axs[1]:
         ax.set_xlabel("optimiser steps")
     handles, _ = axs.flat[0].get_legend_handles_labels()
     title = f"{held_axes(rows, 'strategy')}; {name_of_spread(rows)}"
-    n_rows = legend_in_rows(fig, handles, title=title, handlelength=3.5)  # dashes are told apart
+    n_rows = legend_in_rows(
+        fig, handles, title=title, handlelength=3.5
+    )  # long enough to tell dashes apart
     fig.set_figheight(4.0 + 0.2 * n_rows)
     return fig
 

@@ -1,10 +1,8 @@
-"""Figures of datamaps and of scores: maps, how they form, map against map, agreement of rankings,
-detection of wrong labels.
+"""Figures of datamaps: a map, how it forms, map against map.
 
-A function takes tables and an axis (or an empty figure where several panels belong together),
-draws, and returns it. Up to `DENSE` examples every one is a point; of more, bins are drawn: the
-colour is the mean of the bin, the opacity the logarithm of its count. Leaves to others: style and
-saving (looks), every number drawn but correlations and fractions of two maps.
+A function takes tables and an empty figure, draws, and returns it. Up to `DENSE` examples every one
+is a point; of more, bins are drawn: the colour is the mean of the bin, the opacity the logarithm of
+its count.
 
 Sources:
     [Swayamdipta2020] Swayamdipta et al. Dataset Cartography. EMNLP 2020. arXiv 2009.10795.
@@ -19,20 +17,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from kdlib.plots import theme
-from kdlib.plots.theme import (
-    BLACK,
-    BLUE,
-    CORRECTNESS,
-    DASHES,
-    GREY,
-    REGIONS,
-    TEXT_PT,
-    _colour_bar,
-    _heat_map,
-    _thousands,
-    _three_ticks,
-    _within,
-)
+from kdlib.plots.layout import colour_bar, heat_map, thousands, three_ticks
+from kdlib.plots.theme import BLACK, BLUE, CORRECTNESS, DASHES, GREY, REGIONS, TEXT_PT, within
 
 DENSE = 30_000  # examples; above, points cover each other and bins are drawn
 
@@ -101,13 +87,31 @@ def datamap(
             "(log scale)", transform=right.transAxes, va="bottom", fontsize=TEXT_PT,
         )  # fmt: skip
         note.set_in_layout(False)
+    _draw_histograms(above, right, far_right, x, y, colour)
+    colour_bar(fig, bar)
+    bar.yaxis.set_ticks_position("left")
+    bar.yaxis.set_label_position("left")
+    above.set_title(title)
+    if by_class:
+        _draw_classes(fig.add_subplot(outer[1]), table["label"], codes, class_names)
+    return fig
 
+
+def _draw_histograms(
+    above: Axes,
+    right: Axes,
+    far_right: Axes,
+    variability: np.ndarray,
+    confidence: np.ndarray,
+    correctness: np.ndarray,
+) -> None:
+    """Variability above the map, confidence and correctness right of it."""
     look = {"color": "#9A9A9A", "edgecolor": "white", "linewidth": 0.3}
-    above.hist(x, bins=np.linspace(0, 0.5, 41), **look)
-    right.hist(y, bins=np.linspace(0, 1, 41), orientation="horizontal", **look)
+    above.hist(variability, bins=np.linspace(0, 0.5, 41), **look)
+    right.hist(confidence, bins=np.linspace(0, 1, 41), orientation="horizontal", **look)
     n_steps = CORRECTNESS.N
     far_right.barh(
-        np.arange(n_steps) / n_steps, np.bincount(_tenths(colour), minlength=n_steps),
+        np.arange(n_steps) / n_steps, np.bincount(_tenths(correctness), minlength=n_steps),
         height=1 / n_steps, align="edge", edgecolor="white", linewidth=0.3,
         color=CORRECTNESS(np.arange(n_steps)),
     )  # fmt: skip
@@ -116,17 +120,10 @@ def datamap(
     above.set_ylabel("examples")
     for axis in (above, right, far_right):
         axis.locator_params(axis="y" if axis is above else "x", nbins=2)
-        (axis.yaxis if axis is above else axis.xaxis).set_major_formatter(_thousands)
+        (axis.yaxis if axis is above else axis.xaxis).set_major_formatter(thousands)
     above.tick_params(labelbottom=False)
     right.tick_params(labelleft=False)
     far_right.tick_params(left=False, labelleft=False)
-    _colour_bar(fig, bar)
-    bar.yaxis.set_ticks_position("left")
-    bar.yaxis.set_label_position("left")
-    above.set_title(title)
-    if by_class:
-        _draw_classes(fig.add_subplot(outer[1]), table["label"], codes, class_names)
-    return fig
 
 
 def forming(fig: Figure, snapshots: Mapping[int, pd.DataFrame], title: str) -> Figure:
@@ -154,13 +151,13 @@ def forming(fig: Figure, snapshots: Mapping[int, pd.DataFrame], title: str) -> F
         if _map(ax, x, y, colour, size=3, n_bins=150):
             sizes.append(len(x))
         ax.set_title(f"after {epoch} epoch{'s' if epoch != 1 else ''}")
-        _three_ticks(ax, 0.5, 1)
+        three_ticks(ax, 0.5, 1)
         ax.set_xlim(-0.01, 0.5)  # after one epoch all variability is 0
         ax.tick_params(labelbottom=i + columns >= len(epochs), labelleft=i % columns == 0)
     fig.supxlabel("variability", fontsize=theme.RC["axes.labelsize"])
     fig.supylabel("confidence", fontsize=theme.RC["axes.labelsize"])
-    fig.suptitle(_density_said(title, max(sizes)) if sizes else title)
-    _colour_bar(fig, fig.add_subplot(grid[:, columns]))
+    fig.suptitle(_with_density(title, max(sizes)) if sizes else title)
+    colour_bar(fig, fig.add_subplot(grid[:, columns]))
     return fig
 
 
@@ -186,6 +183,34 @@ def against(
     Raises: ValueError for missing columns, ids that are not distinct or not the same, scores out
         of their range, or an unknown region.
     """
+    _check_same_examples(first, second, names)
+    second = second.reindex(first.index)
+    axs = fig.subplots(1, 3)
+    dense = False
+    for ax, score in zip(axs, ("confidence", "variability"), strict=False):
+        top = HIGHEST[score]
+        y, x = (np.clip(table[score].to_numpy(float), 0, top) for table in (first, second))
+        dense = _cloud(ax, x, y, (top, top), size=4, n_bins=200)
+        ax.plot([0, top], [0, top], ls=DASHES[1], color=GREY, lw=0.8)
+        constant = min(np.ptp(x), np.ptp(y)) == 0
+        rho = "" if constant else f"= {pd.Series(x).rank().corr(pd.Series(y).rank()):.2f}"
+        ax.set_title(f"{score}, ρ {rho or 'undefined'}")
+        ax.set(ylabel=f"{score}, {names[0]}", xlabel=f"{score}, {names[1]}", box_aspect=1)
+        three_ticks(ax, top, top)
+    ax, n = axs[2], len(REGIONS)
+    rows, columns = (_regions(table["region_variability"]) for table in (first, second))
+    share = np.bincount(n * rows + columns, minlength=n * n).reshape(n, n) / len(first)
+    heat_map(ax, share, "Blues", 0, max(2 / 3, share.max()), [f"{s:.3f}" for s in share.flat])
+    ax.set_title(f"regions, {100 * np.trace(share):.1f} % the same")
+    labels = [REGIONS[name].replace("-to-", "-to-\n") for name in REGIONS]
+    ax.set_xticks(range(n), labels)
+    ax.set_yticks(range(n), labels)
+    ax.set(ylabel=f"region, {names[0]}", xlabel=f"region, {names[1]}", box_aspect=1)
+    fig.suptitle(_with_density(title, len(first)) if dense else title)
+    return fig
+
+
+def _check_same_examples(first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str]) -> None:
     for name, table in zip(names, (first, second), strict=True):
         _scores(table, ("confidence", "variability"), name, ("region_variability",))
         if not table.index.is_unique:
@@ -199,30 +224,6 @@ def against(
             f"{n_different} example ids differ ({len(first)} in {names[0]!r}, {len(second)} in "
             f"{names[1]!r}); expected two maps of the same examples"
         )
-    second = second.reindex(first.index)
-    axs = fig.subplots(1, 3)
-    dense = False
-    for ax, score in zip(axs, ("confidence", "variability"), strict=False):
-        top = HIGHEST[score]
-        y, x = (np.clip(table[score].to_numpy(float), 0, top) for table in (first, second))
-        dense = _cloud(ax, x, y, (top, top), size=4, n_bins=200)
-        ax.plot([0, top], [0, top], ls=DASHES[1], color=GREY, lw=0.8)
-        constant = min(np.ptp(x), np.ptp(y)) == 0
-        rho = "" if constant else f"= {pd.Series(x).rank().corr(pd.Series(y).rank()):.2f}"
-        ax.set_title(f"{score}, ρ {rho or 'undefined'}")
-        ax.set(ylabel=f"{score}, {names[0]}", xlabel=f"{score}, {names[1]}", box_aspect=1)
-        _three_ticks(ax, top, top)
-    ax, n = axs[2], len(REGIONS)
-    rows, columns = (_regions(table["region_variability"]) for table in (first, second))
-    share = np.bincount(n * rows + columns, minlength=n * n).reshape(n, n) / len(first)
-    _heat_map(ax, share, "Blues", 0, max(2 / 3, share.max()), [f"{s:.3f}" for s in share.flat])
-    ax.set_title(f"regions, {100 * np.trace(share):.1f} % the same")
-    labels = [REGIONS[name].replace("-to-", "-to-\n") for name in REGIONS]
-    ax.set_xticks(range(n), labels)
-    ax.set_yticks(range(n), labels)
-    ax.set(ylabel=f"region, {names[0]}", xlabel=f"region, {names[1]}", box_aspect=1)
-    fig.suptitle(_density_said(title, len(first)) if dense else title)
-    return fig
 
 
 def binned(
@@ -260,7 +261,7 @@ def binned(
 def _map(
     ax: Axes, x: np.ndarray, y: np.ndarray, correctness: np.ndarray, size: float, n_bins: int = 500
 ) -> bool:
-    """Examples in the colours of their correctness, inside the line that none can cross; says
+    """Examples in the colours of their correctness, inside the line that bounds them; returns
     whether bins were drawn."""
     limit = np.linspace(0, np.pi, 200)
     ax.plot(np.sin(limit) / 2, (1 + np.cos(limit)) / 2, ":", color=GREY, lw=0.8, zorder=0)
@@ -276,7 +277,8 @@ def _cloud(
     n_bins: int,
     correctness: np.ndarray | None = None,
 ) -> bool:
-    """Points of at most `size`, or bins where there are more than `DENSE`; freezes the limits."""
+    """Points of at most `size`, or bins where there are more than `DENSE`; freezes the limits and
+    returns whether bins were drawn."""
     n, dense = len(x), len(x) > DENSE
     if dense:
         values = np.zeros(n) if correctness is None else correctness
@@ -292,7 +294,7 @@ def _cloud(
             interpolation="nearest", rasterized=True, zorder=1,
         )  # fmt: skip
     else:
-        # Examples of one class may lie side by side in the source; shuffled, none covers the rest.
+        # Examples of one class may lie side by side in the source: the order is shuffled.
         order = np.random.default_rng(0).permutation(n)
         look = {"color": BLUE, "alpha": 0.4}
         if correctness is not None:
@@ -304,7 +306,7 @@ def _cloud(
     return dense
 
 
-def _density_said(title: str, n: int) -> str:
+def _with_density(title: str, n: int) -> str:
     size = f"N = {n:,}"
     return f"{title}; density" if size in title else f"{title}; density, {size}"
 
@@ -321,7 +323,7 @@ def _scores(
     """Variability, confidence and what comes after these as float64, checked, rounding cut off."""
     theme.demand(table, (*scores, *more), what)
     for score in scores:
-        _within(table, (score,), 0, HIGHEST[score], "; run notebooks/03_datamap.ipynb again")
+        within(table, (score,), 0, HIGHEST[score], "; run notebooks/03_datamap.ipynb again")
     ordered = ("variability", "confidence", *scores[2:])
     return [np.clip(table[score].to_numpy(float), 0, HIGHEST[score]) for score in ordered]
 

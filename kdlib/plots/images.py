@@ -5,15 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from kdlib.plots.theme import (
-    BLUE,
-    RC,
-    REGIONS,
-    TEXT_PT,
-    fitted,
-    in_words,
-    text_width_pt,
-)
+from kdlib.plots.layout import fitted, text_width_pt
+from kdlib.plots.theme import BLUE, RC, REGIONS, TEXT_PT, in_words
 
 
 def region_grid(
@@ -100,8 +93,9 @@ def shard_visits(fig: Figure, visits: Mapping[str, np.ndarray], title: str = "")
         ax.bar(np.arange(len(counts)), counts, width=1.0, color=BLUE, linewidth=0)
         late = counts[-(len(counts) // 3) :].sum() / counts.sum()
         never = int((counts == 0).sum())
-        told = f"{policy}: {late:.1%} of the samples from the last third of the shards"
-        ax.set_title(told + (f", {never} shards never read" if never else ""), fontsize=TEXT_PT)
+        title_of = f"{policy}: {late:.1%} of the samples from the last third of the shards"
+        title_of += f", {never} shards never read" if never else ""
+        ax.set_title(title_of, fontsize=TEXT_PT)
         ax.margins(x=0.01)
     fig.supxlabel("shard", fontsize=RC["axes.labelsize"])
     fig.supylabel("mean visits per image", fontsize=RC["axes.labelsize"])

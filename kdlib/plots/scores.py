@@ -10,9 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kdlib.plots import theme
-from kdlib.plots.theme import BLACK, BLUE, DASHES, GREY, TEXT_PT, _heat_map, _within
+from kdlib.plots.layout import heat_map, label_ends
+from kdlib.plots.theme import BLACK, BLUE, DASHES, GREY, TEXT_PT, within
 
 MAX_DETECTORS = 8
+
+
+RATES = ("false_positive_rate", "true_positive_rate", "recall", "precision")
 
 
 DETECTORS = (
@@ -43,7 +47,7 @@ def rank_correlations(
             f"rows are {list(matrix.index)} and columns {names}; expected the same scores in the "
             "same order, two or more, each once"
         )
-    _within(matrix, names, -1, 1)
+    within(matrix, names, -1, 1)
     values = matrix.to_numpy(float)
     if groups is not None:
         grouped = [name for group in groups.values() for name in group]
@@ -60,7 +64,7 @@ def rank_correlations(
             texts[cell] = "–" if value < -0.05 else ""
         else:
             texts[cell] = "none" if np.isnan(value) else f"{round(value, 2) + 0:.2f}"
-    image = _heat_map(ax, np.where(below, values, np.nan), "PuOr", -1, 1, texts)
+    image = heat_map(ax, np.where(below, values, np.nan), "PuOr", -1, 1, texts)
     # The first row and the last column are empty.
     ax.set(xlim=(-0.5, n - 1.5), ylim=(n - 0.5, 0.5))
     words = [theme.in_words(name) for name in names]
@@ -101,7 +105,7 @@ def stability(ax: Axes, table: pd.DataFrame) -> Axes:
             "one model"
         )
     rising = table[["low", "correlation", "high"]]
-    _within(rising, rising, -1, 1)
+    within(rising, rising, -1, 1)
     if not (np.diff(rising.to_numpy(float)) >= -1e-9).all() or (table["n_runs"] < 1).any():
         raise ValueError("expected n_runs >= 1 and low <= correlation <= high in every row")
     lines, ends = theme.line_looks(table["score"].unique()), []
@@ -123,7 +127,7 @@ def stability(ax: Axes, table: pd.DataFrame) -> Axes:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="runs averaged", ylabel="Spearman correlation ρ\nof two disjoint averages")
     ax.set_title("mean and range over draws", fontsize=TEXT_PT)
-    theme.label_ends(ax, ends)
+    label_ends(ax, ends)
     return ax
 
 
@@ -152,8 +156,47 @@ def detectors(
     Raises: ValueError for missing columns, empty tables, more than `MAX_DETECTORS` detectors,
         other detectors in the curves than in the summary, or a rate out of its range.
     """
-    rates = ("false_positive_rate", "true_positive_rate", "recall", "precision")
-    theme.demand(curves, ("detector", *rates), "curves")
+    _check_detectors(curves, summary, over_epochs, noise_rate)
+    roc, precision, time = fig.subplots(1, 3)
+    coloured, black = zip(DETECTORS, cycle(DASHES)), cycle(DASHES[1:])
+    for row in summary.to_dict("records"):
+        is_reference = str(row["detector"]).startswith("cleanlab")
+        (colour, marker), dash = ((BLACK, "."), next(black)) if is_reference else next(coloured)
+        look = {"color": colour, "ls": dash, "lw": 1.1}
+        of_detector = curves[curves["detector"] == row["detector"]]
+        line = of_detector[[*RATES[:2]]].dropna()
+        roc.plot(line[RATES[0]], line[RATES[1]], **look)
+        line = of_detector[[*RATES[2:]]].dropna()
+        line = line[line["recall"] > 0]  # with nothing found the precision is 0 or undefined
+        precision.plot(line["recall"], line["precision"], **look)
+        areas = f"({row['auroc']:.3f}, {row['average_precision']:.3f})"
+        look["label"] = f"{theme.in_words(row['detector'])} {areas}"
+        steps = over_epochs[over_epochs["detector"] == row["detector"]].sort_values("epoch")
+        if steps.empty:
+            time.axhline(row["auroc"], **look)
+        else:
+            every = max(1, len(steps) // 8)
+            time.plot(steps["epoch"], steps["auroc"], marker=marker, ms=3, markevery=every, **look)
+    _draw_guessing(roc, precision, time, noise_rate)
+    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
+    precision.set(xlabel="recall", ylabel="precision", title="precision and recall")
+    time.set(xlabel="epochs recorded", ylabel="AUROC", title="AUROC over training")
+    for ax in (roc, precision):
+        ax.set(xlim=(0, 1), ylim=(0, 1.01), box_aspect=1)
+    time.set_ylim(top=1.01)
+    time.set_box_aspect(1)
+    time.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+    fig.legend(
+        *time.get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=3,
+        title="detector (AUROC, average precision)", columnspacing=1.5,
+    )  # fmt: skip
+    return fig
+
+
+def _check_detectors(
+    curves: pd.DataFrame, summary: pd.DataFrame, over_epochs: pd.DataFrame, noise_rate: float
+) -> None:
+    theme.demand(curves, ("detector", *RATES), "curves")
     theme.demand(summary, ("detector", "auroc", "average_precision"), "summary")
     theme.demand(over_epochs, ("detector", "epoch", "auroc"), "over_epochs")
     names = list(summary["detector"])
@@ -168,52 +211,22 @@ def detectors(
             f"the epochs of {list(over_epochs['detector'].unique())}; expected the same detectors "
             "(those without epochs are levels)"
         )
-    _within(curves, rates, 0, 1)
-    _within(summary, ("auroc", "average_precision"), 0, 1)
-    _within(over_epochs, ("auroc",), 0, 1)
+    within(curves, RATES, 0, 1)
+    within(summary, ("auroc", "average_precision"), 0, 1)
+    within(over_epochs, ("auroc",), 0, 1)
     if not 0 < noise_rate < 1:
         raise ValueError(f"noise_rate is {noise_rate:g}; expected a fraction in (0, 1)")
-    roc, precision, time = fig.subplots(1, 3)
-    coloured, black = zip(DETECTORS, cycle(DASHES)), cycle(DASHES[1:])
-    for name, auroc, average in zip(
-        names, summary["auroc"], summary["average_precision"], strict=True
-    ):
-        is_reference = str(name).startswith("cleanlab")
-        (colour, marker), dash = ((BLACK, "."), next(black)) if is_reference else next(coloured)
-        look = {"color": colour, "ls": dash, "lw": 1.1}
-        rows = curves[curves["detector"] == name]
-        for ax, x, y in ((roc, *rates[:2]), (precision, *rates[2:])):
-            line = rows[[x, y]].dropna()
-            if ax is precision:  # nothing found yet: 0 or undefined
-                line = line[line["recall"] > 0]
-            ax.plot(line[x], line[y], **look)
-        look["label"] = f"{theme.in_words(name)} ({auroc:.3f}, {average:.3f})"
-        steps = over_epochs[over_epochs["detector"] == name].sort_values("epoch")
-        if steps.empty:
-            time.axhline(auroc, **look)
-        else:
-            every = max(1, len(steps) // 8)
-            time.plot(steps["epoch"], steps["auroc"], marker=marker, ms=3, markevery=every, **look)
-    guess = {"color": GREY, "ls": DASHES[2], "lw": 0.8, "zorder": 0}
-    roc.plot([0, 1], [0, 1], **guess)
-    time.axhline(0.5, **guess)
-    precision.axhline(noise_rate, **{**guess, "ls": DASHES[1]})
+
+
+def _draw_guessing(roc: Axes, precision: Axes, time: Axes, noise_rate: float) -> None:
+    """What a detector reaches that guesses."""
+    look = {"color": GREY, "ls": DASHES[2], "lw": 0.8, "zorder": 0}
+    roc.plot([0, 1], [0, 1], **look)
+    time.axhline(0.5, **look)
+    precision.axhline(noise_rate, **{**look, "ls": DASHES[1]})
     below = noise_rate > 0.1  # where no curve is, if there is room
     precision.annotate(
         f"base rate {100 * noise_rate:.3g} %", (1, noise_rate), (0, -2 if below else 2),
         textcoords="offset points", ha="right", va="top" if below else "bottom",
         fontsize=TEXT_PT, color=GREY,
     )  # fmt: skip
-    roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
-    precision.set(xlabel="recall", ylabel="precision", title="precision and recall")
-    time.set(xlabel="epochs recorded", ylabel="AUROC", title="AUROC over training")
-    for ax in (roc, precision):
-        ax.set(xlim=(0, 1), ylim=(0, 1.01), box_aspect=1)
-    time.set_ylim(top=1.01)
-    time.set_box_aspect(1)
-    time.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    fig.legend(
-        *time.get_legend_handles_labels(), loc="outside lower center", ncols=3, handlelength=3,
-        title="detector (AUROC, average precision)", columnspacing=1.5,
-    )  # fmt: skip
-    return fig

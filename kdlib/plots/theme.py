@@ -1,16 +1,15 @@
-"""How every figure of the lab looks: style, colours, words, legends, files.
+"""The look of every figure: style, colours, words on axes, files.
 
 Colours are those of Okabe and Ito, safe for colour-blind readers, and each has a second cue: a
-marker, a dash or a label. Leaves to others: what is drawn (plots, progress, maps).
+marker, a dash or a label.
 
 Sources:
     [OkabeIto2008] Okabe, Ito. Color Universal Design. 2008. https://jfly.uni-koeln.de/color/.
 """
 
 import contextlib
-import functools
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,13 +17,8 @@ import matplotlib as mpl
 import matplotlib.style
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
-from matplotlib.lines import Line2D
-from matplotlib.textpath import TextPath
 from PIL import Image, ImageChops, ImageStat  # matplotlib brings Pillow
 
 from kdlib.repro.files import write_atomic
@@ -37,6 +31,8 @@ TEXT_PT = 7  # the smallest text at print size
 
 
 DPI = 200  # of the PNG and of what is rasterised inside the PDF; text in the PDF is vectors
+
+
 PALETTE_ERROR = 1.0  # grey levels of 255, mean over a picture: more than that is seen
 
 
@@ -95,19 +91,6 @@ WORDS = {
 }  # fmt: skip
 
 
-TALL = 9.2  # inches: what a page leaves a figure
-
-
-PANELS = 3  # beside each other
-
-
-BESIDE_LABEL = 40  # points that a mark and the gaps around it take in a legend
-
-
-# The end of a line: height in %, label, colour, and last step (None: it runs over the whole axis).
-End = tuple[float, str, str, float | None]
-
-
 RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
     "font.size": 8,
@@ -144,9 +127,14 @@ METADATA = {
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The lab's matplotlib settings while the block runs, whatever the user's own are."""
+    """Matplotlib settings of the figures while the block runs; the user's settings come back."""
     with matplotlib.style.context(RC, after_reset=True):
         yield
+
+
+def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> dict[str, Path]:
+    """`save_figure` for each figure; returns figure name -> its PNG."""
+    return {name: save_figure(figure, folder, name)[1] for name, figure in figures.items()}
 
 
 def save_figure(fig: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
@@ -216,123 +204,6 @@ def in_words(name: str) -> str:
     return WORDS.get(name, name.replace("_", " "))
 
 
-def panel_grid(
-    fig: Figure, n_panels: int, n_columns: int, row_in: float, sharey: bool = True
-) -> list[Axes]:
-    """Panels row by row, at most so many beside each other, in a figure as high as they need."""
-    n_rows = -(-n_panels // n_columns)
-    fig.set_figheight(min(n_rows * row_in + 0.75, TALL))
-    axs = fig.subplots(n_rows, n_columns, sharey=sharey, squeeze=False).ravel()
-    for ax in axs[n_panels:]:
-        ax.remove()
-    return list(axs[:n_panels])
-
-
-def name_rows(ax: Axes, names: Sequence[str], below: float) -> None:
-    """Rows from top to bottom with their names, and light lines to read values by."""
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 1 + below, -below)
-    ax.tick_params(axis="y", length=0)
-    ax.grid(axis="x", color="#DDDDDD", lw=0.5)
-    ax.set_axisbelow(True)
-
-
-def mark(label: str, **look: Any) -> Line2D:
-    return Line2D([], [], label=label, **{"ls": "none", **look})
-
-
-def legend_in_rows(fig: Figure, *rows: Sequence[Line2D], **more: Any) -> int:
-    """One legend below the panels, each group of handles a row, or more where it is too wide;
-    returns how many rows it has."""
-    n = _most_columns(rows)
-    rows = [row[i : i + n] for row in rows for i in range(0, len(row), n)]
-    padded = [[*row, *[mark("")] * (n - len(row))] for row in rows]
-    handles = [handle for column in zip(*padded, strict=True) for handle in column]
-    fig.legend(
-        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5,
-        **more,
-    )  # fmt: skip
-    return len(rows)
-
-
-def _most_columns(rows: Sequence[Sequence[Any]]) -> int:
-    """In how many columns a legend of these rows, wrapped, fits into a wide figure."""
-    for n in range(max(map(len, rows)), 1, -1):
-        widths = np.zeros(n)
-        for row in rows:
-            for i, handle in enumerate(row):
-                widths[i % n] = max(widths[i % n], text_width_pt(handle.get_label()))
-        if widths.sum() + n * BESIDE_LABEL < 72 * WIDE:
-            return n
-    return 1
-
-
-def label_ends(ax: Axes, ends: Sequence[End]) -> None:
-    """Write each label at the right of the axis, level with its line unless another label is there.
-
-    Args:
-        ax: The axis, its limits final.
-        ends: For each line its last height, label, colour and last x (None: the end of the axis).
-    """
-    (first, last), (low, high) = ax.get_xlim(), ax.get_ylim()
-    height_pt = 72 * ax.get_window_extent().height / ax.figure.dpi
-    ends = sorted(ends, key=lambda end: end[0])
-    levels = [(end[0] - low) / (high - low) for end in ends]
-    for (_, label, colour, step), level, place in zip(
-        ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
-    ):
-        start = 1.0 if step is None else (step - first) / (last - first)
-        leader = {"color": colour, "lw": 0.7, "clip_on": False, "transform": ax.transAxes}
-        leader |= {"scalex": False, "scaley": False}
-        if start < 0.98:  # a way to the label that is not taken for a part of the line
-            ax.plot([start, 1.0], [level, level], ls=(0, (0.6, 2.4)), **leader)
-        ax.plot([1.0, 1.02, 1.05], [level, place, place], **leader)
-        ax.text(1.06, place, label, transform=ax.transAxes, va="center_baseline", fontsize=TEXT_PT)
-
-
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Places for labels in [0, 1], at least `gap` apart and as near to their heights as squares
-    allow.
-
-    Args:
-        heights: Wanted places, ascending.
-        gap: Smallest distance of neighbours; labels that need more room than [0, 1] start at 0.
-
-    Returns: Places, ascending, one per height.
-
-    >>> spread([0.2, 0.5, 0.5], gap=0.1)
-    [0.2, 0.45, 0.55]
-    """
-    blocks: list[list[float]] = []  # pool adjacent violators on what is left without the gaps
-    for i, height in enumerate(heights):
-        blocks.append([height - i * gap])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    top = max(0.0, 1 - (len(heights) - 1) * gap)
-    free = [min(max(float(np.mean(block)), 0.0), top) for block in blocks for _ in block]
-    return [round(place + i * gap, 6) for i, place in enumerate(free)]
-
-
-def fitted(text: str, width_pt: float) -> str:
-    """The text, or as much of its beginning as fits, and an ellipsis."""
-    text = text.replace("_", " ")
-    if text_width_pt(text) <= width_pt:
-        return text
-    while text and text_width_pt(text + "…") > width_pt:
-        text = text[:-1].rstrip()
-    return text + "…"
-
-
-@functools.lru_cache(maxsize=4096)
-def text_width_pt(text: str, size: float = TEXT_PT) -> float:
-    """Width of a line of text in points, before anything is drawn."""
-    if not text.strip():
-        return 0.0
-    return (
-        TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"])).get_extents().x1
-    )
-
-
 def line_looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
     """Colour and dash of each name, in order of `sorting_key`; numbers go from dark to light."""
     names = sorted(names, key=sorting_key)
@@ -360,22 +231,21 @@ def sorting_key(name: Any) -> tuple:
 
 
 def varying_axes(table: pd.DataFrame, by: str) -> list[str]:
-    """The axes besides `by` that tell cells apart; that the full set has a fraction of its own does
-    not count."""
+    """The axes besides `by` in which cells differ; the fraction of the full set does not count."""
     subsets = table[table["strategy"] != "full"]
     counted = {a: (subsets if a == "fraction" else table)[a].nunique() for a in AXES}
     return [axis for axis in AXES if axis != by and counted[axis] > 1]
 
 
 def held_axes(table: pd.DataFrame, by: str) -> str:
-    """What all cells have in common, for the title: fraction and objective where they are held."""
+    """What all cells have in common, for the title: objective and fraction."""
     subsets = table[table["strategy"] != "full"]
-    told = []
+    words = []
     for axis, rows in (("objective", table), ("fraction", subsets if len(subsets) else table)):
         if axis != by and rows[axis].nunique() == 1:
-            told.append(value_in_words(rows[axis].iloc[0]))
-            told[-1] += " of the data" if axis == "fraction" else ""
-    return ", ".join(told)
+            value = value_in_words(rows[axis].iloc[0])
+            words.append(f"{value} of the data" if axis == "fraction" else value)
+    return ", ".join(words)
 
 
 def name_of_spread(table: pd.DataFrame) -> str:
@@ -400,7 +270,7 @@ def of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataFr
 
 
 def demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """Refuse a table without rows, or without one of the columns; the error names what lacks."""
+    """Refuse a table without rows, or without one of the columns."""
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(
@@ -410,7 +280,7 @@ def demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
         raise ValueError(f"the table `{what}` has no rows; there is nothing to draw")
 
 
-def _within(
+def within(
     table: pd.DataFrame, columns: Iterable[str], low: float, high: float, hint: str | None = None
 ) -> None:
     """Refuse numbers out of [low, high], as far as rounding to float32 goes. Where there is a hint
@@ -423,41 +293,3 @@ def _within(
                 f"{name} runs from {column.min():g} to {column.max():g}, {int(is_nan.sum())} are "
                 f"NaN; expected numbers in [{low:g}, {high:g}]{hint or ''}"
             )
-
-
-def _heat_map(
-    ax: Axes, values: np.ndarray, colours: str, low: float, high: float, texts: Sequence[str]
-) -> mpl.image.AxesImage:
-    """Cells with a text in each (row by row), black or white after the colour below it."""
-    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-    for (row, column), value in np.ndenumerate(values):
-        if not texts[row * values.shape[1] + column]:
-            continue
-        red, green, blue, _ = image.cmap(image.norm(0 if np.isnan(value) else value))
-        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        ax.text(
-            column, row, texts[row * values.shape[1] + column], ha="center", va="center",
-            fontsize=TEXT_PT, color="white" if dark else BLACK,
-        )  # fmt: skip
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
-    ax.tick_params(length=0)
-    return image
-
-
-def _three_ticks(ax: Axes, top_x: float, top_y: float) -> None:
-    ax.set_xticks((0, top_x / 2, top_x), [f"{tick:g}" for tick in (0, top_x / 2, top_x)])
-    ax.set_yticks((0, top_y / 2, top_y), [f"{tick:g}" for tick in (0, top_y / 2, top_y)])
-
-
-def _thousands(value: float, _: int) -> str:
-    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
-
-
-def _colour_bar(fig: Figure, ax: Axes) -> None:
-    """The colours of correctness, opaque whatever is drawn."""
-    colours = fig.colorbar(
-        ScalarMappable(mpl.colors.Normalize(0, 1), CORRECTNESS), cax=ax, ticks=np.linspace(0, 1, 6)
-    )
-    colours.outline.set_visible(False)
-    colours.set_label("correctness (fraction of epochs)")

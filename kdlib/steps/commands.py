@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import compile_tables, finish
+from kdlib.steps.compare import compile_tables
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import open_student, train_student
 from kdlib.steps.probe import probe_cell
+from kdlib.steps.tables import finish_tables
 from kdlib.steps.teacher import make_one_teacher, make_teacher
 from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
@@ -53,8 +54,8 @@ def probe(study: Study) -> Row:
 
 def compare(study: Study) -> Row:
     """Step 06: its tables; `python -m kdlib figures` draws and writes what follows from them."""
-    made = finish(study, compile_tables(study))
-    return {"n_runs": made["n_runs"], "n_accepted": made["n_accepted"]}
+    evidence = finish_tables(study, "compare", compile_tables(study))
+    return {name: evidence[name] for name in ("n_runs", "n_accepted")}
 
 
 def read_points(lines: Iterable[str], study: Study) -> Iterator[tuple[Cell, int]]:

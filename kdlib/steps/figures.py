@@ -1,11 +1,9 @@
-"""Every figure of a study, from its run records, or from its committed tables.
+"""Every figure of a study, from its run records or from its committed tables.
 
-What the notebooks show and what `make figures` redraws is the same call. Leaves to others: how a
-figure looks (`plots`, `progress`, `maps`), its numbers (`compiling`).
+Notebooks and `make figures` draw by the same calls.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,11 +13,17 @@ from kdlib.cartography.datamap import compute_datamap
 from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.scores import confidence, correctness, variability
 from kdlib.cartography.variants import SAME_NAME
+from kdlib.compare.committed import is_committed
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan, fixed_shards
 from kdlib.plots import theme
+from kdlib.plots.accuracy import (
+    accuracy_by_fraction,
+    accuracy_by_objective,
+    accuracy_by_strategy,
+)
 from kdlib.plots.curves import (
     REFERENCES,
     diagnostics,
@@ -28,22 +32,18 @@ from kdlib.plots.curves import (
     probe_places,
 )
 from kdlib.plots.datamaps import against, datamap, forming
+from kdlib.plots.differences import differences
 from kdlib.plots.images import region_grid, shard_visits
-from kdlib.plots.results import (
-    accuracy_by_fraction,
-    accuracy_by_objective,
-    accuracy_by_strategy,
-    differences,
-)
 from kdlib.plots.scores import detectors, rank_correlations, stability
+from kdlib.plots.theme import WIDE, save_figures
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import open_tables
 from kdlib.steps.datamap import open_datamap
-from kdlib.steps.noise import DETECTORS, _suspects, describe_noise, noise_tables
+from kdlib.steps.noise import DETECTORS, describe_noise, noise_tables, suspects
 from kdlib.steps.recordings import open_log
 from kdlib.steps.scores import describe_scores, score_tables
 from kdlib.study.evaluation import AXES, MEASURES
-from kdlib.study.study import STEPS, Study
+from kdlib.study.study import Study
 
 # Drawn as lines; the tables hold all scores.
 DRAWN = ("confidence", "variability", "aum", "el2n", "grand", "forgetting_events", "dual", "tdds")
@@ -62,30 +62,31 @@ def draw_datamap(study: Study) -> dict[str, Path]:
     table = open_datamap(study, images)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     with theme.style():
-        fig_map = Figure(figsize=(theme.WIDE, 4.6))
+        fig_map = Figure(figsize=(WIDE, 4.6))
         title = f"{study.name}, N = {len(table):,}, E = {log.n_epochs}"
         datamap(fig_map, table, title, class_names=images.train.header["class_names"])
         snapshots = _snapshots(log)
-        fig_forming = Figure(figsize=(theme.WIDE, 2.5 if len(snapshots) <= 3 else 4.5))
+        fig_forming = Figure(figsize=(WIDE, 2.5 if len(snapshots) <= 3 else 4.5))
         forming(fig_forming, snapshots, f"{study.name}, N = {len(table):,}")
-        fig_grid = Figure(figsize=(theme.WIDE, 3.2))
+        fig_grid = Figure(figsize=(WIDE, 3.2))
         region_grid(fig_grid, *_typical_images(images, table))
-    return _save(study, {"datamap": fig_map, "forming": fig_forming, "regions": fig_grid})
+    figures = {"datamap": fig_map, "forming": fig_forming, "regions": fig_grid}
+    return save_figures(figures, study.figures)
 
 
 def _snapshots(log: DynamicsLog) -> dict[int, pd.DataFrame]:
     """The map's coordinates after each of up to six numbers of epochs."""
-    found = {}
+    snapshots = {}
     for epoch in np.unique(np.geomspace(min(2, log.n_epochs), log.n_epochs, 6).round()).astype(int):
         gold_prob, correct = log["gold_prob"][:epoch], log["correct"][:epoch]
-        found[int(epoch)] = pd.DataFrame(
+        snapshots[int(epoch)] = pd.DataFrame(
             {
                 "confidence": confidence(gold_prob),
                 "variability": variability(gold_prob),
                 "correctness": correctness(correct),
             }
         )
-    return found
+    return snapshots
 
 
 def _typical_images(images: Images, table: pd.DataFrame, n: int = 12) -> tuple[dict, dict]:
@@ -123,10 +124,10 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
         f"random, {n_drawn} a pass": random.shard_visits(),
     }
     with theme.style():
-        fig = Figure(figsize=(theme.WIDE, 3.6))
+        fig = Figure(figsize=(WIDE, 3.6))
         title = f"{n_batches:,} batches of {batch_size} from {n_shards} shards of {size:,} images"
         shard_visits(fig, visits, title)
-    return _save(study, {"shard_visits": fig})
+    return save_figures({"shard_visits": fig}, study.figures)
 
 
 def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
@@ -137,50 +138,59 @@ def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
-    accepted = tables["results"][~tables["results"]["refused"]]
-    figures, names = {}, study.axes.objective
-    measure, margin = MEASURES[study.compare.measure], study.compare.margin
-    kinds = {"differences": "strategies", "objective_differences": "objectives",
-             "control_differences": "controls"}  # fmt: skip
     with theme.style():
-        figures["accuracy"] = Figure(figsize=(theme.WIDE, 4.4))
-        if len(names) <= len(theme.OBJECTIVES) and set(accepted["strategy"]) != {"full"}:
-            accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"], measure)
-        else:
-            accuracy_by_objective(figures["accuracy"], accepted, names, measure)
-            if "objectives" in tables:
-                kinds = {"differences": "objectives", "control_differences": "controls"}
-        for name, kind in kinds.items():
-            if len(tables.get(kind, ())):
-                figures[name] = Figure(figsize=(theme.WIDE, 5.0))
-                differences(figures[name], _in_order(study, tables[kind]), margin)
-        subsets = accepted[accepted["strategy"] != "full"]
-        if subsets["fraction"].nunique() >= 3 and subsets["strategy"].nunique() <= MOST_LINES:
-            figures["fractions"] = Figure(figsize=(theme.WIDE, 3.2))
-            accuracy_by_fraction(figures["fractions"], accepted, measure)
-        figures["curves"] = Figure(figsize=(theme.WIDE, 3.4))
+        figures = _result_figures(study, tables)
+        figures["curves"] = Figure(figsize=(WIDE, 3.4))
         rows, by = _shown_curves(study, _common(study, tables["curves"], ["objective"]))
         learning_curves_by_student(figures["curves"], rows, by)
-        probed = _judged(tables["probes"], tables["results"])
-        probed = _common(study, probed, ["objective", "probe"])
-        # lines are strategies, or, where nothing but the full set is probed, objectives
-        several = probed[~probed["strategy"].isin(REFERENCES)]["strategy"].nunique() > 1
-        panels = list(probed.groupby(["student", "objective"][: 1 + several], sort=False))
-        figures["probes"] = Figure(figsize=(theme.WIDE, 0.6 + 2.8 * len(panels)))
-        axs = figures["probes"].subplots(len(panels), 2, squeeze=False)
-        for (i, j), ax in np.ndenumerate(axs):
-            (student, *_), rows = panels[i]
-            probe_curves(ax, rows, probe=("linear", "knn")[j])
-            if probed["student"].nunique() > 1:
-                title = f"{theme.in_words(student)}\n{ax.get_title(loc='left')}"
-                ax.set_title(title, fontsize=theme.TEXT_PT)
-        figures["diagnostics"] = Figure(figsize=(theme.WIDE, 4.2))
-        first = probed["student"] == probed["student"].iloc[0]
-        diagnostics(figures["diagnostics"], probed[first])
-        if len(probed[["on", "layer"]].drop_duplicates()) > 1:
-            figures["places"] = Figure(figsize=(theme.WIDE, 3.0))
-            probe_places(figures["places"], probed)
-    return _save(study, figures)
+        figures |= _probe_figures(study, tables)
+    return save_figures(figures, study.figures)
+
+
+def _result_figures(study: Study, tables: Tables) -> dict[str, Figure]:
+    accepted = tables["results"][~tables["results"]["refused"]]
+    measure, margin = MEASURES[study.compare.measure], study.compare.margin
+    comparisons = {"differences": "strategies", "objective_differences": "objectives",
+                   "control_differences": "controls"}  # fmt: skip
+    names, figures = study.axes.objective, {"accuracy": Figure(figsize=(WIDE, 4.4))}
+    if len(names) <= len(theme.OBJECTIVES) and set(accepted["strategy"]) != {"full"}:
+        accuracy_by_strategy(figures["accuracy"], accepted, tables["strategies"], measure)
+    else:
+        accuracy_by_objective(figures["accuracy"], accepted, names, measure)
+        if "objectives" in tables:
+            comparisons = {"differences": "objectives", "control_differences": "controls"}
+    for name, comparison in comparisons.items():
+        if len(tables.get(comparison, ())):
+            figures[name] = Figure(figsize=(WIDE, 5.0))
+            differences(figures[name], _in_order(study, tables[comparison]), margin)
+    subsets = accepted[accepted["strategy"] != "full"]
+    if subsets["fraction"].nunique() >= 3 and subsets["strategy"].nunique() <= MOST_LINES:
+        figures["fractions"] = Figure(figsize=(WIDE, 3.2))
+        accuracy_by_fraction(figures["fractions"], accepted, measure)
+    return figures
+
+
+def _probe_figures(study: Study, tables: Tables) -> dict[str, Figure]:
+    probed = _accepted_probes(tables["probes"], tables["results"])
+    probed = _common(study, probed, ["objective", "probe"])
+    # lines are strategies, or, where nothing but the full set is probed, objectives
+    several = probed[~probed["strategy"].isin(REFERENCES)]["strategy"].nunique() > 1
+    panels = list(probed.groupby(["student", "objective"][: 1 + several], sort=False))
+    figures = {"probes": Figure(figsize=(WIDE, 0.6 + 2.8 * len(panels)))}
+    axs = figures["probes"].subplots(len(panels), 2, squeeze=False)
+    for (i, j), ax in np.ndenumerate(axs):
+        (student, *_), rows = panels[i]
+        probe_curves(ax, rows, probe=("linear", "knn")[j])
+        if probed["student"].nunique() > 1:
+            title = f"{theme.in_words(student)}\n{ax.get_title(loc='left')}"
+            ax.set_title(title, fontsize=theme.TEXT_PT)
+    figures["diagnostics"] = Figure(figsize=(WIDE, 4.2))
+    first = probed["student"] == probed["student"].iloc[0]
+    diagnostics(figures["diagnostics"], probed[first])
+    if len(probed[["on", "layer"]].drop_duplicates()) > 1:
+        figures["places"] = Figure(figsize=(WIDE, 3.0))
+        probe_places(figures["places"], probed)
+    return figures
 
 
 def _in_order(study: Study, comparison: pd.DataFrame) -> pd.DataFrame:
@@ -189,8 +199,9 @@ def _in_order(study: Study, comparison: pd.DataFrame) -> pd.DataFrame:
     return comparison.iloc[np.argsort(place.to_numpy(), kind="stable")]
 
 
-def _judged(probes: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
-    """Probe rows of accepted runs; a cell of which every run is refused stays, and is called so."""
+def _accepted_probes(probes: pd.DataFrame, results: pd.DataFrame) -> pd.DataFrame:
+    """Probe rows of accepted runs; a cell of which every run is refused stays, with `(refused)` in
+    its name."""
     cell = list(AXES)
     marked = results.assign(lost=results.groupby(cell)["refused"].transform("all"))
     known = marked[[*cell, "seed", "refused", "lost"]]
@@ -222,61 +233,7 @@ def _shown_curves(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     return rows[of_objective & (full | of_subsets)], "strategy"
 
 
-def redraw_comparison(study: Study) -> tuple[dict[str, Path], str]:
-    """Every figure and text of the comparison, from the study's runs, or from its committed tables
-    where the runs are elsewhere.
-
-    Returns: Figure name -> its PNG, and what they were drawn from.
-    Raises: As `open_tables`.
-    """
-    tables, origin = open_tables(study)
-    drawn = draw_comparison(study, tables)
-    summary(study, tables)
-    objective_table(study, tables)
-    comparison_texts(study, tables)
-    ledger_text(study, tables)
-    return drawn, origin
-
-
-def drawable(study: Study) -> bool:
-    made = [study.runs / step / "evidence.json" for step in ("compare", *STEPS)]
-    return _committed(study) or any(path.is_file() for path in made)
-
-
-def redraw(study: Study) -> None:
-    """Redraw what a study has records or committed tables of; say what it lacks."""
-    drawn, missing = {}, []
-    made = [(study.runs / step / "evidence.json").is_file() for step in STEPS]
-    if any(made[:2]):  # of the recordings
-        drawn |= redraw_scores(study, open_images(study))
-    if not drawn or (study.runs / "compare" / "evidence.json").is_file() or _committed(study):
-        of_comparison, origin = redraw_comparison(study)
-        drawn |= of_comparison
-        if study.shares is None:  # else step 01 is the other study's, and its figure
-            drawn |= draw_shard_visits(study)
-        print(f"{study.name}: the comparison is drawn from {origin}")
-        if (study.runs / "datamap" / "evidence.json").is_file():
-            drawn |= draw_datamap(study)
-        elif study.shares is None:  # else they are the other study's
-            missing += ["datamap", "forming", "regions"]
-    print(f"{', '.join(drawn)} drawn in {study.figures}")
-    if study.recordings is not None and not made[0]:
-        missing.append("those of notebook 07")
-    if study.recordings is not None and study.data.relabel is not None and not made[1]:
-        missing.append("those of notebook 08")
-    if missing:
-        print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
-
-
-def _committed(study: Study) -> bool:
-    return (study.figures / "tables").is_dir()
-
-
-def _save(study: Study, figures: dict[str, Figure]) -> dict[str, Path]:
-    return {n: theme.save_figure(figure, study.figures, n)[1] for n, figure in figures.items()}
-
-
-def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
+def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Path]:
     """Draw `same_name`, `stability` and, with two models, `map_against`.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
@@ -284,35 +241,35 @@ def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
     matrix, models = tables["correlations"], list(study.recordings.models)
     groups = {}
     for name, others in SAME_NAME.items():
-        there = [n for n in (name, *others) if n in matrix and not matrix[n].isna().all()]
-        if len(there) > 1:
-            groups[theme.in_words(name)] = there
+        same = [n for n in (name, *others) if n in matrix and not matrix[n].isna().all()]
+        if len(same) > 1:
+            groups[theme.in_words(name)] = same
     shown = [name for group in groups.values() for name in group]
     figures = {}
     with theme.style():
         if shown:  # at least one name with a variant that is not constant
-            figures["same_name"] = Figure(figsize=(theme.WIDE, 5.2))
+            figures["same_name"] = Figure(figsize=(WIDE, 5.2))
             axis = figures["same_name"].subplots()
             rank_correlations(axis, matrix.loc[shown, shown], groups)
-        figures["stability"] = Figure(figsize=(theme.WIDE, 3.4))
+        figures["stability"] = Figure(figsize=(WIDE, 3.4))
         rows = tables["stability"]
         rows = rows[(rows["model"] == models[0]) & rows["score"].isin(DRAWN)]
         stability(figures["stability"].subplots(), rows)
         if len(models) > 1:
-            figures["map_against"] = Figure(figsize=(theme.WIDE, 2.55))
+            figures["map_against"] = Figure(figsize=(WIDE, 2.55))
             part = f"seed={study.recordings.seeds[0]}"
-            pair = [_map(study, images, model, part) for model in models[:2]]
+            pair = [_recorded_map(study, images, model, part) for model in models[:2]]
             title = f"{study.name}, {part.replace('=', ' ')}, N = {len(pair[0]):,}"
             against(figures["map_against"], *pair, tuple(models[:2]), title)
-    return _save(study, figures)
+    return save_figures(figures, study.figures)
 
 
-def _map(study: Study, images: Images, model: str, part: str) -> pd.DataFrame:
+def _recorded_map(study: Study, images: Images, model: str, part: str) -> pd.DataFrame:
     log = open_log(study, images, model, part)
     return compute_datamap(log, el2n_epoch=study.dynamics.el2n_epoch, window=study.dynamics.window)
 
 
-def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
+def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Path]:
     """Draw `detectors` and `suspects`, the images whose labels AUM suspects most.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
@@ -323,29 +280,87 @@ def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Any]:
     counts = tables["labels"].iloc[0]
     figures = {}
     with theme.style():
-        figures["detectors"] = Figure(figsize=(theme.WIDE, 3.0))
+        figures["detectors"] = Figure(figsize=(WIDE, 3.0))
         summary = tables["detectors"][tables["detectors"]["detector"].isin(shown)]
         detectors(
             figures["detectors"], curves, summary, over[over["detector"].isin(shown)],
             noise_rate=counts["wrong"] / counts["n_examples"],
         )  # fmt: skip
-        figures["suspects"] = Figure(figsize=(theme.WIDE, 2.4))
-        region_grid(figures["suspects"], *_suspects(study, images))
-    return _save(study, figures)
+        figures["suspects"] = Figure(figsize=(WIDE, 2.4))
+        region_grid(figures["suspects"], *suspects(study, images))
+    return save_figures(figures, study.figures)
 
 
-def redraw_scores(study: Study, images: Images) -> dict[str, Any]:
-    """Every figure of notebooks 07 and 08, whichever of them is finished, with its text.
+def redraw(study: Study) -> None:
+    """Redraw what a study has records or committed tables of, figures and texts; print what was
+    drawn and what was not.
+
+    Raises: FileNotFoundError where there is neither; ValueError for tables that were changed or
+        belong to other settings.
+    """
+    drawn, missing = redraw_recordings(study), []
+    if not drawn or _is_finished(study, "compare") or is_committed(study):
+        of_comparison, origin = redraw_comparison(study)
+        print(f"{study.name}: the comparison is drawn from {origin}")
+        drawn |= of_comparison
+        if (
+            study.shares is None
+        ):  # else images and datamap, and their figures, are the other study's
+            drawn |= draw_shard_visits(study)
+            if _is_finished(study, "datamap"):
+                drawn |= draw_datamap(study)
+            else:
+                missing += ["datamap", "forming", "regions"]
+    print(f"{', '.join(drawn)} drawn in {study.figures}")
+    if study.recordings is not None and not _is_finished(study, "scores"):
+        missing.append("those of notebook 07")
+    if (
+        study.recordings is not None
+        and study.data.relabel is not None
+        and not _is_finished(study, "noise")
+    ):
+        missing.append("those of notebook 08")
+    if missing:
+        print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
+
+
+def drawable(study: Study) -> bool:
+    """Whether a study has committed tables, or records of a step that draws."""
+    steps = ("compare", "scores", "noise")
+    return is_committed(study) or any(_is_finished(study, step) for step in steps)
+
+
+def redraw_comparison(study: Study) -> tuple[dict[str, Path], str]:
+    """Every figure and text of the comparison, from the study's runs, or from its committed tables
+    where the runs are elsewhere.
+
+    Returns: Figure name -> its PNG, and what they were drawn from.
+    Raises: As `open_tables`.
+    """
+    tables, origin = open_tables(study)
+    drawn = draw_comparison(study, tables)
+    for write in (summary, objective_table, comparison_texts, ledger_text):
+        write(study, tables)
+    return drawn, origin
+
+
+def redraw_recordings(study: Study) -> dict[str, Path]:
+    """Every figure and text of notebooks 07 and 08, of those that are finished.
 
     Raises: FileNotFoundError and ValueError for recordings that are gone or of another study.
     """
-    drawn: dict[str, Any] = {}
+    drawn: dict[str, Path] = {}
     for step, compute, draw, describe in (
         ("scores", score_tables, draw_scores, describe_scores),
         ("noise", noise_tables, draw_noise, describe_noise),
     ):
-        if (study.runs / step / "evidence.json").is_file():
+        if _is_finished(study, step):
+            images = open_images(study)
             tables = compute(study, images)
             drawn |= draw(study, images, tables)
             describe(study, tables)
     return drawn
+
+
+def _is_finished(study: Study, step: str) -> bool:
+    return (study.runs / step / "evidence.json").is_file()

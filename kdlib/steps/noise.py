@@ -6,9 +6,11 @@ import pandas as pd
 from kdlib.cartography import label_noise
 from kdlib.cartography.scores import aum
 from kdlib.compare.comparisons import Tables
+from kdlib.compare.text import table, write_text
 from kdlib.dataset.images import Images
 from kdlib.steps.recordings import open_held_out, open_log, threshold_samples
-from kdlib.steps.scores import _tell, _write, recorded_scores
+from kdlib.steps.scores import recorded_scores
+from kdlib.steps.tables import write_tables
 from kdlib.study.base import StudyError
 from kdlib.study.selections import DIFFICULTY
 from kdlib.study.study import Study
@@ -21,8 +23,8 @@ def noise_tables(study: Study, images: Images) -> Tables:
 
     Returns: `detectors`, AUROC and average precision of each (mean and extremes over seeds, one
         value of what comes from cross-validation); `curves` of the first seed; `over_epochs`, AUROC
-        against epochs recorded (mean over seeds); `rules`, what rules with a threshold of their own
-        flag.
+        against epochs recorded (mean over seeds); `rules`, what rules with a threshold flag;
+        `labels`, how many are wrong.
     Raises: StudyError when the study's labels are those of its source.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
@@ -53,7 +55,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
 
     for name, sign in DIFFICULTY.items():
         if sign and name in next(iter(scores.values())):
-            add(name, [sign * table[name].to_numpy(np.float64) for table in scores.values()])
+            add(name, [sign * of_run[name].to_numpy(np.float64) for of_run in scores.values()])
     rules = {}
     if study.recordings.folds:
         probs = open_held_out(study, images).to_numpy()
@@ -77,7 +79,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
         ),
         "labels": pd.DataFrame({"wrong": [int(wrong.sum())], "n_examples": [len(wrong)]}),
     }  # fmt: skip
-    return _write(study, "noise", tables)
+    return write_tables(study, "noise", tables)
 
 
 def _below_threshold(study: Study, images: Images) -> np.ndarray:
@@ -91,7 +93,7 @@ def _below_threshold(study: Study, images: Images) -> np.ndarray:
     return label_noise.below_threshold_samples(tuple(margins), tuple(pretending))
 
 
-def _suspects(study: Study, images: Images, n: int = 12) -> tuple[dict, dict]:
+def suspects(study: Study, images: Images, n: int = 12) -> tuple[dict, dict]:
     """The lowest AUM (mean over seeds) among wrong and among right labels, with captions."""
     ids = images.train_ids
     model, seeds = next(iter(study.recordings.models)), study.recordings.seeds
@@ -109,29 +111,28 @@ def _suspects(study: Study, images: Images, n: int = 12) -> tuple[dict, dict]:
 
 
 def describe_noise(study: Study, tables: Tables) -> str:
-    """What the noise tables say, as Markdown; also written to the figures folder."""
+    """The noise tables in words, as Markdown; also written to the figures folder."""
     counts = tables["labels"].iloc[0]
+    rows = []
+    for row in tables["detectors"].to_dict("records"):
+        extremes = f" ({row['low']:.3f} to {row['high']:.3f})" if row["n_runs"] > 1 else ""
+        auroc, precision = f"{row['auroc']:.3f}{extremes}", f"{row['average_precision']:.3f}"
+        rows.append((row["detector"], auroc, precision, row["n_runs"]))
     lines = [
         f"# {study.name}: which scores find wrong labels",
         "",
         f"{counts['wrong']:,} of {counts['n_examples']:,} training labels differ from those of the "
         f"source ({counts['wrong'] / counts['n_examples']:.1%}). AUROC: mean (extremes) over runs; "
-        "0.5 is chance. Held-out scores and cleanlab judge each image by a network that has not "
-        "learnt it.",
+        "0.5 is chance. Held-out scores and cleanlab judge each image by a network that was not "
+        "trained on it.",
         "",
-        "| detector | AUROC | average precision | runs |",
-        "| --- | --- | ---: | ---: |",
+        table(("detector", "AUROC", "average precision", "runs"), rows, "llrr"),
     ]
-    for row in tables["detectors"].to_dict("records"):
-        spread = f" ({row['low']:.3f} to {row['high']:.3f})" if row["n_runs"] > 1 else ""
-        lines.append(
-            f"| {row['detector']} | {row['auroc']:.3f}{spread} | {row['average_precision']:.3f} "
-            f"| {row['n_runs']} |"
-        )
     if len(tables["rules"]):
-        lines += ["", "| rule with a threshold | flagged | precision | recall |",
-                  "| --- | ---: | ---: | ---: |"]  # fmt: skip
-        for row in tables["rules"].to_dict("records"):
-            lines.append(f"| {row['rule']} | {row['flagged']:,} | {row['precision']:.3f} "
-                         f"| {row['recall']:.3f} |")  # fmt: skip
-    return _tell(study, "noise", lines)
+        rows = [
+            (row["rule"], f"{row['flagged']:,}", f"{row['precision']:.3f}", f"{row['recall']:.3f}")
+            for row in tables["rules"].to_dict("records")
+        ]
+        head = ("rule with a threshold", "flagged", "precision", "recall")
+        lines += ["", table(head, rows, "lrrr")]
+    return write_text(study, "noise.md", lines)

@@ -1,11 +1,6 @@
-"""What a study's recordings say about its scores: tables and figures of notebooks 07 and 08.
-
-Leaves to others: the recordings, what agreement and detection mean (agreement, noise), drawing
-(maps).
-"""
+"""Step 07: how far scores agree between scores, runs and models, from a study's recordings."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +15,10 @@ from kdlib.cartography.agreement import (
 from kdlib.cartography.datamap import compute_datamap
 from kdlib.cartography.variants import SAME_NAME, variants
 from kdlib.compare.comparisons import Tables
+from kdlib.compare.text import table, write_text
 from kdlib.dataset.images import Images
-from kdlib.repro import files
-from kdlib.repro.run import Run
 from kdlib.steps.recordings import open_gradients, open_log
+from kdlib.steps.tables import write_tables
 from kdlib.study.selections import SCORES
 from kdlib.study.study import Study
 
@@ -41,27 +36,27 @@ def recorded_scores(
     Raises: FileNotFoundError for a recording that is not finished.
     """
     window, epoch = study.dynamics.window, study.dynamics.el2n_epoch
-    found: dict[str, dict[int, pd.DataFrame]] = {}
+    scores: dict[str, dict[int, pd.DataFrame]] = {}
     for model in study.recordings.models if models is None else models:
         for seed in study.recordings.seeds:
             log = open_log(study, images, model, f"seed={seed}")
-            table = compute_datamap(log, el2n_epoch=epoch, window=window)
-            table = table.join(variants(log, window=window))
+            of_run = compute_datamap(log, el2n_epoch=epoch, window=window)
+            of_run = of_run.join(variants(log, window=window))
             gradients = open_gradients(study, model, f"seed={seed}")
             if gradients is not None:
-                table = table.join(gradients)
-            found.setdefault(model, {})[seed] = table
-    return found
+                of_run = of_run.join(gradients)
+            scores.setdefault(model, {})[seed] = of_run
+    return scores
 
 
 def _of_each(tables: dict[int, pd.DataFrame], score: str) -> np.ndarray:
     """One score in every run, (R, N)."""
-    return np.stack([table[score].to_numpy(np.float64) for table in tables.values()])
+    return np.stack([of_run[score].to_numpy(np.float64) for of_run in tables.values()])
 
 
-def _scores_of(table: pd.DataFrame) -> list[str]:
+def _scores_of(of_run: pd.DataFrame) -> list[str]:
     others = [name for names in SAME_NAME.values() for name in names if name not in SCORES]
-    return [name for name in (*SCORES, *others) if name in table]
+    return [name for name in (*SCORES, *others) if name in of_run]
 
 
 def score_tables(study: Study, images: Images) -> Tables:
@@ -74,16 +69,16 @@ def score_tables(study: Study, images: Images) -> Tables:
     scores = recorded_scores(study, images)
     first = next(iter(scores.values()))
     names = _scores_of(next(iter(first.values())))
-    matrices = [rank_correlations(table[names]) for table in first.values()]
+    matrices = [rank_correlations(of_run[names]) for of_run in first.values()]
     tables = {"correlations": sum(matrices) / len(matrices)}
     per_run, per_n = [], []
     for model, of_model in scores.items():
         for name in _scores_of(next(iter(of_model.values()))):
             values, row = _of_each(of_model, name), {"model": model, "score": name}
-            found = between_runs(values)
-            needed = runs_needed(found["correlation"], TARGET)
-            per_run.append(row | found | {"runs_needed": needed, "n_runs": len(values)})
-            if not np.isnan(found["correlation"]):
+            agreement = between_runs(values)
+            needed = runs_needed(agreement["correlation"], TARGET)
+            per_run.append(row | agreement | {"runs_needed": needed, "n_runs": len(values)})
+            if not np.isnan(agreement["correlation"]):
                 per_n += [row | r for r in stability(values).to_dict("records")]
     tables["runs"], tables["stability"] = pd.DataFrame(per_run), pd.DataFrame(per_n)
     between = []
@@ -96,13 +91,25 @@ def score_tables(study: Study, images: Images) -> Tables:
                 row = {"model": one, "other": other, "score": name}
                 between.append(row | {"correlation": spearman(*means)})
     tables["models"] = pd.DataFrame(between, columns=["model", "other", "score", "correlation"])
-    return _write(study, "scores", tables)
+    return write_tables(study, "scores", tables)
 
 
 def describe_scores(study: Study, tables: Tables) -> str:
-    """What the score tables say, as Markdown; also written to the figures folder."""
+    """The score tables in words, as Markdown; also written to the figures folder."""
     first = next(iter(study.recordings.models))
     between, matrix = tables["models"], tables["correlations"]
+    rows = []
+    for row in tables["runs"].query("model == @first").to_dict("records"):
+        others = between[between["score"] == row["score"]]
+        other = ", ".join(f"{r.other} {r.correlation:.2f}" for r in others.itertuples()) or "-"
+        cells = (
+            f"{row['correlation']:.2f} ({row['low']:.2f} to {row['high']:.2f})",
+            f"{row['runs_needed']:g}", other,
+        )  # fmt: skip
+        if np.isnan(row["correlation"]):
+            cells = ("the same for every example, in one run at least", "-", "-")
+        rows.append((row["score"], *cells))
+    head = ("score", f"two runs, {first}", f"runs for {TARGET}", "other model")
     lines = [
         f"# {study.name}: how far a score can be trusted",
         "",
@@ -111,47 +118,14 @@ def describe_scores(study: Study, tables: Tables) -> str:
         "such averages agree that far, by the Spearman-Brown formula. *Other model*: the averages "
         "over seeds of two architectures.",
         "",
-        f"| score | two runs, {first} | runs for {TARGET} | other model |",
-        "| --- | --- | ---: | --- |",
+        table(head, rows, "llrl"),
+        "",
+        "## Same name, different score",
+        "",
     ]
-    for row in tables["runs"].query("model == @first").to_dict("records"):
-        others = between[between["score"] == row["score"]]
-        told = ", ".join(f"{r.other} {r.correlation:.2f}" for r in others.itertuples()) or "-"
-        if np.isnan(row["correlation"]):
-            lines.append(
-                f"| {row['score']} | the same for every example, in one run at least | - | - |"
-            )
-            continue
-        lines.append(
-            f"| {row['score']} | {row['correlation']:.2f} ({row['low']:.2f} to {row['high']:.2f}) "
-            f"| {row['runs_needed']:g} | {told} |"
-        )
-    lines += ["", "## Same name, different score", ""]
     for name, others in SAME_NAME.items():
         for other in others:
             if name in matrix and other in matrix:
                 lines.append(f"- `{other}` goes by the name of `{name}`: "
                              f"Spearman {matrix.loc[name, other]:.2f} in one run.")  # fmt: skip
-    return _tell(study, "scores", lines)
-
-
-def finish(study: Study, step: str, tables: Tables) -> dict[str, Any]:
-    """Mark the step `scores` or `noise` made."""
-    folder = study.runs / step
-    inputs = {name: files.sha256_file(folder / f"{name}.parquet") for name in tables}
-    settings = {"step": study.step_settings(step), "inputs": inputs}
-    files.write_json(folder / "settings.json", settings)
-    return Run(folder, settings).finish({"step": step, "study": study.name})
-
-
-def _write(study: Study, step: str, tables: Tables) -> Tables:
-    for name, table in tables.items():
-        path = study.runs / step / f"{name}.parquet"
-        files.write_atomic(path, lambda f, t=table: t.to_parquet(f))
-    return tables
-
-
-def _tell(study: Study, name: str, lines: list[str]) -> str:
-    text = "\n".join(lines).rstrip() + "\n"
-    files.write_atomic(study.figures / f"{name}.md", lambda file: file.write(text.encode()))
-    return text
+    return write_text(study, "scores.md", lines)

@@ -10,6 +10,15 @@ import yaml
 from tiny import TINY
 
 from kdlib.compare import committed
+from kdlib.compare.committed import (
+    NAMES,
+    _settings,
+    committed_folder,
+    is_committed,
+    read_committed,
+    thin,
+    write_committed,
+)
 from kdlib.repro import files
 from kdlib.repro.tables import read_parquet
 from kdlib.study.load import load_study
@@ -63,15 +72,15 @@ def records(n_strategies=3, n_steps=100, objectives=("kd", "plain"), students=("
 
 def test_what_is_written_is_what_is_read_and_the_same_bytes_each_time(home):
     study, made = study_with(home), records()
-    written = committed.write(study, made)
-    before = {p.name: p.read_bytes() for p in committed.folder(study).iterdir()}
-    again = committed.read(study)
-    for name in committed.NAMES:
+    written = write_committed(study, made)
+    before = {p.name: p.read_bytes() for p in committed_folder(study).iterdir()}
+    again = read_committed(study)
+    for name in NAMES:
         pd.testing.assert_frame_equal(written[name], again[name])
-        assert len(again[name]) == len(committed.thin(made["curves"]) if name == "curves" else
+        assert len(again[name]) == len(thin(made["curves"]) if name == "curves" else
                                        made[name])  # fmt: skip
-    assert committed.write(study, made).keys() == again.keys()
-    assert {p.name: p.read_bytes() for p in committed.folder(study).iterdir()} == before
+    assert write_committed(study, made).keys() == again.keys()
+    assert {p.name: p.read_bytes() for p in committed_folder(study).iterdir()} == before
     results = again["results"]
     assert results["test_accuracy"].equals(made["results"]["test_accuracy"])  # every digit
     assert results["fraction"].eq(1 / 3).all()
@@ -80,35 +89,35 @@ def test_what_is_written_is_what_is_read_and_the_same_bytes_each_time(home):
     assert results["weights_sha256"].isna().tolist()[:3] == [False, True, False]
 
 
-@pytest.mark.parametrize("name", committed.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_flipped_bit_is_noticed_or_changes_nothing_that_is_read(home, name):
     study = study_with(home)
-    written = committed.write(study, records())
-    path = committed.folder(study) / f"{name}.parquet"
+    written = write_committed(study, records())
+    path = committed_folder(study) / f"{name}.parquet"
     whole = path.read_bytes()
     silent = 0
     for place in np.linspace(4, len(whole) - 1, 40).astype(int):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with contextlib.suppress(ValueError):  # half of the bits are of parquet's own bookkeeping
-            pd.testing.assert_frame_equal(committed.read(study)[name], written[name])
+            pd.testing.assert_frame_equal(read_committed(study)[name], written[name])
             silent += 1
     assert silent < 30
     path.write_bytes(whole[:-200])
     with pytest.raises(ValueError, match="cut or damaged"):
-        committed.read(study)
+        read_committed(study)
 
 
 def test_a_number_changed_by_hand_is_refused(home):
     study = study_with(home)
-    table = committed.write(study, records())["results"]
-    path = committed.folder(study) / "results.parquet"
+    table = write_committed(study, records())["results"]
+    path = committed_folder(study) / "results.parquet"
     table.assign(test_accuracy=0.99).to_parquet(path)
     with pytest.raises(ValueError, match="carries no kdlib metadata"):
-        committed.read(study)
+        read_committed(study)
 
 
 def test_tables_of_other_settings_are_refused_with_the_difference(home):
-    committed.write(study_with(home), records())
+    write_committed(study_with(home), records())
     for changes, line in (
         ({"training__steps": 61}, "training.steps: 60 -> 61"),
         ({"seeds": [0, 1, 2]}, r"seeds: \[0, 1\] -> \[0, 1, 2\]"),
@@ -118,11 +127,11 @@ def test_tables_of_other_settings_are_refused_with_the_difference(home):
           "probe__objective": ["kd", "plain"]}, "compare.measure: accuracy -> linear"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=rf"before the study was changed.*{line}"):
-            committed.read(study_with(home, **changes))
+            read_committed(study_with(home, **changes))
 
 
 def test_what_is_read_after_the_runs_may_change(home):
-    before = committed.write(study_with(home), records())
+    before = write_committed(study_with(home), records())
     for changes in (
         {"compare__margin": 0.05},
         {"compare__objective": "kd"},
@@ -132,12 +141,12 @@ def test_what_is_read_after_the_runs_may_change(home):
         {"tracking__wandb": True},
         {"compute__images": "mapped"},
     ):
-        after = committed.read(study_with(home, **changes))
+        after = read_committed(study_with(home, **changes))
         pd.testing.assert_frame_equal(after["results"], before["results"])
 
 
 def test_a_setting_that_is_newer_than_the_tables_counts_when_the_study_uses_it(home, monkeypatch):
-    whole = committed._settings
+    whole = _settings
 
     def older(study, **options):
         found = whole(study, **options)
@@ -147,32 +156,32 @@ def test_a_setting_that_is_newer_than_the_tables_counts_when_the_study_uses_it(h
 
     with monkeypatch.context() as patch:
         patch.setattr(committed, "_settings", older)
-        committed.write(study_with(home), records())
-    committed.read(study_with(home))
+        write_committed(study_with(home), records())
+    read_committed(study_with(home))
     with pytest.raises(ValueError, match=r"training.ema: \(absent\) -> 0.9"):
-        committed.read(study_with(home, training__ema=0.9))
+        read_committed(study_with(home, training__ema=0.9))
 
 
 def test_a_table_of_another_study_another_name_or_none_is_refused(home):
     study = study_with(home)
-    committed.write(study, records())
-    folder = committed.folder(study)
+    write_committed(study, records())
+    folder = committed_folder(study)
     other = study_with(home, name="other")
-    committed.folder(other).parent.mkdir(parents=True)
-    folder.rename(committed.folder(other))
+    committed_folder(other).parent.mkdir(parents=True)
+    folder.rename(committed_folder(other))
     with pytest.raises(ValueError, match="study: tiny -> other"):
-        committed.read(other)
-    assert not committed.there(study)
-    committed.folder(other).rename(folder)
-    assert committed.there(study)
+        read_committed(other)
+    assert not is_committed(study)
+    committed_folder(other).rename(folder)
+    assert is_committed(study)
     (folder / "probes.parquet").write_bytes((folder / "curves.parquet").read_bytes())
     with pytest.raises(ValueError, match="table: curves -> probes"):
-        committed.read(study)
+        read_committed(study)
     (folder / "probes.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"probes.parquet; run notebooks/06_compare.ipynb"):
-        committed.read(study)
+        read_committed(study)
     with pytest.raises(ValueError, match="tables are"):
-        committed.write(study, {"results": records()["results"]})
+        write_committed(study, {"results": records()["results"]})
 
 
 def test_thinned_curves_keep_their_ends_their_order_and_equal_steps():
@@ -180,7 +189,7 @@ def test_thinned_curves_keep_their_ends_their_order_and_equal_steps():
         curves = records(n_steps=n_steps)["curves"]
         shuffled = curves.sort_values(["step", "seed"], kind="stable")  # runs in turn
         for table in (curves, shuffled):
-            thinned = committed.thin(table)
+            thinned = thin(table)
             steps = thinned.groupby([*AXES, "seed"])["step"].apply(tuple)
             assert steps.nunique() == 1
             found = steps.iloc[0]
@@ -193,7 +202,7 @@ def test_runs_that_stop_at_different_steps_keep_common_ones_and_their_own_last()
     curves = records(n_steps=500)["curves"]
     stops = 250 + 50 * curves["seed"] + 20 * (curves["objective"] == "kd")
     curves = curves[curves["step"] <= stops]
-    kept = committed.thin(curves)
+    kept = thin(curves)
     assert kept.groupby([*AXES, "seed"])["step"].max().tolist() == (
         curves.groupby([*AXES, "seed"])["step"].max().tolist()
     )
@@ -206,15 +215,15 @@ def test_a_study_of_five_hundred_runs_takes_less_than_half_a_megabyte(home):
     made = records(n_strategies=25, objectives=("kd", "plain"), students=("a", "b"), n_seeds=5)
     assert len(made["results"]) == 500
     study = study_with(home)
-    committed.write(study, made)
-    sizes = {p.stem: p.stat().st_size for p in committed.folder(study).iterdir()}
+    write_committed(study, made)
+    sizes = {p.stem: p.stat().st_size for p in committed_folder(study).iterdir()}
     assert sum(sizes.values()) < 500_000, sizes
 
 
 def test_tables_hold_no_code(home):
     study = study_with(home)
-    committed.write(study, records())
-    for path in committed.folder(study).iterdir():
+    write_committed(study, records())
+    for path in committed_folder(study).iterdir():
         assert b"pickle" not in path.read_bytes()
         _, metadata = read_parquet(path, "a test")
         assert metadata["study"] == "tiny"

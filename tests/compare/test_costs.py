@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.compare.costs import ledger, pays_after, to_markdown
+from kdlib.compare.costs import ledger, ledger_markdown, pays_after
 
 
 def runs(strategy, fraction, curve, wall_s, steps=100, seeds=(0, 1), objective="kd"):
@@ -83,7 +83,7 @@ def test_pays_after_is_never_without_a_saving():
 
 def test_the_markdown_says_never_in_words():
     table = of(FULL, EASY, HARD, selection=lambda s, _: 32.0)
-    lines = to_markdown(table.reset_index()).splitlines()
+    lines = ledger_markdown(table.reset_index()).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].endswith("| 50 | 75 | +5 | 32 | 7 students |")
     assert lines[3].endswith("| never | 75 | - | 32 | never |")

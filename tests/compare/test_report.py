@@ -6,8 +6,7 @@ import shutil
 import pytest
 from tiny import forge, tiny_study
 
-from kdlib.compare.report import ledger_text
-from kdlib.compare.report import summary as report_summary
+from kdlib.compare.report import ledger_text, summary
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.steps.compare import compile_tables, results
@@ -25,16 +24,16 @@ def test_no_row_left_is_no_comparison(lab):
 def test_every_row_says_the_command_that_makes_its_cell_again(lab):
     study = tiny_study(lab)
     tables = compile_tables(study)
-    summary = report_summary(study, tables)
-    assert "These runs were made on cpu (" in summary
-    assert "The same kind of processor gives the same bytes" in summary
-    for other, told in (
+    text = summary(study, tables)
+    assert "These runs were made on cpu (" in text
+    assert "The same kind of processor gives the same bytes" in text
+    for other, sentence in (
         ({"portable": True}, "Held to AVX2"),
         ({"device": "cuda"}, "A GPU may sum"),
     ):
         compute = study.compute.model_copy(update=other)
         asked = study.model_copy(update={"compute": compute})
-        assert told in report_summary(asked, tables)
+        assert sentence in summary(asked, tables)
     for name in ("results", "strategies", "objectives"):
         for row in tables[name].to_dict("records"):
             program, notebook, _, *options = shlex.split(row["command"])
@@ -44,7 +43,7 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
             assert load_study(given.pop("study")) == study
             cell = study.cell(**given)
             assert dict(cell.items()) == {axis: row[axis] for axis in dict(cell.items())}
-            assert f"`{row['command']}`" in summary
+            assert f"`{row['command']}`" in text
 
 
 def test_the_ledger_charges_what_the_study_recorded(lab):

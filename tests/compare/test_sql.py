@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from kdlib.compare.sql import query as sql_query
+from kdlib.compare.sql import query
 
 duckdb = pytest.importorskip("duckdb")
 
@@ -35,13 +35,13 @@ def test_finished_runs_are_seen_with_the_axes_of_their_folders(odd):
     run(odd, "other", 0, 0.9)
     run(odd, "other", 1, 0.1, finished=False)
     run(odd / "runs" / "other" / "archive" / "abc", "other", 2, 0.1)
-    found = sql_query("SELECT * FROM metrics WHERE step = 20 ORDER BY study, seed")
-    assert found["study"].tolist() == ["other", "st.u-dy", "st.u-dy"]
-    assert found["validation_accuracy"].tolist() == [0.9, 0.5, 0.7]
-    assert found["fraction"].tolist() == [0.33, 0.33, 1.0]
-    assert found["student"].tolist() == ["8"] * 3  # a name, not a number
-    assert found["seed"].tolist() == [0, 0, 1]
-    assert list(found) == [
+    table = query("SELECT * FROM metrics WHERE step = 20 ORDER BY study, seed")
+    assert table["study"].tolist() == ["other", "st.u-dy", "st.u-dy"]
+    assert table["validation_accuracy"].tolist() == [0.9, 0.5, 0.7]
+    assert table["fraction"].tolist() == [0.33, 0.33, 1.0]
+    assert table["student"].tolist() == ["8"] * 3  # a name, not a number
+    assert table["seed"].tolist() == [0, 0, 1]
+    assert list(table) == [
         "study", "student", "strategy", "fraction", "objective", "seed", "step",
         "validation_accuracy",
     ]  # fmt: skip
@@ -49,9 +49,9 @@ def test_finished_runs_are_seen_with_the_axes_of_their_folders(odd):
 
 def test_values_are_parameters_and_end_no_string(odd):
     run(odd, "study", 0, 0.5)
-    query = "SELECT count(*) AS n FROM metrics WHERE study = ?"
-    assert sql_query(query, ["study"])["n"].item() == 2
-    assert sql_query(query, ["x' OR 'a' = 'a"])["n"].item() == 0
+    text = "SELECT count(*) AS n FROM metrics WHERE study = ?"
+    assert query(text, ["study"])["n"].item() == 2
+    assert query(text, ["x' OR 'a' = 'a"])["n"].item() == 0
 
 
 def test_committed_tables_of_all_studies_are_one_view(odd):
@@ -59,8 +59,8 @@ def test_committed_tables_of_all_studies_are_one_view(odd):
         folder = odd / "figures" / study / "tables"
         folder.mkdir(parents=True)
         pd.DataFrame(columns).to_parquet(folder / "results.parquet")
-    found = sql_query("SELECT study, x, y FROM results ORDER BY study")
-    assert found["study"].tolist() == ["a", "b"]
-    assert found["y"].isna().tolist() == [True, False]
+    table = query("SELECT study, x, y FROM results ORDER BY study")
+    assert table["study"].tolist() == ["a", "b"]
+    assert table["y"].isna().tolist() == [True, False]
     with pytest.raises(duckdb.Error, match="metrics"):
-        sql_query("SELECT * FROM metrics")
+        query("SELECT * FROM metrics")

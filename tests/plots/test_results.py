@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from kdlib.compare.statistics import objective_differences, paired_differences
+from kdlib.compare.differences import objective_differences, paired_differences
 from kdlib.plots import results as results_module
 from kdlib.plots import theme
 from kdlib.plots.curves import DIAGNOSTICS, diagnostics, learning_curves, probe_curves, probe_places

@@ -14,7 +14,7 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import compile_tables, curves, results
 from kdlib.steps.distill import make_subset, student_folder, train_student
-from kdlib.steps.figures import _judged, draw_comparison, redraw_comparison
+from kdlib.steps.figures import _accepted_probes, draw_comparison, redraw_comparison
 from kdlib.steps.probe import open_probes, probe_cell, probe_folder
 
 
@@ -107,7 +107,7 @@ def test_rows_of_another_study_s_making_are_refused(lab, change, told):
     forge(folder, change)
     table = results(study)
     reason = table[table["refused"]]["reason"].item()
-    assert f"made of another study's {told}: run notebook 04 again" in reason
+    assert f"made from another study's {told}: run notebook 04 again" in reason
 
 
 def test_a_missing_run_is_refused_and_named(lab):
@@ -177,11 +177,11 @@ def test_probes_of_refused_runs_are_left_out_or_called_so(lab):
     cell = study.cell(strategy="easy")
     forge(student_folder(study, cell, 0), lambda e: e["budget"]["recorded"].update(steps=9))
     tables = compile_tables(study)
-    shown = _judged(tables["probes"], tables["results"]).query("strategy == 'easy'")
+    shown = _accepted_probes(tables["probes"], tables["results"]).query("strategy == 'easy'")
     assert set(shown["seed"]) == {1}
     forge(student_folder(study, cell, 1), lambda e: e["budget"]["recorded"].update(steps=9))
     tables = compile_tables(study)
-    shown = _judged(tables["probes"], tables["results"])
+    shown = _accepted_probes(tables["probes"], tables["results"])
     assert set(shown["strategy"]) == {"full", "easy_(refused)", "untrained", "teacher"}
     assert len(shown) == len(tables["probes"])
     assert "probes" in draw_comparison(study, tables)

@@ -5,8 +5,9 @@ import shutil
 from tiny import files_below, tiny_study
 
 from kdlib.__main__ import main
-from kdlib.steps.compare import compile_tables, finish
+from kdlib.steps.compare import compile_tables
 from kdlib.steps.figures import draw_datamap, redraw_comparison
+from kdlib.steps.tables import finish_tables
 
 
 def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(lab):
@@ -28,7 +29,7 @@ def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
 ):
     study = tiny_study(lab)
     draw_datamap(study)
-    finish(study, compile_tables(study))
+    finish_tables(study, "compare", compile_tables(study))
     monkeypatch.setattr("sys.argv", ["kdlib", "figures", str(lab / "params" / "tiny.yaml")])
     assert main() == 0
     assert "the comparison is drawn from its runs" in capsys.readouterr().out

@@ -10,9 +10,10 @@ from kdlib.__main__ import main
 from kdlib.cartography.scores import aum
 from kdlib.steps import recordings
 from kdlib.steps.cache import cache_images
-from kdlib.steps.figures import draw_noise, draw_scores, redraw_scores
+from kdlib.steps.figures import draw_noise, draw_scores, redraw_recordings
 from kdlib.steps.noise import describe_noise, noise_tables
-from kdlib.steps.scores import describe_scores, finish, recorded_scores, score_tables
+from kdlib.steps.scores import describe_scores, recorded_scores, score_tables
+from kdlib.steps.tables import finish_tables
 from kdlib.study.base import StudyError
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
@@ -135,12 +136,12 @@ def test_scores_agree_with_themselves_and_the_text_says_how_far(study, made):
     assert runs.loc[("tiny", "aum"), "correlation"] == pytest.approx(expected)
     assert "| aum |" in describe_scores(study, tables)
     drawn = draw_scores(study, made[2], tables)
-    assert redraw_scores(study, made[2]) == {}  # neither notebook has finished
-    finish(study, "scores", tables)
-    finish(study, "noise", noise_tables(study, made[2]))
+    assert redraw_recordings(study) == {}  # neither notebook has finished
+    finish_tables(study, "scores", tables)
+    finish_tables(study, "noise", noise_tables(study, made[2]))
     assert set(drawn) == {"same_name", "stability", "map_against"}
     before = {path: path.read_bytes() for path in drawn.values()}
-    assert set(redraw_scores(study, made[2])) == {*drawn, "detectors", "suspects"}
+    assert set(redraw_recordings(study)) == {*drawn, "detectors", "suspects"}
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

@@ -1,0 +1,183 @@
+"""Where things stand in a figure: panels, legends, labels at the ends of lines, axes of maps."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
+
+from kdlib.plots.theme import BLACK, CORRECTNESS, RC, TEXT_PT, WIDE
+
+TALL = 9.2  # inches: what a page leaves a figure
+
+
+PANELS = 3  # beside each other
+
+
+BESIDE_LABEL = 40  # points that a mark and the gaps around it take in a legend
+
+
+# The end of a line: height in %, label, colour, and last step (None: it runs over the whole axis).
+End = tuple[float, str, str, float | None]
+
+
+def panel_grid(
+    fig: Figure, n_panels: int, n_columns: int, row_in: float, sharey: bool = True
+) -> list[Axes]:
+    """Panels row by row, at most so many beside each other, in a figure as high as they need."""
+    n_rows = -(-n_panels // n_columns)
+    fig.set_figheight(min(n_rows * row_in + 0.75, TALL))
+    axs = fig.subplots(n_rows, n_columns, sharey=sharey, squeeze=False).ravel()
+    for ax in axs[n_panels:]:
+        ax.remove()
+    return list(axs[:n_panels])
+
+
+def name_rows(ax: Axes, names: Sequence[str], below: float) -> None:
+    """Rows from top to bottom with their names, and light lines to read values by."""
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 1 + below, -below)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#DDDDDD", lw=0.5)
+    ax.set_axisbelow(True)
+
+
+def mark(label: str, **look: Any) -> Line2D:
+    return Line2D([], [], label=label, **{"ls": "none", **look})
+
+
+def legend_in_rows(fig: Figure, *rows: Sequence[Line2D], **more: Any) -> int:
+    """One legend below the panels, each group of handles a row, or more where it is too wide;
+    returns how many rows it has."""
+    n = _most_columns(rows)
+    rows = [row[i : i + n] for row in rows for i in range(0, len(row), n)]
+    padded = [[*row, *[mark("")] * (n - len(row))] for row in rows]
+    handles = [handle for column in zip(*padded, strict=True) for handle in column]
+    fig.legend(
+        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5,
+        **more,
+    )  # fmt: skip
+    return len(rows)
+
+
+def _most_columns(rows: Sequence[Sequence[Any]]) -> int:
+    """In how many columns a legend of these rows, wrapped, fits into a wide figure."""
+    for n in range(max(map(len, rows)), 1, -1):
+        widths = np.zeros(n)
+        for row in rows:
+            for i, handle in enumerate(row):
+                widths[i % n] = max(widths[i % n], text_width_pt(handle.get_label()))
+        if widths.sum() + n * BESIDE_LABEL < 72 * WIDE:
+            return n
+    return 1
+
+
+def label_ends(ax: Axes, ends: Sequence[End]) -> None:
+    """Write each label at the right of the axis, level with its line unless another label is there.
+
+    Args:
+        ax: The axis, its limits final.
+        ends: For each line its last height, label, colour and last x (None: the end of the axis).
+    """
+    (first, last), (low, high) = ax.get_xlim(), ax.get_ylim()
+    height_pt = 72 * ax.get_window_extent().height / ax.figure.dpi
+    ends = sorted(ends, key=lambda end: end[0])
+    levels = [(end[0] - low) / (high - low) for end in ends]
+    for (_, label, colour, step), level, place in zip(
+        ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
+    ):
+        start = 1.0 if step is None else (step - first) / (last - first)
+        leader = {"color": colour, "lw": 0.7, "clip_on": False, "transform": ax.transAxes}
+        leader |= {"scalex": False, "scaley": False}
+        if start < 0.98:  # a way to the label that is not taken for a part of the line
+            ax.plot([start, 1.0], [level, level], ls=(0, (0.6, 2.4)), **leader)
+        ax.plot([1.0, 1.02, 1.05], [level, place, place], **leader)
+        ax.text(1.06, place, label, transform=ax.transAxes, va="center_baseline", fontsize=TEXT_PT)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Places for labels in [0, 1], at least `gap` apart and as near to their heights as squares
+    allow.
+
+    Args:
+        heights: Wanted places, ascending.
+        gap: Smallest distance of neighbours; labels that need more room than [0, 1] start at 0.
+
+    Returns: Places, ascending, one per height.
+
+    >>> spread([0.2, 0.5, 0.5], gap=0.1)
+    [0.2, 0.45, 0.55]
+    """
+    blocks: list[list[float]] = []  # pool adjacent violators on what is left without the gaps
+    for i, height in enumerate(heights):
+        blocks.append([height - i * gap])
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    top = max(0.0, 1 - (len(heights) - 1) * gap)
+    free = [min(max(float(np.mean(block)), 0.0), top) for block in blocks for _ in block]
+    return [round(place + i * gap, 6) for i, place in enumerate(free)]
+
+
+def fitted(text: str, width_pt: float) -> str:
+    """The text, or as much of its beginning as fits, and an ellipsis."""
+    text = text.replace("_", " ")
+    if text_width_pt(text) <= width_pt:
+        return text
+    while text and text_width_pt(text + "…") > width_pt:
+        text = text[:-1].rstrip()
+    return text + "…"
+
+
+@functools.lru_cache(maxsize=4096)
+def text_width_pt(text: str, size: float = TEXT_PT) -> float:
+    """Width of a line of text in points, before anything is drawn."""
+    if not text.strip():
+        return 0.0
+    return (
+        TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"])).get_extents().x1
+    )
+
+
+def heat_map(
+    ax: Axes, values: np.ndarray, colours: str, low: float, high: float, texts: Sequence[str]
+) -> mpl.image.AxesImage:
+    """Cells with a text in each (row by row), black or white after the colour below it."""
+    image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
+    for (row, column), value in np.ndenumerate(values):
+        if not texts[row * values.shape[1] + column]:
+            continue
+        red, green, blue, _ = image.cmap(image.norm(0 if np.isnan(value) else value))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        ax.text(
+            column, row, texts[row * values.shape[1] + column], ha="center", va="center",
+            fontsize=TEXT_PT, color="white" if dark else BLACK,
+        )  # fmt: skip
+    for side in ("left", "bottom"):
+        ax.spines[side].set_visible(False)
+    ax.tick_params(length=0)
+    return image
+
+
+def three_ticks(ax: Axes, top_x: float, top_y: float) -> None:
+    ax.set_xticks((0, top_x / 2, top_x), [f"{tick:g}" for tick in (0, top_x / 2, top_x)])
+    ax.set_yticks((0, top_y / 2, top_y), [f"{tick:g}" for tick in (0, top_y / 2, top_y)])
+
+
+def thousands(value: float, _: int) -> str:
+    return f"{value:,.0f}" if value < 10_000 else f"{value / 1000:,.0f}k"
+
+
+def colour_bar(fig: Figure, ax: Axes) -> None:
+    """The colours of correctness, opaque whatever is drawn."""
+    colours = fig.colorbar(
+        ScalarMappable(mpl.colors.Normalize(0, 1), CORRECTNESS), cax=ax, ticks=np.linspace(0, 1, 6)
+    )
+    colours.outline.set_visible(False)
+    colours.set_label("correctness (fraction of epochs)")
