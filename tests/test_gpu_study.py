@@ -14,7 +14,7 @@ import yaml
 from tiny import TINY
 from torch.nn import functional
 
-from kdlib.compare.committed import read
+from kdlib.compare.committed import read_committed
 from kdlib.compare.comparisons import comparisons
 from kdlib.models.networks import build_network
 from kdlib.study.load import load_study
@@ -77,7 +77,7 @@ def test_a_miniature_comes_home_as_tables_of_the_complete_seeds(tmp_path, monkey
     monkeypatch.setenv("KDLIB_HOME", str(home))
     study = load_study("params/dry.yaml")
     assert study.seeds == (0, 1)
-    tables = comparisons(study, read(study))
+    tables = comparisons(study, read_committed(study))
     assert len(tables["results"]) == 12
     assert not tables["results"]["refused"].any()
     assert set(tables["strategies"]["n_seeds"]) == {2}

@@ -1,5 +1,4 @@
-"""Maps show every example, as a point or in a bin, and figures of scores say what they show; both
-are the same files for the same tables."""
+"""Maps show every example, as a point or in a bin, and are the same files for the same tables."""
 
 import numpy as np
 import pandas as pd
@@ -7,15 +6,16 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from plots.example_tables import title_of, words
 
 from kdlib.cartography.datamap import regions
 from kdlib.plots import theme
 from kdlib.plots.datamaps import against, binned, datamap, forming
-from kdlib.plots.scores import detectors, rank_correlations, stability
 
-SCORES = ("confidence", "variability", "aum", "el2n", "grand_last")
-DETECTORS = ("aum", "loss", "cleanlab_self_confidence")
 DENSE = 200_000
+
+
+FIGURES = ("datamap", "classes", "dense", "forming", "against")
 
 
 def trajectories(n=300, n_epochs=10, seed=0):
@@ -54,51 +54,10 @@ def large():
     return map_table(DENSE)
 
 
-def correlations(n=5):
-    rng = np.random.default_rng(1)
-    table = pd.DataFrame(rng.normal(size=(50, 2)) @ rng.normal(size=(2, n)))
-    table.columns = SCORES if n == len(SCORES) else [f"score_{i}" for i in range(n)]
-    return table.corr(method="spearman")
-
-
-def stability_table():
-    rows = [
-        (score, n, 1 - level / n, 1 - 1.2 * level / n, 1 - 0.8 * level / n)
-        for score, level in zip(SCORES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True)
-        for n in (1, 2, 3)
-    ]
-    return pd.DataFrame(rows, columns=["score", "n_runs", "correlation", "low", "high"])
-
-
-def detector_tables(names=DETECTORS):
-    rate = np.linspace(0, 1, 21)
-    curves = pd.concat(
-        pd.DataFrame(
-            {
-                "detector": name,
-                "false_positive_rate": rate,
-                "true_positive_rate": rate ** (0.2 + 0.1 * i),
-                "recall": rate ** (0.2 + 0.1 * i),
-                "precision": 1 - (0.7 + 0.01 * i) * rate,
-            }
-        )
-        for i, name in enumerate(names)
-    )
-    summary = pd.DataFrame(
-        {"detector": names, "auroc": 0.9, "average_precision": np.linspace(0.8, 0.6, len(names))}
-    )
-    epochs = pd.DataFrame(
-        [(n, e, 0.5 + 0.04 * e) for n in names[:2] for e in range(1, 11)],
-        columns=["detector", "epoch", "auroc"],
-    )
-    return curves, summary, epochs
-
-
 def draw(name, large=None):
     """Each figure at its print size."""
-    heights = {"datamap": 4.6, "forming": 2.6, "against": 2.6, "classes": 4.6, "dense": 4.6}
     with theme.style():
-        fig = Figure(figsize=(theme.WIDE, heights.get(name, 3.4)))
+        fig = Figure(figsize=(theme.WIDE, 2.6 if name in ("forming", "against") else 4.6))
         if name == "datamap":
             datamap(fig, map_table(), "digits, N = 300, E = 10")
         elif name == "classes":
@@ -107,31 +66,9 @@ def draw(name, large=None):
             datamap(fig, large, "digits, N = 200,000, E = 10")
         elif name == "forming":
             forming(fig, trajectories(), "digits")
-        elif name == "against":
-            against(fig, map_table(), map_table(seed=1), ("tiny", "wide"), "digits")
-        elif name == "rank_correlations":
-            groups = {"all epochs": SCORES[:3], "early": SCORES[3:]}
-            rank_correlations(fig.subplots(), correlations(), groups)
-        elif name == "stability":
-            stability(fig.subplots(), stability_table())
         else:
-            detectors(fig, *detector_tables(), noise_rate=0.2)
+            against(fig, map_table(), map_table(seed=1), ("tiny", "wide"), "digits")
     return fig
-
-
-FIGURES = (
-    "datamap", "classes", "dense", "forming", "against", "rank_correlations", "stability",
-    "detectors",
-)  # fmt: skip
-
-
-def words(where):
-    return [text.get_text() for text in where.findobj(Text) if text.get_text()]
-
-
-def title_of(ax):
-    """The title, whichever style was on when it was set."""
-    return ax.get_title(loc="left") or ax.get_title()
 
 
 def shown_bins(ax):
@@ -162,9 +99,6 @@ def test_the_same_tables_give_the_same_bytes(name, tmp_path, large):
     second = theme.save_figure(again, tmp_path / "second", name)
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes()
-
-
-# --- the map -------------------------------------------------------------------------------------
 
 
 def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
@@ -316,9 +250,6 @@ def test_missing_columns_and_empty_tables_are_refused_by_name():
         forming(Figure(), {3: map_table().drop(columns="correctness")}, "t")
 
 
-# --- how it forms, map against map ---------------------------------------------------------------
-
-
 def test_a_forming_map_has_a_panel_for_each_number_of_epochs_in_order():
     snapshots = trajectories()
     fig = forming(Figure(), dict(reversed(snapshots.items())), "digits, tiny")
@@ -392,140 +323,3 @@ def test_maps_of_other_examples_are_refused():
         against(Figure(), table, moved, ("a", "b"), "t")
     with pytest.raises(ValueError, match="1 example ids of 'b' are there twice"):
         against(Figure(), table, pd.concat([table, table.iloc[:1]]), ("a", "b"), "t")
-
-
-# --- scores ----------------------------------------------------------------------------------
-
-
-def test_rank_correlations_are_written_below_the_diagonal():
-    matrix = correlations()
-    matrix.iloc[3, 1] = np.nan
-    ax = rank_correlations(Figure().subplots(), matrix)
-    values = matrix.to_numpy()
-    written = [t.get_text() for t in ax.texts]
-    expected = [f"{values[i, j]:.2f}" for i in range(5) for j in range(i)]
-    expected[1 + 2 + 1] = "none"
-    assert written == expected
-    drawn = np.ma.filled(ax.images[0].get_array().astype(float), np.nan)
-    np.testing.assert_allclose(drawn, np.where(np.tri(5, k=-1) > 0, values, np.nan))
-    assert ax.images[0].get_clim() == (-1, 1)
-    names = [theme.in_words(score) for score in SCORES]
-    assert [label.get_text() for label in ax.get_xticklabels()] == names[:-1]
-    assert [label.get_text() for label in ax.get_yticklabels()] == names[1:]
-    assert "Spearman correlation ρ" in words(ax)
-
-
-def test_groups_order_the_scores_and_are_named():
-    matrix = correlations()
-    groups = {"early": ["el2n", "grand_last"], "whole": ["aum", "confidence", "variability"]}
-    ax = rank_correlations(Figure().subplots(), matrix, groups)
-    assert {"early", "whole"} <= set(words(ax))
-    drawn = ax.images[0].get_array()
-    assert drawn[1, 0] == matrix.loc["grand_last", "el2n"]
-    assert drawn[4, 2] == matrix.loc["variability", "aum"]
-    assert len(ax.lines) == 2
-    with pytest.raises(ValueError, match=r"groups and scores differ: \['aum'"):
-        rank_correlations(Figure().subplots(), matrix, {"early": ["el2n", "grand_last"]})
-
-
-def test_many_scores_have_no_numbers_but_the_sign_of_negative_ones():
-    matrix = correlations(21)
-    ax = rank_correlations(Figure().subplots(), matrix)
-    below = matrix.to_numpy()[np.tril_indices(21, -1)]
-    assert [t.get_text() for t in ax.texts] == ["–"] * int((below < -0.05).sum())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda m: m.iloc[:3], "expected the same scores in the same order"),
-        (lambda m: m.iloc[:1, :1], "two or more"),
-        (lambda m: 2 * m, r"confidence runs from .* to 2.*\[-1, 1\]"),
-    ],
-)
-def test_what_is_no_matrix_of_correlations_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        rank_correlations(Figure().subplots(), change(correlations()))
-
-
-def test_stability_has_a_named_line_and_a_range_for_each_score():
-    table = stability_table()
-    ax = stability(Figure().subplots(), table.sample(frac=1, random_state=0))
-    lines = {line.get_label(): line for line in ax.lines if line.get_label() in SCORES}
-    assert set(lines) == set(SCORES)
-    for score, rows in table.groupby("score"):
-        x, y = lines[score].get_data()
-        np.testing.assert_allclose(x, [1, 2, 3], atol=0.2)
-        np.testing.assert_allclose(y, rows["correlation"])
-    ranges = np.concatenate([np.array(c.get_segments())[:, :, 1] for c in ax.collections])
-    np.testing.assert_allclose(
-        sorted(map(tuple, ranges)), sorted(map(tuple, table[["low", "high"]].to_numpy()))
-    )
-    assert {theme.in_words(score) for score in SCORES} <= set(words(ax))
-    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines.values()}) > 3
-    assert ax.get_ylim() == (0.4, 1)
-    low, high = ax.get_xlim()
-    assert low < 1 < 3 < high
-    assert (ax.get_xlabel(), title_of(ax)) == ("runs averaged", "mean and range over draws")
-
-
-def test_stability_refuses_other_rows():
-    table = stability_table()
-    with pytest.raises(ValueError, match="several rows of one score"):
-        stability(Figure().subplots(), pd.concat([table, table]))
-    with pytest.raises(ValueError, match="low <= correlation <= high"):
-        stability(Figure().subplots(), table.assign(low=0.99))
-    with pytest.raises(ValueError, match=r"high runs from 3 to 3.*\[-1, 1\]"):
-        stability(Figure().subplots(), table.assign(high=3.0))
-
-
-def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_dashed():
-    curves, summary, epochs = detector_tables()
-    fig = detectors(Figure(), curves, summary, epochs, noise_rate=0.2)
-    roc, precision, time = fig.axes
-    for i, name in enumerate(DETECTORS):
-        same = [(ax.lines[i].get_color(), str(ax.lines[i].get_linestyle())) for ax in fig.axes]
-        assert len(set(same)) == 1
-        rows = curves[curves["detector"] == name]
-        np.testing.assert_allclose(
-            roc.lines[i].get_xydata(), rows[["false_positive_rate", "true_positive_rate"]]
-        )
-        np.testing.assert_allclose(
-            precision.lines[i].get_xydata(), rows.loc[rows["recall"] > 0, ["recall", "precision"]]
-        )
-    assert len({line.get_color() for line in roc.lines[:3]}) == 3
-    assert len({str(line.get_marker()) for line in time.lines[:2]}) == 2
-    assert roc.lines[2].get_color() == theme.BLACK
-    assert roc.lines[2].is_dashed()
-    assert list(time.lines[2].get_ydata()) == [0.9, 0.9]  # without epochs: a level
-    assert list(precision.lines[3].get_ydata()) == [0.2, 0.2]
-    assert "base rate 20 %" in words(precision)
-    (legend,) = fig.legends
-    assert "AUM (0.900, 0.800)" in words(legend)
-    assert "cleanlab self confidence (0.900, 0.600)" in words(legend)
-    labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in fig.axes]
-    assert labels == [
-        ("false positive rate", "true positive rate"), ("recall", "precision"),
-        ("epochs recorded", "AUROC"),
-    ]  # fmt: skip
-
-
-def test_eight_detectors_have_eight_looks_and_nine_are_refused():
-    names = [f"score_{i}" for i in range(9)]
-    fig = detectors(Figure(), *detector_tables(names[:8]), noise_rate=0.05)
-    lines = fig.axes[0].lines[:8]
-    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines}) == 8
-    with pytest.raises(ValueError, match=r"9 rows .*at most 8 detectors"):
-        detectors(Figure(), *detector_tables(names), noise_rate=0.05)
-
-
-def test_detectors_refuse_unknown_names_and_rates_out_of_range():
-    curves, summary, epochs = detector_tables()
-    with pytest.raises(ValueError, match="expected the same detectors"):
-        detectors(Figure(), curves, summary.iloc[:2], epochs, noise_rate=0.2)
-    with pytest.raises(ValueError, match="precision runs from 2 to 2"):
-        detectors(Figure(), curves.assign(precision=2.0), summary, epochs, noise_rate=0.2)
-    with pytest.raises(ValueError, match="noise_rate is 1; expected a fraction"):
-        detectors(Figure(), curves, summary, epochs, noise_rate=1)
-    with pytest.raises(ValueError, match=r"`over_epochs` lacks the columns \['auroc'\]"):
-        detectors(Figure(), curves, summary, epochs.drop(columns="auroc"), noise_rate=0.2)

@@ -1,0 +1,116 @@
+"""Tables of made-up studies for the tests of figures, and what these tests read off a figure."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from kdlib.compare.differences import paired_differences
+from kdlib.plots import theme
+from kdlib.plots.curves import learning_curves
+from kdlib.study.evaluation import AXES
+
+MARGIN = 0.01
+
+
+ACCURACY = {"full": 0.94, "random": 0.90, "easy": 0.87, "ambiguous_corner": 0.899, "hard": 0.78}
+
+
+def cells(students=("tiny",), objectives=("kd", "plain"), fractions=(0.33, 0.1), n_seeds=5):
+    """One row per run, without what was measured."""
+    subsets = [(s, f) for s in ACCURACY if s != "full" for f in fractions]
+    rows = [
+        (student, strategy, fraction, objective, seed)
+        for student in students
+        for objective in objectives
+        for strategy, fraction in [("full", 1.0), *subsets]
+        for seed in range(n_seeds)
+    ]
+    return pd.DataFrame(rows, columns=[*AXES, "seed"])
+
+
+def result_table(**axes):
+    runs = cells(**axes)
+    noise = np.random.default_rng(1).normal(0, 0.004, len(runs))
+    return runs.assign(
+        test_accuracy=runs["strategy"].map(ACCURACY) + noise,
+        steps=100,
+        samples=1600,
+        unique_examples=(900 * runs["fraction"]).round(),
+        refused=False,
+    )
+
+
+def series(steps, value, **axes):
+    """Every run at every step, accuracy rising from 0.1 with a seeded wobble."""
+    runs = cells(**axes).merge(pd.Series(steps, name="step"), how="cross")
+    noise = np.random.default_rng(2).normal(0, 0.004, len(runs))
+    rise = 1 - np.exp(-runs["step"] / 50)
+    return runs.assign(
+        **{value: 0.1 + (runs["strategy"].map(ACCURACY) - 0.1) * rise + noise * rise}
+    )
+
+
+def curve_table(**axes):
+    axes = {"objectives": ("kd",), "fractions": (0.33,), **axes}
+    return series(range(0, 301, 20), "validation_accuracy", **axes)
+
+
+def probe_table(**axes):
+    axes = {"objectives": ("kd",), "fractions": (0.33,), **axes}
+    table = series([0, 30, 100, 300], "accuracy", **axes)
+    teacher = table.iloc[:1].assign(strategy="teacher", seed=-1, step=-1, accuracy=0.97)
+    untrained = table[table["step"] == 0].assign(strategy="untrained", accuracy=0.1)
+    table = pd.concat([table, teacher, untrained], ignore_index=True)
+    table = table.assign(on="own", layer="features")
+    return pd.concat(
+        [table.assign(probe="linear"), table.assign(probe="knn", accuracy=table["accuracy"] / 2)],
+        ignore_index=True,
+    )
+
+
+def places_table():
+    """Linear probes of two layers on own data, and of the last one on MNIST."""
+    own = probe_table()
+    own = own[own["probe"] == "linear"]
+    stage = own[own["strategy"] != "teacher"].assign(layer="stage1", accuracy=0.2)
+    return pd.concat([own, stage, own.assign(on="mnist", accuracy=0.6)], ignore_index=True)
+
+
+def diagnostics_table():
+    """Diagnostics of features that are isotropic, but for their rank."""
+    table = probe_table()
+    d = 16
+    shape = {"effective_rank": 7.5, "rank_ratio": 0.5, "mean_cosine": 0.01, "unit_variance": 1 / d}
+    shape |= {"alignment": 1.5, "uniformity": -3.0, "uniformity_even": -3.6, "cka_teacher": 0.4}
+    return table.assign(**shape, n_features=d)
+
+
+def compared(results):
+    return paired_differences(results, "random", MARGIN, 0.95)
+
+
+def grid_input(n=4, channels=3, names=("easy", "ambiguous", "hard")):
+    rng = np.random.default_rng(3)
+    images = {r: rng.integers(0, 256, (n, channels, 8, 8), dtype=np.uint8) for r in names}
+    return images, {region: [f"class_{i}" for i in range(n)] for region in names}
+
+
+def words(where):
+    return [text.get_text() for text in where.findobj(Text) if text.get_text()]
+
+
+def title_of(ax):
+    """The title, whichever style was on when it was set."""
+    return ax.get_title(loc="left") or ax.get_title()
+
+
+def axis():
+    return Figure(figsize=(theme.WIDE, 3.4), layout="constrained").subplots()
+
+
+def learning_curves_figure():
+    with theme.style():
+        fig = Figure(figsize=(theme.WIDE, 3.4))
+        learning_curves(fig.subplots(), curve_table())
+    return fig

@@ -1,0 +1,231 @@
+"""Figures of scores show the correlations, ranges and curves of their tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from plots.example_tables import title_of, words
+
+from kdlib.plots import theme
+from kdlib.plots.scores import detectors, rank_correlations, stability
+
+SCORES = ("confidence", "variability", "aum", "el2n", "grand_last")
+
+
+DETECTORS = ("aum", "loss", "cleanlab_self_confidence")
+
+
+FIGURES = ("rank_correlations", "stability", "detectors")
+
+
+def correlations(n=5):
+    rng = np.random.default_rng(1)
+    table = pd.DataFrame(rng.normal(size=(50, 2)) @ rng.normal(size=(2, n)))
+    table.columns = SCORES if n == len(SCORES) else [f"score_{i}" for i in range(n)]
+    return table.corr(method="spearman")
+
+
+def stability_table():
+    rows = [
+        (score, n, 1 - level / n, 1 - 1.2 * level / n, 1 - 0.8 * level / n)
+        for score, level in zip(SCORES, (0.1, 0.2, 0.3, 0.4, 0.5), strict=True)
+        for n in (1, 2, 3)
+    ]
+    return pd.DataFrame(rows, columns=["score", "n_runs", "correlation", "low", "high"])
+
+
+def detector_tables(names=DETECTORS):
+    rate = np.linspace(0, 1, 21)
+    curves = pd.concat(
+        pd.DataFrame(
+            {
+                "detector": name,
+                "false_positive_rate": rate,
+                "true_positive_rate": rate ** (0.2 + 0.1 * i),
+                "recall": rate ** (0.2 + 0.1 * i),
+                "precision": 1 - (0.7 + 0.01 * i) * rate,
+            }
+        )
+        for i, name in enumerate(names)
+    )
+    summary = pd.DataFrame(
+        {"detector": names, "auroc": 0.9, "average_precision": np.linspace(0.8, 0.6, len(names))}
+    )
+    epochs = pd.DataFrame(
+        [(n, e, 0.5 + 0.04 * e) for n in names[:2] for e in range(1, 11)],
+        columns=["detector", "epoch", "auroc"],
+    )
+    return curves, summary, epochs
+
+
+def draw(name):
+    """Each figure at its print size."""
+    with theme.style():
+        fig = Figure(figsize=(theme.WIDE, 3.4))
+        if name == "rank_correlations":
+            groups = {"all epochs": SCORES[:3], "early": SCORES[3:]}
+            rank_correlations(fig.subplots(), correlations(), groups)
+        elif name == "stability":
+            stability(fig.subplots(), stability_table())
+        else:
+            detectors(fig, *detector_tables(), noise_rate=0.2)
+    return fig
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_all_text_is_legible_and_inside_the_figure(name):
+    with theme.style():
+        fig = draw(name)
+        fig.draw_without_rendering()
+        extent = fig.get_tightbbox()  # inches, everything that is drawn
+    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text().strip()]
+    assert len(sizes) > 5
+    assert min(sizes) >= 7
+    assert min(extent.x0, extent.y0) >= 0
+    assert extent.x1 <= fig.get_figwidth()
+    assert extent.y1 <= fig.get_figheight()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_same_tables_give_the_same_bytes(name, tmp_path):
+    again = draw(name)
+    again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
+    first = theme.save_figure(draw(name), tmp_path / "first", name)
+    second = theme.save_figure(again, tmp_path / "second", name)
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_rank_correlations_are_written_below_the_diagonal():
+    matrix = correlations()
+    matrix.iloc[3, 1] = np.nan
+    ax = rank_correlations(Figure().subplots(), matrix)
+    values = matrix.to_numpy()
+    written = [t.get_text() for t in ax.texts]
+    expected = [f"{values[i, j]:.2f}" for i in range(5) for j in range(i)]
+    expected[1 + 2 + 1] = "none"
+    assert written == expected
+    drawn = np.ma.filled(ax.images[0].get_array().astype(float), np.nan)
+    np.testing.assert_allclose(drawn, np.where(np.tri(5, k=-1) > 0, values, np.nan))
+    assert ax.images[0].get_clim() == (-1, 1)
+    names = [theme.in_words(score) for score in SCORES]
+    assert [label.get_text() for label in ax.get_xticklabels()] == names[:-1]
+    assert [label.get_text() for label in ax.get_yticklabels()] == names[1:]
+    assert "Spearman correlation ρ" in words(ax)
+
+
+def test_groups_order_the_scores_and_are_named():
+    matrix = correlations()
+    groups = {"early": ["el2n", "grand_last"], "whole": ["aum", "confidence", "variability"]}
+    ax = rank_correlations(Figure().subplots(), matrix, groups)
+    assert {"early", "whole"} <= set(words(ax))
+    drawn = ax.images[0].get_array()
+    assert drawn[1, 0] == matrix.loc["grand_last", "el2n"]
+    assert drawn[4, 2] == matrix.loc["variability", "aum"]
+    assert len(ax.lines) == 2
+    with pytest.raises(ValueError, match=r"groups and scores differ: \['aum'"):
+        rank_correlations(Figure().subplots(), matrix, {"early": ["el2n", "grand_last"]})
+
+
+def test_many_scores_have_no_numbers_but_the_sign_of_negative_ones():
+    matrix = correlations(21)
+    ax = rank_correlations(Figure().subplots(), matrix)
+    below = matrix.to_numpy()[np.tril_indices(21, -1)]
+    assert [t.get_text() for t in ax.texts] == ["–"] * int((below < -0.05).sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.iloc[:3], "expected the same scores in the same order"),
+        (lambda m: m.iloc[:1, :1], "two or more"),
+        (lambda m: 2 * m, r"confidence runs from .* to 2.*\[-1, 1\]"),
+    ],
+)
+def test_what_is_no_matrix_of_correlations_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        rank_correlations(Figure().subplots(), change(correlations()))
+
+
+def test_stability_has_a_named_line_and_a_range_for_each_score():
+    table = stability_table()
+    ax = stability(Figure().subplots(), table.sample(frac=1, random_state=0))
+    lines = {line.get_label(): line for line in ax.lines if line.get_label() in SCORES}
+    assert set(lines) == set(SCORES)
+    for score, rows in table.groupby("score"):
+        x, y = lines[score].get_data()
+        np.testing.assert_allclose(x, [1, 2, 3], atol=0.2)
+        np.testing.assert_allclose(y, rows["correlation"])
+    ranges = np.concatenate([np.array(c.get_segments())[:, :, 1] for c in ax.collections])
+    np.testing.assert_allclose(
+        sorted(map(tuple, ranges)), sorted(map(tuple, table[["low", "high"]].to_numpy()))
+    )
+    assert {theme.in_words(score) for score in SCORES} <= set(words(ax))
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines.values()}) > 3
+    assert ax.get_ylim() == (0.4, 1)
+    low, high = ax.get_xlim()
+    assert low < 1 < 3 < high
+    assert (ax.get_xlabel(), title_of(ax)) == ("runs averaged", "mean and range over draws")
+
+
+def test_stability_refuses_other_rows():
+    table = stability_table()
+    with pytest.raises(ValueError, match="several rows of one score"):
+        stability(Figure().subplots(), pd.concat([table, table]))
+    with pytest.raises(ValueError, match="low <= correlation <= high"):
+        stability(Figure().subplots(), table.assign(low=0.99))
+    with pytest.raises(ValueError, match=r"high runs from 3 to 3.*\[-1, 1\]"):
+        stability(Figure().subplots(), table.assign(high=3.0))
+
+
+def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_dashed():
+    curves, summary, epochs = detector_tables()
+    fig = detectors(Figure(), curves, summary, epochs, noise_rate=0.2)
+    roc, precision, time = fig.axes
+    for i, name in enumerate(DETECTORS):
+        same = [(ax.lines[i].get_color(), str(ax.lines[i].get_linestyle())) for ax in fig.axes]
+        assert len(set(same)) == 1
+        rows = curves[curves["detector"] == name]
+        np.testing.assert_allclose(
+            roc.lines[i].get_xydata(), rows[["false_positive_rate", "true_positive_rate"]]
+        )
+        np.testing.assert_allclose(
+            precision.lines[i].get_xydata(), rows.loc[rows["recall"] > 0, ["recall", "precision"]]
+        )
+    assert len({line.get_color() for line in roc.lines[:3]}) == 3
+    assert len({str(line.get_marker()) for line in time.lines[:2]}) == 2
+    assert roc.lines[2].get_color() == theme.BLACK
+    assert roc.lines[2].is_dashed()
+    assert list(time.lines[2].get_ydata()) == [0.9, 0.9]  # without epochs: a level
+    assert list(precision.lines[3].get_ydata()) == [0.2, 0.2]
+    assert "base rate 20 %" in words(precision)
+    (legend,) = fig.legends
+    assert "AUM (0.900, 0.800)" in words(legend)
+    assert "cleanlab self confidence (0.900, 0.600)" in words(legend)
+    labels = [(ax.get_xlabel(), ax.get_ylabel()) for ax in fig.axes]
+    assert labels == [
+        ("false positive rate", "true positive rate"), ("recall", "precision"),
+        ("epochs recorded", "AUROC"),
+    ]  # fmt: skip
+
+
+def test_eight_detectors_have_eight_looks_and_nine_are_refused():
+    names = [f"score_{i}" for i in range(9)]
+    fig = detectors(Figure(), *detector_tables(names[:8]), noise_rate=0.05)
+    lines = fig.axes[0].lines[:8]
+    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines}) == 8
+    with pytest.raises(ValueError, match=r"9 rows .*at most 8 detectors"):
+        detectors(Figure(), *detector_tables(names), noise_rate=0.05)
+
+
+def test_detectors_refuse_unknown_names_and_rates_out_of_range():
+    curves, summary, epochs = detector_tables()
+    with pytest.raises(ValueError, match="expected the same detectors"):
+        detectors(Figure(), curves, summary.iloc[:2], epochs, noise_rate=0.2)
+    with pytest.raises(ValueError, match="precision runs from 2 to 2"):
+        detectors(Figure(), curves.assign(precision=2.0), summary, epochs, noise_rate=0.2)
+    with pytest.raises(ValueError, match="noise_rate is 1; expected a fraction"):
+        detectors(Figure(), curves, summary, epochs, noise_rate=1)
+    with pytest.raises(ValueError, match=r"`over_epochs` lacks the columns \['auroc'\]"):
+        detectors(Figure(), curves, summary, epochs.drop(columns="auroc"), noise_rate=0.2)
