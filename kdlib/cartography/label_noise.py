@@ -10,9 +10,8 @@ Pure functions on arrays; areas under curves are those of `sklearn.metrics`.
 import numpy as np
 import pandas as pd
 
+from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
-from kdlib.cartography.scores import aum as scores_aum
-from kdlib.cartography.scores import confidence, el2n, forgetting_events, loss
 from kdlib.study.selections import DIFFICULTY
 
 CURVE_POINTS = 500  # at most, of a curve that is drawn
@@ -66,20 +65,20 @@ def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.D
 
     rows = []
     for epoch in np.unique(np.linspace(1, log.n_epochs, n_points).round().astype(int)).tolist():
-        scores = {
-            "aum": scores_aum(log["margin"][:epoch]),
-            "confidence": confidence(log["gold_prob"][:epoch]),
-            "loss": loss(log["loss"][:epoch]),
-            "el2n": el2n(log["el2n"], epoch=epoch),
-            "forgetting_events": forgetting_events(log["correct"][:epoch]),
+        detectors = {
+            "aum": scores.aum(log["margin"][:epoch]),
+            "confidence": scores.confidence(log["gold_prob"][:epoch]),
+            "loss": scores.loss(log["loss"][:epoch]),
+            "el2n": scores.el2n(log["el2n"], epoch=epoch),
+            "forgetting_events": scores.forgetting_events(log["correct"][:epoch]),
         }
-        for name, score in scores.items():
+        for name, score in detectors.items():
             area = roc_auc_score(wrong, DIFFICULTY[name] * score)
             rows.append({"detector": name, "epoch": epoch, "auroc": area})
     return pd.DataFrame(rows)
 
 
-def judged(flagged: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+def precision_recall(flagged: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     """How right a rule is that flags some labels as wrong, both (N,) bool.
 
     Returns: `flagged`, how many are; `precision` (NaN where none is) and `recall`, in [0, 1].

@@ -74,7 +74,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
         "curves": pd.concat(curves, ignore_index=True),
         "over_epochs": pd.concat(epochs).groupby(["detector", "epoch"], as_index=False).mean(),
         "rules": pd.DataFrame(
-            [{"rule": name} | label_noise.judged(flags, wrong) for name, flags in rules.items()],
+            [{"rule": k} | label_noise.precision_recall(v, wrong) for k, v in rules.items()],
             columns=["rule", "flagged", "precision", "recall"],
         ),
         "labels": pd.DataFrame({"wrong": [int(wrong.sum())], "n_examples": [len(wrong)]}),

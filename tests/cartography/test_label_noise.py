@@ -100,13 +100,13 @@ def test_confident_learning_finds_labels_that_were_turned():
     labels = np.where(wrong, (truth + 1) % 3, truth)
     suspicion, flagged = label_noise.confident_learning(probs, labels)
     assert roc_auc_score(wrong, suspicion) > 0.99
-    judged = label_noise.judged(flagged, wrong)
+    judged = label_noise.precision_recall(flagged, wrong)
     assert judged["flagged"] == flagged.sum()
     assert judged["precision"] > 0.95
     assert judged["recall"] > 0.8
 
 
 def test_flagging_nothing_has_no_precision():
-    judged = label_noise.judged(np.zeros(3, bool), np.array([True, False, False]))
+    judged = label_noise.precision_recall(np.zeros(3, bool), np.array([True, False, False]))
     assert math.isnan(judged["precision"])
     assert judged["recall"] == 0
