@@ -3,9 +3,9 @@
 import itertools
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kdlib.repro.files import nearest
 from kdlib.study.base import StudyError, known
@@ -65,10 +65,16 @@ def probed_cells(study: "Study") -> list[Cell]:
     ]
 
 
-def cell_at(study: "Study", axes: dict[str, Any]) -> Cell:
+def same_subset(study: "Study", cell: Cell) -> list[Cell]:
+    """The cells of one subset: one for each objective of the axis."""
+    return [replace(cell, objective=objective) for objective in study.axes.objective]
+
+
+def cell_at(study: "Study", **axes: str | float) -> Cell:
     """The cell with these axis values; an axis that is not given takes the study's first value.
 
-    Raises: StudyError for an unknown axis or value.
+    Raises: StudyError for an unknown axis or value. A fraction off the study's axis is allowed: it
+        makes a run beside the study's.
     """
     for axis in axes:
         if axis not in AXES:

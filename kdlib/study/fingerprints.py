@@ -91,10 +91,10 @@ def _of_student(study: "Study", dump: dict[str, Any], cell: Cell) -> dict[str, A
     return settings
 
 
-def check_shared(study: "Study", other: "Study") -> None:
-    """Refuse a study that cannot use the images, teacher, recorded dynamics and datamap of another.
+def sharing(study: "Study", other: "Study") -> "Study":
+    """The study with the images, teacher, recorded dynamics and datamap of another one.
 
-    Raises: StudyError with the differences.
+    Raises: StudyError with the differences, where the study asks for something else.
     """
     lines = []
     for step in ("cache", "teacher", "datamap"):
@@ -110,3 +110,6 @@ def check_shared(study: "Study", other: "Study") -> None:
             f"{study.name} cannot share the images, teacher and datamap of {other.name} (there "
             "-> here):\n  " + "\n  ".join(lines)
         )
+    shared = study.model_copy()
+    shared._upstream = other
+    return shared

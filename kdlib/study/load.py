@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
 from kdlib.repro.files import nearest, workspace
@@ -15,7 +16,7 @@ from kdlib.study.base import StudyError
 from kdlib.study.place import study_file
 from kdlib.study.study import Study
 from kdlib.study.user_code import UserCode, pin
-from kdlib.study.yaml_text import MALFORMED, parse_yaml
+from kdlib.study.yaml_text import parse_yaml
 
 _MOST_BYTES = 2**18  # of a study file; the largest here has 3 kB
 _MOST_LINES = 20  # of what is wrong with a study
@@ -116,7 +117,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         if (n_bytes := path.stat().st_size) > _MOST_BYTES:
             raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
         content = parse_yaml(path.read_text(encoding="utf-8"))
-    except MALFORMED as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
     if not isinstance(content, dict):
         raise StudyError(

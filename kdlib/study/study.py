@@ -1,14 +1,14 @@
 """A whole study, its folders, and where it takes what it shares from."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from kdlib.repro.files import workspace
-from kdlib.study import cells, fingerprints
+from kdlib.study import cells as points
+from kdlib.study import fingerprints
 from kdlib.study.base import Distinct, Name, Seed, Settings
-from kdlib.study.cells import Cell
 from kdlib.study.consistency import check
 from kdlib.study.data import Data, cache_folder
 from kdlib.study.evaluation import Axes, Compare, Probe
@@ -57,6 +57,13 @@ class Study(Settings):
     tracking: Tracking = Tracking()
     _upstream: "Study | None" = PrivateAttr(None)
 
+    cells = points.cells
+    cell = points.cell_at
+    same_subset = points.same_subset
+    probed_cells = points.probed_cells
+    step_settings = fingerprints.step_settings
+    sharing = fingerprints.sharing
+
     @model_validator(mode="after")
     def _consistent(self) -> "Study":
         check(self)
@@ -103,16 +110,6 @@ class Study(Settings):
         trainings += [t.training for t in teachers if isinstance(t, TrainedTeacher)]
         return [training for training in trainings if training is not None]
 
-    def sharing(self, other: "Study") -> "Study":
-        """This study with the images, teacher, recorded dynamics and datamap of another one.
-
-        Raises: StudyError with the differences, where this study asks for something else.
-        """
-        fingerprints.check_shared(self, other)
-        shared = self.model_copy()
-        shared._upstream = other
-        return shared
-
     def selection(self, strategy: str) -> Selection:
         """The rule behind a strategy that chooses an exact number of examples.
 
@@ -125,32 +122,3 @@ class Study(Settings):
     def picked(self, strategy: str) -> Path:
         """Where the selection behind a strategy `picked_<name>` was saved."""
         return self.runs / "selections" / f"{strategy.removeprefix(PICKED)}.parquet"
-
-    def cells(self) -> list[Cell]:
-        """All cells, the full set first; beside a picked selection its baseline of equal size."""
-        return cells.cells(self)
-
-    def same_subset(self, cell: Cell) -> list[Cell]:
-        """The cells of one subset: one for each objective of the axis."""
-        return [
-            Cell(cell.student, cell.strategy, cell.fraction, objective)
-            for objective in self.axes.objective
-        ]
-
-    def probed_cells(self) -> list[Cell]:
-        """The cells whose checkpoints are probed."""
-        return cells.probed_cells(self)
-
-    def cell(self, **axes: str | float) -> Cell:
-        """The cell with these axis values; an axis that is not given takes the study's first value.
-
-        Raises: StudyError for an unknown axis or value. A fraction off the study's axis is allowed:
-            it makes a run of its own beside the study's.
-        """
-        return cells.cell_at(self, axes)
-
-    def step_settings(
-        self, step: str, cell: Cell | None = None, teacher: str | None = None
-    ) -> dict[str, Any]:
-        """The settings one step reads itself, as `fingerprints.step_settings` lists them."""
-        return fingerprints.step_settings(self, step, cell, teacher)

@@ -6,12 +6,6 @@ from typing import Any, ClassVar
 
 import yaml
 
-MALFORMED = (  # all but the first are what PyYAML lets through, for `!!int x` or [[[[...
-    yaml.YAMLError, ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError,
-    RecursionError,
-)  # fmt: skip
-
-
 # Types of plain scalars in the core schema of YAML 1.2 (yaml.org/spec/1.2.2, section 10.3.2), and
 # the characters they begin with ("": the empty scalar). PyYAML follows 1.1, which reads 1e-06 as
 # text, 010 as 8, 1:30 as 90 and `no` as false.
@@ -69,7 +63,7 @@ _SafeLoader.add_constructor("tag:yaml.org,2002:int", _SafeLoader.construct_core_
 def parse_yaml(text: str) -> Any:
     """The content of a study file's text: mappings, lists, and scalars of the YAML 1.2 core schema.
 
-    Raises: yaml.YAMLError, and what PyYAML lets through (`MALFORMED`), for text that is not YAML.
+    Raises: yaml.YAMLError, ValueError or RecursionError for text that is not YAML.
 
     >>> parse_yaml("{a: 1e-3, b: 010, c: 0o10, d: 1:30, e: no, f: true, g: ~}")
     {'a': 0.001, 'b': 10, 'c': 8, 'd': '1:30', 'e': 'no', 'f': True, 'g': None}
