@@ -42,7 +42,6 @@ from kdlib.repro import files
 
 WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
 
-
 _TEMPORARY = re.compile(
     r"\.([a-z_]+\d*-(?P<shard>\d+)\.npy|(index|journal)(-\d+-\d+)?\.jsonl?)\.\d+\.tmp"
 )

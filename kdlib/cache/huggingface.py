@@ -17,14 +17,8 @@ from kdlib.repro import files
 from kdlib.study.data import Data, HuggingFace
 
 ASK_TIMEOUT_S = 10  # for the one question that finds a data set's commit
-
-
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
 _UNLABELLED = ", or `labelled: false` for images without labels (study: data.labelled)"
-
-
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 

@@ -16,35 +16,18 @@ import numpy as np
 from kdlib.repro import files
 
 FORMAT = 1
-
-
 _INDEX_NAME = re.compile(r"index(-\d{5,}-\d{5,})?\.json")
-
-
 _COLUMN = re.compile(r"[a-z_]+\d*")  # a file's name begins with it: no path out of the folder
-
-
 _DTYPE = re.compile(r"[<|][biuf]\d")  # of rows; objects would have to be unpickled
-
-
 _MOST_SHARDS = 10**7  # a list of more of them would fill the memory
-
-
 _DISTRUST = "do not trust this folder: delete it and build it again"
-
-
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]  # column -> (dtype, shape of one example's row)
-
-
 Sums = dict[str, str]  # sha256 of each file, by name
-
-
 Entries = dict[int, dict[str, Any]]  # shard -> {"first_id", "n", "sha256": {file name: sum}}
 
 
 class CacheError(ValueError):
-    """A cache that is unfinished, damaged, of another format, or made of other things than asked
-    for."""
+    """A cache that is unfinished, damaged, of another format, or of other images than expected."""
 
 
 def file_name(column: str, shard: int) -> str:
@@ -165,8 +148,8 @@ def read_index(path: Path) -> tuple[dict[str, Any], Entries]:
 
 
 def _checked_entries(path: Path, header: dict[str, Any], shards: list[dict[str, Any]]) -> Entries:
-    """The shards of an index, which may come from elsewhere: it names no file but its own shards,
-    no type that is unpickled, and no more shards than it lists."""
+    """The shards of an index that may be hostile: it must name the files of its shards only, no
+    type that is unpickled, and as many shards as it lists."""
     n_shards, columns = count_shards(header), header["columns"]
     first, stop = part_of(path, n_shards)
     if not 0 <= first < stop <= n_shards <= _MOST_SHARDS or stop - first != len(shards):

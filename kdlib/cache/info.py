@@ -65,7 +65,7 @@ def build(
     there now.
 
     Args:
-        split: None: both, but with `part` the training split alone.
+        split: None: both, or with `part` the training split.
         part: `i/k`; None: of the training split what the study asks for, of the test split all.
         n_workers: As in `build.build_images`.
     """

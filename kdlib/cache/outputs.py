@@ -1,10 +1,8 @@
-"""A teacher's outputs for every example and view, stored once in the shards of `cache` and bound to
-it.
+"""A teacher's stored outputs for every example and view: their form in shards, and their reading.
 
 The stored header names the teacher's weights, the images and the views, so that outputs of another
 teacher, of other images or of other views are refused. Logits are kept whole, or as the k largest
-and the probability mass of the others. Leaves to others: how a teacher is trained (`trainer`) and
-which student reads what (`experiment`).
+and the probability mass of the remaining classes.
 Sources: [Hinton2015] Distilling the Knowledge in a Neural Network, arXiv:1503.02531; [Wu2022]
 TinyViT: Fast Pretraining Distillation, arXiv:2207.10666 (sparse logits of replayed views).
 """
@@ -19,8 +17,6 @@ import torch
 from kdlib.cache.shards import Cache, CacheError
 
 KIND = "teacher_outputs"
-
-
 CLEAN_VIEW = "clean"  # one view per example, without augmentation
 
 
@@ -54,7 +50,7 @@ def decode_logits(columns: Mapping[str, torch.Tensor], n_classes: int) -> torch.
         columns: Rows of the columns that hold logits, without their view axis.
 
     Returns: (B, C) float32. From top-k form, the softmax at temperature 1 gives the stored classes
-        their probabilities and all others together theirs.
+        their probabilities, and all remaining ones together theirs.
     """
     if "logits" in columns:
         return columns["logits"].float()
@@ -92,7 +88,7 @@ def open_outputs(
 
 
 def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
-    """The columns that hold some outputs: logits are whole, or the largest and the others' mass.
+    """The columns that hold some outputs; logits are whole, or the largest and the remaining mass.
 
     Raises: CacheError for an output that was not stored.
     """
@@ -102,8 +98,8 @@ def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
     if missing := [c for c in columns if c not in stored.header["columns"]]:
         raise CacheError(
             f"{stored.folder} holds {', '.join(stored.header['columns'])} of the teacher, and no "
-            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives ask "
-            "for them"
+            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives read "
+            "them"
         )
     return tuple(columns)
 

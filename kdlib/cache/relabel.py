@@ -16,7 +16,7 @@ from kdlib.study.data import Relabel, data_path
 def relabelled(source: Source, relabel: Relabel, limited: bool = False) -> Source:
     """A source whose labels are replaced, the old ones beside them as `original_labels`.
 
-    Whether and how a drawn label changes depends on the seed and the example id alone.
+    Whether and how a label changes is a function of the seed and the example id.
 
     Args:
         limited: The source is the beginning of a split, and a file may have labels for all of it.

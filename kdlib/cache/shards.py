@@ -131,7 +131,7 @@ class Cache:
     def mapped(self, column: str, shard: int) -> torch.Tensor:
         """One shard of one column as a tensor over the mapped file, pages read on demand.
 
-        Writing into it changes a private copy, never the file.
+        Writing into it changes a private copy of the pages.
 
         Raises: CacheError that names the file, when it is cut, damaged or of another layout.
         """

@@ -13,8 +13,6 @@ from kdlib.repro import files
 from kdlib.study.data import Data
 
 SPLITS = ("train", "test")
-
-
 RESIZE_RULE = "largest centred square, bilinear with antialiasing"
 
 
@@ -188,7 +186,7 @@ class _DecodeArrays:
 
 
 def _resize_batch(images: np.ndarray, size: int) -> np.ndarray:
-    """(n, channels, H, W) -> (n, channels, size, size), each channel on its own."""
+    """(n, channels, H, W) -> (n, channels, size, size), each channel by itself."""
     from PIL import Image
 
     resized = np.empty((*images.shape[:2], size, size), np.uint8)

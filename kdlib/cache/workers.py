@@ -104,7 +104,7 @@ def finished_shards(
         raise CacheError(
             f"a worker process died while shards {sorted(running.values())} were made, most often "
             "because memory ran out; finished shards are kept: run the same again with fewer "
-            'workers (in a script of your own, under `if __name__ == "__main__":`)'
+            'workers (in a script, under `if __name__ == "__main__":`)'
         ) from None
     except BaseException:
         there.close()  # ends the workers now, whatever they are doing
@@ -124,7 +124,7 @@ def _finished(running: dict[Future, int]) -> Iterator[tuple[int, Sums]]:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Processes started in this block never get Ctrl-C: it is for the builder, which ends them."""
+    """Let processes that are started in this block ignore Ctrl-C: the builder ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -33,8 +33,6 @@ from kdlib.repro.seeds import FACTOR_BITS
 from kdlib.study.training import Augment
 
 _LOCK = threading.Lock()
-
-
 _TAP = 1 << TAP_BITS
 
 

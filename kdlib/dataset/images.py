@@ -1,7 +1,4 @@
-"""Step 01: a study's cached images, their split, and the pixels measured on it.
-
-Leaves to others: files of images (building, cache), who learns from them (experiment).
-"""
+"""A study's cached images, their split into training and validation, and their normalisation."""
 
 from dataclasses import dataclass
 from typing import Any

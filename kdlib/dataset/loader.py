@@ -21,16 +21,14 @@ from kdlib.dataset.rows import Rows, TeacherRows
 from kdlib.dataset.views import apply, draw
 
 READ_AHEAD = 16  # steps whose shards are asked for together
-
-
 ASK_AGAIN = 256  # steps after which a shard may have left the page cache
 
 
 class Loader:
     """Batches of a plan, made when asked for.
 
-    A small thread works ahead where that pays: it makes the next batch while a GPU computes, and
-    asks the disk for the shards of the next batches when pixels are mapped.
+    A thread works ahead where that pays: it makes the next batch while a GPU computes, and reads
+    the shards of the next batches from the disk when pixels are mapped.
     """
 
     def __init__(

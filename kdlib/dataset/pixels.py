@@ -24,7 +24,7 @@ def normalise(
 ) -> torch.Tensor:
     """uint8 pixels to float32 `(pixel / 255 - mean) / std`, per channel.
 
-    A product and a sum, each rounded: never one fused operation, whose bits would be others.
+    A product and a sum, each rounded: one fused operation would give other bits.
 
     Args:
         images: (B, C, H, W) uint8.

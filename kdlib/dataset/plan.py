@@ -1,10 +1,10 @@
-"""Which examples, in which order, at which step: a plan that is a pure function of its seed.
+"""Which examples a run sees, in which order, at which step: a pure function of its seed.
 
 Batches are cut from one endless stream of passes over the training set. Every batch has exactly
 `batch_size` examples, so that a budget of K steps is K * batch_size samples whatever the size of
 the subset, and a budget that ends inside a pass ends inside a permutation of it. Every example of a
 pass is seen once in it. A batch may hold the end of one pass and the start of the next, and of a
-subset smaller than a batch the same example twice. Leaves to others: reading pixels (`loading`).
+subset smaller than a batch the same example twice.
 """
 
 import threading

@@ -3,7 +3,7 @@
 There is no generator whose state would depend on batch size, order, device or resume point: the
 parameters of a view are a hash of what the view is. So a teacher's output for a view can be cached.
 They are drawn on the CPU, and all arithmetic on pixels is that of integers (fixed point), so a
-view is the same to the bit on every device and in the compiled loops of `kdlib.fused`.
+view is the same to the bit on every device and in the compiled loops of `kdlib.dataset.fused`.
 """
 
 import itertools
@@ -16,19 +16,10 @@ from kdlib.repro.seeds import FACTOR_BITS, counter_hash
 from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 
 ONE = 1 << FACTOR_BITS  # a blending factor of 1, and a sixth of a turn of hue
-
-
 TAP_BITS = 11  # bits of a bilinear weight; two of them and a pixel stay below 2**31
-
-
 RED, GREEN, BLUE = 19595, 38470, 7471  # 0.299, 0.587, 0.114 of 2**16, their sum: BT.601 grey
-
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-
-
 _TRIES = 10  # of a random resized crop, before the central one
-
 
 # Streams of the hash. A resized crop's area and ratio take two for each try from _CROP on.
 _FLIP, _X, _Y, _ORDER, _FACTORS, _CROP = 0, 1, 2, 3, 4, 8

@@ -146,14 +146,8 @@ def not_collapsed(evidence: Evidence) -> Check:
 
 
 TEACHER = (teacher_card,)
-
-
 RUN = (budget, coverage, gradient, untouched_test)  # every training
-
-
 STUDENT = (*RUN, pairing, teacher_card)
-
-
 PROBE = (probe_floor, same_weights, not_collapsed)
 
 

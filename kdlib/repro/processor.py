@@ -18,7 +18,6 @@ KERNELS = {  # read when torch computes for the first time
     "MKL_CBWR": "COMPATIBLE",  # matrix products
 }
 
-
 LIBRARIES = {  # read when NumPy is loaded: before a process starts, that is
     "OPENBLAS_CORETYPE": "Haswell",  # matrix products of NumPy and SciPy
     "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",  # exp and log; names of NumPy 2.4

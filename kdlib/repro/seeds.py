@@ -13,7 +13,6 @@ import torch
 
 FACTOR_BITS = 12
 
-
 PURPOSES = (
     "split", "init", "projector", "order", "shards", "augment", "second_view", "subset", "dropout",
     "probe", "bootstrap", "labels", "folds", "threshold", "clusters", "teacher",
