@@ -25,7 +25,7 @@ def write_journal(journal: Path, header: dict[str, Any], done: Mapping[int, Sums
 def append(journal: Path, shard: int, sums: Sums) -> None:
     """Note a finished shard; it is on the disk when this returns."""
     entry = {"shard": shard, "sha256": sums}
-    with open(journal, "a") as log:
+    with files.writing(journal), open(journal, "a") as log:
         log.write(files.canonical_json(entry) + "\n")
         log.flush()
         os.fsync(log.fileno())

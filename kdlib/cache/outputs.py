@@ -98,8 +98,8 @@ def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
     if missing := [c for c in columns if c not in stored.header["columns"]]:
         raise CacheError(
             f"{stored.folder} holds {', '.join(stored.header['columns'])} of the teacher, and no "
-            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives read "
-            "them"
+            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives "
+            "read them"
         )
     return tuple(columns)
 

@@ -45,26 +45,10 @@ class Job:
                     f"column {name} of shard {shard} is {array.dtype} {array.shape}; expected "
                     f"{dtype} {expected}"
                 )
-            array = np.ascontiguousarray(array)
-            with refused_by_disk(self.folder):
-                path = files.write_npy(self.folder / file_name(name, shard), array)
+            path = self.folder / file_name(name, shard)
+            files.write_npy(path, np.ascontiguousarray(array))
             sums[path.name] = files.sha256_file(path)
         return sums
-
-
-@contextlib.contextmanager
-def refused_by_disk(folder: Path) -> Iterator[None]:
-    """Turn the system's refusal to write into a folder into a CacheError."""
-    try:
-        yield
-    except OSError as error:
-        known = isinstance(error, files.DiskError) or error.errno in files.CANNOT_WRITE
-        if isinstance(error, BlockingIOError) or not known:
-            raise
-        raise CacheError(
-            f"cannot write into {folder} ({error.strerror}); finished shards are kept: make room "
-            "or get permission there, and run the same again"
-        ) from error
 
 
 def finished_shards(

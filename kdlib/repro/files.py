@@ -113,6 +113,9 @@ class DiskError(OSError):
     def __str__(self) -> str:
         return self.sentence
 
+    def __reduce__(self) -> tuple:  # a worker process sends it to the one that started it
+        return DiskError, (OSError(self.errno, self.strerror), Path(self.filename))
+
 
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,

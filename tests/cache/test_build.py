@@ -1,5 +1,6 @@
 """`kdlib.cache.build`: parts, processes and interruptions in any order end in the same bytes."""
 
+import fcntl
 import os
 import shutil
 import signal
@@ -19,9 +20,9 @@ from cache.test_shards import COLUMNS, HEADER, SIZE, N, content, make, make_cach
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdlib.cache import part as part_module
 from kdlib.cache import workers
-from kdlib.cache.build import build_images, build_shards, fcntl, repair
-from kdlib.cache.build import shutil as build_shutil
+from kdlib.cache.build import build_images, build_shards, repair
 from kdlib.cache.index import CacheError, part_range
 from kdlib.cache.journal import read_journal
 from kdlib.cache.shards import Cache
@@ -618,7 +619,7 @@ def test_a_full_disk_leaves_an_unfinished_build_and_no_temporary_file(
 
     with monkeypatch.context() as patched:
         patched.setattr(files.np, "save", full)
-        with pytest.raises(CacheError, match=r"cannot write into .*No space left.*make room"):
+        with pytest.raises(files.DiskError, match=r"cannot write .*No space left.*make room"):
             make_cache(tmp_path)
     assert list(tmp_path.glob(".*")) == [tmp_path / ".lock"]
     starts = []
@@ -632,26 +633,25 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from cache.test_shards import make_cache
-from kdlib.cache.index import CacheError
 _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 for limit in sys.argv[3:]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
     try:
         make_cache(Path(sys.argv[1], limit))
-    except CacheError as error:
+    except OSError as error:
         print(error)
 """
 
 
 def test_files_that_the_system_lets_grow_no_further_are_one_sentence(pristine, tmp_path):
     # the journal's header does not fit; the values do not; the journal's third shard does not
-    n_kept = {"100": 0, "220": 0, "700": 2}
+    n_kept, refused = {"100": 0, "220": 0, "700": 2}, ["journal.jsonl", "values-00000.npy"]
     command = [sys.executable, "-c", LIMITED, tmp_path, TESTS, *n_kept]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        f"cannot write into {tmp_path / limit} (File too large); finished shards are kept: make "
+        f"cannot write {tmp_path / limit / name} (File too large); what is finished is kept: make "
         "room or get permission there, and run the same again"
-        for limit in n_kept
+        for limit, name in zip(n_kept, [*refused, "journal.jsonl"], strict=True)
     ], done.stderr
     for limit, n in n_kept.items():
         assert not list((tmp_path / limit).glob(".*.tmp"))
@@ -666,13 +666,13 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_made(tmp_path
     usage = namedtuple("usage", ["total", "used", "free"])
     needed = N * (6 * 4 + 8)
     with monkeypatch.context() as patched:
-        patched.setattr(build_shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
+        patched.setattr(part_module.shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
         with pytest.raises(CacheError, match=r"the 4 shards to be made need 0\.00 GB, .* GB free"):
             make_cache(tmp_path, never)
         assert content(tmp_path) == {}
-        patched.setattr(build_shutil, "disk_usage", lambda _: usage(0, 0, 7 * (6 * 4 + 8)))
+        patched.setattr(part_module.shutil, "disk_usage", lambda _: usage(0, 0, 7 * (6 * 4 + 8)))
         make_cache(tmp_path, part=(2, 2))  # what is needed is the part's alone
-        patched.setattr(build_shutil, "disk_usage", lambda _: usage(0, 0, needed))
+        patched.setattr(part_module.shutil, "disk_usage", lambda _: usage(0, 0, needed))
         make_cache(tmp_path)
 
 
@@ -681,7 +681,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from cache.test_shards import N, Cache, CacheError, make_cache, repair
+from cache.test_shards import N, Cache, make_cache, repair
 if os.getuid() == 0:
     os.setgroups([])
     os.setgid(65534)
@@ -695,7 +695,7 @@ for use in (
 ):
     try:
         use()
-    except CacheError as error:
+    except OSError as error:
         print(error)
 """
 
@@ -720,9 +720,9 @@ def test_a_read_only_folder_is_read_and_verified_but_not_built_into(tmp_path):
     assert done.stdout.splitlines() == [
         *["True 136"] * 2,
         *[
-            f"cannot write into {name} (Permission denied); finished shards are kept: make room or "
-            "get permission there, and run the same again"
-            for name in ("half", "half", "new")
+            f"cannot write {name} (Permission denied); what is finished is kept: make room or get "
+            "permission there, and run the same again"
+            for name in ("half/.lock", "half/.lock", "new/.lock")
         ],
     ], done.stderr
     assert {path.name: content(path) for path in folders[1:]} == before
