@@ -36,8 +36,9 @@ from kdlib.steps.training import CROSS_ENTROPY, training_evidence
 from kdlib.study.models import Model
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Augment, Training
+from kdlib.trainer.distiller import Distiller
 from kdlib.trainer.loop import Trained, train
-from kdlib.trainer.objectives import Distiller, build_distiller, student_outputs, teacher_columns
+from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.step import Task
 
 N_EXAMPLES, N_TEST = 1100, 500  # of larger data, so many: a seeded draw
@@ -205,16 +206,16 @@ class Bench:
         objective: Objective = CROSS_ENTROPY,
         model: Model = STUDENT,
         network: Network | None = None,
-        distiller: Callable[..., Distiller] | None = None,
+        distiller: type[Distiller] | None = None,
         log: DynamicsLog | None = None,
         observed: str = "train",
     ) -> Task:
-        """What is trained on what; `distiller` makes another one of the objective and shapes."""
+        """A network, its loss and its batches; `distiller` replaces the objective's class."""
         network = network or self.network(seed, model)
         reads = teacher_columns(objective, network.n_stages)
         outputs = {"teacher": self.outputs, "reads": reads} if reads else {}
         heard = self.outputs.header["columns"] if reads else {}
-        distiller = (distiller or build_distiller)(
+        built = build_distiller(
             objective,
             network.output_shapes(
                 self.images.image_shape, student_outputs(objective, network.n_stages)
@@ -222,10 +223,11 @@ class Bench:
             {name: tuple(heard[name][1][1:]) for name in reads},
             seed=seed,
             n_examples=len(plan.example_ids),
+            cls=distiller,
         )
         return Task(
             network=network,
-            distiller=distiller,
+            distiller=built,
             pixels=self.images.pixels,
             loader=self.loader(plan, seed, training, **outputs),
             objective=objective,

@@ -23,11 +23,11 @@ from kdlib.probes.diagnostics import collapse
 from kdlib.repro import checks
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import generator, torch_seeded
-from kdlib.study.objectives import Hint, Objective, Tokens
+from kdlib.study.objectives import Hint, Tokens
 from kdlib.study.training import Augment
 from kdlib.trainer.feature_losses import barlow, resized
 from kdlib.trainer.loop import train
-from kdlib.trainer.objectives import Distiller, build_distiller
+from kdlib.trainer.objectives import TokensDistiller
 from kdlib.trainer.step import Learner, Step
 from kdlib.trainer.tracking import Tracker
 
@@ -74,7 +74,7 @@ def stale_features(bench: Bench) -> Exhibit:
     )
 
 
-class _WrongNorms(Distiller):
+class _WrongNorms(TokensDistiller):
     """Compares the squared norms of features that have norm 1."""
 
     def soft_term(self, projected: Any, teacher: Any, labels: Tensor | None = None) -> Tensor:
@@ -83,18 +83,12 @@ class _WrongNorms(Distiller):
         return (norms[0] - norms[1]).square().mean()  # wrong: 1 - 1
 
 
-def _wrong_norms(objective: Objective, *shapes: Any, **options: Any) -> Distiller:
-    made = build_distiller(objective, *shapes, **options)
-    made.__class__ = _WrongNorms
-    return made
-
-
 def norms_of_unit_vectors(bench: Bench) -> Exhibit:
     """A feature loss that is 0 whatever the student does."""
     still = BRIEF.model_copy(update={"weight_decay": 0.0, "epochs": 5})
     fits = [
         bench.student(bench.ids, 0, objective=TOKENS, training=still, distiller=distiller)
-        for distiller in (_wrong_norms, None)
+        for distiller in (_WrongNorms, None)
     ]
     wrong, honest = (fit.evidence for fit in fits)
     return Exhibit(

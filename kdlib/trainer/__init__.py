@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "loop": ["train"],
         "step": ["Task"],
-        "objectives": ["Distiller"],
+        "distiller": ["Distiller"],
         "logit_losses": ["soft_loss", "decoupled"],
         "feature_losses": ["hint", "rkd", "crd"],
     },

@@ -39,8 +39,7 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     with eval_mode(learner):
         images = task.pixels.prepare(loader.raw(chosen))
         parts = [learner(some) for some in images.split(128)]
-    # float64 shows a term that ignores the teacher; a user's code may be written for float32
-    exact = torch.float32 if task.objective.kind == "own" else torch.float64
+    exact = task.distiller.exact  # float64 shows a term that ignores the teacher
     student = {name: torch.cat([p[name] for p in parts]).to(exact) for name in parts[0]}
     terms = {}
     for key, rows in (("paired", teacher), ("permuted", swapped)):

@@ -16,8 +16,9 @@ from kdlib.models.base import Network
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Compute, Training
+from kdlib.trainer.distiller import Distiller
 from kdlib.trainer.distributed import World, distributed, gathered, summed_loss, synchronised
-from kdlib.trainer.objectives import Distiller, student_outputs
+from kdlib.trainer.objectives import student_outputs
 from kdlib.trainer.optimiser import learning_rate, make_optimiser
 
 
@@ -78,7 +79,7 @@ class Learner(nn.Module):
         self.network, self.distiller = network, distiller
         wanted = student_outputs(objective, network.n_stages)
         # gradients of the label loss stop at the features: labels train the last layer only
-        self.apart = objective.kind == "tokens"
+        self.apart = distiller.labels_train_head_only
         self.wanted = tuple(name for name in wanted if not (self.apart and name == "logits"))
 
     def _outputs(self, images: Tensor) -> dict[str, Tensor]:
