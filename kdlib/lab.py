@@ -269,7 +269,7 @@ class Lab:
         """The metrics of runs, one row per evaluation: accuracy and loss by epoch and step.
 
         Args:
-            runs: Rows with a `folder`, as `distill`, `record` and `teacher` return them.
+            runs: Rows with a `folder`, as `distill`, `record` and, of a trained one, `teacher` give.
         """
         return _of_each(runs, read_metrics)
 
