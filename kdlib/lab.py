@@ -269,7 +269,7 @@ class Lab:
         """The metrics of runs, one row per evaluation: accuracy and loss by epoch and step.
 
         Args:
-            runs: Rows with a `folder`, as `distill`, `record` and, of a trained one, `teacher` give.
+            runs: Rows with a `folder`: of `distill`, `record`, or a `teacher` trained here.
         """
         return _of_each(runs, read_metrics)
 
