@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -128,6 +129,29 @@ def test_the_study_of_the_readme_is_one(tmp_path):
         "alpha": 0.7,
         "temperature": 4.0,
     }
+
+
+def test_the_readme_lists_every_notebook_with_its_question():
+    listed = re.findall(
+        r"^\| \[(\w+)\]\(notebooks/\w+\.ipynb\) \| (.*?) \|", README.read_text(), re.M
+    )
+    titles = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        first = json.loads(path.read_text())["cells"][0]["source"]
+        titles[path.stem] = "".join(first).splitlines()[0].removeprefix("# ")
+    assert dict(listed) == titles
+
+
+def test_the_readme_lists_what_lies_in_the_repository_and_in_kdlib():
+    [listing] = [block for block in code_blocks(README) if "kdlib/\n" in block]
+    top, _, package = listing.partition("kdlib/\n")
+    named = {word.rstrip("/") for word in re.findall(r"(?:^|   )(\w[\w.]*/?)(?= {2,})", top, re.M)}
+    assert {*FOLDERS, "figures", "Snakefile"} == named
+    assert all((ROOT / name).exists() for name in named)
+    named = {line.split()[0].rstrip("/") for line in package.splitlines()}
+    package = ROOT / "kdlib"
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py"}
+    assert named == modules | {path.parent.name for path in package.glob("*/__init__.py")}
 
 
 def test_the_cell_of_the_readme_runs(lab):
