@@ -56,7 +56,7 @@ def _check_probes(study: "Study") -> None:
     for name in probe.strategy:
         known(name, ("full", *axes.strategy), "strategy to probe")
         if name.startswith(PICKED):
-            raise ValueError(f"{name} has a fraction of its own and cannot be probed")
+            raise ValueError(f"{name} has the fraction it was saved with and cannot be probed")
     if probe.fraction not in axes.fraction:
         raise ValueError(f"probe.fraction is {probe.fraction}; expected one of axes.fraction")
     if measure == "accuracy":
@@ -77,7 +77,7 @@ def _check_teachers(study: "Study") -> None:
     if study.teacher.of_subset:
         raise ValueError(
             "the study's teacher learns from all training images; one that learns from the "
-            "subset alone stands under `teachers`"
+            "subset stands under `teachers`"
         )
     if study.recorded_training is None:
         raise ValueError(

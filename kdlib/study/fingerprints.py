@@ -39,7 +39,7 @@ def step_settings(
     Args:
         step: One of `READS`, or distill.
         cell: The cell, for distill.
-        teacher: One of the further teachers, for teacher; None: the study's own.
+        teacher: One of the further teachers, for teacher; None: the study's `teacher`.
     """
     dump = dumped(study)
     if step == "distill":

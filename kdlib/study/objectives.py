@@ -112,9 +112,9 @@ class DKD(Objective):
     standardise: bool = False
     """Bring logits to mean 0 and variance 1 before the temperature."""
     target_weight: NonNegative
-    """Of the gold class against the others."""
+    """Of the gold class against the rest."""
     rest_weight: NonNegative
-    """Among the others."""
+    """Among the other classes."""
 
 
 class DIST(Objective):

@@ -30,11 +30,11 @@ RANKINGS = (  # the first n of one order
     *(f"{s}_{end}" for s in SCORES for end in ("top", "bottom")),
 )
 
-PICKED = "picked_"  # and a name: a selection that was made by hand and saved
+PICKED = "picked_"  # and a name: a selection that was picked by hand and saved
 
 
 class Dynamics(Settings):
-    """Whose training is recorded for the datamap, and how. Without `model` it is the teacher's own
+    """Whose training is recorded for the datamap, and how. Without `model` it is the teacher's
     training."""
 
     observed: Literal["train", "eval"] = "train"
@@ -64,8 +64,8 @@ class Dynamics(Settings):
 
 
 class ExtraRecordings(Settings):
-    """Further recorded trainings of the same images, from labels alone: how far two runs agree on a
-    score, and which scores find wrong labels. Notebooks 07 and 08 read them."""
+    """Further recorded trainings of the same images, from labels without a teacher: how far two
+    runs agree on a score, and which scores find wrong labels. Notebooks 07 and 08 read them."""
 
     models: dict[Name, Model] = Field(min_length=1)
     training: Training | None = None

@@ -33,7 +33,7 @@ class Study(Settings):
     name: Name
     shares: str | None = None
     """Another study's file beside this one, whose images, teacher, recorded dynamics and datamap
-    are used here and not made again; this study must ask for the same."""
+    are used here; this study must ask for the same."""
     data: Data
     teacher: AnyTeacher
     teachers: dict[Name, AnyTeacher] = Field(default_factory=dict)

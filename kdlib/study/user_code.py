@@ -45,21 +45,21 @@ def pin(settings: Pinned, where: str) -> Pinned:
 
     Raises: StudyError for a file that is not there or has another sha256 than is written.
     """
-    path, found = workspace() / settings.code, None
+    path, sha256 = workspace() / settings.code, None
     with contextlib.suppress(OSError, ValueError):  # a name that no file can have
         if path.is_file() and path.stat().st_size <= MOST_BYTES:
-            found = sha256_file(path)
-    if found is None:
+            sha256 = sha256_file(path)
+    if sha256 is None:
         raise StudyError(
             f"{where}.code: no file {str(path)[:500]} that can be read; expected a Python file of "
             f"at most {MOST_BYTES:,} bytes"
         )
-    if settings.code_sha256 not in (None, found):
+    if settings.code_sha256 not in (None, sha256):
         raise StudyError(
-            f"{where}.code: {path} has sha256 {found}; expected {settings.code_sha256}: read what "
+            f"{where}.code: {path} has sha256 {sha256}; expected {settings.code_sha256}: read what "
             "it does now, then write its new sha256, or leave `code_sha256` out"
         )
-    return settings.model_copy(update={"code_sha256": found})
+    return settings.model_copy(update={"code_sha256": sha256})
 
 
 class _Source(importlib.abc.SourceLoader):

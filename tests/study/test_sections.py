@@ -128,7 +128,7 @@ def test_a_probe_is_compared_only_where_every_cell_has_one():
         content = changed(path, value, content)
     study = validated(content)
     assert study.probed_cells() == study.cells()
-    with pytest.raises(ValueError, match="picked_mine has a fraction of its own"):
+    with pytest.raises(ValueError, match="picked_mine has the fraction it was saved with"):
         validated(
             changed(
                 "probe.strategy",
@@ -290,5 +290,5 @@ def test_objectives_off_the_axis_and_picked_selections_cannot_be_probed(write):
         load_study(write(content))
     content = changed("axes.strategy", [*STUDY["axes"]["strategy"], "picked_mine"])
     content["probe"]["strategy"] = ["picked_mine"]
-    with pytest.raises(StudyError, match="picked_mine has a fraction of its own"):
+    with pytest.raises(StudyError, match="picked_mine has the fraction it was saved with"):
         load_study(write(content))
