@@ -17,11 +17,9 @@ from kdlib.dataset.fused import available, deliver
 from kdlib.dataset.memory import SHARE, free_memory
 from kdlib.dataset.pixels import pixel_scale
 from kdlib.dataset.plan import Plan
+from kdlib.dataset.read_ahead import ReadAhead
 from kdlib.dataset.rows import Rows, TeacherRows
 from kdlib.dataset.views import apply, draw
-
-READ_AHEAD = 16  # steps whose shards are asked for together
-ASK_AGAIN = 256  # steps after which a shard may have left the page cache
 
 
 class Loader:
@@ -77,10 +75,10 @@ class Loader:
         ids, columns = plan.example_ids, () if teacher is None else stored_columns(teacher, reads)
         n_bytes = images.row_bytes()["images"]
         n_bytes += sum(teacher.row_bytes()[column] for column in columns)
-        self._fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
+        fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
         self.residence = residence
         if residence == "auto":
-            self.residence = "resident" if self._fits else "mapped"
+            self.residence = "resident" if fits else "mapped"
         resident, self._on_cpu = self.residence == "resident", self.device.type == "cpu"
         self._pixels = Rows(images, "images", ids, self.device, resident)
         self._labels = images.read("labels", ids) if labels is None else np.array(labels, np.int64)
@@ -91,18 +89,17 @@ class Loader:
             self._teacher = TeacherRows(teacher, columns, view, ids, self.device, resident)
         self._share = (rank, world_size)
         self._passes: dict[int, tuple[np.ndarray, ...]] = {}
-        self._thread = None
+        self._thread = self._read_ahead = None
         if not (resident and self._on_cpu):
             self._thread = ThreadPoolExecutor(1, "loader")
+        if not resident:
+            self._read_ahead = ReadAhead(plan, self._pixels, self._share, self._thread, fits)
         # on a CPU a batch is made by the cores that would train meanwhile
         self._works_ahead = not self._on_cpu
         # one set of memory for the batch in use, and one for the next where it is made meanwhile
         self._reuse, self._turn = reuse, 0
         self._buffers: list[dict] = [{}, {}] if self._works_ahead else [{}]
         self._next: tuple[int, Future] | None = None
-        self._reading: Future | None = None
-        self._asked: dict[int, int] = {}  # shard -> step at which it was last asked for
-        self._look = 0  # from this step on it is time to look ahead again
 
     @property
     def has_teacher(self) -> bool:
@@ -126,11 +123,8 @@ class Loader:
         """The batch of one step, on the device."""
         if self._thread is None:
             return self._make(step)
-        if self.residence == "mapped" and step >= self._look:
-            self._look = step + READ_AHEAD
-            if self._reading is not None and self._reading.done():
-                self._reading.result()  # raises what went wrong there
-            self._reading = self._thread.submit(self._read_ahead, step)
+        if self._read_ahead is not None:
+            self._read_ahead.at(step)
         if not self._works_ahead:
             return self._make(step)
         waiting, self._next = self._next, None
@@ -155,17 +149,6 @@ class Loader:
         if self._thread is not None:
             self._thread.shutdown()
         self._thread = self._next = None
-
-    def _read_ahead(self, step: int) -> None:
-        """Bring the shards of the next two stretches of steps into memory."""
-        steps = range(step, min(step + 2 * READ_AHEAD, self.plan.n_steps))
-        positions = np.concatenate([self.plan.at(s, *self._share)[1] for s in steps])
-        for number in np.unique(self._pixels.shard_of[positions]).tolist():
-            if self._asked.get(number, -np.inf) < step - ASK_AGAIN:
-                self._asked[number] = step
-                self._pixels.populate(number)
-        if len(self._asked) == self.plan.n_shards and self._fits:  # all are here, and stay
-            self._look = self.plan.n_steps
 
     def _make(self, step: int) -> Batch:
         pieces = [

@@ -16,7 +16,7 @@ from kdlib.cache.outputs import CLEAN_VIEW
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.cache.sources import array_source
 from kdlib.dataset import loader as loader_module
-from kdlib.dataset import memory
+from kdlib.dataset import memory, read_ahead
 from kdlib.dataset.batch import View
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels, normalise
@@ -136,8 +136,8 @@ def test_a_reused_batch_is_valid_until_the_next_is_asked_for(images):
 
 def test_the_thread_asks_for_each_shard_before_it_is_read_and_ends(images, monkeypatch):
     asked, before = [], threading.active_count()
-    monkeypatch.setattr(loader_module, "READ_AHEAD", 2)
-    monkeypatch.setattr(loader_module, "ASK_AGAIN", 4)
+    monkeypatch.setattr(read_ahead, "READ_AHEAD", 2)
+    monkeypatch.setattr(read_ahead, "ASK_AGAIN", 4)
     populate = Rows.populate
     monkeypatch.setattr(Rows, "populate", lambda rows, n: (asked.append(n), populate(rows, n)))
     loader = Loader(plan_of(order="sequential"), images, view=VIEW, residence="mapped")
@@ -153,11 +153,11 @@ def test_what_goes_wrong_in_the_thread_is_raised_when_it_is_asked_again(images, 
     def failing(rows, number):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(loader_module, "READ_AHEAD", 2)
+    monkeypatch.setattr(read_ahead, "READ_AHEAD", 2)
     monkeypatch.setattr(Rows, "populate", failing)
     loader = Loader(plan_of(), images, residence="mapped")
     loader.batch(0)
-    loader._reading.exception()  # waits for it
+    loader._read_ahead._reading.exception()  # waits for it
     with pytest.raises(OSError, match="disk on fire"):
         loader.batch(2)
     loader.close()
@@ -339,17 +339,17 @@ def test_loading_leaves_the_global_generators_alone(images):
 
 
 def test_the_limit_of_a_job_is_what_it_leaves(tmp_path):
-    own, root = tmp_path / "cgroup", tmp_path / "fs"
-    own.write_text("1:cpu:/elsewhere\n0::/job/step\n")
+    groups, root = tmp_path / "cgroup", tmp_path / "fs"
+    groups.write_text("1:cpu:/elsewhere\n0::/job/step\n")
     for group, most, used in (("job", "5000", 1000), ("job/step", "max", 700)):
         (root / group).mkdir(parents=True)
         (root / group / "memory.max").write_text(f"{most}\n")
         (root / group / "memory.current").write_text(f"{used}\n")
-    assert memory._allowed(root, own) == 4000
+    assert memory._allowed(root, groups) == 4000
     (root / "job" / "memory.max").write_text("max\n")
-    assert memory._allowed(root, own) == math.inf
-    own.write_text("1:cpu:/\n")  # version 1 alone
-    assert memory._allowed(root, own) == math.inf
+    assert memory._allowed(root, groups) == math.inf
+    groups.write_text("1:cpu:/\n")  # version 1 alone
+    assert memory._allowed(root, groups) == math.inf
 
 
 def test_a_loader_can_be_iterated_and_has_a_length(images):
