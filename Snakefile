@@ -21,7 +21,7 @@ if study.compute.portable:
 NOTEBOOKS = Path(workflow.basedir) / "notebooks"
 RUNS = os.path.relpath(study.runs)
 UPSTREAM = os.path.relpath(study.upstream.runs)  # images, teacher and datamap may be shared
-TEACHERS = [n for n, t in study.teachers.items() if t.learns_from == "train"]
+TEACHERS = [n for n, t in study.teachers.items() if not t.of_subset]
 FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]
 SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
