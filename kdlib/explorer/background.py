@@ -1,4 +1,4 @@
-"""Training started from the map, in a process of its own."""
+"""Training of students in the background, in a process that ends with the kernel."""
 
 import atexit
 import itertools
@@ -16,23 +16,23 @@ import kdlib
 _RAISED = re.compile(r"(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|Iteration)(?::.*)?")
 
 
-class Training:
+class BackgroundTraining:
     """Commands that run one after another in the background; they end with the kernel.
 
     Attributes: code, the first exit code that is not 0, or 0 at the end; None before. stopped.
     """
 
     def __init__(
-        self, commands: list[list[str]], log: Path, tell: Callable[[str], Any], end: Callable
+        self, commands: list[list[str]], log: Path, progress: Callable[[str], Any], end: Callable
     ) -> None:
         """Start.
 
         Args:
             log: File of what they print.
-            tell: Called twice a second with the log's last line.
+            progress: Called twice a second with the log's last line.
             end: Called with this training when all is over.
         """
-        self.commands, self.log, self.tell, self.end = commands, log, tell, end
+        self.commands, self.log, self.progress, self.end = commands, log, progress, end
         self.code: int | None = None
         self.stopped, self._process = False, None
         atexit.register(self.stop)
@@ -46,7 +46,7 @@ class Training:
             for command in self.commands:
                 if self.stopped or code:
                     break
-                try:  # a session of its own: interrupting a cell leaves it alone
+                try:  # in a new session: an interrupt of the cell does not reach it
                     self._process = subprocess.Popen(
                         command, cwd=Path(kdlib.__file__).parents[1], stdin=subprocess.DEVNULL,
                         stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -56,7 +56,7 @@ class Training:
                     code = 1
                     break
                 while (code := self._wait()) is None:
-                    self.tell(self.last_line())
+                    self.progress(self.last_line())
         self.code = code
         atexit.unregister(self.stop)
         self.end(self)
@@ -68,7 +68,7 @@ class Training:
             return None
 
     def lines(self) -> list[str]:
-        """What is printed so far, line by line, without colours."""
+        """The lines printed so far, without colours."""
         text = re.sub(r"\x1b\[[0-9;]*m", "", self.log.read_text(errors="replace"))
         return re.split(r"\r?\n|\r", text)
 
@@ -77,7 +77,7 @@ class Training:
         return next((line for line in reversed(self.lines()) if line.strip()), "")
 
     def error(self) -> str:
-        """Why it failed: class and message of the last exception in the log, in one line; where no
+        """The error: class and message of the last exception in the log, in one line; where no
         exception is printed, the exit code and the last line."""
         lines = self.lines()
         starts = [i for i, line in enumerate(lines) if _RAISED.fullmatch(line.strip())]

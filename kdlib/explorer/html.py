@@ -1,10 +1,12 @@
-"""HTML of the gallery, the counts and the results."""
+"""HTML of the gallery, the counts, the results and a failed training."""
 
 import html
 
 from kdlib.cartography.subset import Subset
-from kdlib.explorer.background import Training
+from kdlib.explorer.background import BackgroundTraining
+from kdlib.explorer.selections import selection_path, selection_results
 from kdlib.explorer.state import LIMITS, Explorer
+from kdlib.study.study import Study
 
 LISTED = 20  # classes of the table of counts
 
@@ -58,12 +60,12 @@ def counts_html(state: Explorer) -> str:
     return f"<b>{title}</b><table class='kdlib-counts' style='font-size:12px'>{lines}</table>"
 
 
-def results_html(state: Explorer, name: str) -> str:
+def results_html(study: Study, name: str) -> str:
     """Students of a selection beside those of a random one, in points of test accuracy."""
     heads = ("objective", name, "random", "difference", "seed by seed")
-    size = len(Subset.load(state._path(name)))
+    size = len(Subset.load(selection_path(study, name)))
     lines = ""
-    for objective, rows in state.results(name).groupby("objective", sort=False):
+    for objective, rows in selection_results(study, name).groupby("objective", sort=False):
         mean = 100 * rows[["picked", "random", "difference"]].mean()
         each = " ".join(f"{100 * d:+.1f}" for d in rows["difference"])
         texts = (
@@ -78,14 +80,14 @@ def results_html(state: Explorer, name: str) -> str:
     head = "".join(f"<th style='{_CELL};text-align:left'>{html.escape(h)}</th>" for h in heads)
     return (
         f"<div style='line-height:1.4'>Test accuracy of students trained on <b>{html.escape(name)}"
-        f"</b> and on as many random examples ({size:,}), mean over {len(state.study.seeds)} seeds:"
+        f"</b> and on as many random examples ({size:,}), mean over {len(study.seeds)} seeds:"
         "</div>"
         f"<table class='kdlib-results' style='font-size:12px'><tr>{head}</tr>{lines}</table>"
     )
 
 
-def failure_html(name: str, training: Training) -> str:
-    """Why the students of a selection are not trained, and where all that was printed lies."""
+def failure_html(name: str, training: BackgroundTraining) -> str:
+    """The error of a training, and the path of its log."""
     return (
         f"<div class='kdlib-failure' style='line-height:1.4;color:{LIT}'><b>The training of "
         f"students on {html.escape(name)} failed:</b> {html.escape(training.error())}<br>"

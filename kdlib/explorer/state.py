@@ -1,30 +1,20 @@
-"""What is picked, hidden and shown of a datamap: the state behind the walkable map, no widgets.
-
-Holds the selection and what can be done with it (looked at, counted, saved, restored, trained on),
-and the HTML that shows it. Leaves to others: drawing and controls (explorer), what a saved
-selection is (selection), the training itself (`notebooks/04_distill.ipynb`).
-"""
+"""What is selected, hidden and shown of a datamap: the state behind the app, without widgets."""
 
 import base64
-import contextlib
 import io
-import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kdlib.cartography.selection import tie_break
 from kdlib.cartography.subset import Subset
+from kdlib.explorer.selections import selection_path
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
-from kdlib.steps.distill import open_student
-from kdlib.steps.training import written
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
@@ -38,9 +28,6 @@ PAGE = 48  # images of the gallery at a time
 
 
 SIDE = 96  # pixels: smaller images are enlarged without smoothing, larger ones shrunk
-
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 def drawn(table: pd.DataFrame, max_points: int) -> pd.DataFrame:
@@ -59,7 +46,7 @@ def drawn(table: pd.DataFrame, max_points: int) -> pd.DataFrame:
 
 
 class Explorer:
-    """What is selected, hidden and shown of one datamap, and what can be done with it.
+    """What is selected, hidden and shown of one datamap.
 
     Attributes:
         table: The whole datamap; index of N example ids, sorted.
@@ -67,7 +54,7 @@ class Explorer:
         other: The drawn rows of the second map, None without one; `other_name` names it.
         names: Class names by label.
         scores: Columns that can be an axis, a colour, an order or a filter.
-        picked: (n,) int64, sorted: what was selected; `selected` is the visible part of it.
+        picked: (n,) int64, sorted ids of the selection; `selected` is the visible part of it.
         visible: (N,) bool: which examples the filter lets pass.
         sort, ascending, number: Order and page (from 0) of the gallery.
     """
@@ -103,11 +90,11 @@ class Explorer:
                     "are different images; expected a study of the same data"
                 )
             return open_datamap(against, images)
-        lacking = {"label", *LIMITS, *REGIONS} - set(against.columns)
-        if lacking or not against.index.isin(self.table.index).any():
+        missing = {"label", *LIMITS, *REGIONS} - set(against.columns)
+        if missing or not against.index.isin(self.table.index).any():
             raise ValueError(
-                f"the other datamap lacks {sorted(lacking) or 'every example of this one'}; "
-                "expected a table as mapping.open_datamap returns it, indexed by example id"
+                f"the other datamap lacks {sorted(missing) or 'every example of this one'}; "
+                "expected a datamap of the same images, indexed by example id"
             )
         return against.sort_index()
 
@@ -130,22 +117,22 @@ class Explorer:
     def select(self, ids: Iterable[int]) -> str:
         """Select these examples and no others.
 
-        Returns: A sentence that counts those that are in one map alone, or hidden, and so ignored.
+        Returns: A sentence that counts them, and those ignored: not in the map, or hidden.
         """
         ids = np.unique(np.asarray(ids, np.int64))
         mine = self.table.index.get_indexer(ids) >= 0
         self.picked, self.number = ids[mine], 0
         chosen = self.selected
-        self.picked = chosen  # what is hidden now was not selected
-        said = [f"{len(chosen):,} selected"]
+        self.picked = chosen  # hidden examples are not selected
+        parts = [f"{len(chosen):,} selected"]
         for n, why in (
             ((~mine).sum(), f"not in {self.study.name}"),
             (mine.sum() - len(chosen), "hidden by the filter"),
         ):
-            said += [f"{n:,} ignored ({why})"] if n else []
+            parts += [f"{n:,} ignored ({why})"] if n else []
         if self.other is not None and (n := (~np.isin(chosen, self.other.index)).sum()):
-            said.append(f"{n:,} of them not in {self.other_name}")
-        return "; ".join(said) + "."
+            parts.append(f"{n:,} of them not in {self.other_name}")
+        return "; ".join(parts) + "."
 
     def filter(self, classes: Iterable[int] = (), **ranges: tuple[float, float]) -> str:
         """Hide all but these classes (none given: all stay) and these ranges `score=(low, high)`,
@@ -171,18 +158,18 @@ class Explorer:
         Raises: ValueError for what is no id of the map, or hidden.
         """
         try:
-            place = self.table.index.get_loc(int(text))
+            position = self.table.index.get_loc(int(text))
         except (ValueError, KeyError):
             ids = self.table.index
             raise ValueError(
                 f"There is no example {str(text)!r} in this map; its ids lie between {ids[0]} and "
                 f"{ids[-1]}, without those of the validation images."
             ) from None
-        if not self.visible[place]:
+        if not self.visible[position]:
             raise ValueError(f"Example {int(text)} is hidden by the filter; clear it first.")
         self.select([int(text)])
         where = "" if int(text) in self.shown.index else " It is not among the drawn points."
-        return f"Example {int(text)}: {self.class_name(self.table['label'].iloc[place])}.{where}"
+        return f"Example {int(text)}: {self.class_name(self.table['label'].iloc[position])}.{where}"
 
     def order(self, score: str, ascending: bool) -> None:
         """Sort the gallery."""
@@ -213,7 +200,7 @@ class Explorer:
         )
 
     def pictures(self, ids: Sequence[int]) -> list[str]:
-        """PNGs of some examples as data URIs; these alone are read."""
+        """PNGs of some examples as data URIs; no other image is read."""
         return [data_uri(pixels) for pixels in self.images.train.read("images", np.asarray(ids))]
 
     def class_name(self, label: int) -> str:
@@ -224,31 +211,17 @@ class Explorer:
         if score not in self.scores:
             raise ValueError(f"unknown score {score!r}; {files.nearest(score, self.scores)}")
 
-    # Saved selections
-
-    def _path(self, name: str) -> Path:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{name!r} names no selection: expected letters, digits, _ and -, a letter or "
-                "digit first."
-            )
-        return self.study.picked(PICKED + name)
-
-    def saved(self) -> list[str]:
-        """Names of the saved selections."""
-        return sorted(path.stem for path in (self.study.runs / "selections").glob("*.parquet"))
-
     def save(self, name: str) -> Path:
-        """Save what is selected as a subset, the strategy `picked_<name>` of the study.
+        """Save the selected examples as a subset, the strategy `picked_<name>` of the study.
 
         Raises: ValueError for a name that is no name or is taken, and when nothing is selected.
         """
-        path, ids = self._path(name), self.selected
+        path, ids = selection_path(self.study, name), self.selected
         if not len(ids):
             raise ValueError("Nothing is selected; draw a lasso around some points first.")
-        if path.exists() and not np.array_equal(there := Subset.load(path).example_ids, ids):
+        if path.exists() and not np.array_equal(saved := Subset.load(path).example_ids, ids):
             raise ValueError(
-                f"{name!r} already names another selection, of {len(there):,} examples, which "
+                f"{name!r} already names another selection, of {len(saved):,} examples, which "
                 "stays as it is; choose another name."
             )
         parent = read_evidence(self.study.upstream.runs / "datamap")["datamap_sha256"]
@@ -257,68 +230,11 @@ class Explorer:
         return Subset(ids, PICKED + name, fraction, 0, parent, data).save(path)
 
     def restore(self, name: str) -> str:
-        """Select what was saved under a name; the filter is cleared."""
+        """Select the examples of a saved selection; the filter is cleared."""
         data = files.fingerprint(self.images.fingerprints)
-        subset = Subset.load(self._path(name), data)
+        subset = Subset.load(selection_path(self.study, name), data)
         self.clear_filter()
         return f"{name}: {self.select(subset.example_ids)}"
-
-    # Students
-
-    def commands(self, name: str) -> list[list[str]]:
-        """The commands that train the study's students on a saved selection, and on a random one
-        of the same size."""
-        path = written(self.study)
-        fraction = Subset.load(self._path(name)).fraction
-        made = []
-        for strategy, more in ((PICKED + name, []), ("random", ["-p", "fraction", repr(fraction)])):
-            executed = self._path(name).with_name(f"{name}-{strategy}-04_distill.ipynb")
-            if strategy != "random":
-                executed = self._path(name).with_name(f"{name}-04_distill.ipynb")
-            made.append(
-                [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar",
-                 "notebooks/04_distill.ipynb", str(executed),
-                 "-p", "study", str(path), "-p", "strategy", strategy, *more]
-            )  # fmt: skip
-        return made
-
-    def _students(self, name: str) -> list[tuple[Any, Any, int]]:
-        """(cell of the selection, cell of the random subset of equal size, seed)."""
-        fraction = Subset.load(self._path(name)).fraction
-        return [
-            (
-                self.study.cell(strategy=PICKED + name, objective=objective),
-                self.study.cell(strategy="random", fraction=fraction, objective=objective),
-                seed,
-            )
-            for objective in self.study.axes.objective
-            for seed in self.study.seeds
-        ]
-
-    def trained(self, name: str) -> tuple[int, int]:
-        """How many of the students of `commands` are done, and how many there will be."""
-        wanted = [(c, seed) for *pair, seed in self._students(name) for c in pair]
-        done = 0
-        for cell, seed in wanted:
-            # not there, or of settings from before the study was changed
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                open_student(self.study, cell, seed)
-                done += 1
-        return done, len(wanted)
-
-    def results(self, name: str) -> pd.DataFrame:
-        """Test accuracies of the last step: objective, seed, picked, random, difference.
-
-        Raises: FileNotFoundError when not all students are trained.
-        """
-        rows = []
-        for picked, random, seed in self._students(name):
-            accuracy = [
-                open_student(self.study, c, seed)["checkpoints"]["last"]["test_accuracy"]
-                for c in (picked, random)
-            ]
-            rows.append((picked.objective, seed, *accuracy, accuracy[0] - accuracy[1]))
-        return pd.DataFrame(rows, columns=["objective", "seed", "picked", "random", "difference"])
 
 
 def data_uri(pixels: np.ndarray) -> str:

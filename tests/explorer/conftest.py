@@ -1,0 +1,36 @@
+"""A study whose steps 01 to 03 are done, and its explorer without a browser."""
+
+import shutil
+
+import pytest
+
+from kdlib.explorer.app import App
+from kdlib.explorer.state import Explorer
+from kdlib.study.load import load_study
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, make_datamap):
+    """A workspace in which steps 01 to 03 of the tiny study are done."""
+    home = tmp_path_factory.mktemp("made")
+    make_datamap(home)
+    return home
+
+
+@pytest.fixture
+def study(made, monkeypatch):
+    """The tiny study, without saved selections."""
+    monkeypatch.setenv("KDLIB_HOME", str(made))
+    study = load_study("params/tiny.yaml")
+    yield study
+    shutil.rmtree(study.runs / "selections", ignore_errors=True)
+
+
+@pytest.fixture
+def state(study):
+    return Explorer(study)
+
+
+@pytest.fixture
+def app(state):
+    return App(state)
