@@ -7,7 +7,7 @@ Shape letters used in every docstring: E recorded epochs, N examples, C classes,
 features, S seeds, V teacher views, K steps. Intervals are half-open. Losses and entropies are in
 nats.
 
-An import goes from a room to any room before it in this line, or stays in its own
+An import goes from a room to any room before it in this line, or stays in its room
 (`tests/test_structure.py`): repro < study < compare, plots, cache < dataset < models < trainer,
 cartography, probes < steps < explorer < lab, __main__.
 """

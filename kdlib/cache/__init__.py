@@ -1,4 +1,4 @@
-"""Images from any source, and teacher outputs, in memory-mapped shards by example id."""
+"""Data sources; images and teacher outputs in memory-mapped shards by example id."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""From the log of training dynamics to scores, datamap and subset."""
+"""The scores of each example, the datamap, the rules that select a subset."""
 
 import lazy_loader
 

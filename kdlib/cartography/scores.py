@@ -1,7 +1,8 @@
 """The scores of the training dynamics.
 
 Pure functions on arrays, computed in float64 over blocks of examples, so that memory stays bounded
-whatever N is. To add one: a function here, a column in `datamap`, a row in `study`'s `DIFFICULTY`.
+whatever N is. To add one: a function here, its column in `datamap._score_block`, its direction in
+`kdlib.study.selections.DIFFICULTY`, its row in docs/scores.md.
 
 [Swayamdipta2020] Swayamdipta et al., Dataset Cartography, 2020, arXiv 2009.10795
 [Toneva2019] Toneva et al., An Empirical Study of Example Forgetting, 2019, arXiv 1812.05159

@@ -2,7 +2,7 @@
 
 Ties, and the whole of `random`, are decided by a hash of (seed, example id), so that permuting the
 data set permutes nothing but rows. To add a rule: its function in `coresets` or `feature_coresets`,
-its settings in `kdlib.study.selections`, and its case in `choose`.
+its settings in `kdlib.study.selections` (a class of `AnySelection`), and its case in `choose`.
 """
 
 import operator
@@ -67,7 +67,7 @@ def select(
     within a larger one. `easy`, `hard`, `ambiguous_corner`: nearest to (variability, confidence) =
     (0, 1), (0, 0), (1, 0.5). `ambiguous`: highest variability. `<score>_top`, `<score>_bottom`:
     highest, lowest score. `coresets` and `feature_coresets` have the other rules. A rule that is
-    `balanced` chooses within each class, equally many from all classes as far as they reach.
+    `balanced` chooses within each class, equally many from all classes as far as their sizes allow.
 
     Args:
         table: A datamap: index of N distinct int64 example ids in any order, score columns, `label`

@@ -50,7 +50,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     else:
         table = open_datamap(study, images)
         parent = read_evidence(study.upstream.runs / "datamap")["datamap_sha256"]
-        if rule.kind in ("k_center", "herding", "d2"):
+        if rule.reads_features:
             features = teacher_features(study, images.train, table.index.to_numpy())
     asked = budget(len(ids), cell.fraction)
     ids = select(table, asked, rule, seed, features)

@@ -1,8 +1,8 @@
-"""Which examples: names of scores and strategies, what is recorded for the datamap, and one
-settings class for each rule that chooses a subset."""
+"""Names of scores and strategies, what is recorded for the datamap, and one settings class for each
+rule that chooses a subset."""
 
 import math
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -92,7 +92,9 @@ class Selection(Settings):
 
     kind: str
     balanced: bool = False
-    """As many examples of each class as there are, or as the others have."""
+    """Choose within each class, equally many from all classes as far as their sizes allow."""
+
+    reads_features: ClassVar[bool] = False  # of the teacher
 
 
 class Ranking(Selection):
@@ -140,6 +142,8 @@ class D2(Selection):
     gamma_forward: NonNegative = 1.0
     gamma_reverse: NonNegative = 1.0
 
+    reads_features: ClassVar[bool] = True
+
 
 class Moderate(Selection):
     """The middle of the distances to the class median. Xia et al. 2023."""
@@ -153,11 +157,15 @@ class KCenter(Selection):
 
     kind: Literal["k_center"] = "k_center"
 
+    reads_features: ClassVar[bool] = True
+
 
 class Herding(Selection):
     """Greedily what keeps the mean of the teacher's features. Welling 2009."""
 
     kind: Literal["herding"] = "herding"
+
+    reads_features: ClassVar[bool] = True
 
 
 class DualBeta(Selection):

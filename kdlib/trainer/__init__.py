@@ -1,4 +1,4 @@
-"""One step and one loop for teachers and students; the losses."""
+"""The distillation losses; one step and one loop for teachers and students."""
 
 import lazy_loader
 

@@ -1,7 +1,8 @@
 """The loss of each kind of objective, one class per class of settings.
 
 To add one: its formula in `logit_losses` or `feature_losses`, its settings in
-`kdlib.study.objectives`, and a class here that is registered for these settings.
+`kdlib.study.objectives` (a class of `AnyObjective`), and a class here that `@of` registers for
+these settings.
 """
 
 import torch
