@@ -13,12 +13,13 @@ _T = {
         "cartography/log",
         "cartography/selection",
         "cartography/subset",
-        "compare/statistics",
+        "compare/differences",
         "dataset/loader",
         "dataset/plan",
         "models/evaluation",
         "models/networks",
         "models/outputs",
+        "pages",
         "pipeline",
         "probes/classifiers",
         "probes/diagnostics",
@@ -29,7 +30,8 @@ _T = {
         "steps/probe",
         "steps/training",
         "structure",
-        "study/study",
+        "study/load",
+        "study/sections",
         "trainer/feature_losses",
         "trainer/logit_losses",
         "trainer/loop",
@@ -73,7 +75,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("A", "one factor differs at a time, and what differs is printed", (
         _T["steps/compare"] + "a_run_that_differs_in_more_than_the_factor_is_refused",
         _T["repro/checks"] + "settings_that_differ_beside_the_factor_are_named",
-        _T["compare/statistics"] + "objectives_are_compared_at_the_same_subset",
+        _T["compare/differences"] + "objectives_are_compared_at_the_same_subset",
     )),
     ("A", "one evaluator: counts summed, divided once", (
         _T["models/evaluation"] + "first_batch_all_wrong_and_second_all_right_is_one_half",
@@ -84,8 +86,8 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     )),
     ("A", "budgets are exact, unknown keys are refused, seed 0 is a seed", (
         _T["trainer/loop"] + "every_budgeted_sample_is_seen_and_none_beside",
-        _T["study/study"] + "a_typo_in_a_key_gives_its_section_and_the_nearest_key",
-        _T["study/study"] + "seed_0_is_a_seed_not_an_absent_one",
+        _T["study/load"] + "a_typo_in_a_key_gives_its_section_and_the_nearest_key",
+        _T["study/load"] + "seed_0_is_a_seed_not_an_absent_one",
     )),
     ("A", "small images keep their resolution in the stem", (
         _T["steps/training"] + "every_run_says_where_its_weights_began",
@@ -136,7 +138,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _T["dataset/loader"] + "teacher_rows_are_those_of_their_examples",
     )),
     ("B", "grids of features are of the view the student sees: they are not augmented afterwards", (
-        _T["study/study"] + "grids_of_features_are_of_the_views_the_student_sees",
+        _T["study/sections"] + "grids_of_features_are_of_the_views_the_student_sees",
         _T["models/outputs"] + "outputs_of_other_views_are_refused_and_said",
     )),
     ("B", "a resumed run is the uninterrupted one, bit for bit", (
@@ -152,6 +154,6 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     )),
     ("both", "tables and figures are made from run records alone", (
         _T["pipeline"] + "figures_are_redrawn_from_the_records_alone",
-        _T["structure"] + "the_readme_shows_tables_as_they_were_generated",
+        _T["pages"] + "a_generated_part_is_what_the_committed_tables_say",
     )),
 )  # fmt: skip

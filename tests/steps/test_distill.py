@@ -10,7 +10,7 @@ from tiny import first_run, tiny_study
 from kdlib.cartography.subset import Subset
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
-from kdlib.steps import datamap, distill, teacher, training
+from kdlib.steps import datamap, distill, teacher, teacher_outputs, training
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import compile_tables
 from kdlib.steps.probe import probe_cell
@@ -19,8 +19,8 @@ from kdlib.steps.probe import probe_cell
 def test_finished_runs_are_read_and_not_made_again(lab, monkeypatch):
     study = tiny_study(lab)
     monkeypatch.setattr(training, "train", None)
-    monkeypatch.setattr(datamap, "datamap", None)
-    monkeypatch.setattr(teacher, "store_outputs", None)
+    monkeypatch.setattr(datamap, "compute_datamap", None)
+    monkeypatch.setattr(teacher_outputs, "store_outputs", None)
     images = cache_images(study)
     teacher.make_teacher(study, images)
     datamap.make_datamap(study, images)
@@ -31,7 +31,7 @@ def test_finished_runs_are_read_and_not_made_again(lab, monkeypatch):
 
 def test_a_changed_training_makes_new_students_and_keeps_teacher_and_old_runs(lab, monkeypatch):
     study = tiny_study(lab, training__lr_peak=0.05)
-    monkeypatch.setattr(teacher, "store_outputs", None)  # a new teacher would need it
+    monkeypatch.setattr(teacher_outputs, "store_outputs", None)  # a new teacher would need it
     images = open_images(study)
     teacher.make_teacher(study, images)
     distill.train_student(study, images, study.cells()[0], 0)
