@@ -6,7 +6,7 @@ Leaves to others: the defects themselves (`subset_defects`, `feature_defects`), 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,18 @@ from kdlib.probes.classifiers import Features, linear_probe
 from kdlib.repro import checks
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive, generator
-from kdlib.steps.training import CROSS_ENTROPY, training_evidence
+from kdlib.steps.training import (
+    CROSS_ENTROPY,
+    StoredTeacher,
+    TrainingInputs,
+    build_task,
+    training_evidence,
+)
 from kdlib.study.models import Model
-from kdlib.study.objectives import Objective
+from kdlib.study.objectives import Objective, needs_teacher
 from kdlib.study.training import Augment, Training
 from kdlib.trainer.distiller import Distiller
 from kdlib.trainer.loop import Trained, train
-from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.step import Task
 
 N_EXAMPLES, N_TEST = 1100, 500  # of larger data, so many: a seeded draw
@@ -125,7 +130,7 @@ class Fit:
 
     Attributes:
         plan: What it was meant to see.
-        validation_ids: From which its best epoch was chosen.
+        images: Of the study; its best epoch is chosen on the validation images.
         accuracy: On the test images, of the last step.
     """
 
@@ -134,15 +139,17 @@ class Fit:
     trained: Trained
     accuracy: float
     folder: Path
-    validation_ids: np.ndarray
+    images: Images
 
     @property
     def evidence(self) -> checks.Evidence:
         """What the tripwires of a training read; that it may stop early is declared nowhere."""
-        declared = self.task.training.model_copy(update={"early_stopping": None})
-        return training_evidence(
-            self.validation_ids, declared, self.plan, self.trained, self.task.seed
+        task = self.task
+        declared = task.training.model_copy(update={"early_stopping": None})
+        inputs = TrainingInputs(
+            self.images, task.network, declared, self.plan, task.seed, task.objective
         )
+        return training_evidence(inputs, self.trained)
 
 
 class Bench:
@@ -211,33 +218,17 @@ class Bench:
         observed: str = "train",
     ) -> Task:
         """A network, its loss and its batches; `distiller` replaces the objective's class."""
-        network = network or self.network(seed, model)
-        reads = teacher_columns(objective, network.n_stages)
-        outputs = {"teacher": self.outputs, "reads": reads} if reads else {}
-        heard = self.outputs.header["columns"] if reads else {}
-        built = build_distiller(
-            objective,
-            network.output_shapes(
-                self.images.image_shape, student_outputs(objective, network.n_stages)
-            ),
-            {name: tuple(heard[name][1][1:]) for name in reads},
-            seed=seed,
-            n_examples=len(plan.example_ids),
-            cls=distiller,
-        )
-        return Task(
-            network=network,
-            distiller=built,
-            pixels=self.images.pixels,
-            loader=self.loader(plan, seed, training, **outputs),
-            objective=objective,
-            training=training,
+        network, teacher = network or self.network(seed, model), None
+        if needs_teacher(objective):
+            teacher = StoredTeacher(self.outputs, {"n_stages": network.n_stages})
+        inputs = TrainingInputs(
+            self.images, network, training, plan, seed, objective, teacher, log=log,
+            observed=observed,
+        )  # fmt: skip
+        return replace(
+            build_task(inputs, distiller),
             validation=self._read(self.images.train, self.images.validation_ids[:N_TEST]),
             full_size=len(self.ids),
-            n_examples=self.images.train.n_examples,
-            seed=seed,
-            log=log,
-            observed=observed,
         )
 
     def fit(self, task: Task, plan: Plan | None = None, folder: Path | None = None) -> Fit:
@@ -246,7 +237,7 @@ class Bench:
         folder = folder or self.place()
         trained = train(Run(folder, {}), task, describe=None)
         plan, accuracy = plan or task.loader.plan, self.accuracy(task.network)
-        return Fit(task, plan, trained, accuracy, folder, self.images.validation_ids)
+        return Fit(task, plan, trained, accuracy, folder, self.images)
 
     def student(self, ids: np.ndarray, seed: int, **options: Any) -> Fit:
         """A student of some examples."""

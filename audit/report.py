@@ -28,7 +28,7 @@ from kdlib.plots.theme import BLACK, BLUE, GREY, TEXT_PT, VERMILLION
 from kdlib.repro import files
 from kdlib.repro.run import open_run, read_table
 from kdlib.repro.tables import write_parquet
-from kdlib.steps.training import use
+from kdlib.steps.processes import prepare_device
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
@@ -60,7 +60,7 @@ def make(study: Study, images: Images) -> pd.DataFrame:
     folder = study.runs / "audit"
     with open_run(study.runs, folder, settings) as run:
         if not run.finished:
-            use(study.compute.model_copy(update={"device": "cpu"}))  # small trainings
+            prepare_device(study.compute.model_copy(update={"device": "cpu"}))  # small trainings
             table = pd.DataFrame([dataclasses.asdict(e) for e in exhibits(images)])
             write_parquet(folder / "exhibits.parquet", table, {"settings": run.settings_sha256})
             sha256 = files.sha256_file(folder / "exhibits.parquet")

@@ -35,7 +35,7 @@ from training import caches, network_of, ours
 
 from kdlib.cache.shards import Cache
 from kdlib.dataset.pixels import Pixels
-from kdlib.steps.training import use
+from kdlib.steps.processes import prepare_device
 from kdlib.study.training import Augment, Compute
 
 ROOT = Path(__file__).parents[1]
@@ -466,7 +466,7 @@ def waits(bench: Bench, case: Case) -> None:
 def _student(pipe: Any, case: Case, folder: Path, images: Path, device: str) -> None:
     """One student in a process of its own: trains from one moment to another, as often as asked."""
     try:
-        use(Compute(device=device))
+        prepare_device(Compute(device=device))
         step = ours(
             Cache(images), case.network, folder, batch=case.batch, device=device,
             precision=case.precision, augment=VIEWS,
@@ -573,7 +573,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stop_at = time.monotonic() + arguments.seconds
     rows, size = Rows(arguments.out, "fast"), DRY if arguments.dry else FULL
-    device = use(Compute(device=device_of(arguments.dry)))
+    device = prepare_device(Compute(device=device_of(arguments.dry)))
     rows.write(
         "settings",
         threads=torch.get_num_threads(),

@@ -21,8 +21,8 @@ from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import make_datamap as datamap_make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
+from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher import make_teacher
-from kdlib.steps.training import use
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 from kdlib.study.training import Compute
@@ -46,7 +46,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where a test runs, with the settings that a study gives it there."""
-    yield use(Compute(device=request.param))
+    yield prepare_device(Compute(device=request.param))
     if request.param == "cuda":
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True

@@ -28,7 +28,7 @@ from kdlib.models.networks import build_network
 from kdlib.models.outputs import store_outputs
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import derive
-from kdlib.steps.training import use
+from kdlib.steps.processes import prepare_device
 from kdlib.study import objectives
 from kdlib.study.models import Model
 from kdlib.study.objectives import Objective
@@ -189,7 +189,7 @@ def share(folder: Path, device: str) -> None:
     """Be one of the processes of a training in `folder`, where images and outputs are."""
     with process_group(device) as world:
         together = Together(world.rank, world.size, world.device)
-        use(Compute(device=device))
+        prepare_device(Compute(device=device))
         images = Cache(folder / "images")
         teacher = Cache(folder / "teacher")
         made = task(images, teacher, device=world.device, objective=KD, together=together)

@@ -22,7 +22,7 @@ from kdlib.cache.shards import Cache
 from kdlib.dataset.batch import Batch
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
-from kdlib.steps.training import launch_run, use
+from kdlib.steps.processes import launch_run, prepare_device
 from kdlib.study.objectives import OBJECTIVES, Objective
 from kdlib.study.training import Compute
 from kdlib.study.user_code import UserCode, pin
@@ -363,7 +363,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for asked in ("cuda", "cuda:1"):
         with pytest.raises(RuntimeError, match=f"asks for {asked}, but torch sees no GPU here"):
-            use(Compute(device=asked))
+            prepare_device(Compute(device=asked))
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path, monkeypatch):
@@ -380,7 +380,7 @@ def test_a_gpu_is_held_to_float32_and_to_deterministic_kernels(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     before = torch.backends.cudnn.allow_tf32
     try:
-        assert use(Compute(device="cuda")) == "cuda"
+        assert prepare_device(Compute(device="cuda")) == "cuda"
         assert not torch.backends.cudnn.allow_tf32
         assert not torch.backends.cuda.matmul.allow_tf32
         assert torch.are_deterministic_algorithms_enabled()

@@ -9,7 +9,7 @@ import pandas as pd
 
 from kdlib.cartography.subset import Subset
 from kdlib.steps.distill import open_student
-from kdlib.steps.training import written
+from kdlib.steps.processes import write_study
 from kdlib.study.cells import Cell
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
@@ -38,7 +38,7 @@ def saved_selections(study: Study) -> list[str]:
 def training_commands(study: Study, name: str) -> list[list[str]]:
     """The commands that train the study's students on a saved selection, and on a random subset of
     the same size."""
-    path, file = written(study), selection_path(study, name)
+    path, file = write_study(study), selection_path(study, name)
     picked = file.with_name(f"{name}-04_distill.ipynb"), PICKED + name
     random = file.with_name(f"{name}-random-04_distill.ipynb"), "random"
     return [

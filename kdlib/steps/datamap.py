@@ -18,9 +18,10 @@ from kdlib.models.base import Network
 from kdlib.repro import files
 from kdlib.repro.run import open_run, read_evidence
 from kdlib.repro.seeds import derive
+from kdlib.steps.checkpoints import load_epoch
+from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher_network import recorded_network
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
-from kdlib.steps.training import load_step, use
 from kdlib.study.study import Study
 
 
@@ -38,7 +39,7 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     with open_run(study.runs, path.parent, settings) as run:
         if not run.finished:
             images.train.verify()
-            device, scoring = use(study.compute), study.dynamics
+            device, scoring = prepare_device(study.compute), study.dynamics
             table = compute_datamap(log, el2n_epoch=scoring.el2n_epoch, window=scoring.window)
             table = table.assign(**_further_scores(study, images, table, recorded, device))
             provenance = settings["inputs"] | {"settings": run.settings_sha256}
@@ -74,8 +75,7 @@ def _further_scores(
     epoch = study.dynamics.gradient_epoch
     if epoch is not None:
         network = recorded_network(study, images, device)
-        step = round(epoch * recorded["epochs_in_steps"])
-        load_step(network, study.recorded_run, recorded, step)
+        load_epoch(network, study.recorded_run, recorded, epoch)
         scores["grand"], scores["grand_last"] = gradients(images, network, ids, device)
     features = teacher_features(study, images.train, ids)
     n_clusters = study.dynamics.clusters or images.n_classes

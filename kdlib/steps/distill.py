@@ -1,7 +1,4 @@
-"""Step 04: which examples a student learns from, and the student.
-
-Leaves to others: rules of selection (selection), the training (experiment).
-"""
+"""Step 04: the subset that a student is trained on, and its training."""
 
 from pathlib import Path
 from typing import Any
@@ -12,16 +9,18 @@ import pandas as pd
 from kdlib.cartography.selection import select
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
-from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
+from kdlib.dataset.plan import Plan, budget, fixed_shards, shards_in_fraction
 from kdlib.models.base import Network
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
+from kdlib.steps.checkpoints import load_checked
 from kdlib.steps.datamap import open_datamap
-from kdlib.steps.teacher import open_heard
+from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
+from kdlib.steps.teacher import open_stored_teacher
 from kdlib.steps.teacher_outputs import teacher_features
-from kdlib.steps.training import launch_run, load_checked, open_shared_run, plan_run, train_run, use
+from kdlib.steps.training import TrainingInputs, finish_run, plan_run, train_run
 from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
@@ -78,59 +77,59 @@ def _picked(study: Study, cell: Cell, seed: int, ids: np.ndarray, data: str) -> 
 def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[str, Any] | None:
     """Step 04: one student of one cell and seed.
 
-    Returns: Its evidence, of this training or, when the run is finished, of the earlier one; None
-        on all but the first of several processes.
-    Raises: TripwireError when a tripwire fails; the run is then not finished.
+    Returns: Its evidence, also of a run that is finished already; None on all but the first of
+        several processes.
+    Raises: TripwireError when a check fails; the run is then not finished.
     """
-    device = use(study.compute)
-    world = this_process(study.compute.device)
+    device = prepare_device(study.compute)
     subset = make_subset(study, images, cell, seed)
-    objective = study.objectives[cell.objective]
-    card = stored = None
-    inputs = images.fingerprints | {"subset": subset.sha256}
+    objective, teacher = study.objectives[cell.objective], None
+    fingerprints = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
-        card, stored = open_heard(study, images, objective, subset, seed)
-        inputs["teacher_outputs"] = stored.fingerprint
-    settings = {"step": student_settings(study, cell, seed), "inputs": inputs}
+        teacher = open_stored_teacher(study, images, objective, subset, seed)
+        fingerprints["teacher_outputs"] = teacher.outputs.fingerprint
+    settings = {"step": student_settings(study, cell, seed), "inputs": fingerprints}
     folder = student_folder(study, cell, seed)
     if launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed):
         return read_evidence(folder)
+    world = this_process(study.compute.device)
     with open_shared_run(study, folder, settings) as run:
         if run.finished:
             return read_evidence(run.folder)
         if world.first:
             subset.save(run.folder / "subset.parquet")
-        network = network_for(
-            images, study.students[cell.student].model, derive(seed, "init"), device
+        model = study.students[cell.student].model
+        inputs = TrainingInputs(
+            images=images,
+            network=network_for(images, model, derive(seed, "init"), device),
+            training=study.training,
+            plan=_plan(study, images, cell, subset, seed),
+            seed=seed,
+            objective=objective,
+            teacher=teacher,
+            observed=study.dynamics.observed,
+            compute=study.compute,
+            world=world,
         )
-        n_shards = None
-        if cell.strategy == "random_shards":
-            n_shards = shards_in_fraction(
-                subset.example_ids, images.train.shard_size, cell.fraction
-            )
-        plan = plan_run(images, study.training, subset.example_ids, seed, n_shards)
         describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
-        evidence = train_run(
-            run, study, images, network, study.training, plan, objective, seed, describe, world,
-            teacher=stored, card=card,
-        )  # fmt: skip
+        evidence = train_run(run, inputs, describe, study.tracking)
         if evidence is None:
             return None
-        evidence |= {
-            "step": "distill",
-            "study": study.name,
-            "cell": dict(cell.items()),
-            "data": images.fingerprints,
-            "teacher": card,
-        }
+        evidence |= {"cell": dict(cell.items()), "teacher": teacher and teacher.card}
         evidence["subset"] |= {
             "sha256": subset.sha256,
             "strategy": cell.strategy,
             "seed": seed,
             "parent_datamap": subset.parent,
         }
-        evidence["checks"] = checks.demand(checks.STUDENT, evidence)
-        return run.finish(evidence, device)
+        return finish_run(run, study, images, "distill", evidence, checks.STUDENT)
+
+
+def _plan(study: Study, images: Images, cell: Cell, subset: Subset, seed: int) -> Plan:
+    n_shards, ids = None, subset.example_ids
+    if cell.strategy == "random_shards":
+        n_shards = shards_in_fraction(ids, images.train.shard_size, cell.fraction)
+    return plan_run(images, study.training, ids, seed, n_shards)
 
 
 def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
@@ -181,7 +180,7 @@ def run_table(study: Study, evidences: dict[tuple[Cell, int], dict[str, Any]]) -
 
 def new_student(study: Study, images: Images, cell: Cell, seed: int) -> Network:
     """The network of a student with the weights from which its runs of a seed begin."""
-    model, device = study.students[cell.student].model, use(study.compute)
+    model, device = study.students[cell.student].model, prepare_device(study.compute)
     return network_for(images, model, derive(seed, "init"), device)
 
 

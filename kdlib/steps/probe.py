@@ -32,10 +32,11 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.seeds import generator
 from kdlib.repro.tables import write_parquet
+from kdlib.steps.checkpoints import load_step
 from kdlib.steps.distill import open_student, student_folder
-from kdlib.steps.teacher_network import made_teacher, teacher_folder, teacher_pixels
+from kdlib.steps.processes import prepare_device
+from kdlib.steps.teacher_network import load_teacher, teacher_folder, teacher_pixels
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
-from kdlib.steps.training import load_step, use
 from kdlib.study.cells import Cell
 from kdlib.study.data import Data, cache_folder
 from kdlib.study.evaluation import Probe
@@ -60,7 +61,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     Raises: TripwireError when features are collapsed, or a trained probe lies below the random
         initialisation's: both say that something is wrong with the features, not with the subset.
     """
-    device = use(study.compute)
+    device = prepare_device(study.compute)
     evidences = {s: open_student(study, cell, s) for s in study.seeds}
     teacher = open_teacher(study)
     others = {name: other_examples(data) for name, data in study.probe.others.items()}
@@ -124,7 +125,7 @@ def probe_weights(
     Returns: One row per data set, layer and probe, as of `probe_cell`, without the axes.
     Raises: FileNotFoundError or ValueError for a file that is not there or fits another network.
     """
-    device = use(study.compute)
+    device = prepare_device(study.compute)
     network = network_for(images, model, 0, device)
     weights = load_weights(network, path)
     places = {OWN: probe_examples(images)}
@@ -253,7 +254,7 @@ def _teacher_elsewhere(
     """Probes of the teacher's features on another data set."""
     folder = teacher_folder(study)
     evidence = read_evidence(folder)
-    network = made_teacher(study, images, device, folder, evidence)
+    network = load_teacher(study, images, device, folder, evidence)
     weights = evidence["teacher"]["weights_sha256"]
     last = study.probe.model_copy(update={"layers": (LAST,)})
     yield from _probe_network(

@@ -1,8 +1,5 @@
-"""Further recorded trainings of a study's images: several seeds and models, cross-validation, and
-the threshold samples of AUM. Notebooks 07 and 08 read what they leave.
-
-Each is a run of its own with evidence, trained from labels alone. Leaves to others: what the logs
-say about each other (agreement) and about wrong labels (noise).
+"""Further recorded trainings on a study's images, with labels only: several seeds and models,
+cross-validation, and the threshold samples of AUM. Notebooks 07 and 08 read their logs and tables.
 """
 
 from pathlib import Path
@@ -17,12 +14,13 @@ from kdlib.dataset.images import Images
 from kdlib.models.evaluation import all_outputs
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
-from kdlib.repro.run import open_run, read_evidence, read_table
+from kdlib.repro.run import Run, open_run, read_evidence, read_table
 from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
+from kdlib.steps.checkpoints import keep_epoch, load_checked, load_epoch
 from kdlib.steps.datamap import gradients
-from kdlib.steps.teacher_network import keep_epoch
-from kdlib.steps.training import CROSS_ENTROPY, load_checked, load_step, plan_run, train_run, use
+from kdlib.steps.processes import prepare_device
+from kdlib.steps.training import TrainingInputs, finish_run, plan_run, train_run
 from kdlib.study.base import StudyError
 from kdlib.study.study import Study
 from kdlib.study.training import Training
@@ -79,78 +77,100 @@ def _training(study: Study) -> Training:
 def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:
     """Train and record one of `study.recordings.runs()`, unless it is there already.
 
-    `seed=S` learns all training images; `fold=K` those of the other folds, and leaves
-    `held_out.parquet`, its probabilities of each class for each image of fold K; `threshold=K`
-    all of them, of which some pretend to be of one more class. Seeds of the first model leave
-    `gradients.parquet` where the study asks for gradients.
+    `seed=S` trains on all training images. `fold=K` trains on the other folds and writes
+    `held_out.parquet`, the probabilities of each class for each image of fold K. `threshold=K`
+    trains on all images, some of them with the label of one more class. Seeds of the first model
+    write `gradients.parquet` where the study asks for gradients.
 
     Returns: Its evidence.
     Raises: StudyError for a recording the study does not ask for; checks.TripwireError.
     """
     asked = study.recordings.runs() if study.recordings else []
     if (model, part) not in asked:
-        told = ", ".join("/".join(run) for run in asked) or "none (study: recordings)"
-        raise StudyError(f"no recording {model}/{part} in this study; it has {told}")
-    device = use(study.compute)
-    own = recording_settings(study, model, part)
-    kind, number = part.split("=")
-    training, seed, epoch = _training(study), own["seed"], own["gradient_epoch"]
-    ids, n_more = images.train_ids, 0
+        known = ", ".join("/".join(run) for run in asked) or "none (study: recordings)"
+        raise StudyError(f"no recording {model}/{part} in this study; it has {known}")
+    device = prepare_device(study.compute)
+    step_settings = recording_settings(study, model, part)
+    settings = {"step": step_settings, "inputs": images.fingerprints}
+    with open_run(study.runs, recording_folder(study, model, part), settings) as run:
+        if run.finished:
+            return read_evidence(run.folder)
+        inputs = _inputs(study, images, model, part, run, device)
+        evidence = train_run(run, inputs, f"{model} {part}", study.tracking)
+        if inputs.log is not None:
+            inputs.log.finish()
+        if (epoch := step_settings["gradient_epoch"]) is not None:
+            load_epoch(inputs.network, run.folder, evidence, epoch)
+            table = _gradient_table(inputs, device)
+            path = write_parquet(run.folder / "gradients.parquet", table, {"epoch": epoch})
+            evidence["gradients_sha256"] = files.sha256_file(path)
+        if part.startswith("fold="):
+            last = evidence["checkpoints"]["last"]
+            load_checked(inputs.network, run.folder, last["file"], last["weights_sha256"])
+            table, fold = _held_out_table(inputs, device), int(part.removeprefix("fold="))
+            path = write_parquet(run.folder / "held_out.parquet", table, {"fold": fold})
+            evidence["held_out_sha256"] = files.sha256_file(path)
+        return finish_run(run, study, images, "record", evidence, checks.RUN)
+
+
+def _inputs(
+    study: Study, images: Images, model: str, part: str, run: Run, device: str
+) -> TrainingInputs:
+    """The training of one recording: all examples, or those of the other folds, or labels of which
+    some are of one more class."""
+    (kind, number), asked = part.split("="), recording_settings(study, model, part)
+    ids, n_more, log = images.train_ids, 0, None
     if kind == "fold":
         ids = ids[fold_of(ids, study.recordings.folds) != int(number)]
     labels = images.train.read("labels", ids)
     if kind == "threshold":
         pretending = threshold_samples(ids, images.n_classes, int(number))
         labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
-    settings = {"step": own, "inputs": images.fingerprints}
-    with open_run(study.runs, recording_folder(study, model, part), settings) as run:
-        if run.finished:
-            return read_evidence(run.folder)
-        network = network_for(
-            images, study.recordings.models[model], derive(seed, "init"), device, n_more
+    training, seed = _training(study), asked["seed"]
+    plan = plan_run(images, training, ids, seed)
+    if kind != "fold":
+        log = begin_log(
+            run.folder / "dynamics",
+            images,
+            plan,
+            observed=study.dynamics.observed,
+            logits=asked["logits"],
+            labels=labels,
+            n_classes=images.n_classes + n_more,
+            settings=run.settings_sha256,
         )
-        plan = plan_run(images, training, ids, seed)
-        training = keep_epoch(training, plan, epoch)
-        log = None
-        if kind != "fold":
-            log = begin_log(
-                run.folder / "dynamics",
-                images,
-                plan,
-                observed=study.dynamics.observed,
-                logits=own["logits"],
-                labels=labels,
-                n_classes=images.n_classes + n_more,
-                settings=run.settings_sha256,
-            )
-        evidence = train_run(
-            run, study, images, network, training, plan, CROSS_ENTROPY, seed, f"{model} {part}",
-            World(device=device), log=log, labels=labels,
-        )  # fmt: skip
-        if log is not None:
-            log.finish()
-        if epoch is not None:
-            step = round(epoch * evidence["epochs_in_steps"])
-            load_step(network, run.folder, evidence, step)
-            norms = gradients(images, network, ids, device)
-            table = dict(zip(("grand", "grand_last"), norms, strict=True))
-            table = pd.DataFrame(table, pd.Index(ids, name="example_id"))
-            path = write_parquet(run.folder / "gradients.parquet", table, {"epoch": epoch})
-            evidence["gradients_sha256"] = files.sha256_file(path)
-        if kind == "fold":
-            last = evidence["checkpoints"]["last"]
-            load_checked(network, run.folder, last["file"], last["weights_sha256"])
-            held_out = np.setdiff1d(images.train_ids, ids)
-            pixels = torch.from_numpy(images.train.read("images", held_out)).to(device)
-            (logits,) = all_outputs(network, images.pixels, pixels, ("logits",))
-            probs = torch.softmax(logits.double(), 1).cpu().numpy()
-            table = pd.DataFrame(probs, pd.Index(held_out, name="example_id"))
-            table.columns = [f"p{c}" for c in range(images.n_classes)]
-            path = write_parquet(run.folder / "held_out.parquet", table, {"fold": int(number)})
-            evidence["held_out_sha256"] = files.sha256_file(path)
-        evidence |= {"step": "record", "study": study.name, "data": images.fingerprints}
-        evidence["checks"] = checks.demand(checks.RUN, evidence)
-        return run.finish(evidence, device)
+    return TrainingInputs(
+        images=images,
+        network=network_for(
+            images, study.recordings.models[model], derive(seed, "init"), device, n_more
+        ),
+        training=keep_epoch(training, plan, asked["gradient_epoch"]),
+        plan=plan,
+        seed=seed,
+        labels=labels,
+        log=log,
+        observed=study.dynamics.observed,
+        compute=study.compute,
+        world=World(device=device),
+    )
+
+
+def _gradient_table(inputs: TrainingInputs, device: str) -> pd.DataFrame:
+    ids = inputs.plan.example_ids
+    norms = gradients(inputs.images, inputs.network, ids, device)
+    table = dict(zip(("grand", "grand_last"), norms, strict=True))
+    return pd.DataFrame(table, pd.Index(ids, name="example_id"))
+
+
+def _held_out_table(inputs: TrainingInputs, device: str) -> pd.DataFrame:
+    """Probabilities of each class for the training images that were left out."""
+    images = inputs.images
+    ids = np.setdiff1d(images.train_ids, inputs.plan.example_ids)
+    pixels = torch.from_numpy(images.train.read("images", ids)).to(device)
+    (logits,) = all_outputs(inputs.network, images.pixels, pixels, ("logits",))
+    probs = torch.softmax(logits.double(), 1).cpu().numpy()
+    columns = [f"p{c}" for c in range(images.n_classes)]
+    return pd.DataFrame(probs, pd.Index(ids, name="example_id"), columns)
 
 
 def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, Any]]:

@@ -5,7 +5,6 @@ from typing import Any
 
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels
-from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network
 from kdlib.models.networks import build_network, network_for
 from kdlib.models.pretrained import load_pretrained
@@ -16,10 +15,13 @@ from kdlib.study.base import StudyError
 from kdlib.study.data import data_path
 from kdlib.study.models import LoadedTeacher, PretrainedTeacher, Teacher, TrainedTeacher
 from kdlib.study.study import Study
-from kdlib.study.training import Training
 
 
-def _teacher(study: Study, name: str | None) -> Teacher:
+def teacher_settings(study: Study, name: str | None) -> Teacher:
+    """The settings of the study's teacher (`name` None), or of a further one.
+
+    Raises: StudyError for a teacher that the study does not have.
+    """
     if name is None:
         return study.teacher
     if name not in study.teachers:
@@ -36,12 +38,13 @@ def teacher_folder(study: Study, name: str | None = None) -> Path:
 def teacher_network(
     study: Study, images: Images, device: str, name: str | None = None, seed: int | None = None
 ) -> Network:
-    """The teacher, or a further one, with its published or loaded weights, or with those its
-    training begins from, drawn from its own seed or from another one.
+    """The teacher, or a further one, with its published or loaded weights, or with the initial
+    weights of its training.
 
-    It sees images of `teacher.image_size` where that is set, whatever their size in the cache.
+    Args:
+        seed: Of the initial weights; None takes the teacher's.
     """
-    teacher = _teacher(study, name)
+    teacher = teacher_settings(study, name)
     shape, size = images.image_shape, teacher.image_size
     seen = shape if size is None else (shape[0], size, size)
     if isinstance(teacher, PretrainedTeacher):
@@ -59,12 +62,12 @@ def teacher_network(
             seed=derive(teacher.seed if seed is None else seed, "init"),
         )
         if isinstance(teacher, LoadedTeacher):
-            load_weights(network, _weights_file(teacher.weights))
+            load_weights(network, weights_file(teacher.weights))
     network.image_size = size
     return network.to(device, memory_format=images.pixels.memory_format)
 
 
-def made_teacher(
+def load_teacher(
     study: Study,
     images: Images,
     device: str,
@@ -72,7 +75,7 @@ def made_teacher(
     evidence: dict[str, Any],
     name: str | None = None,
 ) -> Network:
-    """A finished teacher, with the weights its card names.
+    """A finished teacher, with the weights that its card names.
 
     Args:
         folder, evidence: Of its run.
@@ -80,7 +83,7 @@ def made_teacher(
     Raises: ValueError for other weights.
     """
     network = teacher_network(study, images, device, name)
-    if isinstance(_teacher(study, name), TrainedTeacher):
+    if isinstance(teacher_settings(study, name), TrainedTeacher):
         load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
     if weights_fingerprint(network) != evidence["teacher"]["weights_sha256"]:
         raise ValueError(
@@ -90,7 +93,11 @@ def made_teacher(
     return network
 
 
-def _weights_file(weights: str) -> Path:
+def weights_file(weights: str) -> Path:
+    """The file of a loaded teacher's weights.
+
+    Raises: FileNotFoundError when it is not there.
+    """
     path = data_path(weights)
     if not path.is_file():
         raise FileNotFoundError(
@@ -102,7 +109,7 @@ def _weights_file(weights: str) -> Path:
 
 def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pixels:
     """The normalisation the teacher, or a further one, was trained with."""
-    teacher = _teacher(study, name)
+    teacher = teacher_settings(study, name)
     if isinstance(teacher, TrainedTeacher) or teacher.mean is None:
         return images.pixels
     if len(teacher.mean) != images.image_shape[0]:
@@ -111,24 +118,6 @@ def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pix
             f"{images.image_shape[0]} channels"
         )
     return Pixels(list(teacher.mean), list(teacher.std), study.compute.channels_last)
-
-
-def keep_epoch(training: Training, plan: Plan, epoch: int | None) -> Training:
-    """A training that also keeps its weights at the end of one epoch, counted from 1.
-
-    Raises: ValueError for an epoch beyond its end.
-    """
-    if epoch is None:
-        return training
-    steps_of_epoch = len(plan.example_ids) / plan.batch_size
-    step = round(epoch * steps_of_epoch)  # as those who read it say
-    if step > plan.n_steps:
-        raise ValueError(
-            f"dynamics.gradient_epoch is {epoch}; the recorded training ends after "
-            f"{plan.n_steps / steps_of_epoch:g} epochs"
-        )
-    kept = (*training.checkpoint_fractions, step / plan.n_steps)
-    return training.model_copy(update={"checkpoint_fractions": kept})
 
 
 def recorded_network(study: Study, images: Images, device: str) -> Network:

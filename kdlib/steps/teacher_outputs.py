@@ -15,29 +15,28 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import knn_probe
 from kdlib.probes.features import labelled_features
 from kdlib.repro.run import read_evidence
+from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher_network import (
-    _teacher,
-    made_teacher,
+    load_teacher,
     teacher_folder,
     teacher_network,
     teacher_pixels,
+    teacher_settings,
 )
-from kdlib.steps.training import (
-    replay,
-    use,
-)
+from kdlib.steps.training import replay
 from kdlib.study.models import TrainedTeacher
 from kdlib.study.study import Study
 from kdlib.trainer.objectives import teacher_columns
 
-REPLAYED = "replayed"  # teacher outputs of the views that the students will see
+REPLAYED = "replayed"  # teacher outputs of the views that the students see
 
 
-def _store_all(
+def store_all_outputs(
     study: Study, images: Images, network: Network, name: str | None, folder: Path, device: str
 ) -> dict[str, Any]:
-    """Store a teacher's outputs below its run, and measure it by them: its card."""
-    teacher, pixels = _teacher(study, name), teacher_pixels(study, images, name)
+    """Store a teacher's outputs in the folder of its run; returns its card, with the accuracy of
+    the stored outputs."""
+    teacher, pixels = teacher_settings(study, name), teacher_pixels(study, images, name)
     stored = {
         split: _store(study, network, pixels, cache, folder / f"outputs-{split}", device, name=name)
         for split, cache in (("train", images.train), ("test", images.test))
@@ -75,8 +74,8 @@ def _measured(
     for split, (cache, ids) in zip(("train", "test"), probe_examples(images), strict=True):
         values = stored[split].read("features", ids)[:, 0].astype(np.float32)
         pair.append(labelled_features(cache, ids, values, stored[split].header["teacher"]))
-    found = knn_probe(*pair, study.probe.k)
-    return {"measured": found.accuracy, "measured_train": None, "measured_by": "knn"}
+    result = knn_probe(*pair, study.probe.k)
+    return {"measured": result.accuracy, "measured_train": None, "measured_by": "knn"}
 
 
 def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:
@@ -92,7 +91,7 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
             "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
             "its outputs; parts are for a loaded one (study: teacher.weights or teacher.pretrained)"
         )
-    device = use(study.compute)
+    device = prepare_device(study.compute)
     network = teacher_network(study, images, device)
     pixels = teacher_pixels(study, images)
     kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
@@ -135,7 +134,7 @@ def _store(
     return stored
 
 
-def _restore_outputs(
+def restore_outputs(
     study: Study,
     images: Images,
     name: str | None,
@@ -143,7 +142,7 @@ def _restore_outputs(
     evidence: dict[str, Any],
     device: str,
 ) -> None:
-    """Store again what of a finished teacher's outputs was taken away as damaged."""
+    """Store those outputs of a finished teacher again that were removed as damaged."""
     gone = []
     for which in evidence["teacher"]["outputs"]:
         try:
@@ -153,7 +152,7 @@ def _restore_outputs(
             gone.append(which)
     if not gone:
         return
-    network = made_teacher(study, images, device, folder, evidence, name)
+    network = load_teacher(study, images, device, folder, evidence, name)
     pixels = teacher_pixels(study, images, name)
     for which in gone:
         of = images.test if which == "test" else images.train

@@ -129,7 +129,7 @@ def test_the_tripwires_judge_the_study_s_own_data_and_the_last_layer(probed):
 def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probed, monkeypatch):
     study, images, _, table = _probed(probed)
     seen, probe_network = [], probe._probe_network
-    monkeypatch.setattr(probe, "made_teacher", None)  # its rows are there
+    monkeypatch.setattr(probe, "load_teacher", None)  # its rows are there
     monkeypatch.setattr(
         probe, "_probe_network", lambda *given: seen.append(given[3]) or probe_network(*given)
     )

@@ -17,11 +17,12 @@ from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps import training as training_module
 from kdlib.steps.cache import cache_images, open_images
+from kdlib.steps.checkpoints import keep_epoch
 from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import student_folder, train_student
+from kdlib.steps.processes import write_study
 from kdlib.steps.teacher import make_teacher
-from kdlib.steps.teacher_network import keep_epoch
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 from kdlib.study.yaml_text import parse_yaml
@@ -48,7 +49,7 @@ def test_the_same_study_gives_the_same_bytes(made, tmp_path, monkeypatch):
 def test_a_study_written_for_processes_of_its_own_is_read_back_as_it_is(home, path):
     (home / "params").symlink_to(path.parent)  # for what it shares, and for code of its own
     study = load_study(path)
-    launched = training_module.written(study)
+    launched = write_study(study)
     assert launched.is_relative_to(home)
     again = load_study(launched)
     assert again == study
@@ -62,7 +63,7 @@ def test_a_study_is_written_with_every_number_and_letter(home):
     content["probe"]["c_grid"] = [1e-300, 1e-6, 0.5, 1, 1e16]
     content["students"]["tiny"]["model"]["options"] = options
     study = Study.model_validate({"name": "tiny", **content})
-    again = load_study(training_module.written(study))
+    again = load_study(write_study(study))
     assert again == study
     assert again.students["tiny"].model.options == options
 

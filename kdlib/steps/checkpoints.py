@@ -1,0 +1,88 @@
+"""The checkpoints of a run: which are kept, their accuracy, and their weights read back."""
+
+from pathlib import Path
+from typing import Any
+
+from kdlib.dataset.images import Images
+from kdlib.dataset.plan import Plan
+from kdlib.models.base import Network
+from kdlib.models.evaluation import evaluate
+from kdlib.models.weights import load_weights
+from kdlib.repro import files
+from kdlib.study.training import Training
+from kdlib.trainer.loop import Trained
+
+
+def measure_checkpoints(
+    folder: Path, network: Network, images: Images, trained: Trained
+) -> dict[str, dict[str, Any]]:
+    """Step, file, fingerprints, test accuracy and test loss of the `last` and the `best`
+    checkpoint; the network then has the weights of one of them."""
+    device = next(network.parameters()).device
+    test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
+    measured: dict[int, dict[str, Any]] = {}
+    for step in dict.fromkeys((trained.last_step, trained.best_step)):
+        file, weights_sha256 = trained.checkpoints[step]
+        load_checked(network, folder, file, weights_sha256)
+        loss, accuracy = evaluate(network, images.pixels, *test)
+        measured[step] = {
+            "step": step,
+            "file": file,
+            "file_sha256": files.sha256_file(folder / file),
+            "weights_sha256": weights_sha256,
+            "test_accuracy": accuracy,
+            "test_loss": loss,
+        }
+    return {"last": measured[trained.last_step], "best": measured[trained.best_step]}
+
+
+def keep_epoch(training: Training, plan: Plan, epoch: int | None) -> Training:
+    """A training with one more checkpoint, at the end of an epoch counted from 1.
+
+    Raises: ValueError for an epoch beyond its end.
+    """
+    if epoch is None:
+        return training
+    steps_of_epoch = len(plan.example_ids) / plan.batch_size
+    step = _end_of_epoch(epoch, steps_of_epoch)
+    if step > plan.n_steps:
+        raise ValueError(
+            f"dynamics.gradient_epoch is {epoch}; the recorded training ends after "
+            f"{plan.n_steps / steps_of_epoch:g} epochs"
+        )
+    kept = (*training.checkpoint_fractions, step / plan.n_steps)
+    return training.model_copy(update={"checkpoint_fractions": kept})
+
+
+def _end_of_epoch(epoch: int, steps_of_epoch: float) -> int:
+    return round(epoch * steps_of_epoch)
+
+
+def load_epoch(network: Network, folder: Path, evidence: dict[str, Any], epoch: int) -> str:
+    """Load the weights that `keep_epoch` kept; as `load_step`."""
+    step = _end_of_epoch(epoch, evidence["epochs_in_steps"])
+    return load_step(network, folder, evidence, step)
+
+
+def load_step(network: Network, folder: Path, evidence: dict[str, Any], step: int | str) -> str:
+    """Load the weights of a checkpoint of a finished run; as `load_checked`."""
+    known = evidence.get("series_sha256", {})  # runs of format 1 have none
+    return load_checked(network, folder, evidence["series"][str(step)], known.get(str(step)))
+
+
+def load_checked(network: Network, folder: Path, file: str, weights_sha256: str | None) -> str:
+    """Load the weights of a run into a network.
+
+    Args:
+        weights_sha256: Their fingerprint when they were written; None where it was not recorded.
+
+    Returns: Their fingerprint.
+    Raises: ValueError for weights that were changed.
+    """
+    loaded = load_weights(network, folder / file)
+    if weights_sha256 not in (None, loaded):
+        raise ValueError(
+            f"{folder / file} was changed after it was written; delete {folder} and run the "
+            "notebook that makes it again"
+        )
+    return loaded
