@@ -1,8 +1,7 @@
 """What went wrong in study A, which chose subsets by training dynamics: each defect made again in
-miniature, beside the honest number and the tripwire that catches it.
+miniature, beside the number without it and the check that catches it.
 
-The code of the defects lives here alone, marked `wrong`. Leaves to others: the trainings
-(`exhibits`), study B (`feature_defects`).
+The code of the defects stands here, marked `wrong`.
 """
 
 import dataclasses

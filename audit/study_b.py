@@ -1,8 +1,7 @@
 """What went wrong in study B, which distilled features over fixed or random shards: each defect
-made again in miniature, beside the honest number and the tripwire that catches it.
+made again in miniature, beside the number without it and the check that catches it.
 
-The code of the defects lives here alone, marked `wrong`. Leaves to others: the trainings
-(`exhibits`), study A (`subset_defects`).
+The code of the defects stands here, marked `wrong`.
 """
 
 import hashlib

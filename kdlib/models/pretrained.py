@@ -1,8 +1,7 @@
 """Teachers that were published with their weights: timm's, and those of torch.hub.
 
-Nothing is fetched where there is no network: one sentence says what to do. A torch.hub network is
-code of others, and runs only where a study trusts it by name. Leaves to others: networks drawn at
-random (`models`), weight files (`weights`).
+Where weights cannot be downloaded, the error says where to put them. A torch.hub network is
+downloaded code, which runs where the study says `trust_code: true`.
 
 Sources:
     [Wightman2019] Wightman: PyTorch Image Models (timm), 2019, doi:10.5281/zenodo.4414861.
@@ -72,7 +71,7 @@ def _from_hub(model: Model, n_classes: int, trust_code: bool) -> Network:
     repository, entry = parse_hub(model.name)
     if not trust_code:
         raise ValueError(
-            f"{repository} is code of others, which would run here: read it, then write "
+            f"{repository} is downloaded code, which would run here: read it, then write "
             "teacher.trust_code: true"
         )
     with _fetching(model.name):
@@ -89,10 +88,12 @@ def _fetching(name: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and "offline" not in str(error).lower():
             raise
+        # a study refuses `weights` for a torch.hub network, whose code comes with them
+        file = "" if name.startswith("hub/") else ", or give a file (teacher.weights)"
         raise RuntimeError(
-            f"the weights of {name} are not on this machine and could not be fetched "
+            f"the weights of {name} are not on this machine and could not be downloaded "
             f"({type(error).__name__}: {first_line(error)}); run this once where "
-            "there is a network and copy $TORCH_HOME and $HF_HOME, or give a file (teacher.weights)"
+            f"there is a network and copy $TORCH_HOME and $HF_HOME{file}"
         ) from error
 
 
@@ -119,13 +120,13 @@ class HubNetwork(Network):
         self.n_classes = n_classes if linear[-1].out_features == n_classes else 0
 
     def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Features, and what each stage gave on the way."""
+        """Features (B, D), and the output of each stage, (B, C, H, W)."""
         if self._tokens:
-            found = self.body.forward_features(x)
-            patches = found["x_norm_patchtokens"]
+            tokens = self.body.forward_features(x)
+            patches = tokens["x_norm_patchtokens"]
             side = round(patches.shape[1] ** 0.5)
             grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, N, D) -> (B, D, H, W)
-            return found["x_norm_clstoken"], [grid]
+            return tokens["x_norm_clstoken"], [grid]
         seen: dict[nn.Module, Tensor] = {}
         hooks = [
             module.register_forward_hook(lambda m, _, out: seen.__setitem__(m, out))

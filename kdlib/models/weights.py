@@ -1,7 +1,4 @@
-"""Weight files: read, written and named by content, in a format that cannot execute code.
-
-Leaves to others: which network the weights belong to, and which weights a teacher is given.
-"""
+"""Weight files in a format that cannot execute code: reading, writing, fingerprints."""
 
 import hashlib
 import json
@@ -98,7 +95,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Of what an error says; its kind where it says nothing."""
+    """The first line of an error's message; its type where the message is empty."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -108,21 +105,21 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(
             f"{path} is not a whole safetensors file ({error}); copy it again if it was cut; a "
-            f"PyTorch checkpoint is told by its name ({', '.join(CHECKPOINTS)})"
+            f"PyTorch checkpoint is recognised by its suffix ({', '.join(CHECKPOINTS)})"
         ) from None
 
 
 def _checkpoint(path: Path) -> dict[str, Tensor]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, which torch does not name
         raise ValueError(
             f"{path} is cut, or holds more than tensors, which could execute code and is not read "
             f"({first_line(error)}); save its state_dict alone, or as safetensors"
         ) from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected tensors by name")
-    return {key.removeprefix("module."): value for key, value in found.items()}
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds {type(content).__name__}; expected tensors by name")
+    return {key.removeprefix("module."): value for key, value in content.items()}

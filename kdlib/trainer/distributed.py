@@ -1,8 +1,8 @@
-"""Several processes that share each batch and train what one process would, to rounding.
+"""Training on several processes that share each batch: the result of one process, to rounding.
 
 Each process runs its share of a batch through the network. Outputs are gathered, and every process
-computes the same loss of the whole batch, so that losses which relate examples to each other mean
-the same for any number of processes.
+computes the same loss of the whole batch, so that losses between examples are the same for any
+number of processes.
 """
 
 import contextlib

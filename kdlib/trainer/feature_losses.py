@@ -1,8 +1,8 @@
 """Distillation losses of features: pure functions of vectors (B, D) and grids (B, C, H, W).
 
-Every teacher tensor is detached, and every loss is a mean over the batch. What is trained on the
-student's side, such as a projector, comes before. Leaves to others: logits (`losses`), projectors
-and what an objective adds up (`objectives`).
+Every teacher tensor is detached. Every loss is a mean over the batch, without its weight in the
+objective. Student tensors are passed after the projector, where an objective trains one
+(`objectives`).
 
 Sources:
     [Romero2015] Romero et al.: FitNets: Hints for Thin Deep Nets. ICLR 2015, arXiv 1412.6550.
@@ -26,8 +26,8 @@ EPSILON = 1e-12
 
 
 def resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """A grid (B, C, H, W) brought to another (height, width): areas are averaged, or points
-    interpolated where it grows. What was in a corner stays there.
+    """A grid (B, C, H, W) resized to another (height, width): averaged over areas where it shrinks,
+    interpolated bilinearly where it grows; corners stay corners.
 
     >>> resized(torch.arange(4.0).view(1, 1, 2, 2), (1, 1)).item()
     1.5
@@ -41,12 +41,16 @@ def resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def hint(projected: Tensor, teacher_grid: Tensor) -> Tensor:
-    """Mean squared difference of a projected student grid and the teacher's, both (B, C, H, W); the
-    teacher's is brought to the student's size.
+    """Mean squared difference of a projected student grid and the teacher's.
 
-    Source: [Romero2015], eq. 3, with a mean over elements instead of half their sum, and together
-    with the other losses instead of before them.
+    Args:
+        projected: (B, C, H, W) float, the student's grid after its projector.
+        teacher_grid: (B, C, H_t, W_t) float; resized to (H, W) where it differs.
+
+    Returns: Scalar >= 0, mean over all elements.
     Raises: ValueError when batches or channels differ.
+    Source: [Romero2015], eq. 3, with a mean over elements instead of half their sum; the paper
+        trains with it first, here it is added to the other losses.
     """
     _check(projected, teacher_grid, 2)
     target = resized(teacher_grid.detach(), projected.shape[-2:])
@@ -54,10 +58,16 @@ def hint(projected: Tensor, teacher_grid: Tensor) -> Tensor:
 
 
 def attention(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Tensor:
-    """Sum over stages of the distance of attention maps, each (B, H, W) and of norm 1.
+    """Sum over stages of the distance between attention maps.
 
-    Returns: Mean over the batch of the L2 norm of the difference, in [0, sqrt 2] for each stage.
-    Raises: ValueError when the batches differ.
+    Args:
+        student_maps: For each stage (B, H, W) float >= 0, of L2 norm 1 for each example.
+        teacher_maps: For each stage (B, H_t, W_t) float >= 0; resized to (H, W) where it differs,
+            and then brought to norm 1.
+
+    Returns: Scalar: mean over the batch of the L2 norm of the difference, in [0, sqrt 2] for each
+        stage.
+    Raises: ValueError when the batches or the numbers of stages differ.
     Source: [Zagoruyko2017], eq. 2 with p = 2; their code takes mean squares instead.
     """
     total = torch.zeros((), dtype=student_maps[0].dtype, device=student_maps[0].device)
@@ -70,14 +80,14 @@ def attention(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) ->
 
 
 def rkd(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of the relations between examples: of pairs, and of triplets.
+    """Differences of the distances of pairs of examples, and of the angles of triplets.
 
     Args:
         student, teacher: (B, D_s) and (B, D_t) float, row by row of the same examples; B >= 2.
 
     Returns: (distance, angle), scalars >= 0: Huber losses of the pairwise distances, divided by
         their mean, and of the cosines of the angles of all triplets.
-    Raises: ValueError when the batches differ, or hold one example, which relates to nothing.
+    Raises: ValueError when the batches differ, or hold a single example.
     Source: [Park2019], eq. 6 to 10.
     """
     _check(student, teacher, 1)
@@ -114,7 +124,7 @@ def _angles(rows: Tensor) -> Tensor:
 
 
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Squared difference of the similarities within a batch.
+    """Squared difference of the similarity matrices of a batch.
 
     Args:
         student, teacher: (B, ...) float; each example's values are taken as one vector.
@@ -136,11 +146,11 @@ def similarity(student: Tensor, teacher: Tensor) -> Tensor:
 def crd(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, n_examples: int
 ) -> Tensor:
-    """Tell which student and teacher rows are of one example.
+    """Contrast of student and teacher embeddings: rows of the same example against negatives.
 
     With h = exp(g / T) / (exp(g / T) + N / M), g the cosine of two rows, the loss is
-    -log h(own) - sum over negatives of log(1 - h), once with the student's row as anchor and once
-    with the teacher's.
+    -log h(same) - sum over negatives of log(1 - h), once with the student's row as anchor and once
+    with the teacher's; `same` are the two rows of one example.
 
     Args:
         student, teacher: (B, D) float embeddings; they are brought to norm 1 here.
@@ -151,7 +161,7 @@ def crd(
     Returns: Scalar >= 0, mean over the batch.
     Raises: ValueError when the shapes differ or the temperature is not positive.
     Source: [Tian2020], eq. 17 to 19. The paper draws its negatives from a memory of all examples;
-        here they come from the batch, so that the loss is a function of the batch alone.
+        here they come from the batch, so that the loss is a function of the batch.
     """
     _check(student, teacher, 2)
     if not temperature > 0:
@@ -162,9 +172,9 @@ def crd(
     log_ratio = torch.log(torch.tensor(n_negatives / n_examples, dtype=similar.dtype))
     # log h and log(1 - h) of h = sigmoid(g / T - log(N / M))
     score = similar - log_ratio.to(similar.device)
-    own = -F.logsigmoid(score.diagonal()).mean()
+    same = -F.logsigmoid(score.diagonal()).mean()
     wrong = -F.logsigmoid(-score) * others
-    return 2 * own + wrong.sum(1).mean() + wrong.sum(0).mean()
+    return 2 * same + wrong.sum(1).mean() + wrong.sum(0).mean()
 
 
 def tokens(
@@ -174,7 +184,7 @@ def tokens(
 
     Args:
         cls: (B, D) float.
-        patches: (B, D, H, W) float; the teacher's grid is brought to its size.
+        patches: (B, D, H, W) float; the teacher's grid is resized to (H, W).
         teacher_cls, teacher_patches: (B, D) and (B, D, H_t, W_t) float.
 
     Returns: (of the vectors, of the grids), scalars in [0, 2], means over examples and places.
@@ -188,7 +198,7 @@ def tokens(
 
 
 def two_views(first: Tensor, second: Tensor) -> None:
-    """Refuse two views that are one: of images, or of what a network made of them.
+    """Refuse two views that are equal: of images, or of features.
 
     Raises: ValueError when both tensors are the same to the bit.
     """
@@ -200,15 +210,17 @@ def two_views(first: Tensor, second: Tensor) -> None:
 
 
 def barlow(first: Tensor, second: Tensor, off_diagonal: float = 0.005) -> Tensor:
-    """Redundancy of the embeddings of two views: their correlation matrix should be the identity.
+    """Distance of the correlation matrix of two views' embeddings from the identity.
 
     Args:
         first, second: (B, D) float embeddings of two views of the same examples.
-        off_diagonal: Weight of what lies off the diagonal.
+        off_diagonal: Weight of the squares off the diagonal, >= 0; the paper takes 0.005.
 
-    Returns: Scalar >= 0, divided by D.
-    Raises: ValueError for identical views, whose correlation says nothing.
-    Source: [Zbontar2021], eq. 1 and 2; the division by D, so that widths compare, is ours.
+    Returns: Scalar >= 0: squared deviations of the diagonal from 1 plus the weighted squares off
+        it, divided by D.
+    Raises: ValueError for two equal views.
+    Source: [Zbontar2021], eq. 1 and 2; the division by D, by which widths can be compared, is
+        kdlib's.
     """
     two_views(first, second)
 
@@ -224,7 +236,7 @@ def barlow(first: Tensor, second: Tensor, off_diagonal: float = 0.005) -> Tensor
 
 
 def _check(student: Tensor, teacher: Tensor, n_axes: int) -> None:
-    """The first axes agree: otherwise one row would silently be compared with all."""
+    """Refuse tensors whose first axes differ, which would broadcast one row over all."""
     if student.shape[:n_axes] != teacher.shape[:n_axes]:
         same = ("batch", "batch and channels")[n_axes - 1]
         raise ValueError(

@@ -1,8 +1,7 @@
 """Distillation losses of logits: pure functions of student logits, teacher logits and labels.
 
-Every teacher tensor is detached, and every loss is a mean over the batch, without weights and
-without the factor temperature squared. Leaves to others: features (`features`), and what an
-objective adds up (`objectives`).
+Every teacher tensor is detached. Every loss is a mean over the batch, without its weight in the
+objective and without the factor temperature squared: `objectives` multiplies by both.
 
 Sources:
     [Hinton2015] Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network.
@@ -21,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPSILON = 1e-7  # beside a standard deviation, so that a constant row is no division by zero
+EPSILON = 1e-7  # its square is added to a variance, so that a constant row gives 0 and not NaN
 
 
 def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -75,7 +74,7 @@ def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def decoupled(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The two parts into which KL falls: gold class against all others, and among the others.
+    """The two parts of the KL divergence: gold class against all others, and among the others.
 
     With b = (p_gold, 1 - p_gold) and q = softmax over the other classes alone,
     KL(p_t || p_s) = KL(b_t || b_s) + (1 - p_t[gold]) KL(q_t || q_s); the paper weights the two
@@ -117,7 +116,7 @@ def dist_terms(
         temperature: > 0; divides both logits.
 
     Returns: (inter, intra), scalars in [0, 2], means over examples and over classes; 0 when every
-        correlation is 1. A constant row correlates with nothing.
+        correlation is 1. The correlation with a constant row counts as 0.
     Raises: ValueError when the shapes differ or the temperature is not positive.
     Source: [Huang2022], eq. 6 to 9.
     """

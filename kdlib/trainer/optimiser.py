@@ -1,6 +1,4 @@
-"""How weights move: learning-rate schedules, optimisers, the running mean of weights.
-
-Leaves to others: when a step is taken, and what state is kept between runs (`trainer`).
+"""Learning-rate schedules, optimisers, the running mean of weights, patience.
 
 Sources:
     [Loshchilov2017] Loshchilov, Hutter: SGDR: Stochastic Gradient Descent with Warm Restarts.
@@ -23,7 +21,7 @@ from kdlib.study.training import Training
 
 
 def learning_rate(training: Training, step: int, n_steps: int) -> float:
-    """Learning rate of step `step` in [0, n_steps), before what `plateau` takes off.
+    """Learning rate of step `step` in [0, n_steps), before the factor by which `plateau` lowers it.
 
     The warm-up rises linearly to `lr_peak`. Then: `constant` and `plateau` stay; `cosine` falls to
     0 along half a cosine [Loshchilov2017]; `one_cycle` falls linearly to 0, the momentum stays
@@ -93,7 +91,7 @@ class Patience:
     """Counts evaluations since the validation loss last fell.
 
     Attributes:
-        limit: How many are borne.
+        limit: How many evaluations without a lower loss are allowed.
         best: Lowest loss so far.
         waited: Evaluations since then.
     """
@@ -102,8 +100,8 @@ class Patience:
         self.limit, self.best, self.waited = limit, math.inf, 0
 
     def spent(self, loss: float) -> bool:
-        """Note one more evaluation's loss; whether it was one too many, after which the count
-        begins anew."""
+        """Count one more evaluation; whether the limit is exceeded, after which the count begins
+        anew."""
         if loss < self.best:
             self.best, self.waited = loss, 0
             return False

@@ -1,4 +1,4 @@
-"""Whether an objective tells the teacher outputs of one example from those of another."""
+"""Whether an objective's value depends on which example a row of teacher outputs belongs to."""
 
 from typing import Any
 

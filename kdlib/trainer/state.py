@@ -1,8 +1,7 @@
 """Resumable states: tensors and numbers of a training in files that execute no code.
 
 A state is one safetensors file; its numbers lie as JSON in the header. The two newest are kept, so
-that a state damaged on the disk costs one interval of work. Leaves to others: what belongs into a
-state (`trainer`).
+that a state damaged on the disk costs one interval of work. `loop` decides what a state holds.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ _DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionE
 
 
 class StateError(RuntimeError):
-    """A state that cannot be gone on from."""
+    """A state from which a training cannot continue."""
 
 
 def write_state(
@@ -34,13 +33,13 @@ def write_state(
     """Write a state whole or not at all; the one before it stays beside it.
 
     Args:
-        settings: What the training was asked for; `read_state` compares.
+        settings: Of the run, JSON-able; `read_state` compares them.
         numbers: JSON-able.
     """
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    told = {"settings": json.dumps(settings), "numbers": json.dumps(numbers)}
-    told["sha256"] = _content_sha256(plain, told)
-    data = save(plain, told)
+    metadata = {"settings": json.dumps(settings), "numbers": json.dumps(numbers)}
+    metadata["sha256"] = _content_sha256(plain, metadata)
+    data = save(plain, metadata)
     path = folder / NAME
     fresh = folder / f"{NAME}.new"
     files.write_atomic(fresh, lambda file: file.write(data))
@@ -54,7 +53,7 @@ def read_state(
 ) -> tuple[dict[str, torch.Tensor], dict] | None:
     """The newest whole state of a folder: (tensors, numbers); None when there is none.
 
-    A damaged state is passed over for the one before it, and said.
+    For a damaged state the one before it is read, and a sentence is printed.
 
     Raises: StateError for a state of other settings, with the difference, or when every state that
         is there is damaged.
@@ -92,15 +91,15 @@ def saved_step(folder: Path) -> int:
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
     with safe_open(path, "pt") as file:
-        told = file.metadata()
+        metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if told["sha256"] != _content_sha256(tensors, told):
+    if metadata["sha256"] != _content_sha256(tensors, metadata):
         raise ValueError("its checksum does not match")
-    return tensors, json.loads(told["numbers"]), json.loads(told["settings"])
+    return tensors, json.loads(metadata["numbers"]), json.loads(metadata["settings"])
 
 
-def _content_sha256(tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]) -> str:
+def _content_sha256(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
     """sha256 over names, dtypes, shapes and bytes of all tensors, numbers and settings."""
     names = sorted(tensors)
     arrays = files.sha256_array(*(tensors[name].numpy() for name in names))
-    return files.fingerprint([names, arrays, told["numbers"], told["settings"]])
+    return files.fingerprint([names, arrays, metadata["numbers"], metadata["settings"]])

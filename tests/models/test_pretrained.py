@@ -102,7 +102,7 @@ def test_a_classifier_of_other_classes_is_known_by_its_features(hub):
 
 def test_code_of_others_does_not_run_unasked(hub):
     (hub / "hubconf.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(ValueError, match="owner/networks:v1 is code of others"):
+    with pytest.raises(ValueError, match="owner/networks:v1 is downloaded code"):
         loaded(f"{HERE}/dinov2_vits14", trust_code=False)
 
 
@@ -114,7 +114,7 @@ def test_a_module_of_another_kind_is_refused(hub):
 def test_a_network_that_is_not_here_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     monkeypatch.setattr(torch.hub, "_get_cache_or_reload", _unreachable)
-    with pytest.raises(RuntimeError, match=r"could not be fetched .*copy \$TORCH_HOME and \$HF_H"):
+    with pytest.raises(RuntimeError, match=r"could not be downloaded .*copy \$TORCH_HOME and \$HF_H"):
         loaded(f"{HERE}/dinov2_vits14")
 
 
