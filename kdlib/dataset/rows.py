@@ -23,7 +23,7 @@ _MAP_FIXED = 0x10  # Linux and macOS
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0x40  # takes no swap for unused pages
 
 # Bytes between addresses at which files may begin. Files that begin at any page are read 5% slower
-# (2026-11, 20 shards of 6 MB): the kernel then cannot map large pages of the page cache as such.
+# (2026-11, 10 shards of 6 MB): the kernel then cannot map large pages of the page cache as such.
 _ALIGNMENT = 2**21
 
 # Of madvise(2), since Linux 5.14. A cold pass over 20 shards of 56 MB waits 0.6 to 0.7 s in all,

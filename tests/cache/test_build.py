@@ -6,70 +6,30 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections import namedtuple
-from collections.abc import Callable
-from concurrent.futures import wait
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from cache.test_shards import COLUMNS, HEADER, SIZE, N, content, make, make_cache
+from cache.numbers import (
+    SIZE,
+    N,
+    content,
+    interrupted,
+    make,
+    make_cache,
+    never,
+    recording,
+    stopping,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.cache import part as part_module
-from kdlib.cache import workers
-from kdlib.cache.build import build_images, build_shards, repair
+from kdlib.cache.build import build_images, repair
 from kdlib.cache.index import CacheError, part_range
-from kdlib.cache.journal import read_journal
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import array_source
-from kdlib.repro import files
 
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def pristine(tmp_path_factory) -> Path:
-    """A whole cache of four shards, built in one go, that no test writes into."""
-    return make_cache(tmp_path_factory.mktemp("cache") / "whole").folder
-
-
-@pytest.fixture
-def folder(pristine: Path, tmp_path: Path) -> Path:
-    """A copy of a whole cache, to be damaged."""
-    return Path(shutil.copytree(pristine, tmp_path / "cache"))
-
-
-def recording(starts: list[int]) -> Callable:
-    """`make`, which also notes where the shards it makes begin."""
-    return lambda span: (starts.append(span[0]), make(span))[1]
-
-
-def never(span: tuple[int, int]) -> None:
-    pytest.fail(f"examples {span} were made again")
-
-
-def stopping(shard: int, error: BaseException) -> Callable:
-    """`make`, which raises at one shard."""
-
-    def makes(span):
-        if span[0] == shard * SIZE:
-            raise error
-        return make(span)
-
-    return makes
-
-
-def interrupted(folder: Path, shard: int = 3, part: tuple[int, int] = (1, 1)) -> Path:
-    """Begin a build that ends before one of its shards; returns its journal."""
-    with pytest.raises(KeyboardInterrupt):
-        make_cache(folder, stopping(shard, KeyboardInterrupt()), part=part)
-    [journal] = folder.glob("journal*")
-    return journal
 
 
 # --- one builder -----------------------------------------------------------------------------
@@ -113,7 +73,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 from kdlib.cache import build
-from cache.test_shards import make_cache
+from cache.numbers import make_cache
 victim, moment = 3, sys.argv[2]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -347,7 +307,7 @@ BUILDER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[3])
-from cache.test_shards import make, make_cache
+from cache.numbers import make, make_cache
 print("ready", flush=True)
 sys.stdin.readline()
 def slow(span):
@@ -435,305 +395,6 @@ def test_a_second_builder_in_another_process_is_refused(tmp_path):
     make_cache(tmp_path).verify()
 
 
-# --- worker processes ------------------------------------------------------------------------
-
-
-class Counted:
-    """A payload that counts how many of it are alive here; a worker gets (start, stop)."""
-
-    alive: int = 0
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.span = (start, stop)
-        Counted.alive += 1
-
-    def __del__(self) -> None:
-        Counted.alive -= 1
-
-    def __reduce__(self) -> tuple:
-        return tuple, (self.span,)
-
-
-def make_counted(payload: Any) -> dict[str, np.ndarray]:
-    """`make` for what arrives of a payload, in this process or in another one."""
-    return make(payload.span if isinstance(payload, Counted) else payload)
-
-
-@pytest.mark.parametrize("n_workers", [0, 2])
-def test_workers_give_the_same_bytes_and_hold_one_payload_more_than_they_are(tmp_path, n_workers):
-    one, fetched, alive = tmp_path / "one", [], []
-    make_cache(one, n=60)
-
-    def fetch(start: int, stop: int) -> Counted:
-        fetched.append(start)
-        payload = Counted(start, stop)
-        alive.append(Counted.alive)
-        return payload
-
-    built = build_shards(
-        tmp_path / "workers",
-        HEADER,
-        COLUMNS,
-        make_counted,
-        n_examples=60,
-        shard_size=SIZE,
-        fetch=fetch,
-        n_workers=n_workers,
-    )
-    assert content(built.folder) == content(one)
-    assert fetched == list(range(0, 60, SIZE))
-    assert max(alive) == n_workers + 1
-    assert Counted.alive == 0
-
-
-def make_or_raise(last_s: float, span: tuple[int, int]) -> dict[str, np.ndarray]:
-    """`make`, which raises at the third shard and takes its time for the last one."""
-    if span[0] == 2 * SIZE:
-        raise ValueError("example 12 is no image")
-    if span[0] == 3 * SIZE:
-        time.sleep(last_s)
-    return make(span)
-
-
-def make_or_die(folder: Path, span: tuple[int, int]) -> dict[str, np.ndarray]:
-    if span[0] == 2 * SIZE and not (folder / "died").exists():
-        (folder / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return make(span)
-
-
-@pytest.mark.parametrize("how", ["raises", "raises, noticed late", "dies"])
-def test_what_is_finished_before_a_worker_fails_is_kept(pristine, tmp_path, monkeypatch, how):
-    folder, kept = tmp_path / "cache", [0, 1]
-    function = partial(make_or_raise, 600)  # the last shard, queued behind, is never finished
-    expected = (ValueError, "^example 12 is no image$")
-    if how == "raises, noticed late":  # when the shard queued behind it is finished too
-        function, kept = partial(make_or_raise, 0), [0, 1, 3]
-        monkeypatch.setattr(workers, "wait", lambda running, return_when: wait(running))
-    if how == "dies":
-        function = partial(make_or_die, tmp_path)
-        expected = (CacheError, r"a worker process died while shards .*2.* were made, most often")
-    options = {"n_examples": N, "shard_size": SIZE, "n_workers": 1}
-    with pytest.raises(expected[0], match=expected[1]):
-        build_shards(folder, HEADER, COLUMNS, function, **options)
-    assert not list(folder.glob(".*.tmp"))
-    assert sorted(read_journal(folder / "journal.jsonl")[1]) == kept  # in the order they finished
-    starts = []
-    make_cache(folder, recording(starts))
-    assert starts == [shard * SIZE for shard in range(4) if shard not in kept]
-    assert content(folder) == content(pristine)
-
-
-SLOW = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from cache.test_shards import COLUMNS, HEADER, make
-from kdlib.cache.build import build_shards
-
-def slow(span):
-    if span[0] >= 10:
-        time.sleep(600)
-    return make(span)
-
-if __name__ == "__main__":
-    build_shards(Path(sys.argv[1]), HEADER, COLUMNS, slow, n_examples=17, shard_size=5, n_workers=2)
-"""
-
-
-def group(leader: int) -> list[int]:
-    """Living processes of a process group."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(pgrp) == leader and state not in "ZX":
-            found.append(int(path.parent.name))
-    return found
-
-
-def until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    end = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-@pytest.mark.parametrize("how", ["SIGINT", "SIGKILL"])
-def test_a_builder_that_is_stopped_takes_its_workers_along_and_the_next_one_goes_on(
-    pristine, tmp_path, how
-):
-    folder, script = tmp_path / "cache", tmp_path / "slow.py"
-    script.write_text(SLOW)
-    builder = subprocess.Popen(
-        [sys.executable, script, folder, TESTS],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # a shell starts what it runs in the background with Ctrl-C ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    journal = folder / "journal.jsonl"
-    try:
-        assert until(lambda: journal.exists() and len(journal.read_text().splitlines()) == 3, 60)
-        assert len(group(builder.pid)) >= 3
-        if how == "SIGINT":
-            os.killpg(builder.pid, signal.SIGINT)  # as a terminal does: workers get it, too
-        else:
-            builder.kill()
-        _, told = builder.communicate(timeout=10)
-        assert builder.returncode == -getattr(signal, how)
-        assert told.count("Traceback") == (how == "SIGINT")  # the builder's own alone
-        assert until(lambda: not group(builder.pid), 10)
-    finally:
-        for pid in group(builder.pid):
-            os.kill(pid, signal.SIGKILL)
-        builder.wait()
-        builder.stderr.close()
-    starts = []
-    make_cache(folder, recording(starts))
-    assert starts == [2 * SIZE, 3 * SIZE]
-    assert content(folder) == content(pristine)
-
-
-def test_a_negative_number_of_workers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="n_workers is -1; expected 0 or more"):
-        build_shards(tmp_path, HEADER, COLUMNS, make, n_examples=N, shard_size=SIZE, n_workers=-1)
-
-
-# --- a folder that cannot be written into ----------------------------------------------------
-
-
-def test_a_full_disk_leaves_an_unfinished_build_and_no_temporary_file(
-    pristine, tmp_path, monkeypatch
-):
-    save = np.save
-
-    def full(file, array, **options):
-        if array.dtype == np.int32 and array[0, 0, 0] == 6 * 2 * SIZE:
-            file.write(b"half")
-            raise OSError(28, "No space left on device")
-        save(file, array, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(files.np, "save", full)
-        with pytest.raises(files.DiskError, match=r"cannot write .*No space left.*make room"):
-            make_cache(tmp_path)
-    assert list(tmp_path.glob(".*")) == [tmp_path / ".lock"]
-    starts = []
-    make_cache(tmp_path, recording(starts)).verify()
-    assert starts == [2 * SIZE, 3 * SIZE]
-    assert content(tmp_path) == content(pristine)
-
-
-LIMITED = """
-import resource, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from cache.test_shards import make_cache
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-for limit in sys.argv[3:]:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), hard))
-    try:
-        make_cache(Path(sys.argv[1], limit))
-    except OSError as error:
-        print(error)
-"""
-
-
-def test_files_that_the_system_lets_grow_no_further_are_one_sentence(pristine, tmp_path):
-    # the journal's header does not fit; the values do not; the journal's third shard does not
-    n_kept, refused = {"100": 0, "220": 0, "700": 2}, ["journal.jsonl", "values-00000.npy"]
-    command = [sys.executable, "-c", LIMITED, tmp_path, TESTS, *n_kept]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
-        f"cannot write {tmp_path / limit / name} (File too large); what is finished is kept: make "
-        "room or get permission there, and run the same again"
-        for limit, name in zip(n_kept, [*refused, "journal.jsonl"], strict=True)
-    ], done.stderr
-    for limit, n in n_kept.items():
-        assert not list((tmp_path / limit).glob(".*.tmp"))
-        assert (tmp_path / limit / "journal.jsonl").exists() == (limit != "100")
-        starts = []
-        make_cache(tmp_path / limit, recording(starts))
-        assert starts == [s * SIZE for s in range(n, 4)]
-        assert content(tmp_path / limit) == content(pristine)
-
-
-def test_a_disk_with_too_little_room_is_refused_before_anything_is_made(tmp_path, monkeypatch):
-    usage = namedtuple("usage", ["total", "used", "free"])
-    needed = N * (6 * 4 + 8)
-    with monkeypatch.context() as patched:
-        patched.setattr(part_module.shutil, "disk_usage", lambda _: usage(0, 0, needed - 1))
-        with pytest.raises(CacheError, match=r"the 4 shards to be made need 0\.00 GB, .* GB free"):
-            make_cache(tmp_path, never)
-        assert content(tmp_path) == {}
-        patched.setattr(part_module.shutil, "disk_usage", lambda _: usage(0, 0, 7 * (6 * 4 + 8)))
-        make_cache(tmp_path, part=(2, 2))  # what is needed is the part's alone
-        patched.setattr(part_module.shutil, "disk_usage", lambda _: usage(0, 0, needed))
-        make_cache(tmp_path)
-
-
-READ_ONLY = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import numpy as np
-from cache.test_shards import N, Cache, make_cache, repair
-if os.getuid() == 0:
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
-for folder in (Path("whole"), Path("parts")):  # the latter is complete, but under two indexes
-    opened = make_cache(folder)
-    opened.verify()
-    print(opened.whole, opened.read("labels", np.arange(N)).sum())
-for use in (
-    lambda: make_cache(Path("half")), lambda: repair(Path("half")), lambda: make_cache(Path("new"))
-):
-    try:
-        use()
-    except OSError as error:
-        print(error)
-"""
-
-
-def test_a_read_only_folder_is_read_and_verified_but_not_built_into(tmp_path):
-    make_cache(tmp_path / "whole")
-    for part in ((1, 2), (2, 2)):
-        make_cache(tmp_path / "parts", part=part)
-    make_cache(tmp_path / "half", part=(1, 2))
-    folders = [tmp_path, *(tmp_path / name for name in ("whole", "parts", "half"))]
-    before = {path.name: content(path) for path in folders[1:]}
-    for path in folders:
-        path.chmod(0o555)
-    try:
-        if os.getuid() != 0 and os.access(tmp_path, os.W_OK):
-            pytest.skip("this user may write into folders without write permission")
-        command = [sys.executable, "-c", READ_ONLY, TESTS]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    finally:
-        for path in folders:
-            path.chmod(0o755)
-    assert done.stdout.splitlines() == [
-        *["True 136"] * 2,
-        *[
-            f"cannot write {name} (Permission denied); what is finished is kept: make room or get "
-            "permission there, and run the same again"
-            for name in ("half/.lock", "half/.lock", "new/.lock")
-        ],
-    ], done.stderr
-    assert {path.name: content(path) for path in folders[1:]} == before
-
-
-def test_what_a_source_cannot_read_is_not_blamed_on_the_cache(tmp_path):
-    error = PermissionError(13, "Permission denied", "/data/photo.jpg")
-    with pytest.raises(PermissionError, match="photo"):
-        make_cache(tmp_path, stopping(1, error))
-
-
 # --- repair ----------------------------------------------------------------------------------
 
 
@@ -815,13 +476,3 @@ def test_another_source_does_not_open_this_one_s_cache(tmp_path):
     build_images(array_source("noise", "test", images, np.array([0, 1, 0]), "ab"), tmp_path, 2)
     with pytest.raises(CacheError, match=r"identity\.sha256: "):
         build_images(array_source("noise", "test", images, np.array([0, 1, 1]), "ab"), tmp_path, 2)
-
-
-def test_a_part_of_a_source_is_built_by_workers_to_the_same_bytes(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (13, 3, 4, 5), np.uint8)
-    source = array_source("noise", "test", images, np.arange(13) % 2, "ab")
-    whole = build_images(source, tmp_path / "whole", 4)
-    part = build_images(source, tmp_path / "part", 4, part=(2, 2), n_workers=1)
-    np.testing.assert_array_equal(part.example_ids, np.arange(8, 13))
-    build_images(source, tmp_path / "part", 4, n_workers=0)
-    assert content(part.folder) == content(whole.folder)

@@ -2,113 +2,22 @@
 the same bytes
 from a stream as at random, and no network for local files."""
 
-import glob
-import io
 import json
 import pickle
-import socket
 import subprocess
 import sys
-import time
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from cache.parquet_sets import BOTH, STRUCT, open_hub, pixels, png, write_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from kdlib.cache.open import open_source
-from kdlib.cache.sources import SPLITS, Source
-from kdlib.study.data import Data, HuggingFace
-
-STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-BOTH = pytest.mark.parametrize("streaming", [False, True])
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Every look-up of a host fails, as it does where there is no network."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-    monkeypatch.setenv("KDLIB_DATA", str(tmp_path / "root"))
-
-
-def pixels(n: int, seed: int = 0, size: tuple[int, int] = (4, 6)) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), np.uint8)
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
-    return file.getvalue()
-
-
-def write_parquet(
-    path: Path,
-    images: list[bytes | None],
-    labels: list[int | None] | None,
-    names: str | None = "abc",
-    kind: pa.DataType = STRUCT,
-    **options: int,
-) -> None:
-    """Columns image, label and text; with the features of `datasets` in the metadata when there are
-    `names` of classes."""
-    import datasets
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [b if kind != STRUCT or b is None else {"bytes": b, "path": "x.png"} for b in images]
-    columns = {"image": pa.array(rows, kind), "text": pa.array(["a"] * len(images))}
-    if labels is not None:
-        columns["label"] = pa.array(labels, pa.int64())
-    table = pa.table(columns)
-    if names is not None:
-        features = {"image": datasets.Image(), "text": datasets.Value("string")}
-        if labels is not None:
-            features["label"] = datasets.ClassLabel(names=list(names))
-        table = table.cast(datasets.Features(features).arrow_schema)
-    pq.write_table(table, path, **options)
-
-
-def open_hub(
-    dataset: Path | str,
-    split: str = "train",
-    *,
-    labelled: bool = True,
-    image_size: int | None = None,
-    n_train: int | None = None,
-    **options: str | bool,
-) -> Source:
-    hub = HuggingFace(dataset=str(dataset), **options)
-    data = Data(
-        source="huggingface",
-        huggingface=hub,
-        labelled=labelled,
-        image_size=image_size,
-        n_train=n_train,
-        n_validation=1,
-    )
-    return open_source(data, split)
-
-
-@pytest.fixture
-def parquet(tmp_path: Path) -> Path:
-    """Train: 5 + 6 images in two files of row groups of 2; test: 3 images."""
-    folder = tmp_path / "sets" / "some [set]*"  # a glob reads these signs otherwise
-    images = [png(image) for image in pixels(11)]
-    labels = [i % 3 for i in range(11)]
-    for i, part in enumerate((slice(0, 5), slice(5, 11))):
-        path = folder / "data" / f"train-0000{i}-of-00002.parquet"
-        write_parquet(path, images[part], labels[part], row_group_size=2)
-    write_parquet(folder / "data" / "test-00000-of-00001.parquet", images[:3], [2, 1, 0])
-    return folder
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @BOTH
@@ -494,112 +403,3 @@ def test_local_files_write_nothing_to_the_screen(parquet, capfd):
     for streaming in (False, True):
         open_hub(parquet, streaming=streaming).read(0, 5)
     assert capfd.readouterr() == ("", "")
-
-
-@BOTH
-def test_a_hub_without_network_is_one_clear_sentence_and_soon(streaming):
-    began = time.monotonic()
-    with pytest.raises(FileNotFoundError) as caught:
-        open_hub("someone/something", streaming=streaming)
-    assert time.monotonic() - began < 10
-    message = str(caught.value)
-    for part in (
-        "someone/something",
-        "Name or service not known",
-        "hf download --repo-type dataset someone/something --local-dir",
-        "data.huggingface.dataset",
-    ):
-        assert part in message
-    assert "\n" not in message
-
-
-def test_offline_mode_is_said_and_nothing_is_asked(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"someone/something .*offline mode is enabled"):
-        open_hub("someone/something")
-
-
-def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path):
-    for name in (tmp_path / "nowhere", "some/where/deep", "some.parquet"):
-        with pytest.raises(FileNotFoundError, match=r"there is no .* is no name on the Hugging"):
-            open_hub(name)
-
-
-def test_a_folder_here_is_not_read_in_the_name_of_the_hub_s(tmp_path, monkeypatch):
-    (tmp_path / "someone/something").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="is named like the hub's someone/something"):
-        open_hub("someone/something")
-
-
-@pytest.fixture
-def fake_hub(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[dict]]:
-    """A hub that has `someone/something`: its `main` is the commit 111..., its files are
-    `parquet`'s."""
-    import datasets
-    import huggingface_hub
-
-    load, asked = datasets.load_dataset, []
-
-    class Api:
-        def dataset_info(self, name: str, revision: str | None, timeout: float) -> object:
-            assert name == "someone/something"
-            assert timeout <= 30
-            return type("Info", (), {"sha": {None: "1" * 40, "v2": "2" * 40}[revision]})
-
-    def load_dataset(path: str, name: str | None, revision: str, **options: object) -> object:
-        if name == "absent":
-            raise ValueError("BuilderConfig 'absent' not found.\nAvailable: ['plain']")
-        asked.append({"path": path, "name": name, "revision": revision})
-        folder = glob.escape(str(parquet / "data"))
-        paths = {s: [f"{folder}/{s}*"] for s in SPLITS}
-        return load("parquet", data_files=paths, **options)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
-
-
-def test_a_hub_data_set_is_read_at_its_commit_and_identified_by_it(fake_hub):
-    source = open_hub("someone/something")
-    assert source.identity == {
-        "source": "huggingface",
-        "split": "train",
-        "dataset": "someone/something",
-        "config": None,
-        "commit": "1" * 40,
-        "columns": ["image", "label"],
-        "n_examples": 11,
-    }
-    assert fake_hub[-1] == {"path": "someone/something", "name": None, "revision": "1" * 40}
-    assert open_hub("someone/something", revision="v2").identity["commit"] == "2" * 40
-    pinned = open_hub("someone/something", "test", revision="3" * 40, config="plain")
-    assert (pinned.identity["commit"], pinned.identity["config"]) == ("3" * 40, "plain")
-    assert fake_hub[-1] == {"path": "someone/something", "name": "plain", "revision": "3" * 40}
-    with pytest.raises(ValueError, match="no split 'dev'; there are: train, test"):
-        open_hub("someone/something", train_split="dev")
-    with pytest.raises(ValueError, match=r"BuilderConfig 'absent' not found\. Available: "):
-        open_hub("someone/something", config="absent")
-
-
-def test_a_stream_of_unknown_length_needs_n_train(fake_hub, monkeypatch):
-    import datasets
-
-    monkeypatch.setattr(
-        datasets.IterableDataset, "info", property(lambda self: datasets.DatasetInfo())
-    )
-    label = datasets.ClassLabel(names=list("abc"))
-    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"), label=label)
-    monkeypatch.setattr(datasets.IterableDataset, "features", property(lambda self: features))
-    with pytest.raises(ValueError, match=r"not known before its stream has ended; give data\.n_tr"):
-        open_hub("someone/something", streaming=True)
-    with pytest.raises(ValueError, match="ended; give `streaming: false`"):
-        open_hub("someone/something", "test", streaming=True, n_train=5)
-    source = open_hub("someone/something", streaming=True, n_train=5, image_size=4)
-    assert source.n_examples == 5
-
-
-def test_without_the_library_the_error_says_how_to_install_it(parquet, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
-        open_hub(parquet)
