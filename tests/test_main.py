@@ -17,6 +17,7 @@ from kdlib.cache.build import build_shards, repair
 from kdlib.cache.shards import Cache
 from kdlib.cache.workers import Job
 from kdlib.models.networks import network_for
+from kdlib.pipeline import failed_logs, failed_notebooks
 from kdlib.repro import files
 from kdlib.study.load import load_study
 from kdlib.study.models import Model
@@ -391,8 +392,38 @@ def test_probe_refuses_foreign_weights_in_one_sentence(run: Run, weights: Path, 
 
 def test_a_pipeline_whose_jobs_were_killed_says_that_no_notebook_knows_why(study, run, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
-    monkeypatch.setattr("kdlib.__main__._wait", lambda process: 1)
+    monkeypatch.setattr("kdlib.pipeline.wait", lambda process: 1)
     code, _, complaint = run("study", "params/tiny.yaml")
     assert code == 1
     assert "The study is not complete. No notebook holds an error: jobs were killed" in complaint
     assert "run the same command again to go on" in complaint
+
+
+def test_failed_notebooks_are_listed_with_their_error(study):
+    def notebook(outputs):
+        return {"cells": [{"cell_type": "code", "outputs": outputs}]}
+
+    error = {"output_type": "error", "ename": "TripwireError", "evalue": "no", "traceback": []}
+    files.write_json(study.runs / "a" / "bad.ipynb", notebook([error]))
+    files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
+    files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
+    (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
+    (study.runs / "a" / "empty.ipynb").touch()
+    bad, cut, empty = failed_notebooks(study.runs)
+    assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
+    assert cut[0].name == "cut.ipynb"
+    assert empty[1].startswith("did not start")
+
+
+def test_logs_of_unfinished_runs_are_listed_with_their_last_line(study):
+    folder = study.runs / "recorded" / "model=a"
+    (folder / "seed=0").mkdir(parents=True)
+    (folder / "seed=0" / "evidence.json").write_text("{}")
+    (folder / "seed=0.log").write_text("fine\n")
+    (folder / "seed=1.log").write_text("step 3\nValueError: no\n\n")
+    teacher = study.runs / "teachers" / "small.log"
+    teacher.parent.mkdir()
+    teacher.write_text("RuntimeError: neither\n")
+    assert failed_logs(study.runs) == [
+        (folder / "seed=1.log", "ValueError: no"), (teacher, "RuntimeError: neither"),
+    ]  # fmt: skip

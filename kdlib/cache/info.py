@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.cache.build import build_images
-from kdlib.cache.build import repair as build_repair
+from kdlib.cache.build import build_images, repair
 from kdlib.cache.index import (
     CacheError,
     all_sums,
@@ -58,7 +57,7 @@ def find_caches(path: str) -> list[Path]:
     return caches
 
 
-def build(
+def build_caches(
     study: Study, split: str | None = None, part: str | None = None, n_workers: int | None = None
 ) -> None:
     """Build the image cache of a study, and those of the data sets it probes on, and print what is
@@ -67,7 +66,7 @@ def build(
     Args:
         split: None: both, or with `part` the training split.
         part: `i/k`; None: of the training split what the study asks for, of the test split all.
-        n_workers: As in `build.build_images`.
+        n_workers: As in `build_images`.
     """
     splits = (split,) if split else ("train",) if part else SPLITS
     # the data sets of probes are small: they are built whole, with the whole study
@@ -130,11 +129,11 @@ def describe(folder: Path) -> str:
     return "\n".join([str(folder), *(f"  {key:<12} {text}" for key, text in lines)])
 
 
-def verify(folder: Path, repair: bool = False, study: str = "STUDY") -> bool:
+def verify_cache(folder: Path, keep_whole: bool = False, study: str = "STUDY") -> bool:
     """Compare every byte of a cache with its checksums, and print the names of damaged files.
 
     Args:
-        repair: Also make a damaged cache an unfinished build that keeps what is whole.
+        keep_whole: Also make a damaged cache an unfinished build that keeps what is whole.
         study: The study file, where it is known.
 
     Returns: Whether the cache is whole as far as it was built.
@@ -158,10 +157,10 @@ def verify(folder: Path, repair: bool = False, study: str = "STUDY") -> bool:
         return True
     print(f"{folder}: {len(bad):,} of {_counted(len(sums), 'file')} damaged or missing ({speed})")
     print(*(f"  {name}" for name in bad), sep="\n")
-    if not repair:
+    if not keep_whole:
         print("run this again with --repair: it keeps what is whole")
         return False
-    build_repair(folder)
+    repair(folder)
     again = f"run `python -m kdlib cache build {study}`"
     if folder.name.startswith("outputs-"):
         again = "run notebooks/02_teacher.ipynb"

@@ -8,7 +8,6 @@ settings moves to the study's `archive/`.
 import contextlib
 import hashlib
 import importlib.metadata
-import itertools
 import platform
 import shutil
 import subprocess
@@ -215,39 +214,3 @@ def circumstances(device: str) -> dict[str, Any]:
         "git_clean": not dirty.stdout.strip() if known else None,
         "code_sha256": code_sha256(),
     }
-
-
-def failed_notebooks(root: Path) -> list[tuple[Path, str]]:
-    """Executed notebooks of a study in which a cell failed: (path, `Error: message` of that cell).
-
-    Reads papermill's mark; a killed notebook carries none and shows as an unfinished run instead.
-    """
-    failed = []
-    for path in sorted(root.glob("**/*.ipynb")):
-        if "archive" in path.parts:
-            continue
-        if path.stat().st_size == 0:  # Snakemake creates it before it starts the job
-            failed.append((path, "did not start; the reason is printed above"))
-            continue
-        try:
-            cells = files.read_json(path)["cells"]
-        except (ValueError, KeyError, TypeError) as error:  # cut by a full disk, say
-            failed.append((path, str(error)))
-            continue
-        for cell in cells:
-            for output in cell.get("outputs", ()):
-                if output.get("output_type") == "error":
-                    failed.append((path, f"{output['ename']}: {output['evalue']}"))
-    return failed
-
-
-def failed_logs(root: Path) -> list[tuple[Path, str]]:
-    """Logs of recordings and further teachers that have begun and are not finished: (path, last
-    line)."""
-    failed = []
-    logs = (root.glob(where) for where in ("recorded/model=*/*.log", "teachers/*.log"))
-    for path in sorted(itertools.chain(*logs)):
-        if not (path.with_suffix("") / "evidence.json").exists():
-            lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-            failed.append((path, lines[-1] if lines else "stopped before it said anything"))
-    return failed

@@ -22,7 +22,7 @@ from kdlib.study.selections import SHARD_POLICIES
 from kdlib.study.study import Study
 from kdlib.trainer.distributed import this_process
 
-SHARED = ("teacher", "distill")  # by the several processes that torchrun starts
+SHARED = ("teacher", "distill")  # can be made by the processes that torchrun starts
 Row = dict[str, Any]
 
 
@@ -56,6 +56,46 @@ def compare(study: Study) -> Row:
     """Step 06: its tables; `python -m kdlib figures` draws and writes what follows from them."""
     evidence = finish_tables(study, "compare", compile_tables(study))
     return {name: evidence[name] for name in ("n_runs", "n_accepted")}
+
+
+def run_steps(
+    study: Study,
+    steps: Iterable[str],
+    points: Iterable[tuple[Cell, int]],
+    teacher_name: str | None = None,
+    built: bool = False,
+) -> Iterator[Row]:
+    """Make steps one after another.
+
+    Args:
+        steps: Of cache, teacher, datamap, distill, probe and compare.
+        points: Cells and seeds of `distill`.
+        teacher_name: Of `teacher`: one of the study's `teachers` instead of all.
+        built: Of `cache`: the cache is there; the data set is not opened.
+
+    Returns: A row for each step, and for each student, as soon as it is made; none on all but the
+        first of several processes.
+    Raises: ValueError for a step of one process in one of several.
+    """
+    alone = this_process(study.compute.device).alone
+    single = [step for step in steps if step not in SHARED]
+    if single and not alone:
+        raise ValueError(f"step {single[0]} is made by one process; start it without torchrun")
+    make = {
+        "cache": lambda: cache(study, built),
+        "teacher": lambda: teacher(study, teacher_name),
+        "datamap": lambda: datamap(study),
+        "probe": lambda: probe(study),
+        "compare": lambda: compare(study),
+    }
+    for step in steps:
+        if step == "distill":
+            yield from filter(None, distill(study, points))
+            continue
+        started = time.monotonic()
+        row = make[step]()
+        if row is not None:
+            yield {"step": step} | row | {"seconds": round(time.monotonic() - started, 3)}
 
 
 def read_points(lines: Iterable[str], study: Study) -> Iterator[tuple[Cell, int]]:
@@ -102,15 +142,15 @@ def distill(study: Study, points: Iterable[tuple[Cell, int]]) -> Iterator[Row | 
 def finished(study: Study) -> set[tuple[Cell, int]]:
     """The cells and seeds whose students are finished and were made with the settings the study has
     now."""
-    found = set()
+    students = set()
     for cell in study.cells():
         for seed in study.seeds:
             try:
                 open_student(study, cell, seed)
             except (FileNotFoundError, KeyError, ValueError):
                 continue
-            found.add((cell, seed))
-    return found
+            students.add((cell, seed))
+    return students
 
 
 def needed(study: Study, cell: Cell) -> str:

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from kdlib.cache.build import build_images
 from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
+from kdlib.compare.text import table
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import split_ids
@@ -138,37 +139,38 @@ def probe_weights(
     return pd.DataFrame(rows)
 
 
-def told(table: pd.DataFrame) -> str:
-    """What `probe_weights` found, as Markdown: accuracies in %, then diagnostics beside theory."""
-    first = table.iloc[0]
-    lines = [
-        f"weights {first['weights_sha256'][:12]}, {first['n_test']:,} test images on own data",
-        "",
-        f"| on | layer | D | {' | '.join(table['probe'].unique())} |",
-        f"| --- | --- | ---: |{' ---: |' * table['probe'].nunique()}",
-    ]
-    networks = table.groupby(["on", "layer"], sort=False)
-    for (on, layer), rows in networks:
-        cells = [
-            f"{100 * row.accuracy:.2f}{'' if row.converged else ' (not converged)'}"
-            for row in rows.itertuples()
-        ]
-        lines.append(f"| {on} | {layer} | {rows['n_features'].iloc[0]} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| on | layer | effective rank (isotropic) | mean cosine (0) | unit variance (1 / D) "
-        "| alignment (2) | uniformity (even) |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for (on, layer), rows in networks:
+def probe_text(probes: pd.DataFrame) -> str:
+    """The table of `probe_weights` as Markdown: accuracies in %, then diagnostics beside the values
+    that theory gives."""
+    first, accuracies, diagnostics = probes.iloc[0], [], []
+    for (on, layer), rows in probes.groupby(["on", "layer"], sort=False):
         row = rows.iloc[0]
-        lines.append(
-            f"| {on} | {layer} | {row['effective_rank']:.1f} "
-            f"({row['effective_rank'] / row['rank_ratio']:.1f}) | {row['mean_cosine']:.4f} | "
-            f"{row['unit_variance']:.3g} ({1 / row['n_features']:.3g}) | {row['alignment']:.3f} | "
-            f"{row['uniformity']:.3f} ({row['uniformity_even']:.3f}) |"
+        cells = (
+            f"{100 * r.accuracy:.2f}{'' if r.converged else ' (not converged)'}"
+            for r in rows.itertuples()
         )
-    return "\n".join(lines)
+        accuracies.append((on, layer, row["n_features"], *cells))
+        diagnostics.append(
+            (
+                on, layer,
+                f"{row['effective_rank']:.1f} ({row['effective_rank'] / row['rank_ratio']:.1f})",
+                f"{row['mean_cosine']:.4f}",
+                f"{row['unit_variance']:.3g} ({1 / row['n_features']:.3g})",
+                f"{row['alignment']:.3f}",
+                f"{row['uniformity']:.3f} ({row['uniformity_even']:.3f})",
+            )
+        )  # fmt: skip
+    kinds = probes["probe"].unique()
+    theory = (
+        "on", "layer", "effective rank (isotropic)", "mean cosine (0)", "unit variance (1 / D)",
+        "alignment (2)", "uniformity (even)",
+    )  # fmt: skip
+    parts = [
+        f"weights {first['weights_sha256'][:12]}, {first['n_test']:,} test images of the study",
+        table(("on", "layer", "D", *kinds), accuracies, "ll" + "r" * (1 + len(kinds))),
+        table(theory, diagnostics, "ll" + "r" * 5),
+    ]
+    return "\n\n".join(parts)
 
 
 def _fingerprints(others: dict[str, Examples]) -> dict[str, list[str]]:

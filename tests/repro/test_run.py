@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from kdlib.repro import files
-from kdlib.repro.run import failed_logs, failed_notebooks, open_run, read_evidence, read_metrics
+from kdlib.repro.run import open_run, read_evidence, read_metrics
 from kdlib.study.load import load_study
 
 
@@ -89,36 +89,6 @@ def test_a_missing_foreign_or_cut_evidence_says_so(study):
     path.write_text(whole[:40])
     with pytest.raises(ValueError, match="not valid JSON"):
         read_evidence(study.runs / "teacher")
-
-
-def test_failed_notebooks_are_listed_with_their_error(study):
-    def notebook(outputs):
-        return {"cells": [{"cell_type": "code", "outputs": outputs}]}
-
-    error = {"output_type": "error", "ename": "TripwireError", "evalue": "no", "traceback": []}
-    files.write_json(study.runs / "a" / "bad.ipynb", notebook([error]))
-    files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
-    files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
-    (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
-    (study.runs / "a" / "empty.ipynb").touch()
-    bad, cut, empty = failed_notebooks(study.runs)
-    assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
-    assert cut[0].name == "cut.ipynb"
-    assert empty[1].startswith("did not start")
-
-
-def test_logs_of_what_is_not_finished_are_listed_with_their_last_line(study):
-    folder = study.runs / "recorded" / "model=a"
-    (folder / "seed=0").mkdir(parents=True)
-    (folder / "seed=0" / "evidence.json").write_text("{}")
-    (folder / "seed=0.log").write_text("fine\n")
-    (folder / "seed=1.log").write_text("step 3\nValueError: no\n\n")
-    teacher = study.runs / "teachers" / "small.log"
-    teacher.parent.mkdir()
-    teacher.write_text("RuntimeError: neither\n")
-    assert failed_logs(study.runs) == [
-        (folder / "seed=1.log", "ValueError: no"), (teacher, "RuntimeError: neither"),
-    ]  # fmt: skip
 
 
 def test_evidence_that_was_changed_is_refused_by_reader_and_step(study):
