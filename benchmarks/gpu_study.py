@@ -39,7 +39,7 @@ import pack
 import yaml
 
 from kdlib import steps
-from kdlib.cache.info import build
+from kdlib.cache.info import build_caches
 from kdlib.repro import files
 from kdlib.study.cells import Cell
 from kdlib.study.load import load_study
@@ -380,7 +380,7 @@ def set_up_dry(path: str, home: Path, scratch: Path) -> tuple[Path, list[Path]]:
         (folder / "params").mkdir(parents=True)
         (folder / "params" / "dry.yaml").write_text(text)
     os.environ["KDLIB_HOME"] = str(scratch)
-    build(load_study(scratch / "params" / "dry.yaml"))
+    build_caches(load_study(scratch / "params" / "dry.yaml"))
     parts = pack.pack_study(str(scratch / "params" / "dry.yaml"), scratch / "packed", 20_000)
     places = [scratch / "one", scratch / "two"]  # as parts that came one after another
     for number, part in enumerate(parts):

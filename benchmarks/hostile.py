@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import yaml
 from matplotlib.figure import Figure
 
-from kdlib.cache.info import describe, verify
+from kdlib.cache.info import describe, verify_cache
 from kdlib.cache.shards import Cache
 from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.subset import Subset
@@ -186,7 +186,7 @@ def _look(home: Path) -> str:
     """What `python -m kdlib cache info` and `cache verify` say of a hostile cache."""
     folder = next(home.glob("cache/*/train"))
     told = describe(folder)
-    return told if verify(folder) else "refused"
+    return told if verify_cache(folder) else "refused"
 
 
 def _read_evidence(home: Path) -> str:

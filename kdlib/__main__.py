@@ -29,7 +29,7 @@ PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "
 
 def _study(arguments: argparse.Namespace) -> int:
     """Run a study's pipeline, then print the sentences of its summary, or what failed."""
-    from kdlib.pipeline import failures, run_pipeline
+    from kdlib.steps.pipeline import failures, run_pipeline
 
     study, options = load_study(arguments.study), arguments.further
     code = run_pipeline(

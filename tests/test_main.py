@@ -17,8 +17,8 @@ from kdlib.cache.build import build_shards, repair
 from kdlib.cache.shards import Cache
 from kdlib.cache.workers import Job
 from kdlib.models.networks import network_for
-from kdlib.pipeline import failed_logs, failed_notebooks
 from kdlib.repro import files
+from kdlib.steps.pipeline import failed_logs, failed_notebooks
 from kdlib.study.load import load_study
 from kdlib.study.models import Model
 from kdlib.study.study import Study
@@ -392,7 +392,7 @@ def test_probe_refuses_foreign_weights_in_one_sentence(run: Run, weights: Path, 
 
 def test_a_pipeline_whose_jobs_were_killed_says_that_no_notebook_knows_why(study, run, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
-    monkeypatch.setattr("kdlib.pipeline.wait", lambda process: 1)
+    monkeypatch.setattr("kdlib.steps.pipeline.wait", lambda process: 1)
     code, _, complaint = run("study", "params/tiny.yaml")
     assert code == 1
     assert "The study is not complete. No notebook holds an error: jobs were killed" in complaint

@@ -250,8 +250,8 @@ def test_the_tests_that_hold_an_invariant_are_there(invariant, tests):
     for name in tests:
         path, _, function = name.partition("::")
         tree = ast.parse((ROOT / path).read_text())
-        there = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-        assert function in there, f"{name} is to hold: {invariant}"
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert function in functions, f"{name} is missing, which proves: {invariant}"
 
 
 # --- the pipeline --------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 from kdlib.repro import files
 from kdlib.study.study import Study
 
-SNAKEFILE = Path(__file__).resolve().parents[1] / "Snakefile"  # beside the package
+SNAKEFILE = Path(__file__).resolve().parents[2] / "Snakefile"  # beside the package
 
 
 def run_pipeline(
