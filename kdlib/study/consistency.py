@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdlib.study.base import NAME, known
 from kdlib.study.models import StoredOutputs
-from kdlib.study.objectives import RKD, Objective, needs_teacher
+from kdlib.study.objectives import RKD, GridObjective, Objective, needs_teacher
 from kdlib.study.selections import PICKED, STRATEGIES
 from kdlib.study.training import Augment
 
@@ -123,7 +123,8 @@ def _check_objectives(study: "Study") -> None:
                 )
             known(objective.teacher, study.teachers, f"teacher of objective {name}")
         # grids of features cannot be augmented afterwards
-        if objective.compares_grids and augmented and study.teacher.outputs.views is None:
+        grids = isinstance(objective, GridObjective)
+        if grids and augmented and study.teacher.outputs.views is None:
             raise ValueError(
                 f"objective {name} compares grids of features, and the flipped grid is not that of "
                 "the flipped image: give teacher.outputs.views, which the students then see, or no "

@@ -1,10 +1,10 @@
 """What a student minimises: one settings class for each kind of objective.
 
-The docstring of a class has three paragraphs: the loss in one line, where T is the temperature;
-authors, year and identifier of the paper; the test that works its value by hand.
+The docstring of a class holds the loss, where T is the temperature; in the next paragraph the
+paper, and in its last line the test that works the loss by hand.
 """
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
@@ -30,8 +30,6 @@ class Objective(Settings):
     teacher: Name | None = None
     """One of the study's `teachers`; without it its `teacher`."""
 
-    compares_grids: ClassVar[bool] = False  # of features, which are those of one view of an image
-
     @property
     def teacher_features(self) -> str | None:
         """What it reads of a teacher beside logits, as the teacher's settings name it."""
@@ -45,7 +43,8 @@ class Objective(Settings):
     @classmethod
     def described(cls) -> tuple[str, str, str]:
         """Formula, paper and test, from the docstring."""
-        formula, paper, test = cls.__doc__.split("\n\n")
+        formula, source = cls.__doc__.split("\n\n")
+        paper, test = source.strip().split("\n")
         return " ".join(formula.split()), paper.strip(), test.strip()
 
 
@@ -53,7 +52,6 @@ class CrossEntropy(Objective):
     """CE
 
     -
-
     tests/trainer/test_logit_losses.py::test_a_cross_entropy_worked_by_hand
     """
 
@@ -64,7 +62,6 @@ class LabelSmoothing(Objective):
     """CE with labels (1 - smoothing) onehot + smoothing / C
 
     Szegedy et al. 2016, arXiv 1512.00567
-
     tests/trainer/test_logit_losses.py::test_label_smoothing_worked_by_hand
     """
 
@@ -76,7 +73,6 @@ class KD(Objective):
     """(1 - alpha) CE + alpha T² KL(teacher || student)
 
     Hinton et al. 2015, arXiv 1503.02531; standardise: Sun et al. 2024, arXiv 2403.01427
-
     tests/trainer/test_logit_losses.py::test_a_kd_loss_worked_by_hand
     """
 
@@ -91,7 +87,6 @@ class LogitMSE(Objective):
     """(1 - alpha) CE + alpha mean (student - teacher)²
 
     Ba and Caruana 2014, arXiv 1312.6184
-
     tests/trainer/test_logit_losses.py::test_a_squared_difference_of_logits_worked_by_hand
     """
 
@@ -103,7 +98,6 @@ class DKD(Objective):
     """CE + T² (target_weight TCKD + rest_weight NCKD)
 
     Zhao et al. 2022, arXiv 2203.08679
-
     tests/trainer/test_logit_losses.py::test_decoupled_parts_worked_by_hand
     """
 
@@ -121,7 +115,6 @@ class DIST(Objective):
     """CE + T² (inter_weight (1 - r over classes) + intra_weight (1 - r over examples))
 
     Huang et al. 2022, arXiv 2205.10536
-
     tests/trainer/test_logit_losses.py::test_correlations_worked_by_hand
     """
 
@@ -144,11 +137,14 @@ class FeatureObjective(Objective):
         return f"{self.kind} {getattr(self, 'stage', '')}".strip()
 
 
-class Hint(FeatureObjective):
+class GridObjective(FeatureObjective):
+    """An objective that compares grids of features, which are those of one view of an image."""
+
+
+class Hint(GridObjective):
     """CE + weight mean (projected stage - teacher's stage)²
 
     Romero et al. 2015, arXiv 1412.6550
-
     tests/trainer/test_feature_losses.py::test_a_hint_worked_by_hand
     """
 
@@ -157,28 +153,22 @@ class Hint(FeatureObjective):
     stage: Count | Literal["middle", "last"] = "middle"
     """Stage of the networks whose feature grid is read, counted from 1."""
 
-    compares_grids: ClassVar[bool] = True
 
-
-class Attention(FeatureObjective):
+class Attention(GridObjective):
     """CE + weight Σ over stages of |map - teacher's map|
 
     Zagoruyko and Komodakis 2017, arXiv 1612.03928
-
     tests/trainer/test_feature_losses.py::test_attention_maps_worked_by_hand
     """
 
     kind: Literal["attention"] = "attention"
     weight: Positive
 
-    compares_grids: ClassVar[bool] = True
-
 
 class RKD(FeatureObjective):
     """CE + distance_weight Huber(distances) + angle_weight Huber(angles)
 
     Park et al. 2019, arXiv 1904.05068
-
     tests/trainer/test_feature_losses.py::test_relations_worked_by_hand
     """
 
@@ -187,11 +177,10 @@ class RKD(FeatureObjective):
     angle_weight: NonNegative
 
 
-class Similarity(FeatureObjective):
+class Similarity(GridObjective):
     """CE + weight mean (Gram - teacher's Gram)²
 
     Tung and Mori 2019, arXiv 1907.09682
-
     tests/trainer/test_feature_losses.py::test_similarities_worked_by_hand
     """
 
@@ -200,14 +189,11 @@ class Similarity(FeatureObjective):
     stage: Count | Literal["middle", "last"] = "last"
     """Stage of the networks whose feature grid is read, counted from 1."""
 
-    compares_grids: ClassVar[bool] = True
-
 
 class CRD(FeatureObjective):
     """CE + weight (-log h(own) - Σ log(1 - h(other))), both ways, negatives of the batch
 
     Tian et al. 2020, arXiv 1910.10699
-
     tests/trainer/test_feature_losses.py::test_a_contrast_worked_by_hand
     """
 
@@ -218,12 +204,11 @@ class CRD(FeatureObjective):
     """Of the embedding."""
 
 
-class Tokens(FeatureObjective):
+class Tokens(GridObjective):
     """cls_weight (1 - cos CLS) + patch_weight (1 - cos patches) + barlow_weight Barlow;
     labels train the last layer alone
 
     barlow: Zbontar et al. 2021, arXiv 2103.03230
-
     tests/trainer/test_feature_losses.py::test_tokens_worked_by_hand
     """
 
@@ -232,8 +217,6 @@ class Tokens(FeatureObjective):
     patch_weight: NonNegative
     barlow_weight: Positive | None = None
     """Without it there is no second view."""
-
-    compares_grids: ClassVar[bool] = True
 
     @property
     def compares_views(self) -> bool:
@@ -250,7 +233,6 @@ class UserObjective(UserCode, Objective):
     """the study's own code
 
     -
-
     tests/trainer/test_objectives.py::test_an_own_objective_is_what_its_file_says
     """
 

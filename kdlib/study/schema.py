@@ -59,11 +59,11 @@ def keys_text() -> str:
     _collect(schema, "", classes, places)
     parts = [_table(schema)]
     for name, where in places.items():
-        about = classes[name].get("description", "")
-        paragraphs = [p for p in about.split("\n\n") if p != "-" and not p.startswith("tests/")]
+        about = classes[name].get("description", "").split("\n")
+        about = "\n".join(line for line in about if line != "-" and not line.startswith("tests/"))
         at = ", ".join(f"`{place}`" for place in sorted(where, key=len)[:4])
         at += ", ..." if len(where) > 4 else ""
-        parts += [f"### {name}", f"At {at}.", *paragraphs, _table(classes[name])]
+        parts += [f"### {name}", f"At {at}.", about.strip(), _table(classes[name])]
     return "\n\n".join(parts)
 
 
