@@ -146,7 +146,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
     from kdlib.dataset.pixels import Pixels
     from kdlib.steps.cache import open_images
-    from kdlib.steps.probe import probe_text, probe_weights
+    from kdlib.steps.probe_network import probe_text, probe_weights
 
     study, pixels = load_study(arguments.study), None
     asked = {k: getattr(arguments, k) for k in ("layers", "few_shot") if getattr(arguments, k)}

@@ -2,8 +2,8 @@
 
 import pytest
 
-from kdlib.steps import probe
-from kdlib.steps.probe import other_examples
+from kdlib.steps import probe_network
+from kdlib.steps.probe_network import other_examples
 from kdlib.study.data import Data
 
 
@@ -15,7 +15,7 @@ def test_examples_of_another_data_set_are_cached_once_and_split_as_it_says(tmp_p
     assert every.tolist() == list(range(500))
     assert train.header["split"] == "train"
     assert test.header["split"] == "test"
-    monkeypatch.setattr(probe, "split_ids", lambda ids, n, seed: (ids[:3], ids[3:]))
+    monkeypatch.setattr(probe_network, "split_ids", lambda ids, n, seed: (ids[:3], ids[3:]))
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")}
     assert other_examples(data)[0][1].tolist() == [0, 1, 2]
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == before

@@ -9,7 +9,7 @@ from tiny import TINY, flip, tiny_study
 
 from kdlib.compare.comparisons import with_untrained
 from kdlib.probes.classifiers import Features, linear_probe
-from kdlib.steps import probe
+from kdlib.steps import probe, probe_network
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import compile_tables, probes
 from kdlib.steps.distill import open_student, student_folder
@@ -128,10 +128,10 @@ def test_the_tripwires_judge_the_study_s_own_data_and_the_last_layer(probed):
 
 def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probed, monkeypatch):
     study, images, _, table = _probed(probed)
-    seen, probe_network = [], probe._probe_network
+    seen, real = [], probe.probe_network
     monkeypatch.setattr(probe, "load_teacher", None)  # its rows are there
     monkeypatch.setattr(
-        probe, "_probe_network", lambda *given: seen.append(given[3]) or probe_network(*given)
+        probe, "probe_network", lambda *given: seen.append(given[3]) or real(*given)
     )
     other = study.probed_cells()[1]
     again = probe.probe_cell(study, images, other)
@@ -161,7 +161,7 @@ def test_seeds_that_stop_early_are_each_judged_at_their_last_step(probed):
 def test_the_teacher_is_probed_again_when_its_outputs_are_others(probed, monkeypatch):
     study, images, cell, _ = _probed(probed)
     pair = probe._teacher_pair(study, images, open_teacher(study))
-    monkeypatch.setattr(probe, "_probe_pair", lambda *_: iter([{"accuracy": 0.5}]))
+    monkeypatch.setattr(probe, "probe_pair", lambda *_: iter([{"accuracy": 0.5}]))
     rows = list(probe._probe_teacher(study, images, cell, pair, {"train": "new"}, {}, "cpu"))
     assert rows[0]["accuracy"] == 0.5
 
@@ -179,10 +179,10 @@ def test_a_weight_file_from_outside_is_probed_as_a_checkpoint_of_the_study_is(pr
     study, images, cell, table = _probed(probed)
     evidence = open_student(study, cell, 0)
     path = student_folder(study, cell, 0) / evidence["checkpoints"]["last"]["file"]
-    found = probe.probe_weights(study, images, study.students["tiny"].model, path)
+    found = probe_network.probe_weights(study, images, study.students["tiny"].model, path)
     kept = table[(table["seed"] == 0) & (table["step"] == 60)].reset_index(drop=True)
     same = [c for c in found.columns if c != "cka_teacher"]
     pd.testing.assert_frame_equal(found[same], kept[same])
-    told = probe.told(found)
-    assert f"{100 * found['accuracy'].iloc[0]:.2f}" in told
-    assert "| large | stage1 | 8 |" in told
+    text = probe_network.probe_text(found)
+    assert f"{100 * found['accuracy'].iloc[0]:.2f}" in text
+    assert "| large | stage1 | 8 |" in text
