@@ -27,6 +27,7 @@ from kdlib.cache.index import file_name, index_paths, read_indexes, shard_span
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
 from kdlib.repro import files
+from kdlib.repro.npy import NOT_NPY, write_npy
 from kdlib.study.load import load_study
 
 PART_MB = 50
@@ -169,7 +170,7 @@ def unpack(content: bytes, folder: Path) -> Cache:
         index = members["index.json"]
         with np.load(io.BytesIO(members["columns.npz"]), allow_pickle=False) as found:
             columns = dict(found)
-    except (tarfile.TarError, KeyError, *files.NOT_NPY) as error:
+    except (tarfile.TarError, KeyError, *NOT_NPY) as error:
         raise ValueError(
             f"this is no pack of ours, or it is cut ({error!r}); pack the cache again"
         ) from None
@@ -194,7 +195,7 @@ def unpack(content: bytes, folder: Path) -> Cache:
             rows = {column: values[start:stop] for column, values in columns.items()}
             rows["images"] = np.ascontiguousarray(np.concatenate(images))
             for column, values in rows.items():
-                path = files.write_npy(folder / file_name(column, shard), values)
+                path = write_npy(folder / file_name(column, shard), values)
                 if files.sha256_file(path) != entry["sha256"][path.name]:
                     path.unlink()
                     raise ValueError(

@@ -160,13 +160,12 @@ def build_images(
     source; of a relabelled one also the labels it had before (`original_labels`).
 
     Args:
-        part: As in `build`.
-        n_workers: Processes that decode; None takes one per CPU for encoded images worth it, else
-            none.
+        part: As in `build_shards`.
+        n_workers: Processes that decode; None takes one per CPU for many encoded images, else none.
 
     Returns: The open cache; its header carries source, split, class names and the source's
         identity.
-    Raises: As `build`.
+    Raises: As `build_shards`.
     """
     header = {
         "kind": "images",

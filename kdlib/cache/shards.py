@@ -27,6 +27,7 @@ from kdlib.cache.index import (
     shard_span,
 )
 from kdlib.repro import files
+from kdlib.repro.npy import npy_start
 
 _MOST_MAPS = 16384  # open at a time: Linux lets a process have 65,530
 
@@ -155,7 +156,7 @@ class Cache:
         dtype, shape = self.layout(column)
         shape, path = (self.entries[shard]["n"], *shape), self.folder / file_name(column, shard)
         try:
-            start = files.npy_start(path, dtype, shape)
+            start = npy_start(path, dtype, shape)
         except FileNotFoundError:
             raise CacheError(f"shard file {path} is missing; {remedy(self.folder)}") from None
         except ValueError as error:

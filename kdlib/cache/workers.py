@@ -17,6 +17,7 @@ import numpy as np
 
 from kdlib.cache.index import CacheError, Columns, Sums, file_name, shard_span
 from kdlib.repro import files
+from kdlib.repro.npy import write_npy
 
 Make = Callable[[Any], Mapping[str, np.ndarray]]
 
@@ -46,7 +47,7 @@ class Job:
                     f"{dtype} {expected}"
                 )
             path = self.folder / file_name(name, shard)
-            files.write_npy(path, np.ascontiguousarray(array))
+            write_npy(path, np.ascontiguousarray(array))
             sums[path.name] = files.sha256_file(path)
         return sums
 

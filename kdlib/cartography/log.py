@@ -11,6 +11,7 @@ from kdlib.cache.sources import check_labels
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan
 from kdlib.repro import files
+from kdlib.repro.npy import map_npy, write_npy
 from kdlib.repro.tables import check_provenance
 
 FORMAT = 2  # 1 had no seal
@@ -109,7 +110,7 @@ class DynamicsLog:
         _begin(folder, header)
         for name, array in (("example_ids", example_ids), ("labels", labels)):
             if not (folder / f"{name}.npy").exists():
-                files.write_npy(folder / f"{name}.npy", array)
+                write_npy(folder / f"{name}.npy", array)
         arrays = {"example_ids": example_ids, "labels": labels}
         for name, (dtype, shape) in _layout(header).items():
             if not (folder / f"{name}.npy").exists():
@@ -361,7 +362,7 @@ def _write_unrecorded(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> No
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.memmap:
     try:
-        return files.map_npy(path, dtype, shape, mode)
+        return map_npy(path, dtype, shape, mode)
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{error}; {_remedy(path.parent)}") from None
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdlib.repro import files
+from kdlib.repro.npy import write_npy
 
 JSON = st.recursive(
     st.none()
@@ -173,7 +174,7 @@ def test_nan_is_not_json(tmp_path):
 
 def test_object_arrays_are_never_pickled(tmp_path):
     with pytest.raises(ValueError, match="pickle"):
-        files.write_npy(tmp_path / "x.npy", np.array([{}], dtype=object))
+        write_npy(tmp_path / "x.npy", np.array([{}], dtype=object))
     assert not list(tmp_path.iterdir())
 
 
