@@ -47,26 +47,12 @@ from kdlib.trainer.loop import Trained, train
 from kdlib.trainer.step import Task
 
 N_EXAMPLES, N_TEST = 1100, 500  # of larger data, so many: a seeded draw
-
-
 SEEDS = (0, 1, 2)
-
-
 THIRD = 0.33  # the fraction of the first earlier study
-
-
 STUDENT = Model(name="tiny_cnn", options={"width": 16})
-
-
 TEACHER = Model(name="tiny_cnn", options={"width": 24})
-
-
 BRIEF = Training(epochs=10, batch_size=64, lr_peak=0.4, warmup_steps=10)
-
-
 RECORDED = BRIEF.model_copy(update={"augment": Augment(crop_padding=1)})  # the teacher's
-
-
 C_GRID = (0.1, 1.0, 10.0)
 
 

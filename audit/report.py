@@ -33,20 +33,14 @@ from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
 MAKER = "notebooks/09_audit.ipynb"
-
-
 PUBLISHED = Path(__file__).resolve().parents[1] / "params" / "published.csv"
-
-
 BESIDE = ("subsets", "fractions")  # our studies of the same questions on CIFAR-10
-
 
 STUDENTS = {
     "efficientnet_b0": "EfficientNet-B0 (pretrained)",
     "resnet18": "ResNet-18",
     "mobilenet_v2_035": "MobileNetV2 x0.35",
 }
-
 
 DEFECTS = (*DEFECTS_A, *DEFECTS_B)
 

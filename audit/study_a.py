@@ -26,8 +26,6 @@ from kdlib.study.selections import Mixture
 from kdlib.trainer.step import Step, Task
 
 ACCURACY = "test accuracy"
-
-
 KD = objectives.KD(alpha=0.7, temperature=4.0)
 
 

@@ -33,8 +33,6 @@ from kdlib.trainer.tracking import Tracker
 # The scheme of study B: a pass draws 25 of 122 shards of 2,048 images, sorts them, and ends after
 # 500 of their 800 batches of 64, so that the last shards are hardly read.
 N_SHARDS, SHARD_SIZE, N_DRAWN, N_BATCHES, BATCH_SIZE = 122, 2048, 25, 500, 64
-
-
 TOKENS = Tokens(cls_weight=1.0, patch_weight=1.0)
 
 

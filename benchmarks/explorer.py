@@ -25,9 +25,10 @@ from kdlib.study.load import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = """import numpy as np, pandas as pd
-from kdlib.explorer import app as explorer, state as picking
+from kdlib.explorer.app import App
+from kdlib.explorer.state import Explorer, data_uri
 from kdlib.study import load_study
-state, rng, n = picking.Explorer(load_study("params/tiny.yaml")), np.random.default_rng(0), {n}
+state, rng, n = Explorer(load_study("params/tiny.yaml")), np.random.default_rng(0), {n}
 region = pd.Categorical(rng.choice(["easy", "ambiguous", "hard"], n))
 columns = dict(label=rng.integers(0, 10, n), confidence=rng.random(n),
                variability=rng.random(n) / 2, correctness=rng.random(n),
@@ -36,9 +37,9 @@ state.table = state.shown = pd.DataFrame(columns, pd.RangeIndex(n, name="example
 state.scores = ["confidence", "variability", "correctness"]
 state.clear_filter()
 def pictures(ids):
-    return [picking.data_uri(p) for p in state.images.train.read("images", np.asarray(ids) % 999)]
+    return [data_uri(p) for p in state.images.train.read("images", np.asarray(ids) % 999)]
 state.pictures = pictures
-explorer.App(state)"""
+App(state)"""
 
 
 def main() -> None:

@@ -65,14 +65,13 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import compile_tables, curves
 from kdlib.steps.compare import results as run_table
-from kdlib.steps.datamap import make_datamap as datamap_make_datamap
-from kdlib.steps.datamap import open_datamap
+from kdlib.steps.datamap import make_datamap, open_datamap
 from kdlib.steps.distill import open_student, student_folder, train_student
 from kdlib.steps.figures import draw_comparison
 from kdlib.steps.probe import open_probes, probe_cell, probe_folder
 from kdlib.steps.recordings import open_gradients, open_log, record
 from kdlib.steps.tables import finish_tables
-from kdlib.steps.teacher import make_teacher as teacher_make_teacher
+from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
 from kdlib.study.cells import Cell
 from kdlib.study.load import load_study
@@ -157,9 +156,9 @@ def make_cache_with_workers() -> None:
     make_cache()
 
 
-def make_teacher() -> None:
+def run_teacher() -> None:
     study = _study()
-    teacher_make_teacher(study, open_images(study))
+    make_teacher(study, open_images(study))
 
 
 def make_outputs() -> None:
@@ -167,9 +166,9 @@ def make_outputs() -> None:
     store_part(study, cache_images(study), (1, 1))
 
 
-def make_datamap() -> None:
+def run_datamap() -> None:
     study = _study()
-    datamap_make_datamap(study, open_images(study))
+    make_datamap(study, open_images(study))
 
 
 def make_recording() -> None:
@@ -206,9 +205,9 @@ def make_comparison() -> None:
 
 STEPS = {  # in their order; each begins in a workspace in which the ones before it are done
     "cache": make_cache,
-    "teacher": make_teacher,
+    "teacher": run_teacher,
     "outputs": make_outputs,
-    "datamap": make_datamap,
+    "datamap": run_datamap,
     "recording": make_recording,
     "students": make_students,
     "probe": make_probe,
@@ -321,7 +320,7 @@ def learn_views() -> str:
     """The same from the replayed views of a loaded teacher."""
     study = _study("loaded")
     images = cache_images(study)
-    teacher_make_teacher(study, images)
+    make_teacher(study, images)
     return _without_circumstances(train_student(study, images, _cell(study), 0))
 
 
@@ -339,7 +338,7 @@ def read_datamap() -> str:
 
 
 def map_dynamics() -> str:
-    make_datamap()
+    run_datamap()
     return read_datamap()
 
 
@@ -415,7 +414,7 @@ class Killed:
 KILLED = (
     Killed("cache build", "cache", make_cache, read_cache, 0.16),
     Killed("cache build, 2 workers", "cache", make_cache_with_workers, read_cache, 0.06),
-    Killed("teacher, dynamics, outputs", "teacher", make_teacher, read_teacher, 0.18),
+    Killed("teacher, dynamics, outputs", "teacher", run_teacher, read_teacher, 0.18),
     Killed("outputs of a loaded teacher", "outputs", make_outputs, read_outputs, 0.14),
     Killed("distillation", "students", make_student, read_student, 0.20),
     Killed("probe", "probe", make_probe, read_probe, 0.10),
@@ -744,9 +743,9 @@ def _redo(kind: Kind) -> Outcome:
 
 FILLED = (
     ("cache", make_cache),
-    ("teacher", make_teacher),
+    ("teacher", run_teacher),
     ("outputs", make_outputs),
-    ("datamap", make_datamap),
+    ("datamap", run_datamap),
     ("students", make_student),
     ("probe", make_probe),
     ("comparison", make_comparison),

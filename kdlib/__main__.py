@@ -21,7 +21,6 @@ from kdlib.study.study import STEPS, Study
 
 STEP_COMMANDS = ("cache", "teacher", "datamap", "distill", "probe", "compare")
 
-
 # options of Snakemake after which there may be no comparison
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "--touch", "-t",
           "--summary", "-S"}  # fmt: skip

@@ -18,7 +18,7 @@ from kdlib.cache.shards import Cache
 from kdlib.cache.sources import array_source
 from kdlib.repro import files
 from kdlib.steps.cache import cache_images
-from kdlib.steps.datamap import make_datamap as datamap_make_datamap
+from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.processes import prepare_device
@@ -75,7 +75,7 @@ def make_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache
 
 
 @pytest.fixture(scope="session")
-def make_datamap() -> Callable[[Path], Study]:
+def prepare_datamap() -> Callable[[Path], Study]:
     """A function that does steps 01 to 03 of the tiny study in a workspace."""
 
     def make(home: Path) -> Study:
@@ -86,7 +86,7 @@ def make_datamap() -> Callable[[Path], Study]:
             study = load_study("params/tiny.yaml")
             images = cache_images(study)
             make_teacher(study, images)
-            datamap_make_datamap(study, images)
+            make_datamap(study, images)
         return study
 
     return make
@@ -107,7 +107,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         study = tiny_study(home)
         images = cache_images(study)
         make_teacher(study, images)
-        datamap_make_datamap(study, images)
+        make_datamap(study, images)
         for cell in study.cells():
             for seed in study.seeds:
                 train_student(study, images, cell, seed)

@@ -33,7 +33,7 @@ from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_teacher
 from kdlib.study.training import Augment, ColourJitter, ResizedCrop
-from kdlib.trainer.loop import train as loop_train
+from kdlib.trainer.loop import train as run_loop
 
 JITTER = ColourJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
 VIEWS = {
@@ -240,7 +240,7 @@ def test_recorded_dynamics_are_those_of_the_logits(images, tmp_path, device, whe
         real(self, epochs, ranks, logits, labels)
 
     monkeypatch.setattr(DynamicsLog, "record", record)
-    loop_train(devices.run_in(tmp_path / "run"), task)
+    run_loop(devices.run_in(tmp_path / "run"), task)
     found = log.finish()
     epochs, ranks, logits = (torch.cat(parts).numpy() for parts in zip(*seen, strict=True))
     assert len(epochs) == 4 * n

@@ -18,7 +18,7 @@ from papermill.parameterize import parameterize_notebook
 
 from kdlib.papermill_engine import IpcEngine
 from kdlib.repro import files
-from kdlib.study.evaluation import AXES as study_AXES
+from kdlib.study import evaluation
 from kdlib.study.selections import STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
@@ -61,7 +61,7 @@ def test_notebook_asks_a_question_and_holds_calls_text_and_pictures(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_parameters_are_the_study_and_its_axes_with_a_type_and_a_help_text(path):
     found = papermill.inspect_notebook(path)
-    assert tuple(found) == ("study", *(study_AXES if path.stem in AXES else ()))
+    assert tuple(found) == ("study", *(evaluation.AXES if path.stem in AXES else ()))
     for parameter in found.values():
         assert parameter["inferred_type_name"] in ("str", "float")
         assert len(parameter["help"]) > 10

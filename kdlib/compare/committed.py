@@ -18,16 +18,9 @@ from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 
 NAMES = ("results", "curves", "probes", "costs")
-
-
 POINTS = 8_000  # rows of all curves together, where each then has between LEAST and MOST
-
-
 LEAST, MOST = 12, 40
-
-
 MAKER = "notebooks/06_compare.ipynb"
-
 
 # Keys of `compare` that are read after the tables are compiled.
 READ_LATER = ("baseline", "objective", "margin", "confidence_level")

@@ -13,8 +13,6 @@ from kdlib.study.selections import PICKED, SHARD_POLICIES
 from kdlib.study.study import Study
 
 PROBED = {measure: column for measure, column in MEASURES.items() if measure != "accuracy"}
-
-
 Tables = dict[str, pd.DataFrame]
 
 

@@ -15,7 +15,6 @@ from kdlib.study.evaluation import AXES
 
 CELL = list(AXES)
 
-
 COLUMNS = [
     "student", "objective", "strategy", "fraction", "full_run_s", "run_s", "target", "full_steps",
     "steps", "s_per_step", "saved_s", "selection_s", "pays_after",

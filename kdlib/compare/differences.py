@@ -23,7 +23,6 @@ from kdlib.study.evaluation import AXES
 
 AGAINST = ["against_strategy", "against_fraction", "against_objective"]
 
-
 COLUMNS = [
     *AXES, *AGAINST, "budget", "n_seeds", "n_refused", "mean", "sd", "against_mean", "against_sd",
     "difference", "sd_difference", "low", "high", "low90", "high90", "p_value", "p_holm", "verdict",
@@ -31,10 +30,7 @@ COLUMNS = [
     "n_inflation", "measure", "margin", "level",
 ]  # fmt: skip
 
-
 TEST_ACCURACY = "test_accuracy"  # the only measure that is also recorded at the best epoch
-
-
 Cell = tuple[str, str, float, str]  # values of AXES
 
 

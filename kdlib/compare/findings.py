@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,10 +16,7 @@ from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
 ASKS = "Study "  # how the first comment of a study file begins whose findings are listed
-
-
 NAMED = 2  # rows of one verdict that a line names
-
 
 # A sentence of the README, and for each `{}` in it one row of a comparison: the study, the
 # comparison, and the values that select the row.
@@ -40,7 +38,6 @@ HEADLINE: Sentence = (
     "instead of a random third changes its test accuracy by {}.",
     _thirds("subsets", "correctness_top", ("resnet8", "kd")),
 )
-
 
 KEY_FINDINGS: tuple[Sentence, ...] = (
     (
@@ -95,6 +92,14 @@ def in_words(sentence: Sentence) -> str:
     return text.format(*differences)
 
 
+def question_of(path: Path) -> str | None:
+    """The question of a study: the first comment of its file up to `?`, where the comment begins
+    with `ASKS`."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    return comment.split("?")[0] + "?" if comment.startswith(ASKS) else None
+
+
 def findings(repository: str = "") -> list[str]:
     """One item of a Markdown list for each study whose file begins with `ASKS` and whose tables are
     committed, in the order of their questions.
@@ -106,10 +111,8 @@ def findings(repository: str = "") -> list[str]:
     """
     items = []
     for path in (workspace() / "params").glob("*.yaml"):
-        lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
-        comment = " ".join(line.removeprefix("#").strip() for line in lines)
-        if comment.startswith(ASKS) and is_committed(study := load_study(path)):
-            question = comment.split("?")[0] + "?"
+        question = question_of(path)
+        if question is not None and is_committed(study := load_study(path)):
             items.append((question, finding(study, question, repository)))
     return [item for _, item in sorted(items)]
 

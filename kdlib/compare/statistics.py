@@ -14,8 +14,6 @@ import numpy as np
 from scipy.special import nctdtr, stdtr, stdtrit
 
 VERDICTS = ("better", "worse", "equivalent", "inconclusive")
-
-
 EQUIVALENCE_LEVEL = 0.90  # two one-sided tests at 5 % each
 
 

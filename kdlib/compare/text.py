@@ -18,9 +18,7 @@ MEASURED = {  # column of the results table -> what the compared accuracy is mea
     "knn_accuracy": "k-NN probe of the last step's features, on the test split",
 }
 
-
 LONG = 40  # rows that fit on a page of LaTeX
-
 
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",

@@ -9,11 +9,7 @@ from kdlib.explorer.state import LIMITS, Explorer
 from kdlib.study.study import Study
 
 LISTED = 20  # classes of the table of counts
-
-
 LIT = "#D55E00"  # selected points, and their share of a class
-
-
 _CELL = "padding:0 .6em;line-height:1.6"
 
 

@@ -19,14 +19,8 @@ from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
 LIMITS = {"variability": (0.0, 0.5), "confidence": (0.0, 1.0), "correctness": (0.0, 1.0)}
-
-
 REGIONS = ("region_variability", "region_corner")
-
-
 PAGE = 48  # images of the gallery at a time
-
-
 SIDE = 96  # pixels: smaller images are enlarged without smoothing, larger ones shrunk
 
 

@@ -32,7 +32,6 @@ from kdlib.study.evaluation import AXES
 
 REFERENCES = ("teacher", "untrained")
 
-
 # Diagnostics of features: column, title, the level of theory (None: it depends on the network) and
 # what it is the level of.
 DIAGNOSTICS = (

@@ -21,14 +21,8 @@ from kdlib.plots.layout import colour_bar, heat_map, thousands, three_ticks
 from kdlib.plots.theme import BLACK, BLUE, CORRECTNESS, DASHES, GREY, REGIONS, TEXT_PT, within
 
 DENSE = 30_000  # examples; above, points cover each other and bins are drawn
-
-
 FAINTEST = 0.25  # opacity of a bin with one example
-
-
 MAX_CLASSES = 20  # whose regions are drawn below a map
-
-
 HIGHEST = {"confidence": 1.0, "variability": 0.5, "correctness": 1.0}  # all start at 0
 
 

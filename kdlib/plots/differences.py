@@ -38,7 +38,6 @@ VERDICT_LOOKS = {  # colour and marker
     "inconclusive": (GREY, "o"),
 }
 
-
 ACCURACIES = {  # column of results -> what it is called on an axis
     "test_accuracy": "test accuracy at the last step",
     "linear_accuracy": "linear probe's test accuracy",

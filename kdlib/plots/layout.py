@@ -16,13 +16,8 @@ from matplotlib.textpath import TextPath
 from kdlib.plots.theme import BLACK, CORRECTNESS, RC, TEXT_PT, WIDE
 
 TALL = 9.2  # inches: what a page leaves a figure
-
-
 PANELS = 3  # beside each other
-
-
 BESIDE_LABEL = 40  # points that a mark and the gaps around it take in a legend
-
 
 # The end of a line: height in %, label, colour, and last step (None: it runs over the whole axis).
 End = tuple[float, str, str, float | None]

@@ -14,10 +14,7 @@ from kdlib.plots.layout import heat_map, label_ends
 from kdlib.plots.theme import BLACK, BLUE, DASHES, GREY, TEXT_PT, within
 
 MAX_DETECTORS = 8
-
-
 RATES = ("false_positive_rate", "true_positive_rate", "recall", "precision")
-
 
 DETECTORS = (
     (BLUE, "o"), (theme.ORANGE, "D"), (theme.GREEN, "s"), (theme.VERMILLION, "^"),

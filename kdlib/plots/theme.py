@@ -25,34 +25,19 @@ from kdlib.repro.files import write_atomic
 from kdlib.study.evaluation import AXES
 
 NARROW, WIDE = 3.25, 6.75  # inches: one column, two columns
-
-
 TEXT_PT = 7  # the smallest text at print size
-
-
 DPI = 200  # of the PNG and of what is rasterised inside the PDF; text in the PDF is vectors
-
-
 PALETTE_ERROR = 1.0  # grey levels of 255, mean over a picture: more than that is seen
-
-
 BLACK, GREY = "#000000", "#767676"
-
-
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
-
-
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
-
 
 DASHES = (
     "-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1.5, 1.5)), (0, (4, 1, 1, 1, 1, 1)),
     (0, (10, 1.5)),
 )  # fmt: skip
 
-
 OBJECTIVES = ((BLUE, "o"), (ORANGE, "D"), (GREEN, "s"), (PURPLE, "^"))  # colour, marker
-
 
 # The same strategy looks the same in every figure; those not named here share what is left.
 STRATEGIES = {
@@ -64,19 +49,12 @@ STRATEGIES = {
     "hard": (VERMILLION, DASHES[2]),
 }
 
-
 OTHER_COLOURS = (SKY, GREEN, BLUE, VERMILLION, PURPLE)
-
-
 REGIONS = {"easy": "easy-to-learn", "ambiguous": "ambiguous", "hard": "hard-to-learn"}
-
 
 # Yellow, the bright end of viridis, is lost on white paper.
 _VIRIDIS = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
-
-
 CORRECTNESS = LinearSegmentedColormap.from_list("correctness", _VIRIDIS, N=10)
-
 
 WORDS = {
     "full": "full set", "kd": "KD", "knn": "k-NN", "aum": "AUM", "el2n": "EL2N", "tdds": "TDDS",
@@ -89,7 +67,6 @@ WORDS = {
     "dyn_unc_but_last": "Dyn-Unc (but last)", "tdds_absolute": "TDDS (absolute)",
     "tdds_still_window": "TDDS (still window)",
 }  # fmt: skip
-
 
 RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
@@ -116,7 +93,6 @@ RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "kdlib",
 }
-
 
 # Dates and versions would make an unchanged figure a changed file.
 METADATA = {

@@ -42,7 +42,6 @@ FACTORS = (
     "inputs.subset", "inputs.teacher_outputs",
 )  # fmt: skip
 
-
 CIRCUMSTANCES = ("device", "threads", "git_commit", "code_sha256")
 
 

@@ -47,8 +47,6 @@ from kdlib.study.study import Study
 
 # Drawn as lines; the tables hold all scores.
 DRAWN = ("confidence", "variability", "aum", "el2n", "grand", "forgetting_events", "dual", "tdds")
-
-
 MOST_LINES = 20  # strategies that can be told apart over the fractions
 
 

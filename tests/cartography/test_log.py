@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from kdlib.cartography.log import QUANTITIES, DynamicsLog
-from kdlib.cartography.log import os as log_os
 from kdlib.repro import files
 
 #   id 30, label 1: 1/4 always       never right
@@ -385,7 +384,7 @@ def test_a_full_disk_is_reported_before_anything_is_mapped(tmp_path, monkeypatch
     def full(descriptor, start, n_bytes):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(log_os, "posix_fallocate", full)
+    monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(files.DiskError, match=r"cannot write .*gold_prob\.npy \(No space left"):
         create(tmp_path)
     assert not list(tmp_path.glob(".*"))

@@ -10,10 +10,10 @@ from kdlib.study.load import load_study
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, make_datamap):
+def made(tmp_path_factory, prepare_datamap):
     """A workspace in which steps 01 to 03 of the tiny study are done."""
     home = tmp_path_factory.mktemp("made")
-    make_datamap(home)
+    prepare_datamap(home)
     return home
 
 

@@ -45,19 +45,19 @@ FLAGS = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshad
 LIMIT_S = 300.0  # of every wait for a condition: reached by a failure alone, also on a busy machine
 AGAIN_S = 20.0  # after which what the front end may have missed is done once more
 BAD_NAME = "<img src=x onerror=alert(1)>"
-CODE = f"""from kdlib.explorer import app as explorer
+CODE = f"""from kdlib.explorer.app import App, explore
 from kdlib.study import load_study
-app = explorer.explore(load_study("params/tiny.yaml"))
+app = explore(load_study("params/tiny.yaml"))
 app.state.names[3] = {BAD_NAME!r}
-app = explorer.App(app.state)
+app = App(app.state)
 app"""
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, make_datamap):
+def study(tmp_path_factory, prepare_datamap):
     """The tiny study, its steps 01 to 03 done, in a workspace of its own."""
     home = tmp_path_factory.mktemp("lab")
-    study = make_datamap(home)
+    study = prepare_datamap(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         yield study
@@ -365,13 +365,13 @@ def digits(study):
     )
     code = (  # a process of its own is held to the instructions that the study asks for
         "from kdlib.steps.cache import cache_images\n"
-        "from kdlib.steps.datamap import make_datamap\n"
+        "from kdlib.steps.datamap import prepare_datamap\n"
         "from kdlib.steps.teacher import make_teacher\n"
         "from kdlib.study import load_study\n"
         "study = load_study('params/quick.yaml')\n"
         "images = cache_images(study)\n"
         "make_teacher(study, images)\n"
-        "make_datamap(study, images)\n"
+        "prepare_datamap(study, images)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
