@@ -1,4 +1,4 @@
-"""How far scores, runs and architectures agree on the order of examples.
+"""Agreement of scores, runs and architectures on the order of examples.
 
 Pure functions on tables and arrays of scores.
 
@@ -50,7 +50,7 @@ def rank_correlations(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def between_runs(runs: np.ndarray) -> dict[str, float]:
-    """How far single runs agree on one score.
+    """Rank correlations of one score between single runs.
 
     Args:
         runs: (R, N) the score in each of R >= 2 runs.
@@ -67,7 +67,7 @@ def between_runs(runs: np.ndarray) -> dict[str, float]:
 
 
 def stability(runs: np.ndarray, seed: int = 0) -> pd.DataFrame:
-    """How far the mean over n runs agrees with the mean over n other runs, for each n.
+    """Rank correlation of the mean over n runs with the mean over n other runs, for each n.
 
     Args:
         runs: (R, N) the score in each of R >= 2 runs.
@@ -101,7 +101,7 @@ def _disjoint(n_runs: int, size: int) -> Iterator[tuple[tuple[int, ...], tuple[i
 
 
 def runs_needed(correlation: float, target: float = 0.95) -> float:
-    """How many runs must be averaged until two such averages would agree to `target`.
+    """Number of runs whose averages would correlate to `target`, predicted from single runs.
 
     Args:
         correlation: Between two single runs.

@@ -3,8 +3,8 @@
 Pure functions on arrays, called by `selection.select`, which checks their arguments. Everywhere `n`
 is the budget, in [0, N], and `ties`, (N,) distinct uint64, gives every example a pseudo-random
 number: it decides every tie and all that is random, smaller first, so that a choice is
-deterministic and permuting the examples permutes nothing but positions. Functions that choose
-return (n,) int64 positions, sorted and distinct.
+deterministic and does not depend on the order of the examples. Functions that choose return (n,)
+int64 positions, sorted and distinct.
 
 [Xia2023] Xia et al., Moderate Coreset: A Universal Method of Data Selection for Real-world
     Data-efficient Deep Learning, ICLR 2023
@@ -143,7 +143,7 @@ def beta_sampling(
     concentration: float = 15.0,
     n_anchors: int = 10,
 ) -> np.ndarray:
-    """A random sample that leans to easier examples the fewer are kept.
+    """A random sample in which easier examples are the more probable the fewer are kept.
 
     Weights are score * BetaPDF(confidence; alpha, beta) with r = 1 - n / N the pruning ratio, mu
     the mean confidence of the `n_anchors` highest scores (of all, where there are fewer), and
@@ -154,7 +154,8 @@ def beta_sampling(
     Args:
         score: (N,) finite, >= 0; the paper's is `scores.dual`.
         confidence: (N,) in [0, 1].
-        exponent: > 0; small = the lean begins at lower pruning ratios. The paper's c_D.
+        exponent: > 0; small = easier examples are preferred from lower pruning ratios on. The
+            paper's c_D.
         concentration: > 0, large = narrower density; the paper's C.
         n_anchors: >= 1.
 

@@ -1,7 +1,7 @@
-"""Coresets from features: exactly n of N examples that lie far apart or stand for all.
+"""Coresets from features: exactly n of N examples, spread out or representative.
 
 Pure functions on arrays, as in `coresets`: the greedy methods work in the order of `ties`, so that
-permuting the examples permutes nothing but positions. Features are (N, D) finite float64.
+the choice does not depend on the order of the examples. Features are (N, D) finite float64.
 
 [Maharana2023] Maharana et al., D2 Pruning: Message Passing for Balancing Diversity and Difficulty
     in Data Pruning, 2023, arXiv 2310.07931

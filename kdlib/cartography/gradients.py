@@ -1,4 +1,4 @@
-"""Norms of per-example gradients: how far a step on one example moves the weights.
+"""Norms of the loss gradient of each example (GraNd).
 
 [Paul2021] Paul et al., Deep Learning on a Data Diet, 2021, arXiv 2107.07075
 """
@@ -36,8 +36,8 @@ def gradient_norms(
 
     Returns: `grand` and `grand_last`, each (N,) float64 >= 0; high = hard. `grand_last` is
         |softmax - onehot| * sqrt(|features|^2 + 1), the closed form for a linear layer with bias.
-    Source: [Paul2021], definition 2.1; the paper averages over weights drawn anew, here it is one
-        run: average several (`agreement`). Its code computes the last layer only.
+    Source: [Paul2021], definition 2.1; the paper averages over several initialisations, here it is
+        one run. Its code computes the last layer only.
     """
     if len(images) == 0:
         return np.empty(0), np.empty(0)

@@ -1,4 +1,4 @@
-"""Scores as detectors of wrong labels, measured where the right ones are known.
+"""Scores as detectors of wrong labels, for data whose right labels are known.
 
 Pure functions on arrays; areas under curves are those of `sklearn.metrics`.
 
@@ -79,9 +79,14 @@ def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.D
 
 
 def precision_recall(flagged: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
-    """How right a rule is that flags some labels as wrong, both (N,) bool.
+    """Precision and recall of a rule that flags labels as wrong.
 
-    Returns: `flagged`, how many are; `precision` (NaN where none is) and `recall`, in [0, 1].
+    Args:
+        flagged: (N,) bool.
+        wrong: (N,) bool, some of them True.
+
+    Returns: `flagged`, the number of flagged labels; `precision` (NaN where none is flagged) and
+        `recall`, in [0, 1].
     """
     hits, n = int((flagged & wrong).sum()), int(flagged.sum())
     precision = hits / n if n else float("nan")
@@ -91,17 +96,19 @@ def precision_recall(flagged: np.ndarray, wrong: np.ndarray) -> dict[str, float]
 def below_threshold_samples(
     margins: tuple[np.ndarray, np.ndarray], pretending: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
-    """Examples whose AUM is below that of images whose label is wrong for certain.
+    """Examples whose AUM lies below that of threshold samples, whose labels are wrong for certain.
+
+    Threshold samples are examples that a training labels with one additional class.
 
     Args:
-        margins: AUM (N,) of two trainings, in each of which some examples pretend to be of one more
-            class.
-        pretending: (N,) bool for each training: which do; some in each, none in both.
+        margins: AUM (N,) of two trainings with different threshold samples.
+        pretending: (N,) bool for each training: its threshold samples, at least one; no example is
+            one in both.
 
-    Returns: (N,) bool: the AUM lies below the 99th percentile of the pretending examples', in the
-        training in which the example does not pretend (of two such trainings the second).
-    Source: [Pleiss2020], sec. 3.2 and algorithm 1; the paper's second training pretends with the
-        examples left, here the two sets are equally large and drawn by a hash.
+    Returns: (N,) bool: whether the AUM lies below the 99th percentile of the threshold samples', in
+        the training in which the example has its label (where it has in both, the second).
+    Source: [Pleiss2020], sec. 3.2 and algorithm 1; the paper takes all other examples as threshold
+        samples of its second training, here the two sets are equally large and drawn by a hash.
 
     >>> aums = np.array([-3.0, 5.0, 1.0, -2.0])
     >>> first, second = np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)
@@ -116,10 +123,10 @@ def below_threshold_samples(
 
 
 def held_out_scores(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Suspicion from probabilities of networks that have not learnt the example.
+    """Suspicion of each label from held-out probabilities.
 
     Args:
-        probs: (N, C) float, rows sum to 1.
+        probs: (N, C) float, rows sum to 1, of networks that were not trained on the example.
         labels: (N,) int64 in [0, C), as given.
 
     Returns: `held-out loss` (nats, of float64 probabilities at least 1e-12) and `held-out margin`
@@ -134,10 +141,10 @@ def held_out_scores(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarr
 
 
 def confident_learning(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """cleanlab's confident learning on the same probabilities: the reference.
+    """cleanlab's confident learning on held-out probabilities.
 
     Args:
-        probs: (N, C) float, rows sum to 1, of networks that have not learnt the example.
+        probs: As in `held_out_scores`.
         labels: (N,) int64 in [0, C), as given; every class occurs.
 
     Returns: (suspicion (N,) float64: 1 - label quality by the normalised margin of probabilities

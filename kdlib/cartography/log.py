@@ -1,4 +1,4 @@
-"""The log of training dynamics: what a network did with each example in each recorded epoch."""
+"""The log of training dynamics: a network's outputs for each example in each recorded epoch."""
 
 import json
 import os
@@ -19,7 +19,7 @@ QUANTITIES = ("gold_prob", "margin", "entropy", "el2n", "loss", "correct")
 
 
 class DynamicsLog:
-    """What a network did with each example in each recorded epoch, in memory-mapped `.npy` files.
+    """A network's outputs for each example in each recorded epoch, in memory-mapped `.npy` files.
 
     A folder with one array per quantity, row = recorded epoch, column = position of the example
     among the sorted ids: `gold_prob`, `margin`, `entropy`, `el2n`, `loss` (E, N) float16 (NaN = not
@@ -75,7 +75,7 @@ class DynamicsLog:
         logits: bool,
         provenance: dict,
     ) -> "DynamicsLog":
-        """Begin a log, or go on with the one in `folder` when it was begun with the same arguments.
+        """Begin a log, or continue the one in `folder` when it was begun with the same arguments.
 
         A finished log with the same arguments is reopened too, and is unfinished until `finish` is
         called again, so that a run that was killed right after `finish` can be resumed.

@@ -29,7 +29,9 @@ CHUNK_VALUES = 2**17
 def per_example(array: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Apply `score` to float64 blocks (E, n, ...) of `array` (E, N, ...); returns (N,).
 
-    Blocks are of nearly equal size, so no example is computed by another route than its neighbours.
+    Blocks are of nearly equal size, so that NumPy sums every example in the same way.
+
+    Raises: ValueError for an array of one axis or without epochs, or values that are not finite.
     """
     if array.ndim < 2 or array.shape[0] < 1:
         raise ValueError(f"got an array of shape {array.shape}; expected (E, N, ...) with E >= 1")
@@ -169,7 +171,8 @@ def el2n(recorded: np.ndarray, *, epoch: int) -> np.ndarray:
     """L2 norm of softmax minus one-hot label at one early epoch.
 
     Args:
-        recorded: (E, N) float of one run, or (S, E, N) of several, which are averaged.
+        recorded: (E, N) float, the norm in each epoch of one run; or (S, E, N) of several runs,
+            which are averaged.
         epoch: Recorded epoch, counted from 1.
 
     Returns: (N,) float64 in [0, sqrt(2)]; high = hard.
@@ -193,7 +196,7 @@ def entropy(recorded: np.ndarray) -> np.ndarray:
     """Mean over epochs of the entropy of the predicted distribution.
 
     Args:
-        recorded: (E, N) float, nats.
+        recorded: (E, N) float, the entropy in each epoch, nats.
 
     Returns: (N,) float64 in [0, ln C], nats; high = uncertain.
 
@@ -207,7 +210,7 @@ def loss(recorded: np.ndarray) -> np.ndarray:
     """Mean over epochs of the cross-entropy with the gold label.
 
     Args:
-        recorded: (E, N) float, nats.
+        recorded: (E, N) float, the cross-entropy in each epoch, nats.
 
     Returns: (N,) float64 >= 0, nats; high = hard.
 
@@ -225,6 +228,7 @@ def trend(gold_prob: np.ndarray) -> np.ndarray:
 
     Returns: (N,) float64, 1/epoch; positive = improving.
     Raises: ValueError for a single epoch, which has no slope.
+    Source: no paper; some public code calls it forgetfulness.
 
     >>> trend(np.array([[0.0, 0.5], [0.25, 0.5], [0.5, 0.5]])).tolist()
     [0.25, 0.0]
@@ -311,8 +315,8 @@ def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
 
     Args:
         logits: (E, N, C) float.
-        window: Epochs per window, in [3, E] (two epochs have one step, which cannot vary); the
-            authors' code takes 10.
+        window: Epochs per window, in [3, E]; two epochs have a single step, whose deviation is 0.
+            The authors' code takes 10.
         decay: In (0, 1]; the authors' code takes 0.9.
 
     Returns: (N,) float64 >= 0; high = kept by the paper.
@@ -336,7 +340,10 @@ def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
 
 
 def check_fading(n_epochs: int, window: int, decay: float) -> None:
-    """Refuse a window or a decay that `tdds` cannot have."""
+    """Check the window and the decay of `tdds`.
+
+    Raises: ValueError for a value out of range.
+    """
     _check_window(n_epochs, window, least=3)
     if not 0 < decay <= 1:
         raise ValueError(f"decay is {decay}; expected a number in (0, 1]")

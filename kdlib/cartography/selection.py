@@ -1,8 +1,8 @@
-"""Which examples a student learns from: a subset is a function of datamap, budget, strategy, seed.
+"""The examples a student learns from: a function of datamap, budget, strategy and seed.
 
-Ties, and the whole of `random`, are decided by a hash of (seed, example id), so that permuting the
-data set permutes nothing but rows. To add a rule: its function in `coresets` or `feature_coresets`,
-its settings in `kdlib.study.selections` (a class of `AnySelection`), and its case in `choose`.
+A hash of (seed, example id) decides ties and the whole of `random`, so that the order of rows does
+not matter. To add a rule: its function in `coresets` or `feature_coresets`, its settings in
+`kdlib.study.selections` (a class of `AnySelection`), and its case in `choose`.
 """
 
 import operator

@@ -1,4 +1,4 @@
-"""What public code computes under the names of `scores`, here under distinct names.
+"""Quantities that public code computes under the names of `scores`, here under separate names.
 
 Pure functions like those of `scores`, for comparing rankings; they are no columns of the datamap.
 
@@ -31,8 +31,8 @@ SAME_NAME = {
 
 
 def correctness_half(gold_prob: np.ndarray) -> np.ndarray:
-    """Fraction of epochs in which the gold label has more than half of the probability: wrong for
-    more than two classes, where less can be the largest.
+    """Fraction of epochs in which the gold label has more than half of the probability. With more
+    than two classes a prediction can be right with less.
 
     Args:
         gold_prob: (E, N) float in [0, 1].
@@ -137,8 +137,8 @@ def tdds_absolute(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.
 
 
 def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
-    """TDDS of the first window, weighted as if it were all windows, with logits in the place of
-    probabilities: the logarithm of a negative logit counts 0.
+    """TDDS with logits in the place of probabilities and the first window in the place of every
+    window. The logarithm of a negative logit counts as 0.
 
     Args:
         logits: (E, N, C) float.

@@ -1,4 +1,4 @@
-"""What all sections of a study share: frozen, exactly typed settings, and the types of values."""
+"""The base class of all sections of a study, and the types of their values."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from kdlib.repro.files import nearest
 
 
 class StudyError(ValueError):
-    """A study file, or a papermill parameter, that cannot mean what was written."""
+    """A study file or an axis value that is not valid."""
 
 
 class Settings(BaseModel):

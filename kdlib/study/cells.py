@@ -102,7 +102,7 @@ def cell_at(study: "Study", **axes: str | float) -> Cell:
 
 
 def fraction_of(study: "Study", strategy: str) -> float | None:
-    """The fraction that a strategy has by itself; None when the study says it.
+    """The fraction that a strategy fixes: 1 of `full`, that of a saved selection; else None.
 
     Raises: FileNotFoundError for a picked selection that was not saved; ValueError for one that was
         changed.

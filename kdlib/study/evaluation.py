@@ -1,4 +1,4 @@
-"""What is swept, probed and compared."""
+"""Settings of the sweep, of the probes and of the comparison."""
 
 from typing import Annotated, Literal
 
@@ -70,7 +70,7 @@ class Probe(Settings):
     )
     """Inverse regularisation, on standardised features; 45 values from 1e-6 to 1e5 by default."""
     few_shot: Annotated[tuple[Count, ...], Distinct] = ()
-    """Labelled examples of each class, for probes of few."""
+    """Numbers of labelled examples of each class, one few-shot probe for each."""
     few_shot_draws: Count = 5
     """How often each number of them is drawn."""
     layers: Annotated[tuple[Layer, ...], Distinct, AfterValidator(_with_last_layer)] = ("features",)
@@ -82,14 +82,15 @@ class Probe(Settings):
 
 
 class Compare(Settings):
-    """What, against what, and how small a difference counts as none."""
+    """The measure that is compared, the baseline, and the margin of equivalence."""
 
     measure: Literal["accuracy", "linear", "knn"] = "accuracy"
     """Test accuracy of the student's last layer, or of a probe of its features at the last step."""
     baseline: Strategy = "random"
     """Strategy that the others are compared with."""
     objective: str | None = None
-    """Objective that each other one is compared with, beside the one without a teacher."""
+    """Objective with which every other one is compared, in the table `controls`; the table
+    `objectives` compares each with the one without a teacher."""
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Accuracy; differences inside +-margin are equivalent."""
     confidence_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95

@@ -1,4 +1,4 @@
-"""Which settings each step reads: what a finished run is compared with, and what studies share."""
+"""The settings that each step reads, with which a finished run or a shared study is compared."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,8 @@ READS = {
 def step_settings(
     study: "Study", step: str, cell: Cell | None = None, teacher: str | None = None
 ) -> dict[str, Any]:
-    """The settings one step reads itself; what it inherits reaches it as fingerprints.
+    """The settings that one step reads, without those of earlier steps, whose results it names by
+    fingerprints.
 
     Args:
         step: One of `READS`, or distill.
@@ -68,7 +69,7 @@ def step_settings(
 
 
 def dumped(study: "Study", **options: Any) -> dict[str, Any]:
-    """All that results depend on, as JSON; a key that is not given is left out."""
+    """The settings on which results depend, as JSON; keys without a value are left out."""
     aside = {"name": True, "shares": True, "tracking": True, "compute": {"images"}}
     return study.model_dump(mode="json", exclude=aside, exclude_none=True, **options)
 

@@ -17,7 +17,7 @@ MODELS = (
 def parse_hub(name: str) -> tuple[str, str]:
     """`hub/<owner>/<repository>:<ref>/<entry>` as (`owner/repository:ref`, entry).
 
-    A commit stays what it is; a branch or tag runs whatever it names on that day.
+    A commit names fixed code; a branch or a tag can be moved to other code later.
 
     Raises: ValueError for anything else.
 
@@ -164,8 +164,8 @@ class PretrainedTeacher(_FinishedTeacher):
 
 
 def _origin(content: Any) -> str | None:
-    """The tag of a teacher's class, by the key that says where it comes from; None unless it is
-    one."""
+    """The tag of a teacher's class, by its key `training`, `weights` or `pretrained`; None unless
+    exactly one of them is given."""
     given = dict(content) if isinstance(content, dict | Teacher) else {}
     keys = ("training", "weights", "pretrained")
     origins = [key for key in keys if given.get(key) not in (None, False)]
@@ -194,6 +194,7 @@ class Student(Settings):
     def _trainable(self) -> "Student":
         if self.model.from_hub:
             raise ValueError(
-                f"{self.model.name} comes with its weights; a student begins from none"
+                f"{self.model.name} comes with its weights; a student begins from random weights: "
+                "take a built-in network or timm/<name>"
             )
         return self

@@ -191,7 +191,7 @@ class Similarity(GridObjective):
 
 
 class CRD(FeatureObjective):
-    """CE + weight (-log h(own) - Σ log(1 - h(other))), both ways, negatives of the batch
+    """CE + weight (-log h(same) - Σ log(1 - h(other))), both ways, negatives of the batch
 
     Tian et al. 2020, arXiv 1910.10699
     tests/trainer/test_feature_losses.py::test_a_contrast_worked_by_hand
@@ -230,7 +230,7 @@ Read = matching(
 
 
 class UserObjective(UserCode, Objective):
-    """the study's own code
+    """a function in a file of the user
 
     -
     tests/trainer/test_objectives.py::test_an_own_objective_is_what_its_file_says

@@ -38,7 +38,8 @@ class Dynamics(Settings):
     training."""
 
     observed: Literal["train", "eval"] = "train"
-    """The training pass itself, or a clean pass after each epoch."""
+    """`train` records the outputs of the training pass, of augmented images; `eval` those of clean
+    images after each epoch."""
     logits: bool = False
     """Also store all logits (needed by `tdds`)."""
     model: Model | None = None
@@ -73,10 +74,11 @@ class ExtraRecordings(Settings):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=2), Distinct]
     """Each of them for each model."""
     folds: Annotated[int, Field(ge=2)] | None = None
-    """Cross-validation with the first model: each image is judged by a network that has not learnt
-    it."""
+    """Cross-validation with the first model, in so many folds: held-out probabilities of each
+    image."""
     threshold_samples: bool = False
-    """Two trainings of the first model in which some images pretend to be of one more class."""
+    """Two trainings of the first model in which some images are labelled with one additional class,
+    for AUM's threshold (Pleiss et al. 2020)."""
 
     def runs(self) -> list[tuple[str, str]]:
         """Every recording as (model, part): `seed=0`, `fold=1`, `threshold=1`, ..."""
@@ -121,8 +123,8 @@ class Mixture(Selection):
 
 
 class CCS(Selection):
-    """The hardest cut off, then equal shares of strata of difficulty. Zheng et al. 2023, arXiv
-    2210.15809."""
+    """Without the hardest examples, equally many from each stratum of difficulty. Zheng et al.
+    2023, arXiv 2210.15809."""
 
     kind: Literal["ccs"] = "ccs"
     score: Difficulty = "aum"
@@ -133,8 +135,8 @@ class CCS(Selection):
 
 
 class D2(Selection):
-    """Difficulty passed between neighbours in the teacher's features. Maharana et al. 2023, arXiv
-    2310.07931."""
+    """The highest scores of a graph of nearest neighbours in the teacher's features, on which each
+    choice lowers its neighbours. Maharana et al. 2023, arXiv 2310.07931."""
 
     kind: Literal["d2"] = "d2"
     score: Difficulty = "forgetting_events"
@@ -146,14 +148,15 @@ class D2(Selection):
 
 
 class Moderate(Selection):
-    """The middle of the distances to the class median. Xia et al. 2023."""
+    """The middle of all examples, ordered by the distance to the median of their class. Xia et al.
+    2023."""
 
     kind: Literal["moderate"] = "moderate"
 
 
 class KCenter(Selection):
-    """Greedily the farthest from those chosen, in the teacher's features. Sener and Savarese 2018,
-    arXiv 1708.00489."""
+    """Again and again the example farthest from those chosen, in the teacher's features. Sener and
+    Savarese 2018, arXiv 1708.00489."""
 
     kind: Literal["k_center"] = "k_center"
 
@@ -161,7 +164,8 @@ class KCenter(Selection):
 
 
 class Herding(Selection):
-    """Greedily what keeps the mean of the teacher's features. Welling 2009."""
+    """Again and again the example that brings the mean of the chosen nearest to the mean of all, in
+    the teacher's features. Welling 2009."""
 
     kind: Literal["herding"] = "herding"
 

@@ -135,8 +135,7 @@ class Training(Settings):
 
     @property
     def comparison(self) -> str:
-        """`equal_steps`, `equal_epochs` or `early_stopping`: the only kind of comparison this
-        budget allows."""
+        """`equal_steps`, `equal_epochs` or `early_stopping`; a table holds runs of one of these."""
         if self.early_stopping is not None:
             return "early_stopping"
         return "equal_steps" if self.steps is not None else "equal_epochs"

@@ -1,4 +1,4 @@
-"""Python files of the user, as `kind: own`: named by the study with their sha256, and run here.
+"""Python files of the user (`kind: own`), named by the study with their sha256 and run here.
 
 `pin` hashes the file when a study is loaded. `run` executes it when a run first needs it, and
 refuses bytes of another sha256.
@@ -20,12 +20,12 @@ from kdlib.study.base import Settings, StudyError
 
 
 class UserCode(Settings):
-    """What comes from a Python file of the user."""
+    """Settings of an objective or a selection that a Python file of the user defines."""
 
     code: str
     """The file, relative to the workspace."""
     code_sha256: str | None = None
-    """Without it that of the file as it is."""
+    """Of the file; without it the sha256 that the file has when the study is read."""
     trust_code: Literal[True]
     """The file runs here, as the user who runs the study."""
     options: dict[str, float] = Field(default_factory=dict)
@@ -63,7 +63,7 @@ def pin(settings: Pinned, where: str) -> Pinned:
 
 
 class _Source(importlib.abc.SourceLoader):
-    """The very bytes that were hashed: no bytecode beside the file is read or written."""
+    """Loads the bytes that were hashed; no bytecode beside the file is read or written."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self.path, self.content = path, content

@@ -248,7 +248,7 @@ def test_a_seed_given_twice_is_refused(write):
         ("probe.c_grid", [-1.0], r"probe\.c_grid\.0: Input should be greater than 0"),
         ("probe.strategy", [], "at least 1 item"),
         ("selections.fixed_shards", {"kind": "easy"}, "the name of a built-in strategy"),
-        ("students.wide.model", {"name": "hub/a/b:main/c"}, "a student begins from none"),
+        ("students.wide.model", {"name": "hub/a/b:main/c"}, "a student begins from random weights"),
     ],
 )
 def test_what_would_fail_after_hours_is_refused_at_once(write, path, value, told):
