@@ -21,12 +21,12 @@ from kdlib.study.training import Augment
 
 @dataclass(frozen=True)
 class Replay:
-    """Views that teacher and students both see: view v of an example is that of pass v.
+    """Augmented views that teacher and students share: view v of an example is that of pass v.
 
     Attributes:
-        n: How many; a student's pass p sees view p % n.
-        augment: Which augmentation.
-        seed: Its seed.
+        n: Number of views; pass p of a student takes view p % n.
+        augment: The augmentation.
+        seed: Of the augmentation.
     """
 
     n: int
@@ -37,7 +37,8 @@ class Replay:
 def output_header(
     network: Network, pixels: Pixels, images: Cache, replay: Replay | None, top_k: int | None
 ) -> dict[str, Any]:
-    """What determines a teacher's outputs: weights, normalisation, images, views, form."""
+    """All that determines a teacher's stored outputs: weights, normalisation, images, views, and
+    how logits are stored."""
     view: Any = CLEAN_VIEW
     if replay is not None:
         view = {
@@ -77,10 +78,10 @@ def store_outputs(
     feature grid of a stage; `attention<k>` (V, H_k, W_k), its attention map.
 
     Args:
-        replay: Views to store; None is the clean image alone.
+        replay: Views to store; None stores outputs for the images without augmentation.
         top_k: In [1, C); None stores all logits.
         wanted: Names of `Network.outputs`.
-        part: (i, k): only the i-th of k equal runs of shards.
+        part: (i, k): the i-th of k equal runs of shards.
 
     Returns: The open cache of outputs, aligned with the image cache by example id.
     Raises: CacheError when the folder holds outputs of another teacher, of other images or views;
@@ -132,20 +133,20 @@ def _outputs(
     device: str | torch.device,
     wanted: Collection[str],
 ) -> dict[str, torch.Tensor]:
-    """Outputs by name of one view of some examples."""
-    seen = torch.from_numpy(images.read("images", ids)).to(device)
+    """Outputs of one view of some examples, by name."""
+    raw = torch.from_numpy(images.read("images", ids)).to(device)
     if replay is not None:
         epochs = torch.full((len(ids),), view)
-        seen = augment(seen, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
+        raw = augment(raw, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
     wanted = tuple(wanted)
-    return dict(zip(wanted, all_outputs(network, pixels, seen, wanted), strict=True))
+    return dict(zip(wanted, all_outputs(network, pixels, raw, wanted), strict=True))
 
 
 def stored_accuracy(stored: Cache, images: Cache, example_ids: np.ndarray | None = None) -> float:
-    """The teacher's accuracy on the first view, as read back from its stored outputs, in [0, 1].
+    """The accuracy of a teacher's stored outputs for the first view, in [0, 1].
 
     Args:
-        example_ids: Which examples; None: all that are here.
+        example_ids: None takes all examples of the cache.
     """
     ids = images.example_ids if example_ids is None else example_ids
     return accuracy(stored_logits(stored, ids), images.read("labels", ids))
@@ -159,11 +160,12 @@ def verify_outputs(
     replay: Replay | None = None,
     n: int = 256,
 ) -> float:
-    """Recompute `n` evenly spaced examples, of views in turn, and compare with what is stored.
+    """Compute the outputs of `n` evenly spaced examples again, of each view in turn, and compare
+    them with the stored ones.
 
-    Returns: Largest absolute difference of a stored output, relative to the largest value of it in
-        the sample; with top-k, of the others' probability when that is larger.
-    Raises: CacheError when it exceeds 1 %: the rows are then not those of these examples.
+    Returns: Largest absolute difference of an output, relative to its largest value in the sample;
+        with top-k, the difference of the probability of all other classes when that is larger.
+    Raises: CacheError when it exceeds 1 %: the stored rows are then not those of these examples.
     """
     known = stored.example_ids
     ids = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]

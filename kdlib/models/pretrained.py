@@ -26,18 +26,17 @@ def load_pretrained(
 ) -> Network:
     """A published network with its weights, on the CPU, in evaluation mode, without gradients.
 
-    A classifier of another number of classes is left out; the network then has `n_classes` 0 and is
-    known by its features.
+    A classifier for another number of classes is removed; the network then has `n_classes` 0.
 
     Args:
         model: `timm/<name>` or `timm/<name>.<tag>`, or `hub/<owner>/<repository>:<ref>/<entry>`;
-            options go to the network's own function.
+            options go to the function that builds it.
         n_classes: C of the images.
-        image_shape: (channels, height, width) it will see.
+        image_shape: (channels, height, width) of its input.
         trust_code: Whether the code of a torch.hub repository may run here.
 
-    Raises: RuntimeError that says what to do when weights or code are not here and cannot be
-        fetched; ValueError for a network that cannot be used.
+    Raises: RuntimeError that says what to do when weights or code cannot be fetched; ValueError for
+        a network that cannot be used.
     """
     if model.name.startswith("hub/"):
         network = _from_hub(model, n_classes, trust_code)
@@ -114,7 +113,7 @@ class HubNetwork(Network):
                 f"{name} is {type(body).__name__}, neither a vision transformer with "
                 "forward_features nor a classifier with a linear last layer"
             )
-        self._last = [linear[-1]]  # in a list: it is the body's module, not another one
+        self._last = [linear[-1]]  # in a list, so that the body's module is not registered twice
         self._layers = [m for n, m in body.named_children() if n.startswith("layer")]
         self.n_features, self.n_stages = linear[-1].in_features, len(self._layers)
         self.n_classes = n_classes if linear[-1].out_features == n_classes else 0

@@ -17,7 +17,7 @@ CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 def weights_fingerprint(network: nn.Module | Mapping[str, Tensor]) -> str:
     """sha256 (64 hex digits) over the sorted names, dtypes, shapes and bytes of all weights and
-    buffers of a network or state dict, wherever they lie and in whatever memory format.
+    buffers of a network or state dict, whatever their device and memory format.
 
     >>> weights_fingerprint({"w": torch.zeros(2)}) == weights_fingerprint({"w": torch.ones(2)})
     False
@@ -57,17 +57,16 @@ def save_weights(
 
 
 def load_weights(network: nn.Module, path: Path) -> str:
-    """Read a weight file into a network: all weights, and no others.
+    """Read a weight file into a network, whose weights it must hold exactly.
 
-    A file is safetensors, or a PyTorch checkpoint of plain tensors (.pt, .pth, .ckpt, .bin, .tar),
-    which is read without executing anything; a `state_dict`, `model_state_dict`, `model` or `net`
-    inside it is unwrapped, and the prefix `module.` of DistributedDataParallel dropped.
-
-    A file without BatchNorm's `num_batches_tracked` counters is accepted; they become 0.
+    A file is safetensors, or a PyTorch checkpoint of tensors (.pt, .pth, .ckpt, .bin, .tar), read
+    with `weights_only`. A `state_dict`, `model_state_dict`, `model` or `net` inside it is
+    unwrapped, and the prefix `module.` of DistributedDataParallel removed. BatchNorm counters
+    `num_batches_tracked` may be missing; they become 0.
 
     Returns: The fingerprint of the loaded weights.
     Raises: FileNotFoundError; ValueError for a file that is cut, holds more than tensors, or whose
-        keys, shapes or dtypes are not the network's. The network is then untouched.
+        keys, shapes or dtypes are not the network's. The network is then unchanged.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -88,7 +87,7 @@ def load_weights(network: nn.Module, path: Path) -> str:
         raise ValueError(
             f"{path} does not fit this {type(network).__name__}; in {len(faults)} keys the file "
             f"differs (file -> network): {', '.join(faults[:6])}{', ...' * (len(faults) > 6)}; "
-            "give the model these weights were made for"
+            "name the model that these weights are of"
         )
     network.load_state_dict(loaded)
     return weights_fingerprint(network)

@@ -153,7 +153,7 @@ def crd(
     with the teacher's; `same` are the two rows of one example.
 
     Args:
-        student, teacher: (B, D) float embeddings; they are brought to norm 1 here.
+        student, teacher: (B, D) float embeddings, of any norm.
         labels: (B,) int64; the negatives of an example are the rows of other classes in the batch.
         temperature: T > 0.
         n_examples: M, examples of the training set; N is the mean number of negatives.

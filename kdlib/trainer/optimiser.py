@@ -59,8 +59,8 @@ def make_optimiser(parameters: Iterable[nn.Parameter], training: Training) -> to
 class Ema:
     """Running mean of a network's weights and BatchNorm statistics [Polyak1992].
 
-    After update t (from 0) the decay is min(decay, (1 + t) / (10 + t)), so that the first weights,
-    which are random, are forgotten early.
+    The decay of update t, from 0, is min(decay, (1 + t) / (10 + t)), so that the random initial
+    weights soon have no share in the mean.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -69,7 +69,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Move towards the network's weights; counters are copied."""
+        """Take the network's weights into the mean; copy integer counters."""
         keep = min(self.decay, (1 + self.n_updates) / (10 + self.n_updates))
         state = network.state_dict()
         moving = [k for k, v in state.items() if v.is_floating_point()]
@@ -81,7 +81,7 @@ class Ema:
         self.n_updates += 1
 
     def load(self, weights: Mapping[str, Tensor], n_updates: int) -> None:
-        """Go on from a saved mean."""
+        """Restore a saved mean."""
         self.n_updates = n_updates
         for key, value in weights.items():
             self.weights[key].copy_(value)
@@ -112,9 +112,9 @@ class Patience:
         return True
 
     def numbers(self) -> list[float]:
-        """What `load` takes back."""
+        """The state, as `load` takes it."""
         return [self.best, self.waited]
 
     def load(self, numbers: list[float]) -> None:
-        """Go on from saved numbers."""
+        """Restore the state."""
         self.best, self.waited = float(numbers[0]), int(numbers[1])

@@ -18,8 +18,7 @@ from kdlib.repro import files
 
 NAME, BEFORE = "state.safetensors", "state.before.safetensors"
 
-
-# What a file that is no whole state may raise.
+# Errors of reading a damaged file
 _DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError)
 
 
