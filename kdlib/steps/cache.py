@@ -49,7 +49,7 @@ def _ask_for_portable(study: Study) -> None:
 
 
 def open_images(study: Study) -> Images:
-    """What step 01 made.
+    """The images of step 01.
 
     Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
     """

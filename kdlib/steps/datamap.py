@@ -1,7 +1,4 @@
-"""Step 03: the datamap of a study: every score of every training example.
-
-Leaves to others: the scores themselves (cartography, gradients, coresets).
-"""
+"""Step 03: the datamap of a study: every score of every training example."""
 
 from typing import Any
 
@@ -33,7 +30,7 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     settings = {
         "step": study.step_settings("datamap"),
-        "inputs": images.fingerprints | _made_from(study),
+        "inputs": images.fingerprints | _inputs(study),
     }
     path = study.runs / "datamap" / "datamap.parquet"
     with open_run(study.runs, path.parent, settings) as run:
@@ -57,8 +54,9 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
         return open_datamap(study, images)
 
 
-def _made_from(study: Study) -> dict[str, str]:
-    """What a datamap is made from beside images: the recorded training, the teacher's outputs."""
+def _inputs(study: Study) -> dict[str, str]:
+    """Fingerprints of a datamap's inputs beside the images: the recorded training and the teacher's
+    outputs."""
     return {
         "recorded": read_evidence(study.recorded_run)["settings_sha256"],
         "teacher_outputs": open_teacher(study)["outputs"]["train"],
@@ -68,8 +66,8 @@ def _made_from(study: Study) -> dict[str, str]:
 def _further_scores(
     study: Study, images: Images, table: pd.DataFrame, recorded: dict[str, Any], device: str
 ) -> dict[str, np.ndarray]:
-    """Scores that a log of outputs does not hold; the teacher's features are in memory meanwhile,
-    4 bytes a number."""
+    """Scores that follow from gradients and from the teacher's features, which are in memory as
+    float32."""
     ids = table.index.to_numpy()
     scores = {}
     epoch = study.dynamics.gradient_epoch
@@ -94,7 +92,7 @@ def gradients(
 
 
 def open_datamap(study: Study, images: Images) -> pd.DataFrame:
-    """What step 03 made, checked against the images and the evidence.
+    """The datamap of step 03, checked against the images and the evidence.
 
     Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images,
         another recording or another teacher.
@@ -102,7 +100,7 @@ def open_datamap(study: Study, images: Images) -> pd.DataFrame:
     study = study.upstream
     evidence = read_evidence(study.runs / "datamap", study.step_settings("datamap"))
     path = study.runs / "datamap" / "datamap.parquet"
-    table = read_datamap(path, images.fingerprints | _made_from(study))
+    table = read_datamap(path, images.fingerprints | _inputs(study))
     if files.sha256_file(path) != evidence["datamap_sha256"]:
         raise ValueError(f"{path} differs from its evidence; run notebooks/03_datamap.ipynb again")
     return table

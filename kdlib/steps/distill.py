@@ -29,10 +29,10 @@ from kdlib.trainer.distributed import this_process
 
 
 def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
-    """The training examples of one cell and seed, exactly as many as the fraction says.
+    """The training examples of one cell and seed; their number is the fraction of all.
 
-    Of `fixed_shards` whole shards, as many as the fraction says of them; of `random_shards` all,
-    since each pass draws its own.
+    `fixed_shards` takes the fraction of the shards, whole. `random_shards` takes all examples;
+    each pass draws its shards.
     """
     ids, data, parent = images.train_ids, files.fingerprint(images.fingerprints), None
     if cell.strategy in SHARD_POLICIES:
@@ -53,7 +53,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
             features = teacher_features(study, images.train, table.index.to_numpy())
     asked = budget(len(ids), cell.fraction)
     ids = select(table, asked, rule, seed, features)
-    if len(ids) != asked:  # a plan declares what it is given: this is where the fraction is held
+    if len(ids) != asked:  # a plan takes any number of ids: here they are held to the fraction
         raise ValueError(
             f"{cell.strategy} chose {len(ids)} of {len(images.train_ids)} training images; a "
             f"fraction of {cell.fraction:g} is {asked}"
@@ -62,7 +62,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
 
 
 def _picked(study: Study, cell: Cell, seed: int, ids: np.ndarray, data: str) -> Subset:
-    """A selection made by hand: the same examples for every seed."""
+    """A selection saved in the explorer: the same examples for every seed."""
     saved = Subset.load(study.picked(cell.strategy), data)
     strange = np.setdiff1d(saved.example_ids, ids)
     if len(strange) or budget(len(ids), cell.fraction) != len(saved):
@@ -133,22 +133,21 @@ def _plan(study: Study, images: Images, cell: Cell, subset: Subset, seed: int) -
 
 
 def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
-    """What the study asks of one student run."""
+    """The settings of one student's run."""
     return study.step_settings("distill", cell) | {"seed": seed}
 
 
 def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
     """The evidence of one student run.
 
-    Raises: FileNotFoundError when it is not finished; ValueError when the study has been changed
-        since it was made.
+    Raises: FileNotFoundError when it is not finished; ValueError when the study has changed since.
     """
-    own = student_settings(study, cell, seed)
-    return read_evidence(student_folder(study, cell, seed), own)
+    settings = student_settings(study, cell, seed)
+    return read_evidence(student_folder(study, cell, seed), settings)
 
 
 def student_folder(study: Study, cell: Cell, seed: int) -> Path:
-    """Where the run of one cell and seed is."""
+    """The folder of the run of one cell and seed."""
     return study.runs / "distill" / cell.path / f"seed={seed}"
 
 

@@ -86,7 +86,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
 
 
 def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
-    """What step 05 made for one cell.
+    """The table of step 05 for one cell.
 
     Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
     """
@@ -95,7 +95,7 @@ def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
 
 
 def probe_folder(study: Study, cell: Cell) -> Path:
-    """Where the probes of one cell are."""
+    """The folder of the probes of one cell."""
     return study.runs / "probe" / cell.path
 
 
@@ -216,7 +216,7 @@ def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
     that training and test features are of the same weights."""
     students = table[(table["strategy"] != "teacher") & (table["on"] == STUDY_DATA)]
     linear = students[(students["probe"] == "linear") & (students["layer"] == LAST)]
-    steps = linear.groupby("seed")["step"]  # seeds that stop early have a last step of their own
+    steps = linear.groupby("seed")["step"]  # seeds that stop early have other last steps
     first, last = linear.loc[steps.idxmin()], linear.loc[steps.idxmax()]
     floor, trained = first["accuracy"].mean(), last["accuracy"].mean()
     worst = last.loc[last["rank_ratio"].idxmin()]

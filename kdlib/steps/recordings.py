@@ -28,7 +28,7 @@ from kdlib.trainer.distributed import World
 
 
 def recording_folder(study: Study, model: str, part: str) -> Path:
-    """Where one recording is."""
+    """The folder of one recording."""
     return study.runs / "recorded" / f"model={model}" / part
 
 
@@ -41,10 +41,10 @@ def fold_of(example_ids: np.ndarray, n_folds: int) -> np.ndarray:
 
 
 def threshold_samples(example_ids: np.ndarray, n_classes: int, which: int) -> np.ndarray:
-    """Sorted ids of the N / (n_classes + 1) examples that pretend to be of one more class.
+    """Sorted ids of the N / (n_classes + 1) examples that get the label of one more class.
 
     Args:
-        which: 1 or 2; the two draws have no example in common.
+        which: 1 or 2; the two sets have no example in common.
 
     Source: Pleiss et al. 2020, arXiv 2001.10528, sec. 3.2.
     """
@@ -54,7 +54,7 @@ def threshold_samples(example_ids: np.ndarray, n_classes: int, which: int) -> np
 
 
 def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
-    """What the study asks of one recording."""
+    """The settings of one recording."""
     asked, (kind, number) = study.recordings, part.split("=")
     of_first = kind == "seed" and model == next(iter(asked.models))
     return {
@@ -174,7 +174,7 @@ def _held_out_table(inputs: TrainingInputs, device: str) -> pd.DataFrame:
 
 
 def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, Any]]:
-    """Every recording the study asks for; finished ones are not trained again.
+    """Every recording that the study asks for; those that are finished are read.
 
     Raises: StudyError when it asks for none.
     """
@@ -200,8 +200,7 @@ def recording_table(study: Study, evidences: dict[tuple[str, str], dict[str, Any
 def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog:
     """The dynamics of one finished recording.
 
-    Raises: FileNotFoundError when it is not finished; ValueError when the study has been changed
-        since it was made.
+    Raises: FileNotFoundError when it is not finished; ValueError when the study has changed since.
     """
     folder = recording_folder(study, model, part)
     read_evidence(folder, recording_settings(study, model, part))
@@ -209,21 +208,21 @@ def open_log(study: Study, images: Images, model: str, part: str) -> DynamicsLog
 
 
 def open_gradients(study: Study, model: str, part: str) -> pd.DataFrame | None:
-    """`grand` and `grand_last` of one finished recording, index `example_id`; None where the study
-    asks for no gradients of it.
+    """`grand` and `grand_last` of one finished recording, index `example_id`; None for a recording
+    without gradients.
 
     Raises: FileNotFoundError and ValueError as `open_log`; ValueError for a table that was changed.
     """
-    own, folder = recording_settings(study, model, part), recording_folder(study, model, part)
-    if own["gradient_epoch"] is None:
+    settings = recording_settings(study, model, part)
+    if settings["gradient_epoch"] is None:
         return None
-    path, maker = folder / "gradients.parquet", f"recording {model}/{part}"
-    return read_table(path, own, maker, "gradients_sha256")
+    path = recording_folder(study, model, part) / "gradients.parquet"
+    return read_table(path, settings, f"recording {model}/{part}", "gradients_sha256")
 
 
 def open_held_out(study: Study, images: Images) -> pd.DataFrame:
-    """Probabilities of every class for every training image, by the network of cross-validation
-    that has not learnt it.
+    """Probabilities of every class for every training image, from the network of cross-validation
+    that was not trained on it.
 
     Returns: Index `example_id` (sorted, all training ids), columns `p0`, `p1`, ...
     Raises: FileNotFoundError for a fold that is not finished; ValueError for folds that are not
@@ -234,8 +233,8 @@ def open_held_out(study: Study, images: Images) -> pd.DataFrame:
     for fold in range(1, study.recordings.folds + 1):
         part = f"fold={fold}"
         path = recording_folder(study, model, part) / "held_out.parquet"
-        own, maker = recording_settings(study, model, part), f"recording {model}/{part}"
-        parts.append(read_table(path, own, maker, "held_out_sha256"))
+        settings, maker = recording_settings(study, model, part), f"recording {model}/{part}"
+        parts.append(read_table(path, settings, maker, "held_out_sha256"))
     whole = pd.concat(parts).sort_index()
     if not np.array_equal(whole.index, images.train_ids):
         raise ValueError("the folds do not make up this study's training images; record them again")

@@ -31,7 +31,7 @@ def teacher_settings(study: Study, name: str | None) -> Teacher:
 
 
 def teacher_folder(study: Study, name: str | None = None) -> Path:
-    """The run of the study's teacher, or of a further one."""
+    """The folder of the run of the study's teacher, or of a further one."""
     return study.upstream.runs / "teacher" if name is None else study.runs / "teachers" / name
 
 
@@ -121,7 +121,7 @@ def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pix
 
 
 def recorded_network(study: Study, images: Images, device: str) -> Network:
-    """The network whose dynamics make the datamap, for its weights to be loaded into."""
+    """The network whose training dynamics make the datamap, with its initial weights."""
     if study.dynamics.model is None:
         return teacher_network(study, images, device)
     return network_for(images, study.dynamics.model, derive(study.dynamics.seed, "init"), device)

@@ -1,4 +1,4 @@
-"""The teacher's outputs for the study's images: stored once, opened by the steps after it."""
+"""The teacher's outputs for the study's images, stored by step 02 and read by later steps."""
 
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,8 @@ def store_all_outputs(
 def _measured(
     study: Study, images: Images, n_classes: int, stored: dict[str, Cache]
 ) -> dict[str, Any]:
-    """A teacher's accuracy as read back from its stored outputs: of its logits, or of the nearest
-    neighbours of its features among the study's training images where it has no classifier."""
+    """Accuracy of a teacher's stored logits; of a network without a classifier, accuracy of the
+    k-NN probe of its stored features."""
     if n_classes:
         return {
             "measured": stored_accuracy(stored["test"], images.test),
@@ -80,9 +80,9 @@ def _measured(
 
 def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:
     """Store part i of k of a loaded teacher's outputs for the training images, and for the replayed
-    views where the study asks for them: for several processes at once, before step 02.
+    views where the study asks for them; several processes can do so at once, before step 02.
 
-    Returns: What is stored now, restricted to the part.
+    Returns: The caches, restricted to the part.
     Raises: ValueError for a teacher that this study trains: step 02 stores its outputs.
     """
     study = study.upstream
@@ -109,7 +109,7 @@ def _store(
     part: tuple[int, int] | None = None,
     name: str | None = None,
 ) -> Cache:
-    """Store and spot-check a teacher's outputs of one split, or of the replayed views."""
+    """Store a teacher's outputs of one split or of the replayed views, and verify a sample."""
     replayed = folder.name == f"outputs-{REPLAYED}"
     views = replay(study) if replayed else None
     wanted = ["logits"] if network.n_classes else []
@@ -160,18 +160,18 @@ def restore_outputs(
 
 
 def open_teacher(study: Study, name: str | None = None) -> dict[str, Any]:
-    """The card of the teacher, or of a further one, as step 02 measured it.
+    """The card of the teacher, or of a further one: name, accuracy, fingerprints.
 
-    Raises: FileNotFoundError when there is no teacher; ValueError when the study has been changed
-        since it was made.
+    Raises: FileNotFoundError when there is no teacher; ValueError when the study has changed since
+        the teacher's run.
     """
     study = study.upstream if name is None else study
-    own = study.step_settings("teacher", teacher=name)
-    return read_evidence(teacher_folder(study, name), own)["teacher"]
+    settings = study.step_settings("teacher", teacher=name)
+    return read_evidence(teacher_folder(study, name), settings)["teacher"]
 
 
 def outputs_folder(study: Study, which: str) -> Path:
-    """Where a study's stored teacher outputs of one split, or of the replayed views, are."""
+    """The folder of the stored teacher outputs of one split, or of the replayed views."""
     return teacher_folder(study) / f"outputs-{which}"
 
 
