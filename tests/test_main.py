@@ -403,14 +403,14 @@ def test_failed_notebooks_are_listed_with_their_error(study):
     def notebook(outputs):
         return {"cells": [{"cell_type": "code", "outputs": outputs}]}
 
-    error = {"output_type": "error", "ename": "TripwireError", "evalue": "no", "traceback": []}
+    error = {"output_type": "error", "ename": "CheckError", "evalue": "no", "traceback": []}
     files.write_json(study.runs / "a" / "bad.ipynb", notebook([error]))
     files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
     files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
     (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
     (study.runs / "a" / "empty.ipynb").touch()
     bad, cut, empty = failed_notebooks(study.runs)
-    assert bad == (study.runs / "a" / "bad.ipynb", "TripwireError: no")
+    assert bad == (study.runs / "a" / "bad.ipynb", "CheckError: no")
     assert cut[0].name == "cut.ipynb"
     assert empty[1].startswith("did not start")
 

@@ -1,8 +1,9 @@
-"""The checks on a run's evidence, without which its numbers are not used.
+"""The checks on a run's evidence.
 
-Each check is a function from the evidence to pass or fail with a sentence. They run where the
-number is made (a failure stops the notebook) and again when a table is compiled (a failure refuses
-the row and gives the reason). They read the evidence and the files it names.
+Each check is a function from the evidence to a `Check`: passed or failed, with a sentence. Checks
+run where the number is made (a failure stops the notebook) and again when a table is compiled (a
+failure refuses the row and gives the reason). To add one: a function here, listed in `TEACHER`,
+`RUN`, `STUDENT` or `PROBE`; what it reads goes into the evidence of the step.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,8 +15,8 @@ import numpy as np
 
 from kdlib.repro import files
 
-# Teacher terms are float64. Of a loss that is 0 whatever it compares they differ by rounding, by
-# 1e-33 measured (2026-11), in either direction.
+# Teacher terms are float64. Those of a loss that ignores the teacher differ by rounding, by 1e-33
+# measured (2026-11), in either direction.
 ROUNDING = 1e-12
 
 
@@ -28,8 +29,8 @@ class Check:
     sentence: str
 
 
-class TripwireError(RuntimeError):
-    """A result that must not be used."""
+class CheckError(RuntimeError):
+    """A run that fails one of its checks."""
 
 
 Evidence = dict[str, Any]
@@ -44,8 +45,8 @@ def budget(evidence: Evidence) -> Check:
 
 
 def coverage(evidence: Evidence) -> Check:
-    """Exactly the subset was visited, each example as often as planned: as any other, give or take
-    one, unless each pass draws some shards."""
+    """The examples of the subset and no others were visited, each as often as planned. Unless each
+    pass draws some of the shards, the numbers of visits differ by at most one."""
     visits, wanted = evidence["coverage"], evidence["subset"]["n_examples"]
     even = visits["most"] - visits["fewest"] <= 1 or visits["shards_per_pass"] is not None
     seen_all = visits["unique"] == evidence["budget"]["declared"]["unique_examples"]
@@ -70,7 +71,7 @@ def gradient(evidence: Evidence) -> Check:
 
 def pairing(evidence: Evidence) -> Check:
     """Teacher rows belong to their examples: permuting them raises the objective's teacher term,
-    and the logits that a loader reads are as accurate as the teacher they came from."""
+    and the logits that the loader reads are as accurate as the teacher's stored outputs."""
     terms = evidence["pairing"]
     if terms is None:
         return Check("pairing", True, "no teacher in this objective")
@@ -84,7 +85,7 @@ def pairing(evidence: Evidence) -> Check:
 
 
 def teacher_card(evidence: Evidence) -> Check:
-    """The teacher reaches the accuracy on its card, as read from its stored outputs."""
+    """The teacher's accuracy, measured on its stored outputs, reaches the expected one."""
     card = evidence["teacher"]
     if card is None:
         return Check("teacher_card", True, "no teacher in this objective")
@@ -114,7 +115,7 @@ def untouched_test(evidence: Evidence) -> Check:
 
 
 def probe_floor(evidence: Evidence) -> Check:
-    """A trained network's probe is not below that of its own random initialisation."""
+    """A trained network's probe is not below that of the untrained network."""
     trained, floor, slack = (evidence["floor"][k] for k in ("trained", "untrained", "slack"))
     return Check(
         "probe_floor",
@@ -129,14 +130,14 @@ def probe_floor(evidence: Evidence) -> Check:
 
 
 def same_weights(evidence: Evidence) -> Check:
-    """Train and test features of every probe came from the same weights."""
+    """Training and test features of every probe came from the same weights."""
     wrong = [p for p in evidence["probes"] if p["train_weights"] != p["test_weights"]]
     sentence = f"{len(wrong)} of {len(evidence['probes'])} probes mix features of two weights"
     return Check("same_weights", not wrong, sentence)
 
 
 def not_collapsed(evidence: Evidence) -> Check:
-    """Features keep a fair part of the rank isotropic features of their shape would have."""
+    """The effective rank of the features reaches a share of that of isotropic features."""
     ratio, least = evidence["collapse"]["ratio"], evidence["collapse"]["threshold"]
     return Check(
         "not_collapsed",
@@ -151,27 +152,27 @@ STUDENT = (*RUN, pairing, teacher_card)
 PROBE = (probe_floor, same_weights, not_collapsed)
 
 
-def run_all(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[Check]:
+def run_all(checks: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[Check]:
     """Every check on one run's evidence; one whose evidence is missing has failed."""
     results = []
-    for tripwire in tripwires:
+    for check in checks:
         try:
-            results.append(tripwire(evidence))
+            results.append(check(evidence))
         except (KeyError, TypeError) as error:
             sentence = f"the evidence this needs is missing ({error})"
-            results.append(Check(tripwire.__name__, False, sentence))
+            results.append(Check(check.__name__, False, sentence))
     return results
 
 
-def demand(tripwires: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[dict]:
-    """Run tripwires and stop at failures.
+def demand(checks: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[dict]:
+    """Run checks and stop at failures.
 
     Returns: The results, ready for the evidence.
-    Raises: TripwireError that gives every failed sentence.
+    Raises: CheckError that gives every failed sentence.
     """
-    results = run_all(tripwires, evidence)
+    results = run_all(checks, evidence)
     if failed := [f"{c.name}: {c.sentence}" for c in results if not c.passed]:
-        raise TripwireError("this result must not be used.\n  " + "\n  ".join(failed))
+        raise CheckError("this result must not be used.\n  " + "\n  ".join(failed))
     return [asdict(check) for check in results]
 
 
@@ -188,7 +189,7 @@ def checkpoint_hashes(folder: Path, evidence: Evidence) -> Check:
 
 
 def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
-    """Within one cell, two seeds share neither initial weights nor order; one result per run."""
+    """Two seeds of one cell share neither initial weights nor order; one `Check` per run."""
     results = []
     for i, evidence in enumerate(evidences):
         twins = [
@@ -209,14 +210,14 @@ def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
 
 
 def differing(settings: dict[str, Any], other: dict[str, Any], allowed: Iterable[str]) -> list[str]:
-    """Settings in which two runs differ besides the factors under comparison.
+    """Settings in which two runs differ, without those that may differ.
 
     Args:
         settings: Of one run.
         other: Of the other.
         allowed: Dotted prefixes of settings that may differ, such as `step.subset`.
 
-    Returns: Lines `key: other -> this`; empty when one factor differs at a time.
+    Returns: Lines `key: other -> this`; empty when nothing else differs.
     """
     allowed = tuple(allowed)
     return [line for line in files.difference(settings, other) if not line.startswith(allowed)]

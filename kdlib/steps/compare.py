@@ -250,11 +250,11 @@ def compile_tables(study: Study) -> Tables:
     from which all others follow are written to `figures/<study>/tables/` too, to be committed.
 
     Returns: `results`, `curves`, `probes` and `costs`, and what `comparisons` makes of them.
-    Raises: checks.TripwireError when no row is left to compare.
+    Raises: checks.CheckError when no row is left to compare.
     """
     table = results(study)
     if table["refused"].all():
-        raise checks.TripwireError(f"every row is refused; the first: {table['reason'].iloc[0]}")
+        raise checks.CheckError(f"every row is refused; the first: {table['reason'].iloc[0]}")
     probed = probes(study)
     hashes = [name for name in probed if name.endswith(("_weights", "weights_sha256"))]
     records = {

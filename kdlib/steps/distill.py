@@ -79,7 +79,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
 
     Returns: Its evidence, also of a run that is finished already; None on all but the first of
         several processes.
-    Raises: TripwireError when a check fails; the run is then not finished.
+    Raises: CheckError when a check fails; the run is then not finished.
     """
     device = prepare_device(study.compute)
     subset = make_subset(study, images, cell, seed)

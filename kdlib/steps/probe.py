@@ -45,7 +45,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     Returns: One row per seed, step, data set, layer and probe; the teacher's rows have strategy
         `teacher`. Diagnostics are of the training features, the same in every row of one network,
         data set and layer; `cka_teacher` is NaN on other data.
-    Raises: TripwireError when features are collapsed, or a trained probe lies below the random
+    Raises: CheckError when features are collapsed, or a trained probe lies below the random
         initialisation's: both say that something is wrong with the features, not with the subset.
     """
     device = prepare_device(study.compute)

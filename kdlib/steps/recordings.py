@@ -83,7 +83,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
     write `gradients.parquet` where the study asks for gradients.
 
     Returns: Its evidence.
-    Raises: StudyError for a recording the study does not ask for; checks.TripwireError.
+    Raises: StudyError for a recording the study does not ask for; checks.CheckError.
     """
     asked = study.recordings.runs() if study.recordings else []
     if (model, part) not in asked:

@@ -50,7 +50,7 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any] | None:
     same for the study's further teachers, except those that are trained on a student's subset.
 
     Returns: The evidence of the study's teacher; None on all but the first of several processes.
-    Raises: TripwireError when a check fails: a teacher misses its expected accuracy, for example.
+    Raises: CheckError when a check fails: a teacher misses its expected accuracy, for example.
     """
     evidence = make_one_teacher(study.upstream, images, None)
     for name in further_teachers(study):

@@ -279,7 +279,7 @@ def finish_run(
     """Apply the checks to the evidence of a run and mark the run finished.
 
     Returns: The evidence as written.
-    Raises: checks.TripwireError when a check fails; the run is then not finished.
+    Raises: checks.CheckError when a check fails; the run is then not finished.
     """
     evidence = {"step": step, "study": study.name, "data": images.fingerprints} | evidence
     evidence["checks"] = checks.demand(rules, evidence)

@@ -17,7 +17,7 @@ from kdlib.study.load import load_study
 def test_no_row_left_is_no_comparison(lab):
     study = tiny_study(lab)
     shutil.rmtree(study.runs / "distill")
-    with pytest.raises(checks.TripwireError, match="every row is refused"):
+    with pytest.raises(checks.CheckError, match="every row is refused"):
         compile_tables(study)
 
 

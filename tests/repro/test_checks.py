@@ -100,7 +100,7 @@ def test_honest_evidence_passes_every_tripwire():
     ],
 )  # fmt: skip
 def test_each_lie_is_stopped_by_its_tripwire_alone(evidence, name, sentence):
-    with pytest.raises(checks.TripwireError, match=sentence) as stopped:
+    with pytest.raises(checks.CheckError, match=sentence) as stopped:
         checks.demand(ALL, evidence)
     assert [line.split(":")[0].strip() for line in str(stopped.value).splitlines()[1:]] == [name]
 
@@ -108,7 +108,7 @@ def test_each_lie_is_stopped_by_its_tripwire_alone(evidence, name, sentence):
 @pytest.mark.parametrize("key", sorted(HONEST))
 def test_missing_evidence_is_a_failure_and_not_an_exemption(key):
     evidence = {k: v for k, v in HONEST.items() if k != key}
-    with pytest.raises(checks.TripwireError, match="the evidence this needs is missing"):
+    with pytest.raises(checks.CheckError, match="the evidence this needs is missing"):
         checks.demand(ALL, evidence)
 
 

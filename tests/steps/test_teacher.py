@@ -35,7 +35,7 @@ from kdlib.study.yaml_text import parse_yaml
 
 def test_a_teacher_below_its_card_stops_the_study(lab):
     study = tiny_study(lab, teacher__expected_accuracy=0.999)
-    with pytest.raises(checks.TripwireError, match=r"teacher_card: .* claimed 99\.90%"):
+    with pytest.raises(checks.CheckError, match=r"teacher_card: .* claimed 99\.90%"):
         teacher_module.make_teacher(study, open_images(study))
     assert not (study.runs / "teacher" / "evidence.json").exists()
 

@@ -88,7 +88,7 @@ def test_a_loader_that_ignores_its_subset_cannot_finish_a_run(lab, monkeypatch):
             super().__init__(whole, images, **options)
 
     monkeypatch.setattr(training_module, "Loader", Ignoring)
-    with pytest.raises(checks.TripwireError, match="declared -> recorded: unique_examples: 363"):
+    with pytest.raises(checks.CheckError, match="declared -> recorded: unique_examples: 363"):
         train_student(study, images, study.cell(strategy="easy"), 7)
     folder = student_folder(study, study.cell(strategy="easy"), 7)
     assert not (folder / "evidence.json").exists()
@@ -106,7 +106,7 @@ def test_teacher_rows_read_out_of_step_cannot_finish_a_run(lab, monkeypatch):
 
     monkeypatch.setattr(training_module, "Loader", Shuffled)
     for seed in study.seeds:
-        with pytest.raises(checks.TripwireError, match="pairing: teacher term"):
+        with pytest.raises(checks.CheckError, match="pairing: teacher term"):
             train_student(study, images, study.cell(objective="kd"), seed)
 
 
@@ -149,7 +149,7 @@ def test_a_loader_that_draws_other_shards_than_planned_cannot_finish_a_run(lab, 
             del plan.members
 
     monkeypatch.setattr(training_module, "Loader", Sorted)
-    with pytest.raises(checks.TripwireError, match="not as often as planned"):
+    with pytest.raises(checks.CheckError, match="not as often as planned"):
         train_student(study, images, study.cell(strategy="random_shards"), 0)
 
 
