@@ -10,10 +10,9 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from kdlib.cache.index import (
     CacheError,
@@ -28,6 +27,9 @@ from kdlib.cache.index import (
 )
 from kdlib.repro import files
 from kdlib.repro.npy import npy_start
+
+if TYPE_CHECKING:
+    import torch  # imported late below: builders and workers need no tensors
 
 _MOST_MAPS = 16384  # open at a time: Linux lets a process have 65,530
 
@@ -129,7 +131,7 @@ class Cache:
         layouts = {column: self.layout(column) for column in self.header["columns"]}
         return {c: dtype.itemsize * int(np.prod(shape)) for c, (dtype, shape) in layouts.items()}
 
-    def mapped(self, column: str, shard: int) -> torch.Tensor:
+    def mapped(self, column: str, shard: int) -> "torch.Tensor":
         """One shard of one column as a tensor over the mapped file, pages read on demand.
 
         Writing into it changes a private copy of the pages.
@@ -138,6 +140,8 @@ class Cache:
         """
         key = (column, shard)
         if key not in self._maps:
+            import torch
+
             path, start, end = self.located(column, shard)
             dtype, shape = self.layout(column)
             # torch's map, unlike NumPy's, holds no file descriptor: shards can be many thousands
@@ -208,6 +212,8 @@ class Cache:
         Returns: (B, *row shape), a copy.
         Raises: As `positions`.
         """
+        import torch
+
         self.positions(example_ids)
         ids = np.asarray(example_ids).astype(np.int64)
         dtype, shape = self.layout(column)
@@ -222,9 +228,11 @@ class Cache:
             rows[chosen] = self.mapped(column, shard).index_select(0, local).numpy()
         return rows
 
-    def resident(self, column: str) -> torch.Tensor:
+    def resident(self, column: str) -> "torch.Tensor":
         """A whole column as one tensor: (rows here, *row shape), row `positions(id)` is example
         id."""
+        import torch
+
         dtype, shape = self.layout(column)
         n_rows = sum(entry["n"] for entry in self.entries.values())
         self.check([column], self.shards[:1].tolist())

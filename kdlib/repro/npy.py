@@ -6,6 +6,7 @@ import math
 import os
 import tokenize
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,8 +20,14 @@ NOT_NPY = (
 
 
 def write_npy(path: Path, array: np.ndarray) -> Path:
-    """Write one plain `.npy` file atomically."""
-    return write_atomic(path, lambda file: np.save(file, array, allow_pickle=False))
+    """Write one plain `.npy` file in C order atomically."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+
+    def write(file: BinaryIO) -> None:
+        file.write(_preamble(array.dtype.str, array.shape))
+        file.write(array.data)  # `np.save` loses the error when the last few KiB do not fit
+
+    return write_atomic(path, write)
 
 
 @functools.cache
