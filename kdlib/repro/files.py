@@ -120,9 +120,7 @@ def writing(path: Path) -> Iterator[None]:
     except DiskError:
         raise
     except OSError as error:
-        # NumPy tells a short write without its errno: "8192 requested and 0 written"
-        short = error.errno is None and "requested and" in str(error)
-        if not short and error.errno not in CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise DiskError(error, path) from error
 

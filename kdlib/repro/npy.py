@@ -20,8 +20,13 @@ NOT_NPY = (
 
 
 def write_npy(path: Path, array: np.ndarray) -> Path:
-    """Write one plain `.npy` file in C order atomically."""
-    array = np.ascontiguousarray(array).reshape(array.shape)
+    """Write one plain `.npy` file atomically, in C order, with the bytes of `numpy.save`.
+
+    Raises: DiskError where there is no room or no permission; ValueError for an array of objects.
+    """
+    if array.dtype.hasobject:
+        raise ValueError(f"{path}: arrays of {array.dtype} would have to be pickled")
+    array = np.asarray(array, order="C")
 
     def write(file: BinaryIO) -> None:
         file.write(_preamble(array.dtype.str, array.shape))
