@@ -5,6 +5,7 @@ import errno
 import itertools
 import re
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,22 +52,8 @@ def open_huggingface(data: Data, split: str) -> Source:
     n_examples = data.n_train if n_known is None else limited(data, split, n_known)
     if n_examples == 0:
         raise ValueError(f"{where} has no examples")
-    take = _Stream(rows, where) if settings.streaming else lambda start, stop: rows[start:stop]
-
-    def fetch_range(start: int, stop: int) -> Payload:
-        part = take(start, stop)
-        images = [
-            _encoded(image, f"example {i} of {where}")
-            for i, image in enumerate(part[settings.image_column], start)
-        ]
-        if not data.labelled:
-            return Payload(start, images, np.full(stop - start, -1, np.int64))
-        labels = [-1 if label is None else label for label in part[settings.label_column]]
-        labels = np.array(labels, np.int64)
-        check_labels(labels, len(class_names), where, np.arange(start, stop), _UNLABELLED)
-        return Payload(start, images, labels)
-
-    if data.labelled and not settings.streaming:  # now rather than after hours of building
+    fetch_range = _reader(rows, data, where, len(class_names))
+    if data.labelled and not settings.streaming:  # before hours of building
         labels = _label_column(rows, settings.label_column)[:n_examples]
         check_labels(labels, len(class_names), where, hint=_UNLABELLED)
     if data.image_size:
@@ -88,6 +75,27 @@ def open_huggingface(data: Data, split: str) -> Source:
         "huggingface", split, class_names, n_examples, shape, identity, fetch_range, decode,
         parallel=True,
     )  # fmt: skip
+
+
+def _reader(rows: Any, data: Data, where: str, n_classes: int) -> Callable[[int, int], Payload]:
+    """From a range of example ids to their encoded images and labels."""
+    settings = data.huggingface
+    take = _Stream(rows, where) if settings.streaming else lambda start, stop: rows[start:stop]
+
+    def fetch_range(start: int, stop: int) -> Payload:
+        part = take(start, stop)
+        images = [
+            _encoded(image, f"example {i} of {where}")
+            for i, image in enumerate(part[settings.image_column], start)
+        ]
+        if not data.labelled:
+            return Payload(start, images, np.full(stop - start, -1, np.int64))
+        labels = [-1 if label is None else label for label in part[settings.label_column]]
+        labels = np.array(labels, np.int64)
+        check_labels(labels, n_classes, where, np.arange(start, stop), _UNLABELLED)
+        return Payload(start, images, labels)
+
+    return fetch_range
 
 
 def _open(settings: HuggingFace, name: str, streaming: bool) -> tuple[Place, Any]:

@@ -65,8 +65,6 @@ class Loader:
         Raises: CacheError for damaged shards, or a teacher whose replayed views are not those of
             `view`; ValueError for another residence.
         """
-        if residence not in ("auto", "resident", "mapped"):
-            raise ValueError(f"residence is {residence!r}; expected auto, resident or mapped")
         if second is not None and (view is None or (second.settings, second.seed) == (
             view.settings, view.seed
         )):  # fmt: skip
@@ -75,10 +73,7 @@ class Loader:
         ids, columns = plan.example_ids, () if teacher is None else stored_columns(teacher, reads)
         n_bytes = images.row_bytes()["images"]
         n_bytes += sum(teacher.row_bytes()[column] for column in columns)
-        fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
-        self.residence = residence
-        if residence == "auto":
-            self.residence = "resident" if fits else "mapped"
+        self.residence, fits = _residence(residence, len(ids) * n_bytes, self.device)
         resident, self._on_cpu = self.residence == "resident", self.device.type == "cpu"
         self._pixels = Rows(images, "images", ids, self.device, resident)
         self._labels = images.read("labels", ids) if labels is None else np.array(labels, np.int64)
@@ -230,3 +225,13 @@ class Loader:
         n_threads = torch.get_num_threads()
         deliver(self._pixels.images, index, drawn, scale, shift, out, n_threads)
         return out
+
+
+def _residence(residence: str, n_bytes: int, device: torch.device) -> tuple[str, bool]:
+    """Where rows of so many bytes are kept, and whether they fit into the memory there."""
+    if residence not in ("auto", "resident", "mapped"):
+        raise ValueError(f"residence is {residence!r}; expected auto, resident or mapped")
+    fits = n_bytes <= SHARE * free_memory(device)
+    if residence == "auto":
+        return ("resident" if fits else "mapped"), fits
+    return residence, fits
