@@ -261,7 +261,7 @@ class Lab:
         return drawn[name]
 
     def text(self, name: str) -> Text:
-        """What a step found, as Markdown, also written to `figures/<study>/`: `summary`,
+        """The results of a step as Markdown, also written to `figures/<study>/`: `summary`,
         `comparison`, `objectives`, `ledger`, `scores` or `noise`."""
         return describe(self.study, name, self._open(step_of(name, TEXTS)))
 
@@ -283,7 +283,7 @@ class Lab:
 
     def columns(self, table: pd.DataFrame) -> Text:
         """What the columns of a table mean, for those of the datamap, of runs, of probes."""
-        return Text("\n".join(f"- `{name}`: {told}" for name, told in meanings(table).items()))
+        return Text("\n".join(f"- `{name}`: {text}" for name, text in meanings(table).items()))
 
 
 def _of_each(runs: pd.DataFrame, read: Any) -> pd.DataFrame:

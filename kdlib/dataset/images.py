@@ -32,6 +32,7 @@ class Images:
 
     @property
     def fingerprints(self) -> dict[str, str]:
+        """Fingerprints of both caches and of the split, by which a run names its images."""
         split = files.sha256_array(self.train_ids, self.validation_ids)
         return {"train": self.train.fingerprint, "test": self.test.fingerprint, "split": split}
 

@@ -1,4 +1,4 @@
-"""How good frozen features are."""
+"""How good frozen features are: probes and diagnostics."""
 
 import lazy_loader
 

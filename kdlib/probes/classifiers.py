@@ -1,4 +1,4 @@
-"""How well classes can be told apart by frozen features: linear, few-shot and k-NN probes.
+"""How well frozen features separate the classes: linear, few-shot and k-NN probes.
 
 Features carry the fingerprint of the weights that made them; a probe refuses training and test
 features of different weights, or of one split. Test features are read once, after every choice.
@@ -22,9 +22,9 @@ from kdlib.repro.seeds import generator
 
 KNN_TEMPERATURE = 0.07  # [Wu2018], sec. 3.4
 HELD_OUT_EVERY = 5  # one training example in five chooses C
-FEW_SHOT_C = 1.0  # n examples of a class are too few to choose by
+FEW_SHOT_C = 1.0  # fixed: so few examples cannot choose it
 CHUNK = 2**22  # similarities held at once by the k-NN probe: 16 MiB
-GROUP = 32  # columns of which the k-NN probe first takes the largest
+GROUP = 32  # similarities of which the k-NN probe first takes the largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,11 +130,11 @@ def linear_probe(
 def few_shot_probe(
     train: Features, test: Features, n_shots: int, n_draws: int, seed: int
 ) -> ProbeResult:
-    """Test accuracy of the linear probe when only so many training examples of each class have
-    labels, the mean over draws.
+    """Test accuracy of the linear probe fitted on a few training examples of each class, the mean
+    over draws.
 
-    C is `FEW_SHOT_C`; features are standardised by the examples drawn. Two draws, and two numbers
-    of shots, are unrelated; the same seed draws the same examples for every network.
+    C is `FEW_SHOT_C`; features are standardised by the examples drawn. Draws are independent; the
+    same seed draws the same examples for every network.
 
     Args:
         train: Features of which examples are drawn, of at least 2 classes.
@@ -223,14 +223,13 @@ def _check_pair(train: Features, test: Features) -> None:
     if train.weights_sha256 != test.weights_sha256:
         raise ValueError(
             f"training features come from weights {train.weights_sha256}, test features from "
-            f"{test.weights_sha256}; expected the same weights. Test features extracted once, with "
-            "other weights, made an earlier study measure nothing: extract both splits again for "
+            f"{test.weights_sha256}; expected the same weights: extract both splits again for "
             "each checkpoint"
         )
     if train.split == test.split:
         raise ValueError(
             f"training and test features are both of split {train.split!r}; expected two splits: a "
-            "probe tested on the examples it was fitted on measures memory"
+            "probe is tested on examples that it was not fitted on"
         )
     if train.values.shape[1] != test.values.shape[1]:
         raise ValueError(
@@ -271,7 +270,7 @@ def _choose_c(
 def _standardise(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """`values` with the mean and standard deviation of `reference` taken out, column by column."""
     mean, std = reference.mean(axis=0), reference.std(axis=0)
-    # Below float32 resolution a spread is rounding, and dividing by it would make noise a feature.
+    # A deviation below float32 resolution is rounding: dividing by it would amplify the rounding.
     is_constant = std <= np.finfo(np.float32).eps * np.abs(mean)
     return (values - mean) / np.where(is_constant, np.inf, std)
 
@@ -288,13 +287,13 @@ def _nearest(
     rough = rows.astype(np.float32) @ bank32.T  # (B, N)
     n_groups = n // GROUP
     level = rough
-    if n_groups >= k:  # k groups reach the k-th largest of their largest, and so do k columns
+    if n_groups >= k:  # the k-th largest maximum of a group is at most the k-th largest value
         level = rough[:, : n_groups * GROUP].reshape(len(rows), GROUP, n_groups).max(axis=1)
     kth = np.partition(level, level.shape[1] - k, axis=1)[:, level.shape[1] - k, None]  # (B, 1)
     # sums of d products of unit vectors are this far off at most, on either side
     margin = np.float32(2 * (d + 4) * np.finfo(np.float32).eps)
     places, columns = np.nonzero(rough >= kth - margin)
-    if len(columns) * d > CHUNK:  # hardly any two differ
+    if len(columns) * d > CHUNK:  # many similarities lie within the margin
         exact = (rows @ bank.T)[places, columns]
     else:
         exact = np.einsum("nd,nd->n", rows[places], bank[columns])

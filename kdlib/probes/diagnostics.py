@@ -1,8 +1,8 @@
-"""The shape of frozen features: collapse and effective rank, how they spread on the sphere, how
-near classes lie together, and how alike two networks' features are.
+"""The shape of frozen features: effective rank and collapse, spread on the sphere, distances within
+classes, similarity of two networks' features.
 
-Each number can be compared with a theoretical one: what isotropic features of the same N and D
-reach, or the most that is possible. All are computed on training images.
+Each number can be compared with a theoretical one: that of isotropic features of the same N and D,
+or the largest possible. Studies compute all of them on training images.
 
 N examples, D features, K classes; u is a feature vector of norm 1, or 0 where it is all zero.
 
@@ -28,11 +28,11 @@ SHARPNESS = 2.0  # t of the uniformity, as in [Wang2020]
 
 @dataclass(frozen=True)
 class Collapse:
-    """How much of the feature space is in use; made by `collapse`.
+    """Effective rank of features beside that of isotropic ones; returned by `collapse`.
 
-    `effective_rank` of the features; `isotropic_rank` that random features of the same shape would
-    have; `ratio` of the two, near 1 = isotropic, low = bad; `threshold_rank` below which
-    `collapsed` is True.
+    `effective_rank` of the features; `isotropic_rank` of random features of the same shape;
+    `ratio`, the first divided by the second, near 1 = isotropic, low = bad; `threshold_rank`, below
+    which `collapsed` is True.
     """
 
     effective_rank: float
@@ -77,7 +77,7 @@ def isotropic_rank(n_examples: int, n_features: int) -> float:
         n_features: D, >= 2.
 
     Returns: Number in (1, min(N, D)).
-    Raises: ValueError for a side below 2: such a matrix cannot collapse further.
+    Raises: ValueError for a side below 2.
     Source: [Marchenko1967]; effective rank as in [Garrido2023].
 
     >>> 0.99 < isotropic_rank(100_000, 10) / 10 < 1
@@ -100,13 +100,12 @@ def isotropic_rank(n_examples: int, n_features: int) -> float:
 
 
 def collapse(values: np.ndarray) -> Collapse:
-    """Whether features span little more than one direction, compared with what theory allows.
+    """Whether features span little more than one direction.
 
     Total collapse (constant features) has effective rank 1, isotropic random features of the same
     shape have `isotropic_rank`; the threshold lies a quarter of the way between them on a
-    logarithmic scale, `isotropic_rank ** 0.25`, so that it can be reached from both sides whatever
-    N and D are (2.4 of 32 features, 4.4 of 384). Features are not centred: a common offset much
-    larger than all variation counts as collapse.
+    logarithmic scale, `isotropic_rank ** 0.25` (2.4 for 32 features, 4.4 for 384). Features are not
+    centred: a common offset much larger than all variation counts as collapse.
 
     Args:
         values: Features, shape (N, D), N and D >= 2, finite.
@@ -145,7 +144,7 @@ def mean_cosine(values: np.ndarray) -> float:
         raise ValueError("features of 1 example; expected at least 2 to make a pair")
     centred = np.asarray(values, np.float64)
     centred = centred - centred.mean(axis=0)
-    # what is left of equal values after their mean is rounding, not a direction
+    # equal values less their mean leave rounding errors, whose direction means nothing
     scale = np.finfo(np.float32).eps * np.abs(values).max()
     unit = unit_rows(np.where(np.abs(centred) <= scale, 0.0, centred))
     return float(((unit.sum(axis=0) ** 2).sum() - (unit**2).sum()) / (n * (n - 1)))
@@ -231,7 +230,7 @@ def uniformity(values: np.ndarray, rows: np.ndarray | None = None) -> float:
         part = slice(start, start + 512)
         distances = squares[part, None] + squares - 2 * unit[part] @ unit.T
         near = np.exp(-SHARPNESS * np.maximum(distances, 0))
-        near[np.arange(len(near)), np.arange(n)[part]] = 0  # an example is no pair with itself
+        near[np.arange(len(near)), np.arange(n)[part]] = 0  # pairs of an example with itself
         total += float(near.sum())
     return float(np.log(total / (n * (n - 1))))
 
@@ -256,15 +255,15 @@ def even_uniformity(n_features: int) -> float:
 
 
 def linear_cka(first: np.ndarray, second: np.ndarray, norm: float | None = None) -> float:
-    """How alike two networks' features of the same examples are, whatever their rotation and scale.
+    """Linear CKA of two networks' features of the same examples; rotation and scale do not matter.
 
     Args:
         first: Features, shape (N, D), finite.
         second: Features of another network, shape (N, D'), of the same examples in the same order.
         norm: `shared(second, second)`, to compute it once for several calls.
 
-    Returns: Number in [0, 1], 1 = equal but for rotation and scale; 0 when either is constant. Two
-        random networks reach more the larger D / N is.
+    Returns: Number in [0, 1], 1 = equal up to rotation and scale; 0 when either is constant. For
+        two random networks it grows with D / N.
     Raises: ValueError for another shape, non-finite values, or other numbers of examples.
     Source: [Kornblith2019], sec. 3, with the linear kernel.
 
@@ -278,8 +277,16 @@ def linear_cka(first: np.ndarray, second: np.ndarray, norm: float | None = None)
 
 
 def shared(first: np.ndarray, second: np.ndarray) -> float:
-    """Sum of squares of the cross-products of two centred feature matrices: HSIC with linear
-    kernels, times (N - 1)**2. Arguments as in `linear_cka`."""
+    """HSIC with linear kernels, times (N - 1)**2: the sum of squares of the cross-products of two
+    centred feature matrices.
+
+    Args:
+        first: Features, shape (N, D), finite.
+        second: Features, shape (N, D'), of the same examples in the same order.
+
+    Returns: Number >= 0.
+    Raises: As `linear_cka`.
+    """
     for values in (first, second):
         check_matrix(values, "features")
     if len(first) != len(second):
@@ -303,7 +310,13 @@ def unit_rows(values: np.ndarray) -> np.ndarray:
 
 
 def check_matrix(values: np.ndarray, where: str) -> None:
-    """Refuse what is no (N, D) matrix of finite numbers; `where` is what the message calls it."""
+    """Check that features are a finite (N, D) matrix.
+
+    Args:
+        where: What the message calls them.
+
+    Raises: ValueError for another shape, or NaN or infinite values.
+    """
     if values.ndim != 2 or 0 in values.shape:
         raise ValueError(f"{where} have shape {values.shape}; expected (N, D), neither of them 0")
     finite = np.isfinite(values)

@@ -80,5 +80,14 @@ def layer_features(
 
 
 def labelled_features(cache: Cache, ids: np.ndarray, values: np.ndarray, weights: str) -> Features:
-    """Features with the labels, ids, split and weights they belong to."""
+    """Features with their labels, ids and split.
+
+    Args:
+        cache: Of the images.
+        ids: (N,) int64 example ids.
+        values: (N, D) float32, one row per id.
+        weights: Fingerprint of the network's weights.
+
+    Raises: As `Features`.
+    """
     return Features(values, cache.read("labels", ids), ids, cache.header["split"], weights)

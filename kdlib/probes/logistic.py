@@ -24,17 +24,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A fit has converged when no component of the mean objective's gradient exceeds TOLERANCE, as
-# scikit-learn says it, and the objective is by estimate within GAP, relatively, of its minimum: on
-# classes that a plane separates the first alone is met long before the weights of a large C are.
+# A fit has converged when no component of the mean objective's gradient exceeds TOLERANCE (the
+# criterion of scikit-learn), and the objective is estimated to lie within the share GAP of its
+# minimum. For linearly separable classes and a large C the first is met long before the weights
+# converge.
 TOLERANCE = 1e-5
 GAP = 1e-4
 MAX_ITERATIONS = 1000
-# Numbers, and least rows, at once: features and logits stay in a core's cache (2026-11, 1 MiB).
+# Size of a block of examples: features and logits stay in a core's cache (2026-11, 1 MiB).
 BLOCK, LEAST_ROWS = 2**17, 512
-COPIED = 4096  # rows at once where they are read once
+COPIED = 4096  # rows of a block where each row is read once
 MEMORY = 20  # steps whose curvature is kept
-# Axes of a smaller variance, relative to the largest, are rounding of float32 features.
+# Axes with a smaller variance, relative to the largest, hold rounding errors of float32 features.
 FLAT = 1e-14
 
 
@@ -77,7 +78,9 @@ def fit_path(
         values: Features, shape (N, D), finite; of about equal scale, since one C weighs them all.
         labels: shape (N,), integers; at least two different ones.
         c_grid: Inverse strengths, > 0, in any order; each is fitted once.
-        max_iterations: Of each fit; one that needs more says that it has not converged.
+        max_iterations: Of each fit; one that needs more has `converged` False.
+
+    Returns: One `Fit` for each C.
 
     Source: [Liu1989]; the first guess is the bound of [Bohning1992] with each class's mean of
         p (1 - p) in place of 1/2; steps are accepted as in [Hager2005], sec. 4.
@@ -204,7 +207,7 @@ def _minimise(
         direction = start if iteration == 0 else None
         if direction is None or (direction * gradient).sum() >= 0:
             direction = memory.direction(problem, gradient, metric, strength)
-        if (direction * gradient).sum() >= 0:  # the memory misleads
+        if (direction * gradient).sum() >= 0:  # no descent direction
             memory.clear()
             direction = memory.direction(problem, gradient, metric, strength)
         following = _search(problem, point, direction, strength, value, gradient)
@@ -267,7 +270,7 @@ class _Memory:
 
 
 def _level(weights: np.ndarray) -> np.ndarray:
-    """Without what is the same for all classes, which changes no probability."""
+    """Weights less their mean over classes, which changes no probability."""
     return weights - weights.mean(axis=0)
 
 
@@ -279,7 +282,7 @@ def _search(
     value: float,
     gradient: np.ndarray,
 ) -> _Point | None:
-    """A point along a direction that is low and flat enough; None when there is none to be found.
+    """A point along a direction that meets the strong Wolfe conditions; None after 30 trials.
 
     The whole step is tried first. Slopes decide near the minimum, where float32 sums no longer tell
     two values apart.
