@@ -1,9 +1,5 @@
-"""What the audit's exhibits are made of: small trainings on a study's images, from the rooms that
-studies use, and how an exhibit is told.
-
-Leaves to others: the defects themselves (`subset_defects`, `feature_defects`), and the report
-(`audit`).
-"""
+"""What the defects are reproduced with: small trainings on a study's images, and the record of one
+defect."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -58,7 +54,7 @@ C_GRID = (0.1, 1.0, 10.0)
 
 @dataclass(frozen=True)
 class Exhibit:
-    """One defect of an earlier study, made again in miniature.
+    """One defect of an earlier study, reproduced in miniature.
 
     Attributes:
         study: `A` or `B`.
@@ -67,10 +63,10 @@ class Exhibit:
         measure: What both numbers are, shares in [0, 1] or their differences.
         defect: The number that the defect gives.
         honest: The number without it.
-        tripwire: What of kdlib catches it.
-        sentence: What that says, in its own words.
-        caught: Whether it spoke on the defect.
-        quiet: Whether it let the honest number pass; a tripwire that always speaks says nothing.
+        tripwire: The check of kdlib that catches it.
+        sentence: The message of that check.
+        caught: Whether the check fails on the defect.
+        quiet: Whether the check passes on the honest number.
     """
 
     study: str
@@ -90,8 +86,8 @@ def judged(
     defect: checks.Evidence,
     honest: checks.Evidence,
 ) -> dict[str, Any]:
-    """What tripwires say of the evidence with the defect and without it: the last fields of an
-    exhibit. All must speak on the defect."""
+    """The outcome of checks on the evidence with the defect and without it: the last fields of an
+    exhibit. The defect is caught when all checks fail on it."""
     failed = [check for check in checks.run_all(tripwires, defect) if not check.passed]
     return {
         "tripwire": ", ".join(f"checks.{wire.__name__}" for wire in tripwires),
@@ -102,7 +98,7 @@ def judged(
 
 
 def refused(call: Callable[[], Any]) -> str:
-    """The sentence with which kdlib refuses something; empty when it does not."""
+    """The message of the error that a call raises; empty when it raises none."""
     try:
         call()
     except (ValueError, RuntimeError) as error:
@@ -115,7 +111,7 @@ class Fit:
     """One finished training.
 
     Attributes:
-        plan: What it was meant to see.
+        plan: The declared plan, which a defect may not follow.
         images: Of the study; its best epoch is chosen on the validation images.
         accuracy: On the test images, of the last step.
     """
@@ -129,7 +125,7 @@ class Fit:
 
     @property
     def evidence(self) -> checks.Evidence:
-        """What the tripwires of a training read; that it may stop early is declared nowhere."""
+        """The evidence of a training, as its checks read it, declared without early stopping."""
         task = self.task
         declared = task.training.model_copy(update={"early_stopping": None})
         inputs = TrainingInputs(
@@ -142,12 +138,12 @@ class Bench:
     """A study's images, a small recorded teacher, and trainings beside it.
 
     Attributes:
-        ids: (N,) int64, sorted: what may be trained on.
+        ids: (N,) int64, sorted: the training examples.
         test_ids: int64, sorted.
     """
 
     def __init__(self, images: Images, folder: Path) -> None:
-        """Nothing is trained before it is asked for; files go below `folder`."""
+        """Trains on demand; files go below `folder`."""
         self.images, self.folder, self._n = images, folder, 0
         self._known: dict[tuple, Fit] = {}
         self.ids = _at_most(images.train_ids, N_EXAMPLES)
@@ -167,7 +163,7 @@ class Bench:
         return tuple(torch.from_numpy(cache.read(c, ids)) for c in ("images", "labels"))
 
     def place(self) -> Path:
-        """A folder of its own."""
+        """A new folder."""
         self._n += 1
         folder = self.folder / f"{self._n:03d}"
         folder.mkdir(parents=True)
@@ -178,11 +174,11 @@ class Bench:
         return network_for(self.images, model, derive(seed, "init"), "cpu")
 
     def third(self, strategy: str, seed: int) -> np.ndarray:
-        """A third of the examples, by the study's own selection."""
+        """A third of the examples, by the study's selection."""
         return select(self.table, budget(len(self.ids), THIRD), strategy, seed)
 
     def plan(self, ids: np.ndarray, seed: int, training: Training = BRIEF) -> Plan:
-        """What a training on some examples sees."""
+        """The plan of a training on some examples."""
         return Plan(ids, training.batch_size, training.n_steps(len(ids)), seed)
 
     def loader(self, plan: Plan, seed: int, training: Training = BRIEF, **more: Any) -> Loader:
@@ -244,7 +240,7 @@ class Bench:
         return evaluate(network, self.images.pixels, *self.test)[1]
 
     @cached_property
-    def taught(self) -> tuple[Network, DynamicsLog]:
+    def teacher(self) -> tuple[Network, DynamicsLog]:
         """A teacher of all examples, and the log of its training."""
         plan = self.plan(self.ids, 0, RECORDED)
         log = self.log(plan)
@@ -258,7 +254,7 @@ class Bench:
     @cached_property
     def table(self) -> pd.DataFrame:
         """The datamap of the teacher's training."""
-        log = self.taught[1]
+        log = self.teacher[1]
         return compute_datamap(log, el2n_epoch=log.n_epochs // 2, window=3)
 
     @cached_property
@@ -266,7 +262,7 @@ class Bench:
         """The teacher's logits, features and grids of the training images."""
         wanted = ("logits", "features", "stage1", "stage2")
         folder, images = self.place() / "outputs", self.images
-        return store_outputs(self.taught[0], images.pixels, images.train, folder, wanted=wanted)
+        return store_outputs(self.teacher[0], images.pixels, images.train, folder, wanted=wanted)
 
     def features(self, network: Network, split: str) -> Features:
         """A network's features of one split."""

@@ -5,28 +5,28 @@ The code of the defects stands here, marked `wrong`.
 """
 
 import dataclasses
-import shutil
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from audit.bench import BRIEF, SEEDS, THIRD, Bench, Exhibit, judged, mean, refused
+from audit.study_a_results import (
+    ACCURACY,
+    best_on_test,
+    last_called_best,
+    no_plain_student,
+    prefix_accuracy,
+    stopped_early,
+)
 from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.selection import select
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.plan import budget
-from kdlib.models.evaluation import accuracy, all_outputs, evaluate
 from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import checks, files
 from kdlib.repro.seeds import generator
-from kdlib.study import objectives
-from kdlib.study.objectives import CrossEntropy, Objective
 from kdlib.study.selections import Mixture
 from kdlib.trainer.step import Step, Task
-
-ACCURACY = "test accuracy"
-KD = objectives.KD(alpha=0.7, temperature=4.0)
 
 
 def ignored_subset(bench: Bench) -> Exhibit:
@@ -113,7 +113,7 @@ def one_seed(bench: Bench) -> Exhibit:
         same.evidence | {"seeds": evidence["seeds"] | {"requested": seed}}
         for seed, evidence in zip(SEEDS, evidences, strict=True)
     ]
-    found = checks.distinct_seeds(forged)
+    outcomes = checks.distinct_seeds(forged)
     return Exhibit(
         study="A",
         name="three seeds that were one",
@@ -123,8 +123,8 @@ def one_seed(bench: Bench) -> Exhibit:
         defect=float(np.std([same.accuracy for _ in SEEDS], ddof=1)),
         honest=float(np.std([fit.accuracy for fit in honest], ddof=1)),
         tripwire="checks.distinct_seeds",
-        sentence=f"seed {SEEDS[0]} {found[0].sentence}",
-        caught=not any(check.passed for check in found),
+        sentence=f"seed {SEEDS[0]} {outcomes[0].sentence}",
+        caught=not any(check.passed for check in outcomes),
         quiet=all(check.passed for check in checks.distinct_seeds(evidences)),
     )
 
@@ -235,7 +235,7 @@ def keyed_by_position(bench: Bench) -> Exhibit:
     n, table = budget(len(bench.ids), THIRD), bench.table
     easiest = select(table, n, "easy", 0)
     places = np.searchsorted(bench.ids, easiest)  # wrong: positions, taken for ids
-    log = bench.taught[1]
+    log = bench.teacher[1]
     fresh = bench.log(bench.plan(bench.ids, 0))
     rng = generator(0, "order")
     logits = rng.normal(size=(len(places), bench.images.n_classes)).astype(np.float32)
@@ -256,154 +256,6 @@ def keyed_by_position(bench: Bench) -> Exhibit:
         sentence=f"{sentence}; of another split: {split}",
         caught=bool(sentence) and bool(split),
         quiet=not honest,
-    )
-
-
-def _wrong_accuracy(logits: Tensor, labels: Tensor, batch_size: int = 64) -> float:
-    """The mean over batches of the accuracy so far."""
-    right = (logits.argmax(1) == labels).double()
-    ends = [*range(batch_size, len(right), batch_size), len(right)]
-    return mean([float(right[:end].mean()) for end in ends])
-
-
-def prefix_accuracy(bench: Bench) -> Exhibit:
-    """Test accuracy as the mean of the accuracies of all prefixes of the test set."""
-    network = bench.known("random", 0).task.network
-    images, labels = bench.test
-    (logits,) = all_outputs(network, bench.images.pixels, images, ("logits",))
-    # an order that a test set may have as well: the images that are right first
-    right = (logits.argmax(1) == labels).long()
-    order = right.argsort(descending=True, stable=True)
-    found = {
-        rule: [rule(logits, labels), rule(logits[order], labels[order])]
-        for rule in (_wrong_accuracy, accuracy)
-    }
-    (wrong, sorted_wrong), (ours, sorted_ours) = found.values()
-    return Exhibit(
-        study="A",
-        name="the mean of prefix accuracies",
-        happened="Test accuracy was logged as the mean over batches of the accuracy so far: "
-        "the first images counted more than the last ones.",
-        measure=f"{ACCURACY} of one network",
-        defect=wrong,
-        honest=ours,
-        tripwire="evaluation.accuracy",
-        sentence=f"the same logits, the right ones first: {wrong:.1%} becomes {sorted_wrong:.1%}; "
-        f"counts summed and divided once, {ours:.1%} stays {sorted_ours:.1%}",
-        caught=wrong != sorted_wrong,
-        quiet=ours == sorted_ours,
-    )
-
-
-RESTLESS = BRIEF.model_copy(update={"schedule": "constant"})
-
-
-def best_on_test(bench: Bench) -> Exhibit:
-    """The best epoch, chosen on the test set, reported as the result."""
-    best, last = [], []
-    for seed in (*SEEDS, 3, 4):
-        task = bench.task(bench.plan(bench.third("random", seed), seed), seed, training=RESTLESS)
-        step, seen = Step(task), []
-        for k in range(task.loader.plan.n_steps):
-            task.network.train()
-            step(task.loader.batch(k), k)
-            if k % 5 == 4 or k == task.loader.plan.n_steps - 1:
-                seen.append(bench.accuracy(task.network))
-        best.append(max(seen))  # wrong: the test set chose
-        last.append(seen[-1])
-    chosen = {"overlap": 0, "teacher_overlap": 0, "steers": None}
-    return Exhibit(
-        study="A",
-        name="the best epoch, chosen on test",
-        happened="What a table called the result was the best epoch of the set it was measured on.",
-        measure=f"{ACCURACY}, mean of 5 seeds",
-        defect=mean(best),
-        honest=mean(last),
-        **judged(
-            (checks.untouched_test,),
-            {"selection": chosen | {"best_epoch_by": "test"}},
-            {"selection": chosen | {"best_epoch_by": "validation"}},
-        ),
-    )
-
-
-def last_called_best(bench: Bench) -> Exhibit:
-    """The number of the best epoch beside the weights of the last one."""
-    training = RESTLESS.model_copy(update={"evaluate_every_steps": 5})
-    for seed in range(10):
-        fit = bench.student(bench.third("random", seed), seed, training=training)
-        if fit.trained.best_step != fit.trained.last_step:
-            break
-    entries = {}
-    for which, step in (("last", fit.trained.last_step), ("best", fit.trained.best_step)):
-        file = fit.trained.checkpoints[step][0]
-        entries[which] = {"file": file, "file_sha256": files.sha256_file(fit.folder / file)}
-    evidence = {"checkpoints": entries}
-    before = checks.checkpoint_hashes(fit.folder, evidence)
-    last, best = (fit.folder / entries[which]["file"] for which in ("last", "best"))
-    shutil.copy(last, best)  # wrong: only the last weights were ever kept
-    after = checks.checkpoint_hashes(fit.folder, evidence)
-    rows = fit.trained.metrics["validation_accuracy"]
-    validation = evaluate(fit.task.network, bench.images.pixels, *fit.task.validation)[1]
-    return Exhibit(
-        study="A",
-        name="last weights called best",
-        happened="Numbers of the best epoch stood beside the weights of the last one, and the "
-        "best of a glob became the teacher.",
-        measure="validation accuracy told of the kept weights",
-        defect=float(rows.max()),
-        honest=validation,
-        tripwire="checks.checkpoint_hashes",
-        sentence=after.sentence,
-        caught=not after.passed,
-        quiet=before.passed,
-    )
-
-
-def no_plain_student(bench: Bench) -> Exhibit:
-    """What the subset does, credited to the teacher."""
-    taught = [bench.known("random", seed, KD).accuracy for seed in SEEDS]
-    plain, elsewhere = (
-        [bench.known(strategy, seed).accuracy for seed in SEEDS] for strategy in ("random", "easy")
-    )
-
-    def settings(strategy: str, objective: Objective) -> dict:
-        return {"subset": {"strategy": strategy}, "objective": objective.model_dump()}
-
-    cross_entropy = CrossEntropy()
-    pairs = [
-        checks.differing(settings("random", KD), settings(strategy, cross_entropy), ["objective."])
-        for strategy in ("easy", "random")
-    ]
-    return Exhibit(
-        study="A",
-        name="no student without the teacher",
-        happened="No subset was trained on without distillation: what the subset does was "
-        "credited to the teacher.",
-        measure="points credited to the teacher",
-        defect=mean(taught) - mean(elsewhere),  # wrong: another subset
-        honest=mean(taught) - mean(plain),
-        tripwire="checks.differing",
-        sentence="differs from the other runs in " + ", ".join(pairs[0]),
-        caught=bool(pairs[0]),
-        quiet=not pairs[1],
-    )
-
-
-def stopped_early(bench: Bench) -> Exhibit:
-    """Early stopping left on in a comparison of equal budgets."""
-    honest = bench.known("random", 0)
-    eager = RESTLESS.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
-    wrong = bench.fit(bench.task(honest.plan, 0, training=eager))
-    return Exhibit(
-        study="A",
-        name="early stopping left on",
-        happened="Early stopping was left on and unknown arguments were dropped in silence: runs "
-        "of one table had different budgets.",
-        measure="steps taken, of those declared",
-        defect=wrong.trained.last_step / wrong.plan.n_steps,
-        honest=honest.trained.last_step / honest.plan.n_steps,
-        **judged((checks.budget, checks.coverage), wrong.evidence, honest.evidence),
     )
 
 

@@ -4,7 +4,6 @@ made again in miniature, beside the number without it and the check that catches
 The code of the defects stands here, marked `wrong`.
 """
 
-import hashlib
 import math
 from typing import Any
 
@@ -14,25 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from audit.bench import BRIEF, C_GRID, Bench, Exhibit, judged, mean, refused
-from kdlib.cache.outputs import open_outputs
-from kdlib.dataset.plan import Plan
-from kdlib.models.weights import weights_fingerprint
+from audit.study_b_runs import biased_shards, keyed_by_pixels, resumed_elsewhere, seed_plus_epoch
 from kdlib.probes.classifiers import Features, linear_probe
 from kdlib.probes.diagnostics import collapse
 from kdlib.repro import checks
-from kdlib.repro.run import Run
 from kdlib.repro.seeds import generator, torch_seeded
-from kdlib.study.objectives import Hint, Tokens
+from kdlib.study.objectives import Tokens
 from kdlib.study.training import Augment
 from kdlib.trainer.feature_losses import barlow, resized
-from kdlib.trainer.loop import train
 from kdlib.trainer.objectives import TokensDistiller
-from kdlib.trainer.step import Learner, Step
-from kdlib.trainer.tracking import Tracker
+from kdlib.trainer.step import Learner
 
-# The scheme of study B: a pass draws 25 of 122 shards of 2,048 images, sorts them, and ends after
-# 500 of their 800 batches of 64, so that the last shards are hardly read.
-N_SHARDS, SHARD_SIZE, N_DRAWN, N_BATCHES, BATCH_SIZE = 122, 2048, 25, 500, 64
 TOKENS = Tokens(cls_weight=1.0, patch_weight=1.0)
 
 
@@ -75,8 +66,8 @@ class _WrongNorms(TokensDistiller):
     """Compares the squared norms of features that have norm 1."""
 
     def soft_term(self, projected: Any, teacher: Any, labels: Tensor | None = None) -> Tensor:
-        student, heard = (F.normalize(v["features"], dim=1) for v in (projected, teacher))
-        norms = [rows.square().sum(1) for rows in (student, heard.detach())]
+        student, target = (F.normalize(v["features"], dim=1) for v in (projected, teacher))
+        norms = [rows.square().sum(1) for rows in (student, target.detach())]
         return (norms[0] - norms[1]).square().mean()  # wrong: 1 - 1
 
 
@@ -126,9 +117,9 @@ def projector_of_the_teacher(bench: Bench) -> Exhibit:
     # ours: the same question to the objective that a student of features minimises
     task = bench.task(bench.plan(bench.ids, 0), 0, objective=TOKENS)
     learner, batch = Learner(task.network, task.distiller, TOKENS), task.loader.batch(0)
-    heard = {name: rows.requires_grad_() for name, rows in batch.teacher.items()}
-    task.distiller.loss(learner(batch.images), batch.labels, heard).backward()
-    reached = sum(rows.grad is not None for rows in heard.values())
+    targets = {name: rows.requires_grad_() for name, rows in batch.teacher.items()}
+    task.distiller.loss(learner(batch.images), batch.labels, targets).backward()
+    reached = sum(rows.grad is not None for rows in targets.values())
     again = torch.from_numpy(read("features", bench.ids)[:, 0]).float()
     return Exhibit(
         study="B",
@@ -140,7 +131,7 @@ def projector_of_the_teacher(bench: Bench) -> Exhibit:
         honest=float(again.std(0).mean() / teacher.std(0).mean()),
         tripwire="gradient before the target",
         sentence=f"the gradient reaches {moved} tensors before the target; in kdlib's objective of "
-        f"features {reached} of {len(heard)}",
+        f"features {reached} of {len(targets)}",
         caught=moved > 0,
         quiet=reached == 0,
     )
@@ -153,7 +144,7 @@ def _wrong_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 def truncated_patches(bench: Bench) -> Exhibit:
     """256 teacher patches cut to the first 36."""
-    found = {}
+    kept_by = {}
     for bring in (_wrong_grid, resized):
         kept = []
         for top in (0, 1):
@@ -163,8 +154,8 @@ def truncated_patches(bench: Bench) -> Exhibit:
                 small = bring(grid, (6, 6))
                 inside = small[:, :, 3 * top : 3 * top + 3, 3 * left : 3 * left + 3]
                 kept.append(float(inside.sum()) / 9)
-        found[bring] = kept
-    wrong, ours = found.values()
+        kept_by[bring] = kept
+    wrong, ours = kept_by.values()
     places = ("top left", "top right", "bottom left", "bottom right")
     lost = [place for place, kept in zip(places, wrong, strict=True) if kept < 0.99]
     return Exhibit(
@@ -180,79 +171,6 @@ def truncated_patches(bench: Bench) -> Exhibit:
         f"their place; by features.resized {sum(k < 0.99 for k in ours)} did",
         caught=bool(lost),
         quiet=min(ours) > 0.99,
-    )
-
-
-def drawn_shards(n_passes: int, order: str = "shuffled") -> Plan:
-    """The plan of a training of study B's size: 25 of 122 shards a pass, each pass whole."""
-    return Plan(
-        np.arange(N_SHARDS * SHARD_SIZE), BATCH_SIZE, n_passes * N_BATCHES, 0, order=order,
-        shard_size=SHARD_SIZE, shards_per_pass=N_DRAWN,
-    )  # fmt: skip
-
-
-def visits_cut_short(n_passes: int) -> np.ndarray:
-    """Visits of each example where every pass takes 500 batches in sorted order: (N,) int64."""
-    plan = drawn_shards(n_passes, "sequential")
-    counts = np.zeros(len(plan.example_ids), np.int64)
-    for number in range(n_passes):
-        counts[plan.order(number)[: N_BATCHES * BATCH_SIZE]] += 1  # wrong: the pass has 800
-    return counts
-
-
-def biased_shards(bench: Bench) -> Exhibit:
-    """25 of 122 shards a pass, sorted, cut after 500 of 800 batches: at that study's own size."""
-    plan = drawn_shards(200)
-    wrong, planned, ids = visits_cut_short(200), plan.visits(), plan.example_ids
-    evidence = [
-        {
-            "coverage": checks.coverage_evidence(visits, ids, planned, N_DRAWN),
-            "subset": {"n_examples": len(ids)},
-            "budget": {"declared": {"unique_examples": int((planned > 0).sum())}},
-        }
-        for visits in (wrong, planned)
-    ]
-    last = slice(-(N_SHARDS // 3) * SHARD_SIZE, None)
-    return Exhibit(
-        study="B",
-        name="shards sorted and cut short",
-        happened="25 shards hold 800 batches, and a pass ended after 500: sorted shards at the "
-        "end of the list were hardly ever read.",
-        measure="samples from the last third of the shards",
-        defect=float(wrong[last].sum() / wrong.sum()),
-        honest=float(planned[last].sum() / planned.sum()),
-        **judged((checks.coverage,), *evidence),
-    )
-
-
-def seed_plus_epoch(bench: Bench) -> Exhibit:
-    """Shards drawn by a generator seeded with seed + epoch."""
-    n_epochs, pair = 100, (42, 43)
-
-    def wrong(seed: int, epoch: int) -> bytes:
-        return np.random.default_rng(seed + epoch).choice(122, 25, replace=False).tobytes()
-
-    def ours(seed: int, epoch: int) -> bytes:
-        return generator(seed, "shards", epoch).choice(122, 25, replace=False).tobytes()
-
-    shared = []
-    for rule in (wrong, ours):
-        one, other = ({rule(seed, epoch) for epoch in range(n_epochs)} for seed in pair)
-        shared.append(len(one & other) / n_epochs)
-    defect, honest = shared
-    return Exhibit(
-        study="B",
-        name="seed + epoch",
-        happened="Each epoch was seeded with seed + epoch on the global generator: two replicates "
-        "drew the same shards, one epoch apart.",
-        measure="draws that seeds 42 and 43 share, 100 epochs",
-        defect=defect,
-        honest=honest,
-        tripwire="seeds.generator",
-        sentence=f"the hash of seed, purpose and epoch gives {honest:.0%} shared draws instead of "
-        f"{defect:.0%}",
-        caught=defect > 0,
-        quiet=honest == 0,
     )
 
 
@@ -374,133 +292,21 @@ def fixed_c(bench: Bench) -> Exhibit:
         ]
         return linear_probe(*scaled, C_GRID, 0).accuracy
 
-    found = [(rule(1.0), rule(16.0)) for rule in (wrong, ours)]
+    (once, scaled), (our_once, our_scaled) = ((rule(1.0), rule(16.0)) for rule in (wrong, ours))
     return Exhibit(
         study="B",
         name="C = 1 on unit vectors",
         happened="The probe's C was fixed at 1 on features of norm 1, which is strong "
         "regularisation: what it measured was the norm.",
         measure="probe of the untrained student",
-        defect=found[0][0],
-        honest=found[1][0],
+        defect=once,
+        honest=our_once,
         tripwire="features times 16",
-        sentence=f"the same features times 16: {found[0][0]:.1%} becomes {found[0][1]:.1%}; by "
-        f"probe.linear_probe, which standardises and chooses C, {found[1][0]:.1%} stays "
-        f"{found[1][1]:.1%}",
-        caught=found[0][0] != found[0][1],
-        quiet=found[1][0] == found[1][1],
-    )
-
-
-def keyed_by_pixels(bench: Bench) -> Exhibit:
-    """A teacher cache keyed by the md5 of an augmented batch."""
-    training = BRIEF.model_copy(update={"augment": Augment(crop_padding=1), "epochs": 2})
-    plan = bench.plan(bench.ids, 0, training)
-    loader = bench.loader(plan, 0, training)
-    known: set[str] = set()
-    stored, hits, found, n = set(bench.outputs.example_ids.tolist()), 0, 0, 0
-    for k in range(plan.n_steps):
-        batch = loader.batch(k)
-        # wrong: no two views are the same, and no key says whose outputs they are
-        key = hashlib.md5(batch.images.numpy().tobytes(), usedforsecurity=False).hexdigest()
-        if k * plan.batch_size >= len(bench.ids):
-            n += 1
-            hits += key in known
-            found += set(batch.example_ids.tolist()) <= stored
-        known.add(key)
-    other = weights_fingerprint(bench.network(1))
-    images, folder = bench.images.train, bench.outputs.folder
-    sentence = refused(lambda: open_outputs(folder, images, other))
-    mine = weights_fingerprint(bench.taught[0])
-    return Exhibit(
-        study="B",
-        name="a teacher cache keyed by pixels",
-        happened="Teacher outputs were kept under the md5 of an augmented batch: the key never "
-        "came again, and named no teacher.",
-        measure="batches of the second pass that are found",
-        defect=hits / n,
-        honest=found / n,
-        tripwire="teacher.open_outputs",
-        sentence=sentence,
-        caught=bool(sentence) and hits == 0,
-        quiet=not refused(lambda: open_outputs(folder, images, mine)),
-    )
-
-
-class _Killed(Exception):
-    """Stands for a kill."""
-
-
-class _Killer(Tracker):
-    """Stops the training at its first evaluation from a step on."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__({})
-        self.at = at
-
-    def log(self, row: Any, step: int) -> None:
-        if step >= self.at:
-            raise _Killed
-
-
-def resumed_elsewhere(bench: Bench) -> Exhibit:
-    """A resume that draws the projector anew and skips the rest of the epoch."""
-    hint = Hint(weight=1.0)
-    training = BRIEF.model_copy(update={"evaluate_every_steps": 5, "epochs": 4})
-    plan = bench.plan(bench.ids, 0, training)
-    options = {"training": training, "objective": hint}
-    whole = bench.fit(bench.task(plan, 0, **options))
-    folder, settings = bench.place(), {}
-    try:
-        task = bench.task(plan, 0, **options)
-        train(Run(folder, settings), task, None, _Killer(at=25), state_every_s=0.0)
-    except _Killed:
-        pass
-    before = task.network.state_dict()
-    other = refused(
-        lambda: train(Run(folder, {"experiment": "another"}), bench.task(plan, 0, **options), None)
-    )
-    resumed = bench.fit(bench.task(plan, 0, **options), folder=folder)
-    # wrong: the network's weights alone, from the beginning of the next pass
-    task = bench.task(plan, 0, **options)
-    task.network.load_state_dict(before)
-    step, at = Step(task), 25
-    task.network.train()
-    start = -(-at * plan.batch_size // len(bench.ids)) * len(bench.ids)
-    late = Plan(bench.ids, plan.batch_size, plan.n_steps + 50, 0)
-    visits = np.zeros(bench.images.train.n_examples, np.int64)
-    for k in range(at):
-        np.add.at(visits, bench.ids[plan.at(k)[1]], 1)
-    loader = bench.loader(late, 0, training, teacher=bench.outputs, reads=("stage1",))
-    for k in range(at, plan.n_steps):
-        where = -(-start // plan.batch_size) + k - at
-        batch = loader.batch(where)
-        step(batch, k)
-        np.add.at(visits, batch.example_ids.numpy(), 1)
-    final = [
-        {k: v.clone() for k, v in network.state_dict().items()}
-        for network in (whole.task.network, resumed.task.network, task.network)
-    ]
-    same = [
-        mean([float(torch.equal(v, final[0][k])) for k, v in state.items()]) for state in final[1:]
-    ]
-    wrong = whole.evidence | {
-        "coverage": checks.coverage_evidence(visits, bench.ids, plan.visits())
-    }
-    told = judged((checks.coverage,), wrong, resumed.evidence)
-    told["tripwire"] += ", states.read_state"
-    told["sentence"] += "; of another experiment: " + other
-    told["caught"] &= bool(other)
-    told["quiet"] &= same[0] == 1.0
-    return Exhibit(
-        study="B",
-        name="a resume that went elsewhere",
-        happened="A resumed run drew its projector anew, skipped the rest of the epoch, and could "
-        "take another experiment's file.",
-        measure="tensors equal to the uninterrupted run's",
-        defect=same[1],
-        honest=same[0],
-        **told,
+        sentence=f"the same features times 16: {once:.1%} becomes {scaled:.1%}; by "
+        f"probe.linear_probe, which standardises and chooses C, {our_once:.1%} stays "
+        f"{our_scaled:.1%}",
+        caught=once != scaled,
+        quiet=our_once == our_scaled,
     )
 
 
