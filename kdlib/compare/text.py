@@ -246,4 +246,4 @@ def _sentence(row: Any, name_student: bool) -> str:
     if row.seeds_needed > row.n_seeds:
         ending = f"about {row.seeds_needed} paired seeds would settle it"
     size = _points(row.difference, "+")
-    return f"{subject} against {against} is undecided: {size} points {basis}; {ending}."
+    return f"{subject} may be better or worse than {against}: {size} points {basis}; {ending}."
