@@ -38,7 +38,7 @@ class Settings(BaseModel):
         if not isinstance(content, dict):
             return content
         given = {key: value for key, value in content.items() if value is not None}
-        for key in given:
+        for key in content:
             if key not in cls.model_fields:
                 raise ValueError(f"unknown key {key!r}; {nearest(key, cls.model_fields)}")
         # lists become tuples, so that settings are frozen all the way down

@@ -117,7 +117,15 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         if (n_bytes := path.stat().st_size) > _MOST_BYTES:
             raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
         content = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    # the last three are what PyYAML lets through, for `!!bool maybe`, say
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
     if not isinstance(content, dict):
         raise StudyError(

@@ -254,3 +254,16 @@ def test_a_seed_given_twice_is_refused(write):
 def test_what_would_fail_after_hours_is_refused_at_once(write, path, value, told):
     with pytest.raises(StudyError, match=told):
         load_study(write(changed(path, value)))
+
+
+@pytest.mark.parametrize("value", [1, None])
+def test_a_misspelt_key_is_refused_whatever_its_value(write, value):
+    with pytest.raises(StudyError, match="unknown key 'recordngs'; did you mean 'recordings'"):
+        load_study(write(changed("recordngs", value)))
+
+
+def test_a_tag_that_does_not_fit_its_value_is_refused(home):
+    path = home / "odd.yaml"
+    path.write_text("audit: !!bool maybe\n")
+    with pytest.raises(StudyError, match="not a readable YAML file: 'maybe'"):
+        load_study(path)
