@@ -1,4 +1,4 @@
-"""A training of seconds: 90 images of 4 x 4 pixels, small networks, teacher logits of the labels."""
+"""A training of seconds: 90 images of 4 x 4 pixels, small networks, teacher logits from labels."""
 
 import numpy as np
 import torch
