@@ -2,8 +2,8 @@
 
 papermill's default engine chooses free TCP ports and closes them before the kernel binds them, so
 that two notebooks started at the same moment can get the same port, and one of them fails. The
-pipeline starts many notebooks at once. Parameters that the notebook does not have are refused before a
-kernel starts. This is the only module that imports papermill.
+pipeline starts many notebooks at once. Parameters that the notebook does not have are refused
+before a kernel starts. This is the only module that imports papermill.
 """
 
 import os

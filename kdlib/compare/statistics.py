@@ -24,8 +24,8 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
         differences: shape (S,), finite, one per seed.
         level: Confidence level, in (0, 1).
 
-    Returns: (mean, low, high, p_value). Without pairs all are NaN; of one pair all but the mean. For
-        equal differences low = high = mean, and p is 0, or 1 when the mean is 0.
+    Returns: (mean, low, high, p_value). Without pairs all are NaN; of one pair all but the mean.
+        For equal differences low = high = mean, and p is 0, or 1 when the mean is 0.
     Raises: ValueError for another shape, non-finite differences, or a level out of range.
     Source: [Student1908], with S - 1 degrees of freedom; assumes roughly normal differences.
 

@@ -301,7 +301,7 @@ class TokensDistiller(Distiller):
 
 @of(settings.UserObjective)
 class UserDistiller(Distiller):
-    """The functions `loss`, `term` and `projectors` of the user's file; only `loss` is required, and
+    """The functions `loss`, `term` and `projectors` of the user's file; `loss` is required and
     takes the place of a missing `term`."""
 
     exact = torch.float32  # the user's code may not take float64
