@@ -111,9 +111,9 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         _test("models/outputs", "outputs_of_other_views_are_refused_and_said"),
     )),
     ("B", "a resumed run is the uninterrupted one, bit for bit", (
-        _test("trainer/loop", "stopped_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one"),
-        _test("trainer/loop", "a_network_with_its_channels_last_resumes_to_the_bit"),
-        _test("trainer/loop", "a_killed_process_goes_on_to_the_same_bytes"),
+        _test("trainer/resume", "stopped_and_resumed_run_leaves_the_bytes_of_an_uninterrupted_one"),
+        _test("trainer/resume", "a_network_with_its_channels_last_resumes_to_the_bit"),
+        _test("trainer/resume", "a_killed_process_goes_on_to_the_same_bytes"),
         _test("trainer/state", "a_state_of_other_settings_is_refused_with_the_difference"),
     )),
     ("B", "writes are atomic, shards carry checksums, cut ones are refused", (

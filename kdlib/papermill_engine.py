@@ -1,9 +1,9 @@
 """A papermill engine whose kernels talk over Unix sockets: `papermill --engine ipc ...`.
 
-papermill's own engine picks free TCP ports and lets go of them before the kernel binds them, so two
-notebooks started in the same moment can get the same port, and one of them dies. The pipeline
-starts many notebooks at once. Parameters that the notebook does not have are refused before a
-kernel starts. This is the only module that imports papermill.
+papermill's default engine chooses free TCP ports and closes them before the kernel binds them, so
+that two notebooks started at the same moment can get the same port, and one of them fails. The
+pipeline starts many notebooks at once. Parameters that the notebook does not have are refused
+before a kernel starts. This is the only module that imports papermill.
 """
 
 import os
@@ -19,11 +19,11 @@ LONGEST = 80  # characters of a folder in which `kernel-xxxxxxxx/socket-1` fits 
 
 
 class IpcEngine(NBClientEngine):
-    """papermill's engine, with kernels on Unix sockets in a folder of their own."""
+    """papermill's engine, with each kernel's Unix sockets in a separate folder."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
-        """Execute a notebook; arguments as papermill's own engine.
+        """Execute a notebook; arguments as papermill's default engine.
 
         Raises: ValueError for a parameter that the notebook's parameters cell does not set.
         """
@@ -31,7 +31,7 @@ class IpcEngine(NBClientEngine):
         # a cluster's $TMPDIR can be too long a path for a socket
         place = None if len(os.fsencode(tempfile.gettempdir())) <= LONGEST else "/tmp"
         with tempfile.TemporaryDirectory(prefix="kernel-", dir=place) as folder:
-            # Without a path of its own each kernel would use the same names in the current folder.
+            # without a separate path all kernels would use the same names in the current folder
             sockets = {"transport": "ipc", "ip": os.path.join(folder, "socket")}
             config = Config({"KernelManager": sockets})
             super().execute_managed_notebook(nb_man, kernel_name, config=config, **options)

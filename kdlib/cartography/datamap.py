@@ -144,8 +144,8 @@ def read_datamap(path: Path, provenance: dict | None = None) -> pd.DataFrame:
     table, metadata = read_parquet(path, "notebooks/03_datamap.ipynb")
     if metadata.get("format") != FORMAT or "provenance" not in metadata:
         raise ValueError(
-            f"{path} has datamap format {metadata.get('format')}; expected {FORMAT}: run "
-            "notebooks/03_datamap.ipynb again"
+            f"{path} has datamap format {metadata.get('format')}; expected {FORMAT}: delete "
+            f"{Path(path).parent} and run notebooks/03_datamap.ipynb again"
         )
     check_provenance(provenance, metadata["provenance"], Path(path))
     return table

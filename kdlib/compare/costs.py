@@ -1,4 +1,4 @@
-"""What a selection costs, and after how many students it has paid for itself.
+"""The cost of a selection, and the number of students after which it is recovered.
 
 At equal steps a subset saves nothing: a step costs the same whatever it is drawn from. It saves
 time where its student gets as far in fewer steps, which the learning curves show.

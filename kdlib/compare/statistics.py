@@ -24,9 +24,8 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
         differences: shape (S,), finite, one per seed.
         level: Confidence level, in (0, 1).
 
-    Returns: (mean, low, high, p_value). Without pairs all are NaN; one pair has a mean and nothing
-        else. Equal differences are the limit of a vanishing spread: low = high = mean, and p is 0,
-        or 1 when the mean is 0.
+    Returns: (mean, low, high, p_value). Without pairs all are NaN; of one pair all but the mean.
+        For equal differences low = high = mean, and p is 0, or 1 when the mean is 0.
     Raises: ValueError for another shape, non-finite differences, or a level out of range.
     Source: [Student1908], with S - 1 degrees of freedom; assumes roughly normal differences.
 
@@ -48,12 +47,11 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
 
 
 def verdict(low: float, high: float, low90: float, high90: float, margin: float) -> str:
-    """What two confidence intervals of one difference allow to say.
+    """The verdict on a difference, from two of its confidence intervals.
 
-    Equivalence is asked first. A difference can be unlike 0 and yet certainly smaller than the
-    margin; the margin is what matters, so that is a tie. With ever more seeds every difference
-    inside the margin becomes equivalent and every difference outside better or worse; asked the
-    other way round, any difference at all would become better or worse.
+    Equivalence is tested first: a difference that is significant and certainly smaller than the
+    margin counts as equivalent. As seeds are added, every difference inside the margin becomes
+    equivalent and every difference outside it better or worse.
 
     Args:
         low, high: Interval at the study's level, NaN without one.

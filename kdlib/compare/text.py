@@ -1,4 +1,4 @@
-"""Comparisons in words: sentences, Markdown and LaTeX, all from the same rows."""
+"""Comparisons as sentences, Markdown and LaTeX, from the same rows."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -103,7 +103,7 @@ def probe_curves(
     ends = _draw_cells(ax, trained, "accuracy", "strategy")
     for name, dash in zip(REFERENCES, ((0, (4, 2)), (0, (1, 2))), strict=True):
         reference = rows[rows["strategy"] == name]
-        # The teacher is the same for all students; an untrained student is its own reference.
+        # One teacher is the reference of all students, the untrained network that of its student.
         groups = reference.groupby("student") if name == "untrained" else [("", reference)]
         for student, group in groups:
             if group.empty:

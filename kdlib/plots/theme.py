@@ -114,7 +114,7 @@ def save_figures(figures: Mapping[str, Figure], folder: str | Path) -> dict[str,
 
 
 def save_figure(fig: Figure, folder: str | Path, name: str) -> tuple[Path, Path]:
-    """Write `<name>.pdf` and `<name>.png` (200 dpi) at the figure's own size, each atomically.
+    """Write `<name>.pdf` and `<name>.png` (200 dpi) at the size of the figure, each atomically.
 
     The files carry no date and no version: the same figure gives the same bytes. The PNG has a
     palette of 256 colours (a third of the bytes) unless that changes the picture by more than

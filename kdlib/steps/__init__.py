@@ -1,1 +1,1 @@
-"""One file per notebook: make what the step makes, or open it."""
+"""The steps behind the notebooks: make what a step makes, or open it."""

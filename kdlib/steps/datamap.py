@@ -102,5 +102,8 @@ def open_datamap(study: Study, images: Images) -> pd.DataFrame:
     path = study.runs / "datamap" / "datamap.parquet"
     table = read_datamap(path, images.fingerprints | _inputs(study))
     if files.sha256_file(path) != evidence["datamap_sha256"]:
-        raise ValueError(f"{path} differs from its evidence; run notebooks/03_datamap.ipynb again")
+        raise ValueError(
+            f"{path} differs from its evidence; delete {path.parent} and run "
+            "notebooks/03_datamap.ipynb again"
+        )
     return table

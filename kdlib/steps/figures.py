@@ -47,7 +47,7 @@ from kdlib.study.study import Study
 
 # Drawn as lines; the tables hold all scores.
 DRAWN = ("confidence", "variability", "aum", "el2n", "grand", "forgetting_events", "dual", "tdds")
-MOST_LINES = 20  # strategies that can be told apart over the fractions
+MOST_LINES = 20  # strategies that are drawn over the fractions, at most
 
 
 def draw_datamap(study: Study) -> dict[str, Path]:
@@ -220,8 +220,8 @@ def _common(study: Study, rows: pd.DataFrame, more: list[str]) -> pd.DataFrame:
 
 
 def _shown_curves(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """The curves of the probed cells of one objective; of all objectives on the full set, where
-    nothing else is probed. And what tells them apart."""
+    """The curves of the probed cells of one objective, or of all objectives on the full set where
+    only that is probed; and the column in which they differ."""
     full = rows["strategy"] == "full"
     shown = [s for s in study.probe.strategy if s != "full"]
     if not shown:

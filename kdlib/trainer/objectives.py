@@ -301,10 +301,10 @@ class TokensDistiller(Distiller):
 
 @of(settings.UserObjective)
 class UserDistiller(Distiller):
-    """The functions `loss`, `term` and `projectors` of the user's file; `loss` alone must be there,
-    and is the term where `term` is not."""
+    """The functions `loss`, `term` and `projectors` of the user's file; `loss` is required and
+    takes the place of a missing `term`."""
 
-    exact = torch.float32  # the user's code may be written for float32 alone
+    exact = torch.float32  # the user's code may not take float64
 
     def draw(self, student: Shapes, teacher: Shapes) -> None:
         self.code = run(self.objective, "loss", "loss(student, teacher, labels, **options)")

@@ -33,7 +33,7 @@ class Recorder(Protocol):
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on. The run is not finished; its last saved state is whole."""
+    """A training that cannot continue. The run is not finished; its last saved state is whole."""
 
 
 @dataclass(frozen=True)
