@@ -177,7 +177,10 @@ class Cache:
                 self.located(column, shard)
 
     def positions(self, example_ids: np.ndarray) -> np.ndarray:
-        """Row of each id in `resident`: the id itself in a whole cache.
+        """Row of each id among those that are here, (B,) int64: the id itself in a whole cache.
+
+        Args:
+            example_ids: (B,) integers.
 
         Raises: IndexError when an id lies outside the cache or in a shard that is not here;
             TypeError when ids are no integers.

@@ -15,6 +15,10 @@ KMEANS_STARTS = 10  # of which k-means keeps the one with the smallest inertia
 def finite_features(features: np.ndarray, n_examples: int) -> np.ndarray:
     """Features as (N, D) float64.
 
+    Args:
+        features: (N, D) of any numeric type.
+        n_examples: The N that is expected.
+
     Raises: ValueError for another number of examples, another shape, or values that are not finite.
     """
     features = np.asarray(features, dtype=np.float64)
@@ -36,6 +40,7 @@ def class_distance(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
         labels: (N,) integers.
 
     Returns: (N,) float64 >= 0; high = atypical. The centre is the coordinate-wise median.
+    Raises: ValueError for another shape, or values that are not finite.
     Source: [Xia2023], as in its code.
 
     >>> class_distance(np.array([[0.0], [1.0], [5.0], [7.0]]), np.array([0, 0, 0, 1])).tolist()
@@ -61,6 +66,7 @@ def prototypicality(features: np.ndarray, n_clusters: int, seed: int) -> np.ndar
 
     Returns: (N,) float64 >= 0; high = atypical. One thread: equal on CPU for equal input, while
         another order of the examples can lead to other clusters.
+    Raises: ValueError for more clusters than distinct features, or values that are not finite.
     Source: [Sorscher2022], there over self-supervised features; here Euclidean, on those given.
 
     >>> prototypicality(np.array([[0.0], [2.0], [9.0]]), n_clusters=2, seed=0).round(9).tolist()

@@ -185,7 +185,11 @@ class Candidates:
 
 
 def choose(rule: Selection, examples: Candidates, n: int) -> np.ndarray:
-    """The positions of the n examples that a rule chooses: (n,) int64, sorted and distinct."""
+    """The positions of the n examples that a rule chooses: (n,) int64, sorted and distinct.
+
+    Raises: ValueError for a score or features that the rule reads and that are absent; as the
+        function of the rule.
+    """
     ties = examples.ties
     match rule:
         case Ranking():

@@ -38,11 +38,15 @@ class Network(nn.Module):
     image_size: int | None = None
 
     def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Features (B, D) and the grid (B, C_k, H_k, W_k) of each stage, from one pass."""
+        """Features (B, D) and the grid (B, C_k, H_k, W_k) of each stage, from one pass.
+
+        Args:
+            x: (B, C, H, W) float32, normalised images.
+        """
         raise NotImplementedError
 
     def features(self, x: Tensor) -> Tensor:
-        """Penultimate activations, (B, D)."""
+        """Input of the last layer, (B, D), for images as in `staged`."""
         return self.staged(x)[0]
 
     def head(self, features: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ class Network(nn.Module):
         return self.linear(features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, (B, C)."""
+        """Logits, (B, C), for images (B, C, H, W) float32 of any size."""
         return self.head(self.features(self._resized(x)))
 
     def _resized(self, x: Tensor) -> Tensor:

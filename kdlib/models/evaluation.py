@@ -67,7 +67,11 @@ def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarra
 def evaluate(
     network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
 ) -> tuple[float, float]:
-    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on images
-    without augmentation."""
+    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on images without augmentation.
+
+    Args:
+        images: (N, C, H, W) uint8, on the network's device.
+        labels: (N,) int64 in [0, n_classes), on the same device.
+    """
     (logits,) = all_outputs(network, pixels, images, ("logits",))
     return float(F.cross_entropy(logits.double(), labels)), accuracy(logits, labels)

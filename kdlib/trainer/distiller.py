@@ -100,7 +100,11 @@ class Distiller(nn.Module):
         """The distillation term, before its weight in the loss.
 
         Args:
-            labels: (B,) int64, for objectives that distinguish classes.
+            projected, teacher: As in `loss`.
+            labels: (B,) int64 in [0, C), for objectives that distinguish classes.
+
+        Returns: Scalar, mean over the batch.
+        Raises: ValueError when teacher outputs are missing.
         """
         if missing := [name for name in self.reads if name not in teacher]:
             raise ValueError(
@@ -110,16 +114,26 @@ class Distiller(nn.Module):
         return self.term(*widened_pair(projected, teacher), labels)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        """The distillation term of float32 or float64 outputs."""
+        """The distillation term; what a subclass defines.
+
+        Args:
+            student: (B, ...) float32 or float64 by name: logits (B, C), features (B, D), `stage<k>`
+                (B, C_k, H_k, W_k), `attention<k>` (B, H_k, W_k), projected where there is a
+                projector.
+            teacher: Likewise of the teacher, detached; names as in `reads`.
+            labels: (B,) int64 in [0, C).
+
+        Returns: Scalar, mean over the batch.
+        """
         raise NotImplementedError
 
     def total(self, hard: Tensor, soft: Tensor) -> Tensor:
-        """The loss, from the cross-entropy and the distillation term."""
+        """The loss, from the cross-entropy and the distillation term, both scalars."""
         return hard + soft
 
 
 def widened(value: Tensor) -> Tensor:
-    """float16 and bfloat16 as float32."""
+    """A tensor of any shape, float16 and bfloat16 as float32."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 

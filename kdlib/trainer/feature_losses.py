@@ -198,7 +198,10 @@ def tokens(
 
 
 def two_views(first: Tensor, second: Tensor) -> None:
-    """Refuse two views that are equal: of images, or of features.
+    """Refuse two views that are equal.
+
+    Args:
+        first, second: Of the same shape: two views of images, or their features.
 
     Raises: ValueError when both tensors are the same to the bit.
     """
