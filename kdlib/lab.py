@@ -26,6 +26,7 @@ from kdlib.compare.comparisons import Tables
 from kdlib.dataset.images import Images
 from kdlib.models.base import Network
 from kdlib.models.evaluation import evaluate
+from kdlib.repro.files import nearest
 from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.steps.cache import cache_images, open_images, split_table
 from kdlib.steps.columns import meanings
@@ -183,8 +184,17 @@ class Lab:
         return evaluate(network, self.images.pixels, images, labels)
 
     def teacher_outputs(self, split: str = "train") -> Cache:
-        """The teacher's stored outputs for the clean images of `train` or `test`."""
-        return open_stored(self.study, self.images.test if split == "test" else self.images.train)
+        """The teacher's stored outputs for clean images.
+
+        Args:
+            split: `train`, which holds the validation images too, or `test`.
+
+        Raises: ValueError for another split.
+        """
+        splits = {"train": self.images.train, "test": self.images.test}
+        if split not in splits:
+            raise ValueError(f"no teacher outputs of split {split!r}; {nearest(split, splits)}")
+        return open_stored(self.study, splits[split])
 
     def teacher_logits(self, subset: Subset | np.ndarray, split: str = "train") -> np.ndarray:
         """The teacher's stored logits for a subset or example ids: (n, C) float32."""

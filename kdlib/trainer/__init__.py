@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "loop": ["train"],
         "step": ["Task"],
         "distiller": ["Distiller"],
-        "logit_losses": ["soft_loss", "decoupled"],
-        "feature_losses": ["hint", "rkd", "crd"],
+        "logit_losses": ["soft_loss", "standardised", "logit_mse", "decoupled", "dist_terms"],
+        "feature_losses": ["hint", "attention", "rkd", "similarity", "crd", "tokens", "barlow"],
     },
 )
