@@ -327,7 +327,7 @@ def test_memory_that_runs_out_is_explained_and_the_run_goes_on_afterwards(
         devices.killed_after(patch, 2)
         with pytest.raises(devices.Killed):
             one("starved")
-    state = (tmp_path / "starved" / "state.safetensors").read_bytes()
+    state = (tmp_path / "starved" / "state" / "state.safetensors").read_bytes()
     sentence = r"out of memory: lower training\.batch_size, or raise training\.accumulate \("
     with (
         monkeypatch.context() as patch,
@@ -335,7 +335,7 @@ def test_memory_that_runs_out_is_explained_and_the_run_goes_on_afterwards(
         pytest.raises(TrainingError, match=sentence),
     ):
         one("starved")
-    assert (tmp_path / "starved" / "state.safetensors").read_bytes() == state
+    assert (tmp_path / "starved" / "state" / "state.safetensors").read_bytes() == state
     assert one("starved").checkpoints == whole.checkpoints
 
 

@@ -93,14 +93,7 @@ def store_outputs(
         raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
     _, image_shape = images.layout("images")
     shapes = network.output_shapes(image_shape, wanted)
-    columns = {name: ("<f2", (n_views, *shape)) for name, shape in shapes.items()}
-    if top_k is not None and columns.pop("logits", None):
-        kind = "<i2" if n_classes <= 2**15 else "<i4"
-        columns |= {
-            "values": ("<f2", (n_views, top_k)),
-            "indices": (kind, (n_views, top_k)),
-            "log_tail": ("<f2", (n_views,)),
-        }
+    columns = _columns(shapes, n_views, n_classes, top_k)
 
     def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
         ids = np.arange(*span)
@@ -121,6 +114,21 @@ def store_outputs(
         part=part,
         describe=f"teacher outputs, {images.header['split']}",
     )
+
+
+def _columns(
+    shapes: Mapping[str, tuple[int, ...]], n_views: int, n_classes: int, top_k: int | None
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """dtype and row shape of each stored column."""
+    columns = {name: ("<f2", (n_views, *shape)) for name, shape in shapes.items()}
+    if top_k is not None and columns.pop("logits", None):
+        index = "<i2" if n_classes <= 2**15 else "<i4"
+        columns |= {
+            "values": ("<f2", (n_views, top_k)),
+            "indices": (index, (n_views, top_k)),
+            "log_tail": ("<f2", (n_views,)),
+        }
+    return columns
 
 
 def _outputs(

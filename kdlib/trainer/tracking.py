@@ -10,27 +10,17 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kdlib.repro import files
 from kdlib.study.training import Tracking
 
 
-class Sink(Protocol):
-    """Where metrics are written."""
-
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        """Write one evaluation's metrics."""
-
-    def close(self) -> None:
-        """Write what is still in memory."""
-
-
 class Tracker:
-    """The sinks of one run."""
+    """Writes the metrics of one run to sinks, which have `log(row, step)` and `close()`."""
 
-    def __init__(self, openers: Mapping[str, Callable[[], Sink]]) -> None:
-        self._sinks: dict[str, Sink] = {}
+    def __init__(self, openers: Mapping[str, Callable[[], Any]]) -> None:
+        self._sinks: dict[str, Any] = {}
         for name, opener in openers.items():
             with self._guarded(name):
                 self._sinks[name] = opener()
@@ -74,7 +64,7 @@ def open_tracker(
 
     Raises: ModuleNotFoundError that says what to install.
     """
-    openers: dict[str, Callable[[], Sink]] = {}
+    openers: dict[str, Callable[[], Any]] = {}
     if tracking.tensorboard:
         _require("tensorboard", "torch.utils.tensorboard")
         openers["TensorBoard"] = lambda: _TensorBoard(folder, resumed_step)
