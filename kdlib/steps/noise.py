@@ -8,7 +8,7 @@ from kdlib.cartography.scores import aum
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.text import table, write_text
 from kdlib.dataset.images import Images
-from kdlib.steps.recordings import open_held_out, open_log, threshold_samples
+from kdlib.steps.recordings import open_held_out, open_log, recordings_of, threshold_samples
 from kdlib.steps.scores import recorded_scores
 from kdlib.steps.tables import write_tables
 from kdlib.study.base import StudyError
@@ -25,7 +25,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
         value of what comes from cross-validation); `curves` of the first seed; `over_epochs`, AUROC
         against epochs recorded (mean over seeds); `rules`, what rules with a threshold flag;
         `labels`, how many are wrong.
-    Raises: StudyError when the study's labels are those of its source.
+    Raises: StudyError when the study's labels are those of its source, or it has no recordings.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
@@ -39,7 +39,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
     wrong = labels != originals
     if not wrong.any():
         raise StudyError(f"`data.relabel` of {study.name} changes no label: none is wrong")
-    model = next(iter(study.recordings.models))
+    model = next(iter(recordings_of(study).models))
     scores = recorded_scores(study, images, [model])[model]
     rows, curves, epochs = [], [], []
 

@@ -22,6 +22,7 @@ from kdlib.steps.datamap import gradients
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.training import TrainingInputs, finish_run, plan_run, train_run
 from kdlib.study.base import StudyError
+from kdlib.study.selections import ExtraRecordings
 from kdlib.study.study import Study
 from kdlib.study.training import Training
 from kdlib.trainer.distributed import World
@@ -176,14 +177,22 @@ def _held_out_table(inputs: TrainingInputs, device: str) -> pd.DataFrame:
 def record_all(study: Study, images: Images) -> dict[tuple[str, str], dict[str, Any]]:
     """Every recording that the study asks for; those that are finished are read.
 
-    Raises: StudyError when it asks for none.
+    Raises: As `recordings_of`.
+    """
+    return {run: record(study, images, *run) for run in recordings_of(study).runs()}
+
+
+def recordings_of(study: Study) -> ExtraRecordings:
+    """The study's section `recordings`.
+
+    Raises: StudyError when it has none.
     """
     if study.recordings is None:
         raise StudyError(
             f"{study.name} asks for no further recordings: give it a section `recordings` "
             "(models, seeds), as params/digits.yaml has"
         )
-    return {run: record(study, images, *run) for run in study.recordings.runs()}
+    return study.recordings
 
 
 def recording_table(study: Study, evidences: dict[tuple[str, str], dict[str, Any]]) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from kdlib.cartography.variants import SAME_NAME, variants
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.text import table, write_text
 from kdlib.dataset.images import Images
-from kdlib.steps.recordings import open_gradients, open_log
+from kdlib.steps.recordings import open_gradients, open_log, recordings_of
 from kdlib.steps.tables import write_tables
 from kdlib.study.selections import SCORES
 from kdlib.study.study import Study
@@ -33,12 +33,14 @@ def recorded_scores(
     Args:
         models: Some of the study's; None: all.
 
-    Raises: FileNotFoundError for a recording that is not finished.
+    Raises: StudyError for a study without recordings; FileNotFoundError for a recording that is not
+        finished.
     """
     window, epoch = study.dynamics.window, study.dynamics.el2n_epoch
+    recordings = recordings_of(study)
     scores: dict[str, dict[int, pd.DataFrame]] = {}
-    for model in study.recordings.models if models is None else models:
-        for seed in study.recordings.seeds:
+    for model in recordings.models if models is None else models:
+        for seed in recordings.seeds:
             log = open_log(study, images, model, f"seed={seed}")
             of_run = compute_datamap(log, el2n_epoch=epoch, window=window)
             of_run = of_run.join(variants(log, window=window))
