@@ -137,10 +137,11 @@ class DynamicsLog:
         folder = Path(folder)
         if not (folder / "index.json").exists():
             state = "an unfinished" if (folder / "header.json").exists() else "no"
-            raise FileNotFoundError(
-                f"{folder} holds {state} dynamics log; run or resume notebooks/02_teacher.ipynb, "
-                "which records it"
-            )
+            # a notebook makes nothing again whose evidence is there
+            how = "run the notebook that records it: 02_teacher, or 07 and 08 for `recordings`"
+            if (folder.parent / "evidence.json").exists():
+                how = _remedy(folder)
+            raise FileNotFoundError(f"{folder} holds {state} dynamics log; {how}")
         index = files.read_record(folder / "index.json")
         if index.get("format") not in (1, FORMAT):
             raise ValueError(
