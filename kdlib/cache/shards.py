@@ -1,8 +1,8 @@
 """An open cache: images with labels, or teacher outputs, one row per example id, in memory-mapped
 shards.
 
-A cache with some shards missing is a smaller cache. The fingerprint of its header is the cache's
-name in all evidence.
+A cache of which some shards are not built can be read as far as it is there. Evidence names a cache
+by the fingerprint of its header.
 """
 
 import json

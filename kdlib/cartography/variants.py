@@ -16,8 +16,8 @@ from scipy.special import softmax
 from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
 
-# Each score of several definitions, with the names of the variants here; some papers call `trend`
-# forgetfulness, and some codes compute `grand` of the last layer only, which is `grand_last` here.
+# Each score of several definitions, with the names of the variants here. Some public code calls
+# `trend` forgetfulness, and some computes `grand` of the last layer only, here `grand_last`.
 SAME_NAME = {
     "correctness": ("correctness_half",),
     "forgetting_events": ("forgetting_unlearned_last", "trend"),

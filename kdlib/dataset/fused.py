@@ -1,10 +1,10 @@
 """Gather, view and normalise images in one pass over the pixels, compiled for the CPU by numba.
 
-The bits are those of `views.apply` and `pixels.normalise`, which explain the formulas.
-The functions below `available` are plain Python over flat arrays, which numba compiles on the
-first use; without numba this module imports, and `available` says that it cannot deliver.
-Two habits make the loops fit for vector registers: an unsigned index, which numba need not test for
-being negative (5x), and a cast to int32 after each sum, which numba widens to int64.
+The result is equal to the bit to that of `views.apply` and `pixels.normalise`, which explain the
+formulas. The functions below `available` are plain Python over flat arrays, which numba compiles on
+first use; without numba `available` is False. Two habits let the compiler vectorise the loops: an
+unsigned index, which numba need not test for being negative (5x), and a cast to int32 after each
+sum, which numba widens to int64.
 """
 
 import functools

@@ -1,10 +1,9 @@
-"""Which examples a run sees, in which order, at which step: a pure function of its seed.
+"""The examples of each step of a run, in order: a pure function of its seed.
 
-Batches are cut from one endless stream of passes over the training set. Every batch has exactly
-`batch_size` examples, so that a budget of K steps is K * batch_size samples whatever the size of
-the subset, and a budget that ends inside a pass ends inside a permutation of it. Every example of a
-pass is seen once in it. A batch may hold the end of one pass and the start of the next, and of a
-subset smaller than a batch the same example twice.
+Batches are cut from one endless stream of passes over the training set; a pass holds each of its
+examples once. Every batch has exactly `batch_size` examples, so that a budget of K steps is
+K * batch_size samples for a subset of any size. A batch may hold the end of one pass and the start
+of the next; of a subset smaller than a batch it may hold the same example twice.
 """
 
 import threading
