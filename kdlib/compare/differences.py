@@ -4,6 +4,7 @@ Seed s means the same random draws in every cell, so runs are compared seed by s
 holds runs at equal steps or at equal epochs; a table that mixes both is refused.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,7 @@ COLUMNS = [
     "n_inflation", "measure", "margin", "level",
 ]  # fmt: skip
 
-TEST_ACCURACY = "test_accuracy"  # the only measure that is also recorded at the best epoch
+TEST_ACCURACY, BEST = "test_accuracy", "test_accuracy_best"  # of the last and the best epoch
 Cell = tuple[str, str, float, str]  # values of AXES
 
 
@@ -70,17 +71,16 @@ def paired_differences(
         seed, an accepted row whose accuracy is not in [0, 1], budgets that may not be compared, or
         a margin or level out of range.
     """
-    runs = _Runs(results, measure)
-    runs.check_known("strategy", baseline)
-    fractions = sorted({cell[2] for cell in runs.cells if cell[1] == baseline})
+    cells = _known_cells(results, "strategy", baseline, measure)
+    fractions = sorted({cell[2] for cell in cells if cell[1] == baseline})
     pairs = []
-    for student, strategy, fraction, objective in runs.cells:
+    for student, strategy, fraction, objective in cells:
         if strategy != baseline:
             with_full = "full" in (strategy, baseline)
             for against_fraction in fractions if with_full else [fraction]:
                 against = (student, baseline, against_fraction, objective)
                 pairs.append(((student, strategy, fraction, objective), against))
-    return runs.compare(pairs, margin, level)
+    return _compared(results, pairs, margin, level, measure)
 
 
 def objective_differences(
@@ -103,114 +103,91 @@ def objective_differences(
     Returns: The comparison, as from `paired_differences`.
     Raises: ValueError as `paired_differences`.
     """
-    runs = _Runs(results, measure)
-    runs.check_known("objective", reference)
-    pairs = [(cell, (*cell[:3], reference)) for cell in runs.cells if cell[3] != reference]
-    return runs.compare(pairs, margin, level)
+    cells = _known_cells(results, "objective", reference, measure)
+    pairs = [(cell, (*cell[:3], reference)) for cell in cells if cell[3] != reference]
+    return _compared(results, pairs, margin, level, measure)
 
 
-class _Runs:
-    """The accepted runs of a results table: cell -> seed -> accuracy.
+def _known_cells(results: pd.DataFrame, axis: str, name: str, measure: str) -> list[Cell]:
+    """All cells of a table that is checked, sorted; ValueError where none has `name` on `axis`."""
+    _check(results, measure)
+    known = set(results[axis])
+    if name not in known:
+        raise ValueError(
+            f"no run of {axis} {name!r} to compare with; "
+            f"{nearest(name, known) if known else 'the results are empty'}"
+        )
+    return sorted(set(_cells(results)))
 
-    Attributes:
-        cells: All cells of the table, sorted.
-        accuracy, best: Of the last step and of the best epoch, by cell and seed.
-        n_refused: Refused rows by cell.
-        budget: The kind of budget that the runs share.
+
+def _compared(
+    results: pd.DataFrame, pairs: list[tuple[Cell, Cell]], margin: float, level: float, measure: str
+) -> pd.DataFrame:
+    """The comparison of each cell with the cell it is paired with."""
+    check_fraction("margin", margin, "an accuracy; params: compare.margin")
+    check_fraction("level", level, "params: compare.confidence_level")
+    accepted = results[~results["refused"]]
+    if measure != TEST_ACCURACY or BEST not in results:
+        accepted = accepted.assign(**{BEST: np.nan})
+    budget, n_refused = _budget(accepted), Counter(_cells(results[results["refused"]]))
+    numbers = accepted.set_index("seed")[[measure, BEST]].astype(np.float64)
+    by_cell = {
+        cell: numbers.iloc[rows].sort_index()
+        for cell, rows in accepted.groupby(list(AXES)).indices.items()
+    }
+    no_runs, rows = numbers.iloc[:0], []
+    for cell, against in pairs:
+        ours, theirs = by_cell.get(cell, no_runs), by_cell.get(against, no_runs)
+        seeds = ours.index.intersection(theirs.index)
+        row = dict(zip([*AXES, *AGAINST], (*cell, *against[1:]), strict=True))
+        row |= {"budget": budget, "n_refused": n_refused[cell] + n_refused[against]}
+        row |= _statistics(ours.loc[seeds], theirs.loc[seeds], margin, level)
+        rows.append(row | {"measure": measure, "margin": margin, "level": level})
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    used = [by_cell[cell] for cell in sorted({c for pair in pairs for c in pair} & set(by_cell))]
+    inflations = pd.concat([no_runs, *used]).eval(f"{BEST} - {measure}").to_numpy()
+    inflations = inflations[np.isfinite(inflations)]
+    if len(inflations):
+        table["inflation_mean"], table["inflation_max"] = inflations.mean(), inflations.max()
+    table["n_inflation"] = len(inflations)
+    table["p_holm"] = holm(table["p_value"].to_numpy(np.float64))
+    return table.astype({"seeds_needed": "Int64"})
+
+
+def _statistics(ours: pd.DataFrame, theirs: pd.DataFrame, margin: float, level: float) -> dict:
+    """The statistics of two cells.
+
+    Args:
+        ours, theirs: A row for each paired seed: the measure, and the accuracy of the best epoch.
     """
-
-    def __init__(self, results: pd.DataFrame, measure: str) -> None:
-        accepted = _accepted(results, measure)
-        best = "test_accuracy_best"
-        if measure != TEST_ACCURACY or best not in results:
-            accepted = accepted.assign(**{best: np.nan})
-        self.measure, self.budget = measure, _budget(accepted)
-        self.cells = sorted(set(_cells(results)))
-        self.accuracy = self._by_seed(accepted, measure)
-        self.best = self._by_seed(accepted, best)
-        self.n_refused = dict.fromkeys(self.cells, 0)
-        for cell in _cells(results[results["refused"]]):
-            self.n_refused[cell] += 1
-
-    def _by_seed(self, accepted: pd.DataFrame, column: str) -> dict[Cell, dict[int, float]]:
-        values: dict[Cell, dict[int, float]] = {cell: {} for cell in self.cells}
-        numbers = accepted[column].to_numpy(np.float64).tolist()
-        for cell, seed, value in zip(_cells(accepted), accepted["seed"], numbers, strict=True):
-            values[cell][seed] = value
-        return values
-
-    def check_known(self, axis: str, name: str) -> None:
-        """Raise ValueError when no row has `name` on `axis`."""
-        known = {cell[AXES.index(axis)] for cell in self.cells}
-        if name not in known:
-            raise ValueError(
-                f"no run of {axis} {name!r} to compare with; "
-                f"{nearest(name, known) if known else 'the results are empty'}"
-            )
-
-    def compare(self, pairs: list[tuple[Cell, Cell]], margin: float, level: float) -> pd.DataFrame:
-        """The comparison of each cell with the cell it is paired with."""
-        check_fraction("margin", margin, "an accuracy; params: compare.margin")
-        check_fraction("level", level, "params: compare.confidence_level")
-        rows = [
-            dict(zip([*AXES, *AGAINST], (*cell, *against[1:]), strict=True))
-            | self._statistics(cell, against, margin, level)
-            for cell, against in pairs
-        ]
-        table = pd.DataFrame(rows, columns=COLUMNS)
-        inflations = self._inflations({cell for pair in pairs for cell in pair})
-        if len(inflations):
-            table["inflation_mean"], table["inflation_max"] = inflations.mean(), inflations.max()
-        table["n_inflation"] = len(inflations)
-        table["p_holm"] = holm(table["p_value"].to_numpy(np.float64))
-        return table.astype({"seeds_needed": "Int64"})
-
-    def _inflations(self, cells: set[Cell]) -> np.ndarray:
-        """Best epoch minus last of each run that reports one, in the order of the cells."""
-        inflations = [
-            self.best[cell][seed] - accuracy
-            for cell in sorted(cells & set(self.cells))
-            for seed, accuracy in sorted(self.accuracy[cell].items())
-        ]
-        return np.array([x for x in inflations if np.isfinite(x)])
-
-    def _statistics(self, cell: Cell, against: Cell, margin: float, level: float) -> dict:
-        ours, theirs = self.accuracy[cell], self.accuracy.get(against, {})
-        seeds = sorted(ours.keys() & theirs.keys())
-        a, b = np.array([ours[s] for s in seeds]), np.array([theirs[s] for s in seeds])
-        mean, low, high, p_value = paired_interval(a - b, level)
-        _, low90, high90, _ = paired_interval(a - b, EQUIVALENCE_LEVEL)
-        best = np.array([self.best[cell][s] for s in seeds])
-        best_against = np.array([self.best[against][s] for s in seeds])
-        decision, sd = verdict(low, high, low90, high90, margin), _sd(a - b)
-        is_open = decision == "inconclusive" and len(seeds) > 1
-        return {
-            "budget": self.budget,
-            "n_seeds": len(seeds),
-            "n_refused": self.n_refused[cell] + self.n_refused.get(against, 0),
-            "mean": a.mean() if seeds else np.nan,
-            "sd": _sd(a),
-            "against_mean": b.mean() if seeds else np.nan,
-            "against_sd": _sd(b),
-            "difference": mean,
-            "sd_difference": sd,
-            "low": low,
-            "high": high,
-            "low90": low90,
-            "high90": high90,
-            "p_value": p_value,
-            "verdict": decision,
-            "seeds_needed": seeds_needed(sd, margin, level) if is_open else None,
-            "best_mean": best.mean() if seeds else np.nan,
-            "best_difference": (best - best_against).mean() if seeds else np.nan,
-            "measure": self.measure,
-            "margin": margin,
-            "level": level,
-        }
+    (a, best), (b, best_against) = ours.to_numpy().T, theirs.to_numpy().T
+    n = len(a)
+    mean, low, high, p_value = paired_interval(a - b, level)
+    _, low90, high90, _ = paired_interval(a - b, EQUIVALENCE_LEVEL)
+    decision, sd = verdict(low, high, low90, high90, margin), _sd(a - b)
+    is_open = decision == "inconclusive" and n > 1
+    return {
+        "n_seeds": n,
+        "mean": a.mean() if n else np.nan,
+        "sd": _sd(a),
+        "against_mean": b.mean() if n else np.nan,
+        "against_sd": _sd(b),
+        "difference": mean,
+        "sd_difference": sd,
+        "low": low,
+        "high": high,
+        "low90": low90,
+        "high90": high90,
+        "p_value": p_value,
+        "verdict": decision,
+        "seeds_needed": seeds_needed(sd, margin, level) if is_open else None,
+        "best_mean": best.mean() if n else np.nan,
+        "best_difference": (best - best_against).mean() if n else np.nan,
+    }
 
 
-def _accepted(results: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """The rows of accepted runs, once the table is checked."""
+def _check(results: pd.DataFrame, measure: str) -> None:
+    """Refuse a table that lacks columns, repeats a run, or holds an accuracy out of range."""
     needed = {*AXES, "seed", measure, "steps", "samples", "unique_examples", "refused"}
     missing = sorted(needed - set(results.columns))
     if missing:
@@ -230,7 +207,6 @@ def _accepted(results: pd.DataFrame, measure: str) -> pd.DataFrame:
             f"{measure} is {wrong.iloc[0][measure]} in {_cell_name(wrong.iloc[0])}, seed "
             f"{wrong.iloc[0].seed}; expected a number in [0, 1], or a refused row"
         )
-    return accepted
 
 
 def _budget(accepted: pd.DataFrame) -> str:
