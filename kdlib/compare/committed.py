@@ -14,6 +14,7 @@ import pandas as pd
 
 from kdlib.repro import files
 from kdlib.repro.tables import read_parquet, write_parquet
+from kdlib.study.evaluation import AXES
 from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 
@@ -93,7 +94,7 @@ def thin(curves: pd.DataFrame) -> pd.DataFrame:
     Returns: Rows of `curves` in their order: all of a cell that has few steps, else about 12 to 40
         of each run, as many as keep the whole near 8,000 rows.
     """
-    cell = ["student", "strategy", "fraction", "objective"]
+    cell = list(AXES)
     n_runs = curves.groupby([*cell, "seed"]).ngroups
     most = int(np.clip(POINTS // max(n_runs, 1), LEAST, MOST))
     kept = curves["step"] == curves.groupby([*cell, "seed"])["step"].transform("max")

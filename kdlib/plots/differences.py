@@ -62,7 +62,7 @@ def differences(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
     axs = fig.subplots(1, len(students), squeeze=False)[0]
     for i, (ax, student) in enumerate(zip(axs, students, strict=True)):
         of_student = comparison[comparison["student"] == student]
-        forest_plot(ax, of_student, margin, named=i == 0, legend=False)
+        forest_plot(ax, of_student, margin, named=i == 0)
         if len(students) > 1:
             ax.set_title(in_words(student))
     fig.supxlabel(axs[0].get_xlabel(), fontsize=RC["axes.labelsize"])
@@ -76,9 +76,7 @@ def differences(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
     return fig
 
 
-def forest_plot(
-    ax: Axes, comparison: pd.DataFrame, margin: float, named: bool = True, legend: bool = True
-) -> Axes:
+def forest_plot(ax: Axes, comparison: pd.DataFrame, margin: float, named: bool = True) -> Axes:
     """Each cell minus the cell it is paired with, in percentage points: a row for each.
 
     The thin line is the interval at the study's level, the thick one that at 90 %, which must lie
@@ -89,7 +87,6 @@ def forest_plot(
         comparison: From `compare.paired_differences` or `compare.objective_differences`.
         margin: Smallest difference of accuracy that matters, in (0, 1): the one of the comparison.
         named: Whether the rows are named at the left.
-        legend: Whether there is one.
 
     Returns: `ax`, a row for each comparison, strategy by strategy. A row without a pair of seeds
         says so.
@@ -125,13 +122,6 @@ def forest_plot(
     ax.set_ylim(rows["y"].iloc[-1] + 0.5, -0.9)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel(_difference_label(comparison))
-    if legend:
-        level = comparison["level"].iloc[0]
-        handles = [*verdict_handles(None), *_interval_handles(margin, level)]
-        ax.legend(
-            handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles),
-            columnspacing=1, handletextpad=0.5, handlelength=1.3, borderaxespad=0.2,
-        )  # fmt: skip
     return ax
 
 

@@ -21,7 +21,7 @@ from plots.example_tables import (
 from kdlib.plots import theme
 from kdlib.plots.accuracy import accuracy_by_fraction, accuracy_by_strategy
 from kdlib.plots.curves import diagnostics, learning_curves, probe_curves, probe_places
-from kdlib.plots.differences import differences, forest_plot
+from kdlib.plots.differences import differences
 from kdlib.plots.images import region_grid
 from kdlib.plots.layout import TALL
 from kdlib.study.evaluation import AXES
@@ -39,7 +39,7 @@ def draw(name):
         if name == "accuracy":
             accuracy_by_strategy(fig, result_table(), compared(result_table()))
         elif name == "differences":
-            forest_plot(fig.subplots(), compared(result_table()), margin=MARGIN)
+            differences(fig, compared(result_table()), margin=MARGIN)
         elif name == "curves":
             learning_curves(fig.subplots(), curve_table())
         elif name == "diagnostics":
