@@ -1,4 +1,4 @@
-"""What the studies found, in words, from their committed tables: docs/findings.md, README.md."""
+"""The findings of the studies, in words, from their committed tables (README, docs/findings.md)."""
 
 import itertools
 from collections.abc import Iterator
@@ -118,8 +118,8 @@ def findings(repository: str = "") -> list[str]:
 
 
 def finding(study: Study, question: str, repository: str = "") -> str:
-    """What one study found: an item of a list with the question, and one below it for each student,
-    and objective or fraction."""
+    """The findings of one study: an item of a list with the question, and one below it for each
+    student, and objective or fraction."""
     tables = comparisons(study, read_committed(study))
     kind = "strategies" if study.compare.objective is None else "controls"
     kind = kind if kind in tables else "objectives"  # the control is the training without teacher

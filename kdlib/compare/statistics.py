@@ -88,8 +88,8 @@ def seeds_needed(sd: float, margin: float, level: float = 0.95, power: float = 0
 
     Returns: S >= 2.
     Raises: ValueError for a number out of range.
-    Source: noncentral t; for equivalence the Bonferroni lower bound of the power, which never asks
-        for too few.
+    Source: noncentral t; for equivalence the Bonferroni lower bound of the power, so that S is not
+        too small.
 
     >>> seeds_needed(sd=0.01, margin=0.01), seeds_needed(sd=0.001, margin=0.01)
     (11, 3)

@@ -82,7 +82,7 @@ def shard_visits(fig: Figure, visits: Mapping[str, np.ndarray], title: str = "")
         visits: Policy -> (shards,) mean visits per example, >= 0; as many shards in each.
         title: Above all panels.
 
-    Returns: `fig`. Each panel says what share of all samples the last third of the shards supplied.
+    Returns: `fig`. The title of a panel has the share of samples from the last third of the shards.
     Raises: ValueError for no policies, or for policies over different numbers of shards.
     """
     sizes = {len(counts) for counts in visits.values()}
@@ -93,9 +93,9 @@ def shard_visits(fig: Figure, visits: Mapping[str, np.ndarray], title: str = "")
         ax.bar(np.arange(len(counts)), counts, width=1.0, color=BLUE, linewidth=0)
         late = counts[-(len(counts) // 3) :].sum() / counts.sum()
         never = int((counts == 0).sum())
-        title_of = f"{policy}: {late:.1%} of the samples from the last third of the shards"
-        title_of += f", {never} shards never read" if never else ""
-        ax.set_title(title_of, fontsize=TEXT_PT)
+        caption = f"{policy}: {late:.1%} of the samples from the last third of the shards"
+        caption += f", {never} shards never read" if never else ""
+        ax.set_title(caption, fontsize=TEXT_PT)
         ax.margins(x=0.01)
     fig.supxlabel("shard", fontsize=RC["axes.labelsize"])
     fig.supylabel("mean visits per image", fontsize=RC["axes.labelsize"])

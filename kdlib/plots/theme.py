@@ -122,7 +122,7 @@ def save_figure(fig: Figure, folder: str | Path, name: str) -> tuple[Path, Path]
 
     Args:
         fig: The figure.
-        folder: Where to; made when it is not there.
+        folder: Destination; created when it is missing.
         name: File name without its ending.
 
     Returns: The paths of the PDF and the PNG.

@@ -52,9 +52,9 @@ def results(study: Study) -> pd.DataFrame:
         `best_step` of the best epoch, `linear_accuracy` and `knn_accuracy` of the last step's
         probes; the budget, recorded (`steps samples unique_examples`), `declared_...`, and its kind
         (`budget`); `refused`, `reason`; `run`, its folder, and `command`, which makes it again;
-        hashes of what it was made from and of what it left; device and versions. Accuracies are in
-        [0, 1], NaN where there is no evidence, and at the best epoch also where the teacher has
-        learnt from the images it was chosen on.
+        hashes of its inputs and its weights; device and versions. Accuracies are in [0, 1], NaN
+        where there is no evidence, and at the best epoch also where the teacher was trained on the
+        images it was chosen on.
     """
     rows, inputs = [], _Inputs(study)
     evidences: dict[Cell, list[tuple[int, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
@@ -104,7 +104,7 @@ class _Inputs:
         }
         self.study, self.data = study, upstream["teacher"]["data"]
         self.datamap = upstream["datamap"]["datamap_sha256"]
-        self.card = functools.cache(lambda name: open_teacher(study, name))
+        self.teacher = functools.cache(lambda name: open_teacher(study, name))
 
     def changed(self, cell: Cell, evidence: dict[str, Any]) -> list[str]:
         """The inputs that changed since a run was made, as a reason to refuse it."""
@@ -113,7 +113,7 @@ class _Inputs:
         of_subset = name is not None and self.study.teachers[name].of_subset
         if evidence["data"] != self.data:
             changed.append("images")
-        if evidence["teacher"] and not of_subset and evidence["teacher"] != self.card(name):
+        if evidence["teacher"] and not of_subset and evidence["teacher"] != self.teacher(name):
             changed.append("teacher outputs")
         if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
             changed.append("datamap")

@@ -27,9 +27,8 @@ from kdlib.steps.datamap import open_datamap
 from kdlib.steps.distill import open_student
 from kdlib.study.load import load_study
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 LACKING = [
     what
     for what, there in (
