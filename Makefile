@@ -6,7 +6,8 @@
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
-LONG := tests/test_pipeline.py tests/test_slurm.py tests/explorer/test_browser.py tests/test_notebooks.py
+LONG := tests/test_pipeline.py tests/test_slurm.py tests/explorer/test_browser.py \
+  tests/test_notebooks.py tests/audit/test_report.py tests/test_gpu_study.py tests/test_faults.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: study test lab figures lint clean

@@ -117,20 +117,16 @@ def test_a_copy_lasts_and_is_kept_where_its_notebook_has_changed(checkout):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A workspace with the tiny study's cache, teacher and datamap, made by papermill; the study
-    sweeps over every strategy there is."""
+def home(tmp_path_factory, prepare_datamap):
+    """A workspace with the tiny study's cache, teacher and datamap; the study sweeps over every
+    strategy there is."""
     home = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDLIB_HOME", str(home))
-        (home / "params").mkdir()
-        tiny = (FOLDER.parent / "params" / "tiny.yaml").read_text()
-        assert "strategy: [random, easy]" in tiny
-        every = f"strategy: [{', '.join(STRATEGIES)}]"
-        tiny = tiny.replace("strategy: [random, easy]", every)
-        (home / "params" / "tiny.yaml").write_text(tiny)
-        for name in ("01_cache", "02_teacher", "03_datamap"):
-            _papermill(home, name)
+    prepare_datamap(home)
+    path = home / "params" / "tiny.yaml"
+    tiny = path.read_text()
+    assert "strategy: [random, easy]" in tiny
+    every = f"strategy: [{', '.join(STRATEGIES)}]"
+    path.write_text(tiny.replace("strategy: [random, easy]", every))
     return home
 
 
