@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from planning import dry_run, planned
 
 from kdlib.repro import files
 from kdlib.study.load import load_study
@@ -120,17 +121,8 @@ SCORES = {"record": 4, "scores": 1}
 
 def _planned(home, study):
     """How many jobs of each rule a dry run of the pipeline plans."""
-    options = ["--dry-run", "--quiet", "rules"]
-    process = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), *options,
-         "--directory", str(home), "--cores", "1", "--config", f"study={study}"],
-        env=_environment(home), capture_output=True, text=True,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    lines = [line.split() for line in (process.stdout + process.stderr).splitlines()]
-    counts = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
-    counts.pop("total"), counts.pop("all")
-    return counts
+    counts = planned(study, home, home / "plan.log", environment=_environment(home))
+    return {rule: n for rule, n in counts.items() if rule != "all"}
 
 
 @pytest.mark.parametrize(
@@ -186,27 +178,25 @@ def test_a_study_on_gpus_asks_for_one_and_its_threads_for_each_process(home):
     content = parse_yaml((home / STUDY).read_text())
     content["compute"] = {"device": "cuda", "threads": 3, "processes": 2}
     (home / STUDY).write_text(yaml.safe_dump(content))
-    process = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--dry-run",
-         "--workflow-profile", "none", "--directory", str(home), "--cores", "8",
-         "--config", f"study={home / STUDY}"],
-        env=_environment(home), capture_output=True, text=True,
-    )  # fmt: skip
-    told = {rule.split(":")[0]: rule for rule in process.stdout.split("\nrule ")}
+    printed = dry_run(
+        home / STUDY, home, home / "plan.log", "--cores", "8", environment=_environment(home)
+    )
+    jobs = {rule.split(":")[0]: rule for rule in printed.split("\nrule ")}
     for rule, threads, gpus in (
         ("teacher", 6, 2),
         ("distill", 6, 2),
         ("record", 3, 1),
         ("probe", 3, 1),
     ):
-        assert f"threads: {threads}\n" in told[rule]
-        assert f"gpu={gpus}\n" in told[rule]
-    assert "gpu" not in told["compare"]
+        assert f"threads: {threads}\n" in jobs[rule]
+        assert f"gpu={gpus}\n" in jobs[rule]
+    assert "gpu" not in jobs["compare"]
 
 
 def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
     content = parse_yaml((home / STUDY).read_text())
     content["seeds"] = [0, 1, 2]
+    content["axes"]["strategy"] = content["probe"]["strategy"] = ["random"]  # one notebook
     (home / STUDY).write_text(yaml.safe_dump(content))
     cell = load_study(home / STUDY).cells()[0]
     folder = home / "runs" / "tiny" / "distill" / cell.path
