@@ -38,9 +38,9 @@ from typing import Any
 import pack
 import yaml
 
-from kdlib import steps
 from kdlib.cache.info import build_caches
 from kdlib.repro import files
+from kdlib.steps import commands
 from kdlib.study.cells import Cell
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
@@ -217,7 +217,7 @@ class Campaign:
             n_workers: Students at once.
         """
         waiting, n_done = ordered(self.study), 0
-        done = steps.finished(self.study) if self.study.runs.exists() else set()
+        done = commands.finished(self.study) if self.study.runs.exists() else set()
         waiting = [point for point in waiting if point not in done]
         path, points = str(self.path), ("--points", "-")
         whole = "cache,teacher,datamap,distill"
@@ -265,7 +265,7 @@ class Campaign:
     def _possible(self, point: Point) -> bool:
         """Whether what a student needs is made; before the map is there, of the first two seeds."""
         early = "datamap" in self.made or point[1] in self.study.seeds[:2]
-        return early and steps.needed(self.study, point[0]) in self.made
+        return early and commands.needed(self.study, point[0]) in self.made
 
     def _probe_if_possible(self, done: set[Point]) -> None:
         """Probe beside the students as soon as it is clear of which seeds: of the first two when
@@ -292,7 +292,7 @@ class Campaign:
 
     def compare(self) -> Path | None:
         """Compare what is complete, in the time that is left; the file of the study compared."""
-        done = steps.finished(self.study)
+        done = commands.finished(self.study)
         found = balanced(self.study, done, self.failed)
         if found is None:
             self.tell({"step": "compare", "error": "no two seeds are complete: no comparison"})

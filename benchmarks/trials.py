@@ -22,7 +22,7 @@ from typing import Any
 
 from kdlib.repro import files
 
-ROOT = Path(files.__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = (".npy", ".parquet", ".safetensors", ".png", ".pdf", ".md", ".tex")
 TIMES = ("costs", "ledger")  # files that tell how long it took
 HANGS_S = 120.0

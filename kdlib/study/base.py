@@ -39,10 +39,16 @@ class Settings(BaseModel):
             return content
         given = {key: value for key, value in content.items() if value is not None}
         for key in content:
-            if key not in cls.model_fields:
+            if key not in cls.model_fields and not (content[key] is None and cls._elsewhere(key)):
                 raise ValueError(f"unknown key {key!r}; {nearest(key, cls.model_fields)}")
         # lists become tuples, so that settings are frozen all the way down
         return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+    @classmethod
+    def _elsewhere(cls, key: str) -> bool:
+        """Whether settings of another kind or origin in the place of these have the key."""
+        above = [k for k in cls.__mro__[1:] if issubclass(k, Settings) and k is not Settings]
+        return any(key in k.model_fields for base in above for k in base.__subclasses__())
 
 
 def known(value: str, names: Iterable[str], what: str) -> str:

@@ -364,13 +364,13 @@ def digits(study):
     )
     code = (  # a process of its own is held to the instructions that the study asks for
         "from kdlib.steps.cache import cache_images\n"
-        "from kdlib.steps.datamap import prepare_datamap\n"
+        "from kdlib.steps.datamap import make_datamap\n"
         "from kdlib.steps.teacher import make_teacher\n"
         "from kdlib.study import load_study\n"
         "study = load_study('params/quick.yaml')\n"
         "images = cache_images(study)\n"
         "make_teacher(study, images)\n"
-        "prepare_datamap(study, images)\n"
+        "make_datamap(study, images)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -176,7 +176,9 @@ def test_weights_of_another_network_are_refused_and_change_nothing(change, messa
 
 
 def test_a_foreign_architecture_is_refused_in_a_short_message(saved):
-    with pytest.raises(ValueError, match=r"does not fit this CifarResNet.*\.\.\.; give") as caught:
+    with pytest.raises(
+        ValueError, match=r"does not fit this CifarResNet.*\.\.\.; name the model"
+    ) as caught:
         load_weights(build("cifar_resnet20"), saved[1])
     assert len(str(caught.value)) < 1000
 

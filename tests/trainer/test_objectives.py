@@ -160,9 +160,8 @@ def test_a_study_trains_on_its_own_objective_and_anew_when_the_code_changes(home
     assert list((home / "runs/mine/archive").glob("*/distill"))
     columns = ["refused", "student", "strategy", "fraction", "objective", "test_accuracy"]
     table = objective_table(changed, {"results": pd.DataFrame(columns=columns)})
-    assert (
-        f"| mine | the study's own code (code mine.py, code_sha256 {sha256_of_code(home)}" in table
-    )
+    said = f"a function in a file of the user (code mine.py, code_sha256 {sha256_of_code(home)}"
+    assert f"| mine | {said}" in table
     assert "weight 0.1)" in table
     (home / "mine.py").unlink()
     with pytest.raises(StudyError, match=r"no file .*mine\.py"):
