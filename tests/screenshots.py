@@ -1,4 +1,4 @@
-"""Take the pictures of the walkable map again: figures/explorer/*.png.
+"""Take the pictures of the interactive datamap again: figures/explorer/*.png.
 
     python tests/screenshots.py
 

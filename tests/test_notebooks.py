@@ -178,7 +178,7 @@ def test_command_line_and_jupyterlab_give_the_same_bytes(home, tmp_path, monkeyp
         assert (home / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_the_walkable_map_is_the_still_one_where_nobody_looks(home):
+def test_the_interactive_datamap_is_a_figure_where_there_is_no_browser(home):
     _papermill(home, "03_datamap")
     text = (home / "elsewhere" / "out.ipynb").read_text()
     assert "No widgets can be shown here" in text
