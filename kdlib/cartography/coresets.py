@@ -34,7 +34,7 @@ def lowest(cost: np.ndarray, n: int, ties: np.ndarray) -> np.ndarray:
     return np.sort(np.lexsort((ties, cost))[:n])  # the last key sorts first
 
 
-def central(score: np.ndarray, n: int, ties: np.ndarray) -> np.ndarray:
+def moderate(score: np.ndarray, n: int, ties: np.ndarray) -> np.ndarray:
     """The n examples in the middle of the order by (score, ties).
 
     Of two that lie equally far from the middle, below and above, `ties` decides.
@@ -44,7 +44,8 @@ def central(score: np.ndarray, n: int, ties: np.ndarray) -> np.ndarray:
 
     Source: [Xia2023]; its code cuts at rounded quantiles.
 
-    >>> central(np.array([0.0, 9.0, 2.0, 1.0, 7.0]), 3, ties=np.arange(5, dtype=np.uint64)).tolist()
+    >>> score, ties = np.array([0.0, 9.0, 2.0, 1.0, 7.0]), np.arange(5, dtype=np.uint64)
+    >>> moderate(score, 3, ties).tolist()
     [2, 3, 4]
     """
     place = np.empty(len(ties), dtype=np.int64)
@@ -89,7 +90,7 @@ def mixture(
     return np.flatnonzero(taken)
 
 
-def coverage(
+def ccs(
     difficulty: np.ndarray, n: int, ties: np.ndarray, *, cutoff: float, n_strata: int
 ) -> np.ndarray:
     """Coverage-centric selection: without the hardest, equally many from every level of difficulty.
@@ -111,7 +112,7 @@ def coverage(
 
     >>> difficulty = np.array([0.0, 0.1, 0.1, 0.2, 1.0, 9.0])
     >>> ties = np.arange(6, dtype=np.uint64)
-    >>> coverage(difficulty, 3, ties, cutoff=0.2, n_strata=2).tolist()
+    >>> ccs(difficulty, 3, ties, cutoff=0.2, n_strata=2).tolist()
     [0, 1, 4]
     """
     n_kept = len(ties) - math.floor(Fraction(str(float(cutoff))) * len(ties))
@@ -133,7 +134,7 @@ def coverage(
     return np.sort(kept[order[within < np.repeat(budgets, sizes)]])
 
 
-def beta_sampling(
+def dual_beta(
     score: np.ndarray,
     confidence: np.ndarray,
     n: int,
@@ -164,7 +165,7 @@ def beta_sampling(
 
     >>> score, confidence = np.array([1.0, 1.0, 0.0]), np.array([0.9, 0.0, 0.5])
     >>> ties = np.array([7, 2, 1], np.uint64)
-    >>> beta_sampling(score, confidence, 1, ties, exponent=4).tolist()
+    >>> dual_beta(score, confidence, 1, ties, exponent=4).tolist()
     [0]
     """
     from scipy.special import xlog1py, xlogy

@@ -201,13 +201,13 @@ def choose(rule: Selection, examples: Candidates, n: int) -> np.ndarray:
             difficulty, cutoff = examples.difficulty(rule.score), rule.cutoff
             if cutoff == "at most 0.1":
                 cutoff = min(0.1, 1 - n / max(len(difficulty), 1))
-            return coresets.coverage(difficulty, n, ties, cutoff=cutoff, n_strata=rule.n_strata)
+            return coresets.ccs(difficulty, n, ties, cutoff=cutoff, n_strata=rule.n_strata)
         case Moderate():
-            return coresets.central(examples.score("class_distance"), n, ties)
+            return coresets.moderate(examples.score("class_distance"), n, ties)
         case DualBeta():
             dual, confidence = examples.score("dual"), examples.score("confidence")
             numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
-            return coresets.beta_sampling(dual, confidence, n, ties, **numbers)
+            return coresets.dual_beta(dual, confidence, n, ties, **numbers)
         case D2():
             difficulty = examples.difficulty(rule.score)
             difficulty -= min(difficulty.min(initial=0.0), 0.0)  # d2 takes numbers >= 0

@@ -42,19 +42,17 @@ def lowest_of_each(data):
 MIX = {"easy": 0.5, "hard": 0.3, "random": 0.2}
 SELECTORS = {
     "lowest": lambda d, n: coresets.lowest(d["score"], n, d["ties"]),
-    "central": lambda d, n: coresets.central(d["score"], n, d["ties"]),
+    "moderate": lambda d, n: coresets.moderate(d["score"], n, d["ties"]),
     "mixture": lambda d, n: coresets.mixture(
         {"easy": d["score"], "hard": -d["score"], "random": 0 * d["score"]}, MIX, n, d["ties"]
     ),
-    "coverage": lambda d, n: coresets.coverage(d["score"], n, d["ties"], cutoff=0, n_strata=4),
+    "ccs": lambda d, n: coresets.ccs(d["score"], n, d["ties"], cutoff=0, n_strata=4),
     "d2": lambda d, n: feature_coresets.d2(
         d["score"], d["features"], n, d["ties"], neighbours=3, gamma_forward=0.5, gamma_reverse=0.2
     ),
     "k_center": lambda d, n: feature_coresets.k_center(d["features"], n, d["ties"]),
     "herding": lambda d, n: feature_coresets.herding(d["features"], n, d["ties"]),
-    "beta_sampling": lambda d, n: coresets.beta_sampling(
-        d["score"], d["score"], n, d["ties"], exponent=4
-    ),
+    "dual_beta": lambda d, n: coresets.dual_beta(d["score"], d["score"], n, d["ties"], exponent=4),
     "per_class": lambda d, n: coresets.per_class(d["labels"], n, d["ties"], lowest_of_each(d)),
 }
 CASES = {
@@ -93,7 +91,7 @@ def test_permuting_the_examples_permutes_the_choice_alike(name, n_examples, kind
         assert sorted(order[chosen].tolist()) == SELECTORS[name](data, n).tolist()
 
 
-@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"central"}))
+@pytest.mark.parametrize("name", sorted(set(SELECTORS) - {"moderate"}))
 def test_where_all_is_equal_the_smallest_ties_are_chosen(name):
     data = data_of(30, 0, "constant")
     data["labels"][:] = 0
@@ -105,7 +103,7 @@ def test_where_all_is_equal_the_smallest_ties_are_chosen(name):
 
 def test_where_all_is_equal_central_takes_the_middle_of_the_ties():
     data = data_of(31, 0, "constant")
-    assert SELECTORS["central"](data, 11).tolist() == sorted(np.argsort(data["ties"])[10:21])
+    assert SELECTORS["moderate"](data, 11).tolist() == sorted(np.argsort(data["ties"])[10:21])
 
 
 @pytest.mark.parametrize("name", sorted(SELECTORS))
@@ -130,11 +128,11 @@ def test_central_takes_the_middle_and_of_two_equally_far_the_smaller_tie(ties, e
     # scores 0 .. 3 at positions 1, 2, 3, 0: the middle two are 2 and 3; the outer two 1 and 0
     score = np.array([3.0, 0.0, 1.0, 2.0])
     ties = np.array(ties, np.uint64)
-    assert coresets.central(score, 2, ties).tolist() == [2, 3]
+    assert coresets.moderate(score, 2, ties).tolist() == [2, 3]
     outer = {0: 1, 3: 0}[extra]
-    assert coresets.central(score, 3, ties).tolist() == sorted([2, 3, outer])
+    assert coresets.moderate(score, 3, ties).tolist() == sorted([2, 3, outer])
     # one of the middle two: position 2 has tie 2, position 3 has tie 1
-    assert coresets.central(score, 1, ties).tolist() == [3]
+    assert coresets.moderate(score, 1, ties).tolist() == [3]
 
 
 def test_a_mixture_takes_turns_and_passes_over_what_is_taken():
@@ -188,7 +186,7 @@ def test_coverage_follows_the_loop_of_its_paper(n_examples, kind, cutoff, n_stra
     data = data_of(n_examples, seed, kind)
     difficulty, ties = data["score"] ** 3, data["ties"]
     for n in range(n_examples - math.floor(Fraction(str(cutoff)) * n_examples) + 1):
-        chosen = coresets.coverage(difficulty, n, ties, cutoff=cutoff, n_strata=n_strata)
+        chosen = coresets.ccs(difficulty, n, ties, cutoff=cutoff, n_strata=n_strata)
         assert chosen.tolist() == coverage_loop(difficulty, n, ties, cutoff, n_strata)
 
 
@@ -197,25 +195,25 @@ def test_coverage_drops_the_hardest_and_shares_what_small_strata_lack():
     difficulty = np.array([0, 0, 1, 1, 2, 2, 3, 8, 8, 99.0])
     ties = np.arange(10, dtype=np.uint64)[::-1].copy()
     options = {"cutoff": 0.1, "n_strata": 2}
-    assert coresets.coverage(difficulty, 2, ties, **options).tolist() == [6, 8]
-    assert coresets.coverage(difficulty, 3, ties, **options).tolist() == [
+    assert coresets.ccs(difficulty, 2, ties, **options).tolist() == [6, 8]
+    assert coresets.ccs(difficulty, 3, ties, **options).tolist() == [
         5,
         6,
         8,
     ]  # odd one: the larger
-    assert coresets.coverage(difficulty, 6, ties, **options).tolist() == [3, 4, 5, 6, 7, 8]
-    assert coresets.coverage(difficulty, 9, ties, **options).tolist() == list(range(9))
+    assert coresets.ccs(difficulty, 6, ties, **options).tolist() == [3, 4, 5, 6, 7, 8]
+    assert coresets.ccs(difficulty, 9, ties, **options).tolist() == list(range(9))
 
 
 def test_a_cutoff_is_the_decimal_number_it_is_written_as():
     data = data_of(100, 0)  # 0.29 * 100 is 28.999... as a float; 29 are dropped
     with pytest.raises(ValueError, match=r"cutoff 0\.29 keeps 71 of 100; expected >= n"):
-        coresets.coverage(data["score"], 72, data["ties"], cutoff=0.29, n_strata=5)
+        coresets.ccs(data["score"], 72, data["ties"], cutoff=0.29, n_strata=5)
 
 
 def test_of_equally_hard_examples_coverage_drops_the_largest_ties():
     ties = np.array([3, 1, 2, 0], np.uint64)
-    assert coresets.coverage(np.ones(4), 2, ties, cutoff=0.5, n_strata=3).tolist() == [1, 3]
+    assert coresets.ccs(np.ones(4), 2, ties, cutoff=0.5, n_strata=3).tolist() == [1, 3]
 
 
 # --- Beta sampling --------------------------------------------------------------------------------
@@ -232,8 +230,7 @@ def test_beta_sampling_is_a_race_of_exponentials_with_the_weights_of_the_paper(n
     arrivals = stats.expon.ppf(uniform) / weights
     expected = np.sort(np.argsort(arrivals)[:n])
     assert (
-        coresets.beta_sampling(score, confidence, n, ties, exponent=5.5).tolist()
-        == expected.tolist()
+        coresets.dual_beta(score, confidence, n, ties, exponent=5.5).tolist() == expected.tolist()
     )
 
 
@@ -241,7 +238,7 @@ def test_beta_sampling_draws_in_proportion_to_the_score_where_confidence_is_equa
     rng = np.random.default_rng(0)
     score, n_draws = np.array([1.0, 2.0, 5.0]), 2000
     first = [
-        coresets.beta_sampling(score, np.full(3, 0.5), 1, ties_of(3, rng), exponent=4)[0]
+        coresets.dual_beta(score, np.full(3, 0.5), 1, ties_of(3, rng), exponent=4)[0]
         for _ in range(n_draws)
     ]
     share = np.bincount(first, minlength=3) / n_draws
@@ -254,7 +251,7 @@ def test_beta_sampling_leans_to_easier_examples_the_fewer_it_keeps():
     confidence, ties = rng.random(2000), ties_of(2000, rng)
     score = 1 - confidence  # the hardest have the highest score: mu is near 0
     means = [
-        confidence[coresets.beta_sampling(score, confidence, n, ties, exponent=4)].mean()
+        confidence[coresets.dual_beta(score, confidence, n, ties, exponent=4)].mean()
         for n in (20, 200, 600)
     ]
     assert means[0] > means[1] > means[2]
@@ -268,7 +265,7 @@ def test_weights_of_zero_come_last_and_infinite_ones_first():
     # mu is that of all, 0.665; n = 1: beta = 15 * 0.335 * (1 - (5/6)**0.01) = 0.009 < 1, so the
     # density is infinite at confidence 1 and 0 at confidence 0; a score of 0 stays a weight of 0
     chosen = [
-        set(coresets.beta_sampling(score, confidence, n, ties, exponent=0.01).tolist())
+        set(coresets.dual_beta(score, confidence, n, ties, exponent=0.01).tolist())
         for n in range(7)
     ]
     assert chosen[1] == {3}
@@ -281,7 +278,7 @@ def test_weights_of_zero_come_last_and_infinite_ones_first():
 def test_the_smallest_and_largest_ties_make_finite_random_numbers():
     ties = np.array([0, 2**64 - 1, 2**63], np.uint64)
     for n in range(4):
-        assert len(coresets.beta_sampling(np.ones(3), np.full(3, 0.5), n, ties, exponent=4)) == n
+        assert len(coresets.dual_beta(np.ones(3), np.full(3, 0.5), n, ties, exponent=4)) == n
 
 
 # --- classes --------------------------------------------------------------------------------------
