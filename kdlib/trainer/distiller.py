@@ -19,7 +19,7 @@ DISTILLERS: dict[type[Objective], type["Distiller"]] = {}
 Class = TypeVar("Class", bound=type["Distiller"])
 
 
-def of(*settings: type[Objective]) -> Callable[[Class], Class]:
+def register_for(*settings: type[Objective]) -> Callable[[Class], Class]:
     """Register a subclass of `Distiller` for the settings of a kind of objective."""
 
     def register(cls: Class) -> Class:

@@ -1,7 +1,7 @@
 """The loss of each kind of objective, one class per class of settings.
 
 To add one: its formula in `logit_losses` or `feature_losses`, its settings in
-`kdlib.study.objectives` (a class of `AnyObjective`), and a class here that `@of` registers for
+`kdlib.study.objectives` (a class of `AnyObjective`), and a class here, with `@register_for` and
 these settings.
 """
 
@@ -19,7 +19,7 @@ from kdlib.trainer.distiller import (
     Distiller,
     Outputs,
     Shapes,
-    of,
+    register_for,
     widened,
     widened_pair,
 )
@@ -88,7 +88,7 @@ def build_distiller(
         return cls(objective, student_shapes, teacher_shapes, n_examples)
 
 
-@of(settings.CrossEntropy, settings.LabelSmoothing)
+@register_for(settings.CrossEntropy, settings.LabelSmoothing)
 class LabelDistiller(Distiller):
     """The cross-entropy with labels that may be smoothed; no teacher."""
 
@@ -116,7 +116,7 @@ class LogitDistiller(Distiller):
         return hard + self.objective.temperature**2 * soft
 
 
-@of(settings.KD)
+@register_for(settings.KD)
 class KDDistiller(LogitDistiller):
     """`logit_losses.soft_loss`, and the cross-entropy with the rest of the weight."""
 
@@ -128,7 +128,7 @@ class KDDistiller(LogitDistiller):
         return (1 - o.alpha) * hard + o.alpha * o.temperature**2 * soft
 
 
-@of(settings.LogitMSE)
+@register_for(settings.LogitMSE)
 class LogitMSEDistiller(LogitDistiller):
     """`logit_losses.logit_mse`, and the cross-entropy with the rest of the weight."""
 
@@ -139,7 +139,7 @@ class LogitMSEDistiller(LogitDistiller):
         return (1 - self.objective.alpha) * hard + self.objective.alpha * soft
 
 
-@of(settings.DKD)
+@register_for(settings.DKD)
 class DKDDistiller(LogitDistiller):
     """The two parts of `logit_losses.decoupled`."""
 
@@ -149,7 +149,7 @@ class DKDDistiller(LogitDistiller):
         return o.target_weight * target + o.rest_weight * rest
 
 
-@of(settings.DIST)
+@register_for(settings.DIST)
 class DISTDistiller(LogitDistiller):
     """The two parts of `logit_losses.dist_terms`."""
 
@@ -171,7 +171,7 @@ def _grid(shapes: Shapes) -> str:
     return next(name for name in shapes if name.startswith("stage"))
 
 
-@of(settings.Hint)
+@register_for(settings.Hint)
 class HintDistiller(WeightedDistiller):
     """`feature_losses.hint` of one stage, behind a 1 x 1 convolution."""
 
@@ -186,7 +186,7 @@ class HintDistiller(WeightedDistiller):
         return feature_losses.hint(student[self._grids[0]], teacher[self._grids[1]])
 
 
-@of(settings.Similarity)
+@register_for(settings.Similarity)
 class SimilarityDistiller(WeightedDistiller):
     """`feature_losses.similarity` of one stage."""
 
@@ -196,7 +196,7 @@ class SimilarityDistiller(WeightedDistiller):
         return feature_losses.similarity(student[_grid(student)], teacher[_grid(teacher)])
 
 
-@of(settings.Attention)
+@register_for(settings.Attention)
 class AttentionDistiller(WeightedDistiller):
     """`feature_losses.attention` of all stages, in pairs."""
 
@@ -215,7 +215,7 @@ class AttentionDistiller(WeightedDistiller):
         return feature_losses.attention(*maps)
 
 
-@of(settings.RKD)
+@register_for(settings.RKD)
 class RKDDistiller(Distiller):
     """The two parts of `feature_losses.rkd`."""
 
@@ -226,7 +226,7 @@ class RKDDistiller(Distiller):
         return self.objective.distance_weight * distance + self.objective.angle_weight * angle
 
 
-@of(settings.CRD)
+@register_for(settings.CRD)
 class CRDDistiller(WeightedDistiller):
     """`feature_losses.crd` of embeddings; the student's is trained, the teacher's is fixed."""
 
@@ -254,7 +254,7 @@ class CRDDistiller(WeightedDistiller):
         )
 
 
-@of(settings.Tokens)
+@register_for(settings.Tokens)
 class TokensDistiller(Distiller):
     """The two parts of `feature_losses.tokens`, and `feature_losses.barlow` of two views."""
 
@@ -299,7 +299,7 @@ class TokensDistiller(Distiller):
         return self.objective.cls_weight * cls + self.objective.patch_weight * patches
 
 
-@of(settings.UserObjective)
+@register_for(settings.UserObjective)
 class UserDistiller(Distiller):
     """The functions `loss`, `term` and `projectors` of the user's file; `loss` is required and
     takes the place of a missing `term`."""
