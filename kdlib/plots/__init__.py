@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "theme": ["style", "save_figure", "NARROW", "WIDE"],
         "datamaps": ["datamap"],
         "curves": ["learning_curves", "probe_curves", "diagnostics"],
-        "differences": ["differences"],
+        "differences": ["forest_plot_by_student"],
         "images": ["region_grid"],
     },
 )

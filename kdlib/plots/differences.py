@@ -45,7 +45,7 @@ ACCURACIES = {  # column of results -> what it is called on an axis
 }
 
 
-def differences(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
+def forest_plot_by_student(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
     """`forest_plot`, a panel for each student, with names and legend once.
 
     Args:

@@ -32,7 +32,7 @@ from kdlib.plots.curves import (
     probe_places,
 )
 from kdlib.plots.datamaps import against, datamap, forming
-from kdlib.plots.differences import differences
+from kdlib.plots.differences import forest_plot_by_student
 from kdlib.plots.images import region_grid, shard_visits
 from kdlib.plots.scores import detectors, rank_correlations, stability
 from kdlib.plots.theme import WIDE, save_figures
@@ -160,7 +160,7 @@ def _result_figures(study: Study, tables: Tables) -> dict[str, Figure]:
     for name, comparison in comparisons.items():
         if len(tables.get(comparison, ())):
             figures[name] = Figure(figsize=(WIDE, 5.0))
-            differences(figures[name], _in_order(study, tables[comparison]), margin)
+            forest_plot_by_student(figures[name], _in_order(study, tables[comparison]), margin)
     subsets = accepted[accepted["strategy"] != "full"]
     if subsets["fraction"].nunique() >= 3 and subsets["strategy"].nunique() <= MOST_LINES:
         figures["fractions"] = Figure(figsize=(WIDE, 3.2))

@@ -7,7 +7,7 @@ from plots.example_tables import MARGIN, axis, compared, result_table, title_of,
 
 from kdlib.compare.differences import objective_differences
 from kdlib.plots import theme
-from kdlib.plots.differences import VERDICT_LOOKS, differences, forest_plot
+from kdlib.plots.differences import VERDICT_LOOKS, forest_plot, forest_plot_by_student
 
 
 def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
@@ -63,7 +63,7 @@ def test_another_margin_than_that_of_the_verdicts_is_refused():
 
 def test_two_students_share_the_names_and_the_legend_of_their_differences():
     comparison = compared(result_table(students=("tiny", "wide")))
-    fig = differences(Figure(figsize=(theme.WIDE, 5)), comparison, MARGIN)
+    fig = forest_plot_by_student(Figure(figsize=(theme.WIDE, 5)), comparison, MARGIN)
     assert [title_of(ax) for ax in fig.axes] == ["tiny", "wide"]
     left, right = fig.axes
     assert left.get_yticks().tolist() == right.get_yticks().tolist()

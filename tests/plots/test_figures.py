@@ -21,7 +21,7 @@ from plots.example_tables import (
 from kdlib.plots import theme
 from kdlib.plots.accuracy import accuracy_by_fraction, accuracy_by_strategy
 from kdlib.plots.curves import diagnostics, learning_curves, probe_curves, probe_places
-from kdlib.plots.differences import differences
+from kdlib.plots.differences import forest_plot_by_student
 from kdlib.plots.images import region_grid
 from kdlib.plots.layout import TALL
 from kdlib.study.evaluation import AXES
@@ -39,7 +39,7 @@ def draw(name):
         if name == "accuracy":
             accuracy_by_strategy(fig, result_table(), compared(result_table()))
         elif name == "differences":
-            differences(fig, compared(result_table()), margin=MARGIN)
+            forest_plot_by_student(fig, compared(result_table()), margin=MARGIN)
         elif name == "curves":
             learning_curves(fig.subplots(), curve_table())
         elif name == "diagnostics":
@@ -118,7 +118,7 @@ def test_large_studies_stay_legible_and_inside_a_page(kind):
             if kind == "accuracy":
                 accuracy_by_strategy(fig, results, compared(results))
             else:
-                differences(fig, compared(results), MARGIN)
+                forest_plot_by_student(fig, compared(results), MARGIN)
         fig.draw_without_rendering()
         extent = fig.get_tightbbox()
         rows = [label.get_window_extent() for label in fig.axes[0].get_yticklabels()]
