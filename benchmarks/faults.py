@@ -54,8 +54,8 @@ from trials import (
 
 from kdlib.cache.build import build_images, repair
 from kdlib.cache.journal import write_journal
-from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
+from kdlib.cache.study_source import open_source
 from kdlib.cartography.datamap import compute_datamap
 from kdlib.cartography.log import QUANTITIES, DynamicsLog
 from kdlib.cartography.subset import Subset

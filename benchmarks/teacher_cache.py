@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from kdlib.cache.build import build_images
-from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
+from kdlib.cache.study_source import open_source
 from kdlib.dataset.batch import Batch, View
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "shards": ["Cache", "CacheError"],
         "sources": ["Source", "array_source"],
-        "open": ["open_source"],
+        "study_source": ["open_source"],
         "build": ["build_images"],
     },
 )

@@ -19,9 +19,9 @@ from kdlib.cache.index import (
     shard_span,
 )
 from kdlib.cache.journal import journal_paths, read_journal
-from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
+from kdlib.cache.study_source import open_source
 from kdlib.repro import files
 from kdlib.study.data import cache_folder, parse_part
 from kdlib.study.load import load_study

@@ -3,8 +3,8 @@
 import pandas as pd
 
 from kdlib.cache.build import build_images
-from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
+from kdlib.cache.study_source import open_source
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels, pixel_statistics
 from kdlib.dataset.plan import split_ids

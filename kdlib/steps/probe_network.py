@@ -10,8 +10,8 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from kdlib.cache.build import build_images
-from kdlib.cache.open import open_source
 from kdlib.cache.shards import Cache
+from kdlib.cache.study_source import open_source
 from kdlib.compare.text import table
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels

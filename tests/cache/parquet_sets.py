@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from kdlib.cache.open import open_source
 from kdlib.cache.sources import Source
+from kdlib.cache.study_source import open_source
 from kdlib.study.data import Data, HuggingFace
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])

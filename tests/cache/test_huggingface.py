@@ -76,7 +76,7 @@ def test_ascending_ranges_open_the_stream_once_and_going_back_opens_it_again(par
 
 def test_a_process_may_end_with_a_stream_half_read(parquet):
     code = (
-        "from kdlib.cache.open import open_source\n"
+        "from kdlib.cache.study_source import open_source\n"
         "from kdlib.study.data import Data, HuggingFace\n"
         f"hub = HuggingFace(dataset={str(parquet)!r}, streaming=True)\n"
         "data = Data(source='huggingface', huggingface=hub, n_validation=1)\n"

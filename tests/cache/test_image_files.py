@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from kdlib.cache.image_files import Decoder, Payload
-from kdlib.cache.open import open_source
 from kdlib.cache.sources import Source
+from kdlib.cache.study_source import open_source
 from kdlib.study.data import Data
 
 NAMES = ("a.png", "b/a.png", "b/c/z.bmp", "b.JPG", "d/a.webp")  # sorted as paths: b.JPG before b/

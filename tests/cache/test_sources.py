@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdlib.cache.open import open_source
 from kdlib.cache.relabel import relabelled
 from kdlib.cache.sources import SPLITS, Source, array_source
+from kdlib.cache.study_source import open_source
 from kdlib.study.data import Data, Relabel
 
 
