@@ -1,4 +1,4 @@
-"""How long the interactive datamap takes in a browser without a GPU: until the points are on the screen,
+"""How long the interactive datamap takes in a browser without a GPU: until the points are there,
 and from the beginning of a lasso to the images of what it selected.
 
     PYTHONPATH=tests python benchmarks/explorer.py [--n 100000 1000000]
