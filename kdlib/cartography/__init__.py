@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "log": ["DynamicsLog"],
-        "datamap": ["compute_datamap", "regions"],
+        "datamap": ["compute_datamap", "ranked", "regions"],
         "selection": ["select"],
         "subset": ["Subset"],
         "scores": [

@@ -16,6 +16,7 @@ from kdlib.cartography.scores import (
     el2n,
     entropy,
     forgetting_events,
+    forgetting_rank,
     loss,
     never_learned,
     tdds,
@@ -118,6 +119,22 @@ def compute_datamap(log: DynamicsLog, *, el2n_epoch: int, window: int) -> pd.Dat
         columns[f"region_{rule}"] = pd.Categorical(names, categories=REGIONS)
     index = pd.Index(np.array(log.example_ids), name="example_id")
     return pd.DataFrame(columns, index=index)
+
+
+def ranked(table: pd.DataFrame, score: str) -> np.ndarray:
+    """A score as it orders examples, (N,) float64: its column, but for `forgetting_events`, where
+    examples never learned are the hardest (`scores.forgetting_rank`).
+
+    Raises: ValueError for forgetting events without the column `never_learned`.
+    """
+    if score != "forgetting_events":
+        return table[score].to_numpy(np.float64)
+    if "never_learned" not in table.columns:
+        raise ValueError(
+            "forgetting_events order examples together with the column never_learned, which the "
+            f"table lacks; it has {', '.join(map(str, table.columns))}: make the datamap again"
+        )
+    return forgetting_rank(table[score].to_numpy(), table["never_learned"].to_numpy(bool))
 
 
 def write_datamap(table: pd.DataFrame, path: Path, provenance: dict) -> Path:

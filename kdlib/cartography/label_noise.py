@@ -70,7 +70,10 @@ def over_epochs(log: DynamicsLog, wrong: np.ndarray, n_points: int = 10) -> pd.D
             "confidence": scores.confidence(log["gold_prob"][:epoch]),
             "loss": scores.loss(log["loss"][:epoch]),
             "el2n": scores.el2n(log["el2n"], epoch=epoch),
-            "forgetting_events": scores.forgetting_events(log["correct"][:epoch]),
+            "forgetting_events": scores.forgetting_rank(
+                scores.forgetting_events(log["correct"][:epoch]),
+                scores.never_learned(log["correct"][:epoch]),
+            ),
         }
         for name, score in detectors.items():
             area = roc_auc_score(wrong, DIFFICULTY[name] * score)

@@ -128,8 +128,8 @@ def forgetting_events(correct: np.ndarray) -> np.ndarray:
         correct: (E, N) int8 or bool, 0 or 1.
 
     Returns: (N,) int64 in [0, E // 2]; high = forgettable; 0 for an example never learned, which
-        `never_learned` tells apart. Source: [Toneva2019]; the paper counts every mini-batch
-        presentation and gives never-learned examples infinitely many.
+        `never_learned` tells apart, and which `forgetting_rank` makes the hardest. Source:
+        [Toneva2019]; the paper counts every mini-batch presentation.
 
     >>> forgetting_events(np.array([[1, 0], [0, 0], [1, 0], [0, 0]])).tolist()
     [2, 0]
@@ -151,6 +151,24 @@ def never_learned(correct: np.ndarray) -> np.ndarray:
     [False, True]
     """
     return _per_example_correct(correct, lambda block: ~block.any(axis=0))
+
+
+def forgetting_rank(events: np.ndarray, never_learned: np.ndarray) -> np.ndarray:
+    """What `forgetting_events` ranks by: an example never learned is harder than every other one.
+
+    Args:
+        events: (N,) int, as `forgetting_events` counts them.
+        never_learned: (N,) bool.
+
+    Returns: (N,) float64 >= 0; high = hard. Examples never learned all have one more than the
+        largest count. Source: [Toneva2019], who give them infinitely many; a finite number can be
+        averaged over runs.
+
+    >>> forgetting_rank(np.array([0, 2, 0]), np.array([False, False, True])).tolist()
+    [0.0, 2.0, 3.0]
+    """
+    events = np.asarray(events, np.float64)
+    return np.where(never_learned, events.max(initial=0) + 1, events)
 
 
 def aum(margin: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.cartography import coresets, feature_coresets
+from kdlib.cartography.datamap import ranked
 from kdlib.cartography.feature_scores import finite_features
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
@@ -66,8 +67,9 @@ def select(
     `full`: all (n must be N). `random`: uniformly; with one seed, a smaller random subset lies
     within a larger one. `easy`, `hard`, `ambiguous_corner`: nearest to (variability, confidence) =
     (0, 1), (0, 0), (1, 0.5). `ambiguous`: highest variability. `<score>_top`, `<score>_bottom`:
-    highest, lowest score. `coresets` and `feature_coresets` have the other rules. A rule that is
-    `balanced` chooses within each class, equally many from all classes as far as their sizes allow.
+    highest, lowest score; examples never learned have the most `forgetting_events`. `coresets` and
+    `feature_coresets` have the other rules. A rule that is `balanced` chooses within each class,
+    equally many from all classes as far as their sizes allow.
 
     Args:
         table: A datamap: index of N distinct int64 example ids in any order, score columns, `label`
@@ -137,7 +139,7 @@ class Candidates:
         return Candidates(self.table.iloc[positions], self.ties[positions], features, costs)
 
     def score(self, name: str) -> np.ndarray:
-        """A score, (N,) float64.
+        """A score as it orders examples, (N,) float64.
 
         Raises: ValueError when it is absent or not finite.
         """
@@ -147,7 +149,7 @@ class Candidates:
                 f"the strategy needs the score {name!r}, which the datamap lacks{hint}; it has "
                 f"{', '.join(map(str, self.table.columns))}"
             )
-        score = self.table[name].to_numpy(dtype=np.float64)
+        score = ranked(self.table, name)
         bad = ~np.isfinite(score)
         if bad.any():
             raise ValueError(

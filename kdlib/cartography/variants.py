@@ -20,7 +20,7 @@ from kdlib.cartography.log import DynamicsLog
 # `trend` forgetfulness, and some computes `grand` of the last layer only, here `grand_last`.
 SAME_NAME = {
     "correctness": ("correctness_half",),
-    "forgetting_events": ("forgetting_unlearned_last", "trend"),
+    "forgetting_events": ("forgetting_unlearned_first", "trend"),
     "aum": ("aum_softmax", "aum_softmax_last"),
     "el2n": ("el2n_first_ten",),
     "entropy": ("entropy_last",),
@@ -45,19 +45,19 @@ def correctness_half(gold_prob: np.ndarray) -> np.ndarray:
     return scores.per_example(gold_prob, lambda block: (block > 0.5).mean(axis=0))
 
 
-def forgetting_unlearned_last(correct: np.ndarray) -> np.ndarray:
-    """Forgetting events, examples never learnt counted as E of them.
+def forgetting_unlearned_first(correct: np.ndarray) -> np.ndarray:
+    """Forgetting events alone: an example never learned ranks as one that was never forgotten.
 
     Args:
         correct: (E, N) int8 or bool, 0 or 1.
 
-    Returns: (N,) int64 in [0, E]. Source: several public codes, with E, 1000 or infinity.
+    Returns: (N,) int64 in [0, E // 2]. Source: some public codes; others count an example never
+        learned as E, 1000 or infinitely many, which ranks as `scores.forgetting_rank`.
 
-    >>> forgetting_unlearned_last(np.array([[1, 0], [0, 0]])).tolist()
-    [1, 2]
+    >>> forgetting_unlearned_first(np.array([[1, 0], [0, 0]])).tolist()
+    [1, 0]
     """
-    events = scores.forgetting_events(correct)
-    return np.where(scores.never_learned(correct), len(correct), events)
+    return scores.forgetting_events(correct)
 
 
 def aum_softmax(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -168,7 +168,7 @@ def variants(log: DynamicsLog, *, window: int) -> pd.DataFrame:
     """
     columns = {
         "correctness_half": correctness_half(log["gold_prob"]),
-        "forgetting_unlearned_last": forgetting_unlearned_last(log["correct"]),
+        "forgetting_unlearned_first": forgetting_unlearned_first(log["correct"]),
         "entropy_last": entropy_last(log["entropy"]),
         "el2n_first_ten": el2n_first_ten(log["el2n"]),
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kdlib.cartography.datamap import ranked
 from kdlib.cartography.selection import tie_break
 from kdlib.cartography.subset import Subset
 from kdlib.explorer.selections import selection_path
@@ -179,7 +180,10 @@ class Explorer:
         """The rows of one page of the gallery, in its order; a number out of range is moved in."""
         self.number = min(max(self.number if number is None else number, 0), self.n_pages - 1)
         rows = self.table.loc[self.selected]
-        rows = rows.sort_values(self.sort, ascending=self.ascending, kind="stable")
+        order = pd.Series(ranked(rows, self.sort)).sort_values(
+            ascending=self.ascending, kind="stable"
+        )
+        rows = rows.iloc[order.index]
         return rows.iloc[self.number * PAGE : (self.number + 1) * PAGE]
 
     def counts(self) -> pd.DataFrame:

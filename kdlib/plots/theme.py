@@ -61,7 +61,7 @@ WORDS = {
     "dual": "DUAL", "dyn_unc": "Dyn-Unc", "grand": "GraNd", "grand_last": "GraNd (last layer)",
     "ccs": "CCS", "d2": "D2", "dual_beta": "DUAL (beta)", "k_center": "k-center",
     "random_balanced": "random (balanced)", "correctness_half": "correctness (p > 1/2)",
-    "forgetting_unlearned_last": "forgetting (unlearned = E)", "aum_softmax": "AUM (softmax)",
+    "forgetting_unlearned_first": "forgetting (unlearned = 0)", "aum_softmax": "AUM (softmax)",
     "aum_softmax_last": "AUM (softmax, last)", "entropy_last": "entropy (last)",
     "el2n_first_ten": "EL2N (sum of ten)",
     "dyn_unc_but_last": "Dyn-Unc (but last)", "tdds_absolute": "TDDS (absolute)",

@@ -12,7 +12,7 @@ from kdlib.cartography.agreement import (
     spearman,
     stability,
 )
-from kdlib.cartography.datamap import compute_datamap
+from kdlib.cartography.datamap import compute_datamap, ranked
 from kdlib.cartography.variants import SAME_NAME, variants
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.text import table, write_text
@@ -28,7 +28,8 @@ TARGET = 0.95  # Spearman's correlation at which two averages count as one ranki
 def recorded_scores(
     study: Study, images: Images, models: Iterable[str] | None = None
 ) -> dict[str, dict[int, pd.DataFrame]]:
-    """Every score and variant in every recorded run: model -> seed -> table by example id.
+    """Every score, as it ranks examples, and variant in every recorded run: model -> seed -> table
+    by example id.
 
     Args:
         models: Some of the study's; None: all.
@@ -43,6 +44,7 @@ def recorded_scores(
         for seed in recordings.seeds:
             log = open_log(study, images, model, f"seed={seed}")
             of_run = compute_datamap(log, el2n_epoch=epoch, window=window)
+            of_run["forgetting_events"] = ranked(of_run, "forgetting_events")
             of_run = of_run.join(variants(log, window=window))
             gradients = open_gradients(study, model, f"seed={seed}")
             if gradients is not None:

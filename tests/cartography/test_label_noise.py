@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from cartography.test_log import finished
 from cartography.test_variants import recorded
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,13 @@ def test_over_epochs_each_score_sees_only_the_epochs_so_far(tmp_path):
     margins = log["margin"][:4].astype(float).mean(axis=0)
     assert table["aum", 4] == pytest.approx(roc_auc_score(wrong, -margins))
     assert table["el2n", 4] == pytest.approx(roc_auc_score(wrong, log["el2n"][3].astype(float)))
+
+
+def test_a_label_that_is_never_learned_is_more_suspicious_than_one_that_was_forgotten(tmp_path):
+    # id 10 is forgotten once, id 20 never, id 30 is never right
+    log, wrong = finished(tmp_path), np.array([False, False, True])
+    table = label_noise.over_epochs(log, wrong, n_points=2).set_index(["detector", "epoch"])
+    assert table.loc[("forgetting_events", 4), "auroc"] == 1
 
 
 def test_examples_below_99_percent_of_the_pretending_ones_are_flagged():

@@ -20,7 +20,7 @@ def table_of(n, seed=0, ties=True):
     columns = {name: rng.random(n) for name in SCORES}
     if ties:
         columns = {name: np.round(values, 1) for name, values in columns.items()}
-    columns["label"] = rng.integers(0, 3, n)
+    columns["label"], columns["never_learned"] = rng.integers(0, 3, n), rng.random(n) < 0.2
     return pd.DataFrame(columns, index=pd.Index(ids, name="example_id", dtype=np.int64))
 
 
@@ -54,6 +54,39 @@ SMALL = pd.DataFrame(
 def test_strategies_take_examples_in_the_order_worked_by_hand(strategy, order):
     for n in range(5):
         assert select(SMALL, n, strategy, seed=0).tolist() == sorted(order[:n])
+
+
+# Never forgotten, forgotten twice, never learned (which has no forgetting events either).
+FORGOTTEN = pd.DataFrame(
+    {"forgetting_events": [0, 2, 0], "never_learned": [False, False, True], "label": [0, 1, 1]},
+    index=pd.Index([1, 2, 3], name="example_id"),
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "order"),
+    [
+        ("forgetting_events_top", [3, 2, 1]),
+        ("forgetting_events_bottom", [1, 2, 3]),
+        (Ranking(kind="forgetting_events_top", balanced=True), [None, (1, 3)]),
+        (Mixture(shares={"forgetting_events_top": 1.0}), [3, 2, 1]),
+        (D2(neighbours=1, gamma_forward=99.0, gamma_reverse=99.0), [3, 2, 1]),
+        (CCS(score="forgetting_events", cutoff=0.4, n_strata=1), [None, (1, 2)]),
+    ],
+)
+def test_an_example_never_learned_is_harder_than_any_that_was_forgotten(rule, order):
+    features = np.array([[0.0], [9.0], [99.0]])
+    for n, chosen in enumerate(order, 1):
+        expected = chosen if isinstance(chosen, tuple) else sorted(order[:n])
+        if chosen is not None:
+            for seed in range(8):  # no tie to decide
+                assert select(FORGOTTEN, n, rule, seed, features).tolist() == list(expected)
+
+
+def test_forgetting_events_without_those_never_learned_order_nothing():
+    table = FORGOTTEN.drop(columns="never_learned")
+    with pytest.raises(ValueError, match="together with the column never_learned, which the table"):
+        select(table, 1, "forgetting_events_top", seed=0)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_variants_of_three_examples_are_as_worked_by_hand(tmp_path):
     table = variants(finished(tmp_path), window=3)
     expected = {
         "correctness_half": [0.5, 1, 0],
-        "forgetting_unlearned_last": [1, 0, 4],
+        "forgetting_unlearned_first": [1, 0, 0],
         # H(1/4, 3/4) in every epoch
         "entropy_last": [math.log(4) - 0.75 * math.log(3)] * 3,
         "aum_softmax_last": [0.5, 0.5, -0.5],
@@ -92,7 +92,7 @@ def test_el2n_is_summed_over_ten_epochs_at_most(tmp_path):
 def test_without_logits_and_epochs_to_spare_fewer_variants_are_there(tmp_path):
     table = variants(finished(tmp_path, logits=False), window=4)  # as many epochs as the window
     assert set(table.columns) == {
-        "correctness_half", "forgetting_unlearned_last", "entropy_last", "el2n_first_ten",
+        "correctness_half", "forgetting_unlearned_first", "entropy_last", "el2n_first_ten",
     }  # fmt: skip
 
 

@@ -41,6 +41,15 @@ def test_the_gallery_is_sorted_either_way_by_any_score(state):
         state.order("aumm", True)
 
 
+def test_the_gallery_ends_with_what_was_never_learned_by_forgetting_events(state):
+    ids = state.table.index[:9]
+    state.table.loc[ids, "forgetting_events"], state.table["never_learned"] = 1, False
+    state.table.loc[ids[4], ["forgetting_events", "never_learned"]] = 0, True
+    state.select(ids)
+    state.order("forgetting_events", ascending=True)
+    assert state.page().index.tolist() == [*ids[:4], *ids[5:], ids[4]]
+
+
 def test_pages_out_of_range_are_moved_in(state):
     state.select(state.table.index[:60])
     assert len(state.page(9)) == 12

@@ -106,6 +106,10 @@ def test_gradients_are_those_of_the_first_model_s_seeds(study, made):
     scores = recorded_scores(study, made[2])
     assert {"grand", "grand_last"} <= set(scores["tiny"][0])
     assert "grand" not in scores["wide"][0]
+    for of_run in scores["wide"].values():  # as they rank: never learned is hardest
+        events, never = of_run["forgetting_events"], of_run["never_learned"]
+        assert (events[never] == of_run["forgetting_unlearned_first"].max() + 1).all()
+        assert (events[~never] == of_run["forgetting_unlearned_first"][~never]).all()
     assert not np.allclose(scores["tiny"][0]["grand"], scores["tiny"][3]["grand"])
 
 
