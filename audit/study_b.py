@@ -43,10 +43,10 @@ def stale_features(bench: Bench) -> Exhibit:
     ours = linear_probe(train_features, fresh, C_GRID, 0).accuracy
     sentence = refused(lambda: linear_probe(train_features, untrained, C_GRID, 0))
     slack = 2 * math.sqrt(floor * (1 - floor) / len(bench.test_ids))  # as notebook 05's
-    below = [
+    (wrong_passed, reason), (honest_passed, _) = (
         checks.probe_floor({"floor": {"trained": accuracy, "untrained": floor, "slack": slack}})
         for accuracy in (wrong, ours)
-    ]
+    )
     return Exhibit(
         study="B",
         name="test features of the untrained student",
@@ -56,9 +56,9 @@ def stale_features(bench: Bench) -> Exhibit:
         defect=wrong,
         honest=ours,
         tripwire="probe.linear_probe, checks.probe_floor",
-        sentence=f"{below[0].sentence}; {sentence}",
-        caught=bool(sentence) and not below[0].passed,
-        quiet=below[1].passed,
+        sentence=f"{reason}; {sentence}",
+        caught=bool(sentence) and not wrong_passed,
+        quiet=honest_passed,
     )
 
 

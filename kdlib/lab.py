@@ -43,9 +43,8 @@ from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.teacher_outputs import open_stored
 from kdlib.study.cells import Cell
 from kdlib.study.evaluation import AXES
-from kdlib.study.load import load_study
+from kdlib.study.load import load_study, study_file
 from kdlib.study.parameters import check_history
-from kdlib.study.place import study_file
 from kdlib.study.study import Study
 
 Name, Share = str | None, float | None

@@ -142,7 +142,7 @@ class DynamicsLog:
             if (folder.parent / "evidence.json").exists():
                 how = _remedy(folder)
             raise FileNotFoundError(f"{folder} holds {state} dynamics log; {how}")
-        index = files.read_record(folder / "index.json")
+        index = files.read_json(folder / "index.json")
         if index.get("format") not in (1, FORMAT):
             raise ValueError(
                 f"{folder} has dynamics log format {index.get('format')}; expected {FORMAT}: "
@@ -330,7 +330,7 @@ def _layout(header: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 def _begin(folder: Path, header: dict) -> None:
     """Write the header of a new log, or refuse to go on with a log of another header."""
     if (folder / "header.json").exists():
-        lines = files.difference(header, files.read_record(folder / "header.json"))
+        lines = files.difference(header, files.read_json(folder / "header.json"))
         if lines:
             raise ValueError(
                 f"{folder} holds a dynamics log of other settings (key: there -> requested):\n  "

@@ -1,9 +1,9 @@
 """The checks on a run's evidence.
 
-Each check is a function from the evidence to a `Check`: passed or failed, with a sentence. Checks
-run where the number is made (a failure stops the notebook) and again when a table is compiled (a
-failure refuses the row and gives the reason). To add one: a function here, listed in `TEACHER`,
-`RUN`, `STUDENT` or `PROBE`; what it reads goes into the evidence of the step.
+Each check is a function from the evidence to whether it passed, and a sentence. Checks run where
+the number is made (a failure stops the notebook) and again when a table is compiled (a failure
+refuses the row and gives the reason). To add one: a function here, listed in `TEACHER`, `RUN`,
+`STUDENT` or `PROBE`; what it reads goes into the evidence of the step.
 """
 
 from collections.abc import Callable, Iterable
@@ -34,71 +34,68 @@ class CheckError(RuntimeError):
 
 
 Evidence = dict[str, Any]
+Outcome = tuple[bool, str]  # whether the check passed, and a sentence
 
 
-def budget(evidence: Evidence) -> Check:
+def budget(evidence: Evidence) -> Outcome:
     """Unique examples, samples and steps on record are those declared."""
     declared, recorded = evidence["budget"]["declared"], evidence["budget"]["recorded"]
     lines = files.difference(recorded, declared)
-    sentence = f"declared -> recorded: {'; '.join(lines)}" if lines else f"recorded {recorded}"
-    return Check("budget", not lines, sentence)
+    return (
+        not lines,
+        f"declared -> recorded: {'; '.join(lines)}" if lines else f"recorded {recorded}",
+    )
 
 
-def coverage(evidence: Evidence) -> Check:
+def coverage(evidence: Evidence) -> Outcome:
     """The examples of the subset and no others were visited, each as often as planned. Unless each
     pass draws some of the shards, the numbers of visits differ by at most one."""
     visits, wanted = evidence["coverage"], evidence["subset"]["n_examples"]
     even = visits["most"] - visits["fewest"] <= 1 or visits["shards_per_pass"] is not None
     seen_all = visits["unique"] == evidence["budget"]["declared"]["unique_examples"]
-    return Check(
-        "coverage",
-        even and seen_all and visits["outside_subset"] == visits["unlike_plan"] == 0,
+    passed = even and seen_all and visits["outside_subset"] == visits["unlike_plan"] == 0
+    return passed, (
         f"{visits['unique']} of {wanted} examples visited {visits['fewest']} to {visits['most']} "
         f"times, {visits['unlike_plan']} not as often as planned, {visits['outside_subset']} "
-        "visits outside the subset",
+        "visits outside the subset"
     )
 
 
-def gradient(evidence: Evidence) -> Check:
+def gradient(evidence: Evidence) -> Outcome:
     """The first step's gradient reached every trained tensor."""
     norm, without, n = (evidence["gradient"][k] for k in ("norm", "tensors_without", "tensors"))
-    return Check(
-        "gradient",
-        norm > 0 and without == 0,
-        f"gradient norm {norm:.3g}; {without} of {n} parameter tensors got none",
-    )
+    sentence = f"gradient norm {norm:.3g}; {without} of {n} parameter tensors got none"
+    return norm > 0 and without == 0, sentence
 
 
-def pairing(evidence: Evidence) -> Check:
+def pairing(evidence: Evidence) -> Outcome:
     """Teacher rows belong to their examples: permuting them raises the objective's teacher term,
     and the logits that the loader reads are as accurate as the teacher's stored outputs."""
     terms = evidence["pairing"]
     if terms is None:
-        return Check("pairing", True, "no teacher in this objective")
+        return True, "no teacher in this objective"
     passed = terms["permuted"] - terms["paired"] > ROUNDING
     sentence = f"teacher term {terms['paired']:.4g}, {terms['permuted']:.4g} with permuted rows"
     if terms["teacher_accuracy"] is not None:
         read, measured = terms["teacher_accuracy"], terms["stored_accuracy"]
         passed = passed and abs(read - measured) < 1e-9
         sentence += f"; teacher rows {read:.2%} right where the teacher is {measured:.2%}"
-    return Check("pairing", passed, sentence)
+    return passed, sentence
 
 
-def teacher_card(evidence: Evidence) -> Check:
+def teacher_card(evidence: Evidence) -> Outcome:
     """The teacher's accuracy, measured on its stored outputs, reaches the expected one."""
     card = evidence["teacher"]
     if card is None:
-        return Check("teacher_card", True, "no teacher in this objective")
-    return Check(
-        "teacher_card",
-        card["measured"] >= card["claimed"] - card["tolerance"],
+        return True, "no teacher in this objective"
+    return card["measured"] >= card["claimed"] - card["tolerance"], (
         f"teacher measured {card['measured']:.2%} on the {card['split']} split by "
         f"{card['measured_by']}, claimed {card['claimed']:.2%} (tolerance "
-        f"{card['tolerance']:.2%}), trained on: {card['trained_on']}",
+        f"{card['tolerance']:.2%}), trained on: {card['trained_on']}"
     )
 
 
-def untouched_test(evidence: Evidence) -> Check:
+def untouched_test(evidence: Evidence) -> Outcome:
     """The best epoch was chosen on validation images that were not trained on, and no validation
     image that the teacher was trained on steered the training."""
     selection = evidence["selection"]
@@ -109,41 +106,32 @@ def untouched_test(evidence: Evidence) -> Check:
     steered = by_teacher > 0 and selection["steers"] is not None
     if steered:
         sentence += f"; yet `{selection['steers']}` read them"
-    return Check(
-        "untouched_test", chosen == "validation" and overlap == 0 and not steered, sentence
-    )
+    return chosen == "validation" and overlap == 0 and not steered, sentence
 
 
-def probe_floor(evidence: Evidence) -> Check:
+def probe_floor(evidence: Evidence) -> Outcome:
     """A trained network's probe is not below that of the untrained network."""
     trained, floor, slack = (evidence["floor"][k] for k in ("trained", "untrained", "slack"))
-    return Check(
-        "probe_floor",
-        trained >= floor - slack,
-        f"linear probe {trained:.2%} trained, {floor:.2%} untrained (slack {slack:.2%})"
-        + (
-            ""
-            if trained >= floor - slack
-            else ": were test features extracted with the weights of this checkpoint?"
-        ),
-    )
+    sentence = f"linear probe {trained:.2%} trained, {floor:.2%} untrained (slack {slack:.2%})"
+    if trained < floor - slack:
+        sentence += ": were test features extracted with the weights of this checkpoint?"
+    return trained >= floor - slack, sentence
 
 
-def same_weights(evidence: Evidence) -> Check:
+def same_weights(evidence: Evidence) -> Outcome:
     """Training and test features of every probe came from the same weights."""
     wrong = [p for p in evidence["probes"] if p["train_weights"] != p["test_weights"]]
-    sentence = f"{len(wrong)} of {len(evidence['probes'])} probes mix features of two weights"
-    return Check("same_weights", not wrong, sentence)
+    return (
+        not wrong,
+        f"{len(wrong)} of {len(evidence['probes'])} probes mix features of two weights",
+    )
 
 
-def not_collapsed(evidence: Evidence) -> Check:
+def not_collapsed(evidence: Evidence) -> Outcome:
     """The effective rank of the features reaches a share of that of isotropic features."""
     ratio, least = evidence["collapse"]["ratio"], evidence["collapse"]["threshold"]
-    return Check(
-        "not_collapsed",
-        ratio >= least,
-        f"effective rank is {ratio:.1%} of that of isotropic features (at least {least:.1%})",
-    )
+    sentence = f"effective rank is {ratio:.1%} of that of isotropic features (at least {least:.1%})"
+    return ratio >= least, sentence
 
 
 TEACHER = (teacher_card,)
@@ -152,19 +140,19 @@ STUDENT = (*RUN, pairing, teacher_card)
 PROBE = (probe_floor, same_weights, not_collapsed)
 
 
-def run_all(checks: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[Check]:
+def run_all(checks: Iterable[Callable[[Evidence], Outcome]], evidence: Evidence) -> list[Check]:
     """Every check on one run's evidence; one whose evidence is missing has failed."""
     results = []
     for check in checks:
         try:
-            results.append(check(evidence))
+            outcome = check(evidence)
         except (KeyError, TypeError) as error:
-            sentence = f"the evidence this needs is missing ({error})"
-            results.append(Check(check.__name__, False, sentence))
+            outcome = False, f"the evidence this needs is missing ({error})"
+        results.append(Check(check.__name__, *outcome))
     return results
 
 
-def demand(checks: Iterable[Callable[[Evidence], Check]], evidence: Evidence) -> list[dict]:
+def demand(checks: Iterable[Callable[[Evidence], Outcome]], evidence: Evidence) -> list[dict]:
     """Run checks and stop at failures.
 
     Returns: The results, ready for the evidence.
@@ -190,34 +178,24 @@ def checkpoint_hashes(folder: Path, evidence: Evidence) -> Check:
 
 def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
     """Two seeds of one cell share neither initial weights nor order; one `Check` per run."""
+    drawn = [{e["initialisation"]["weights_sha256"], e["order_sha256"]} - {None} for e in evidences]
     results = []
-    for i, evidence in enumerate(evidences):
+    for i, mine in enumerate(drawn):
         twins = [
-            other["seeds"]["requested"]
-            for j, other in enumerate(evidences)
-            if i != j
-            and (
-                evidence["initialisation"]["weights_sha256"]
-                == other["initialisation"]["weights_sha256"]
-                or evidence["order_sha256"] == other["order_sha256"] is not None
-            )
+            evidence["seeds"]["requested"]
+            for j, evidence in enumerate(evidences)
+            if i != j and mine & drawn[j]
         ]
-        sentence = (
-            f"shares initial weights or order with seed {twins}" if twins else "draws of its seed"
-        )
-        results.append(Check("distinct_seeds", not twins, sentence))
+        shared = f"shares initial weights or order with seed {twins}"
+        results.append(Check("distinct_seeds", not twins, shared if twins else "draws of its seed"))
     return results
 
 
 def differing(settings: dict[str, Any], other: dict[str, Any], allowed: Iterable[str]) -> list[str]:
-    """Settings in which two runs differ, without those that may differ.
+    """Lines `key: other -> this` of the settings in which two runs differ.
 
     Args:
-        settings: Of one run.
-        other: Of the other.
         allowed: Dotted prefixes of settings that may differ, such as `step.subset`.
-
-    Returns: Lines `key: other -> this`; empty when nothing else differs.
     """
     allowed = tuple(allowed)
     return [line for line in files.difference(settings, other) if not line.startswith(allowed)]

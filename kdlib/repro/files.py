@@ -27,8 +27,7 @@ def workspace() -> Path:
 
 
 def data_root() -> Path:
-    """The folder of downloaded data and weights: `$KDLIB_DATA` when it is set, else `data/` in the
-    workspace."""
+    """The folder of downloaded data and weights: `$KDLIB_DATA`, or `data/` in the workspace."""
     root = os.environ.get("KDLIB_DATA")
     return Path(root).resolve() if root else workspace() / "data"
 
@@ -90,21 +89,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], Any]) -> Path:
 
 
 class DiskError(OSError):
-    """A file that cannot be written; `errno` and `strerror` are those of the system."""
-
-    def __init__(self, error: OSError, path: Path) -> None:
-        reason = error.strerror or str(error)
-        super().__init__(error.errno, reason, str(path))
-        self.sentence = (
-            f"cannot write {path} ({reason}); what is finished is kept: make room or get "
-            "permission there, and run the same again"
-        )
-
-    def __str__(self) -> str:
-        return self.sentence
-
-    def __reduce__(self) -> tuple:  # a worker process sends it to the one that started it
-        return DiskError, (OSError(self.errno, self.strerror), Path(self.filename))
+    """A file that cannot be written, in one sentence; its cause is the system's error."""
 
 
 CANNOT_WRITE = (
@@ -117,12 +102,13 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write a file into a `DiskError` while the block runs."""
     try:
         yield
-    except DiskError:
-        raise
     except OSError as error:
-        if error.errno not in CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:  # as of a DiskError, which has none
             raise
-        raise DiskError(error, path) from error
+        raise DiskError(
+            f"cannot write {path} ({error.strerror}); what is finished is kept: make room or get "
+            "permission there, and run the same again"
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> Path:
@@ -131,30 +117,19 @@ def write_json(path: Path, content: Any) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON.
-
-    Raises: FileNotFoundError; ValueError that names the file when it is cut or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, endless digits
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it and run the step that makes it again"
-        ) from None
-
-
-def read_record(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
-    Raises: As `read_json`; ValueError also for JSON that is anything else.
+    Raises: FileNotFoundError; ValueError that names the file when it is cut, is not JSON, or holds
+        anything but an object.
     """
-    content = read_json(path)
+    remedy = "delete it and run the step that makes it again"
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, endless digits
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds {type(content).__name__}; expected an object: delete it and run the "
-            "step that makes it again"
-        )
+        raise ValueError(f"{path} holds {type(content).__name__}; expected an object: {remedy}")
     return content
 
 
@@ -209,16 +184,14 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Half a sentence for an error message: the nearest known name, or all of them when none is
-    near."""
+    """For an error message: the nearest known name, or all of them when none is near."""
     known = sorted(set(known))
     close = get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def difference(new: dict, old: dict, prefix: str = "") -> list[str]:
-    """The lines `key: old -> new` in which two nested dictionaries differ; empty when they are
-    equal."""
+    """The lines `key: old -> new` in which two nested dictionaries differ."""
     lines = []
     for key in sorted(new.keys() | old.keys()):
         now, before = new.get(key, "(absent)"), old.get(key, "(absent)")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from kdlib.repro import files, processor
 from kdlib.repro.tables import read_parquet
@@ -59,12 +58,12 @@ class Run:
         Returns: The evidence as written, with a seal.
         """
         wall_s = round(time.monotonic() - self._started, 3)
-        evidence = evidence | {
+        added = {
             "format": FORMAT,
             "settings_sha256": self.settings_sha256,
             "made": circumstances(device) | {"wall_s": wall_s},
         }
-        evidence = files.sealed(evidence)
+        evidence = files.sealed(evidence | added)
         files.write_json(self.folder / "evidence.json", evidence)
         if self.state.exists():
             shutil.rmtree(self.state)
@@ -86,7 +85,7 @@ def open_run(root: Path, folder: Path, settings: dict[str, Any]) -> Iterator[Run
     with files.locked(folder.parent / f".{folder.name}.lock"):
         before = folder / "settings.json"
         if before.exists() and (
-            lines := files.difference(settings, old := files.read_record(before))
+            lines := files.difference(settings, old := files.read_json(before))
         ):
             aside = root / "archive" / files.fingerprint(old)[:12]
             target = aside / folder.relative_to(root)
@@ -115,7 +114,7 @@ def read_evidence(folder: Path, expected: dict[str, Any] | None = None) -> dict[
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no finished run; run the notebook that makes it")
     evidence = _whole(path)
-    settings = files.read_record(folder / "settings.json")
+    settings = files.read_json(folder / "settings.json")
     if evidence["settings_sha256"] != files.fingerprint(settings):
         raise ValueError(
             f"{path} belongs to other settings than the settings.json beside it; run the notebook "
@@ -134,7 +133,7 @@ def _whole(path: Path) -> dict[str, Any]:
 
     Raises: ValueError for evidence that is cut, was changed, or is of another format.
     """
-    evidence = files.read_record(path)
+    evidence = files.read_json(path)
     if evidence.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format {evidence.get('format')}; expected {FORMAT}: delete it and run the "
@@ -169,7 +168,7 @@ def read_table(
     """A table of a finished run, in its folder.
 
     Args:
-        expected: The settings of the step by the study as it is now.
+        expected: As of `read_evidence`.
         maker: What makes it, for the messages.
         key: Where the evidence holds the hash of the file.
 
@@ -196,21 +195,21 @@ def code_sha256() -> str:
 
 def circumstances(device: str) -> dict[str, Any]:
     """What computes here: device, versions, git commit, code fingerprint."""
+    import torch  # loaded late: those who read evidence need none
+
     names = ("torch", "numpy", "pandas", "scikit-learn")
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        state = subprocess.run(git, capture_output=True, text=True).stdout.splitlines()
     except FileNotFoundError:  # no git on this machine
-        commit = dirty = None
-    known = commit is not None and commit.returncode == 0
+        state = []
     hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor.name()
     return {
         "device": f"{device} ({hardware})",
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in names},
-        "git_commit": commit.stdout.strip() if known else None,
-        "git_clean": not dirty.stdout.strip() if known else None,
+        "git_commit": state[0].removeprefix("# branch.oid ") if state else None,
+        "git_clean": all(line.startswith("#") for line in state) if state else None,
         "code_sha256": code_sha256(),
     }

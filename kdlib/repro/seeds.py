@@ -9,10 +9,9 @@ import hashlib
 from collections.abc import Iterator
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
 
 FACTOR_BITS = 12
-
 PURPOSES = (
     "split", "init", "projector", "order", "shards", "augment", "second_view", "subset", "dropout",
     "probe", "bootstrap", "labels", "folds", "threshold", "clusters", "teacher",
@@ -77,6 +76,8 @@ def torch_seeded(seed: int, purpose: str, *parts: int) -> Iterator[None]:
 
     For code that takes no generator; arguments as in `derive`.
     """
+    import torch  # loaded late: most of kdlib draws with NumPy
+
     # all devices by their numbers: without them PyTorch warns where there are several
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(derive(seed, purpose, *parts))
@@ -84,14 +85,11 @@ def torch_seeded(seed: int, purpose: str, *parts: int) -> Iterator[None]:
 
 
 def counter_hash(
-    seed: int,
-    epochs: torch.Tensor | np.ndarray,
-    example_ids: torch.Tensor | np.ndarray,
-    stream: int | np.ndarray,
+    seed: int, epochs: ArrayLike, example_ids: ArrayLike, stream: ArrayLike
 ) -> np.ndarray:
     """Independent-looking 32-bit integers, one per view.
 
-    SplitMix64's finaliser over seed, example id, epoch and stream in turn.
+    The mixing function of `hashed` over seed, example id, epoch and stream in turn.
 
     Args:
         seed: In [0, 2**63).
@@ -100,7 +98,6 @@ def counter_hash(
         stream: Which of the view's parameters is drawn; or (S, 1), several of them.
 
     Returns: (B,) int64, uniform on [0, 2**32); or (S, B).
-    Source: Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014.
     """
     key = np.array([seed], np.uint64)
     for part in (example_ids, epochs, np.atleast_1d(stream)):

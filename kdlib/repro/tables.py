@@ -16,7 +16,6 @@ def check_provenance(expected: dict | None, stored: dict, path: Path) -> None:
     Args:
         expected: The keys the reader knows, all of which must match; None compares nothing.
         stored: The provenance in the file; further keys are allowed.
-        path: The file, for the message.
 
     Raises: ValueError that names each differing key, what the file has and what was expected.
     """
@@ -48,10 +47,8 @@ def _content_sha256(table: pd.DataFrame, metadata: dict) -> str:
 def write_parquet(
     path: Path, table: pd.DataFrame, metadata: dict, compression: str = "snappy"
 ) -> Path:
-    """Write a table of numbers, categories and texts with JSON metadata in the file itself.
-
-    The file is written atomically; the same content gives the same bytes, and carries a hash.
-    """
+    """Write a table of numbers, categories and texts with JSON metadata and a hash of both in the
+    file itself, atomically; the same content gives the same bytes."""
     stored = {"content": metadata, "sha256": _content_sha256(table, metadata)}
     content = pa.Table.from_pandas(table)
     content = content.replace_schema_metadata(
@@ -73,7 +70,6 @@ def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
     """Read what `write_parquet` wrote.
 
     Args:
-        path: The file.
         maker: The step that makes it, for the messages.
 
     Returns: The table and its metadata.

@@ -22,8 +22,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "AnySelection", "CORESETS", "SELECTIONS", "STRATEGIES", "built_in_rule"],
         "evaluation": ["AXES", "MEASURES", "Axes", "Probe", "Compare"],
         "cells": ["Cell"],
-        "place": ["study_file"],
-        "load": ["load_study", "study_from"],
+        "load": ["load_study", "study_file", "study_from"],
         "study": ["STEPS", "Study"],
     },
 )  # fmt: skip

@@ -35,26 +35,27 @@ def check_strategy(name: str, selections: Iterable[str]) -> None:
 
 
 def _check_names(study: "Study") -> None:
-    for name in study.axes.student:
-        known(name, study.students, "student on the axis")
+    axes, probe, compare = study.axes, study.probe, study.compare
     for name in study.selections:
         if name in STRATEGIES or name.startswith(PICKED):
             raise ValueError(f"selection {name!r} has the name of a built-in strategy")
-    for name in study.axes.strategy:
+    for name in axes.strategy:
         check_strategy(name, study.selections)
-    for name in study.axes.objective:
-        known(name, study.objectives, "objective")
-    known(study.compare.baseline, study.axes.strategy, "baseline strategy")
-    if study.compare.objective is not None:
-        known(study.compare.objective, study.axes.objective, "objective to compare with")
+    for names, among, what in (
+        (axes.student, study.students, "student on the axis"),
+        (axes.objective, study.objectives, "objective"),
+        ((compare.baseline,), axes.strategy, "baseline strategy"),
+        ((compare.objective or axes.objective[0],), axes.objective, "objective to compare with"),
+        (probe.objective, axes.objective, "objective to probe"),
+        (probe.strategy, ("full", *axes.strategy), "strategy to probe"),
+    ):
+        for name in names:
+            known(name, among, what)
 
 
 def _check_probes(study: "Study") -> None:
     probe, axes, measure = study.probe, study.axes, study.compare.measure
-    for name in probe.objective:
-        known(name, axes.objective, "objective to probe")
     for name in probe.strategy:
-        known(name, ("full", *axes.strategy), "strategy to probe")
         if name.startswith(PICKED):
             raise ValueError(f"{name} has the fraction it was saved with and cannot be probed")
     if probe.fraction not in axes.fraction:
@@ -90,8 +91,8 @@ def _check_teachers(study: "Study") -> None:
                 "one study see the same views"
             )
     everyone = (study.teacher, *study.teachers.values())
-    contaminated = any(teacher.trained_on == "train" for teacher in everyone)
-    if contaminated and (how := study.training.selects):
+    learnt = any(teacher.trained_on == "train" for teacher in everyone)
+    if learnt and (how := study.training.selects):
         raise ValueError(
             f"`{how}` reads the validation images, which the teacher has learnt from "
             "(trained_on: train): take another teacher, or a budget that does not read them"
@@ -122,9 +123,8 @@ def _check_objectives(study: "Study") -> None:
                     f"objective {name} uses no teacher: remove `teacher: {objective.teacher}`"
                 )
             known(objective.teacher, study.teachers, f"teacher of objective {name}")
-        # grids of features cannot be augmented afterwards
-        grids = isinstance(objective, GridObjective)
-        if grids and augmented and study.teacher.outputs.views is None:
+        clean = study.teacher.outputs.views is None  # grids cannot be augmented afterwards
+        if isinstance(objective, GridObjective) and augmented and clean:
             raise ValueError(
                 f"objective {name} compares grids of features, and the flipped grid is not that of "
                 "the flipped image: give teacher.outputs.views, which the students then see, or no "
@@ -144,12 +144,12 @@ def _check_portable(study: "Study") -> None:
         "outputs: top_k": study.teacher.outputs.top_k is not None,
         **{f"objective {name}": _takes_roots(o) for name, o in study.objectives.items()},
     }
-    if any(asked.values()):
-        culprit = next(what for what, is_asked in asked.items() if is_asked)
-        raise ValueError(
-            f"compute.portable: true cannot be kept with {culprit}: it takes square roots or "
-            "logarithms that differ between processors; leave one of them out"
-        )
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise ValueError(
+                f"compute.portable: true cannot be kept with {what}: it takes square roots or "
+                "logarithms that differ between processors; leave one of them out"
+            )
 
 
 def _takes_roots(objective: Objective) -> bool:

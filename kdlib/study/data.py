@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from kdlib.repro.files import data_root, fingerprint, workspace
 from kdlib.study.base import Count, Fraction, ImageSize, Seed, Settings
@@ -63,11 +63,6 @@ def parse_part(part: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _checked_part(part: str) -> str:
-    parse_part(part)
-    return part
-
-
 class Data(Settings):
     """Which images. `n_validation` training images are held out, the same for teacher and students
     of the study."""
@@ -92,25 +87,22 @@ class Data(Settings):
     split_seed: Seed = 0
     shard_size: Count = 2048
     """Examples per shard of the cache."""
-    part: Annotated[str, AfterValidator(_checked_part)] = "1/1"
+    part: str = "1/1"
     """`i/k`: learn from the i-th of k equal runs of shards of the training split."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Data":
-        if (self.source == "folder") != (self.folder is not None):
-            raise ValueError(
-                "`folder` is the path of an image folder: give it with `source: folder`, and "
-                "only there"
-            )
-        if (self.source == "huggingface") != (self.huggingface is not None):
-            raise ValueError(
-                "`huggingface` names a data set of the hub: give it with `source: huggingface`, "
-                "and only there"
-            )
+        for key in ("folder", "huggingface"):
+            if (self.source == key) != (getattr(self, key) is not None):
+                raise ValueError(
+                    f"`{key}` says where the images are: give it with `source: {key}`, and only "
+                    "there"
+                )
         if not self.labelled and self.source not in ("folder", "huggingface"):
             raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
         if self.relabel is not None and not self.labelled:
             raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")
+        parse_part(self.part)
         return self
 
     def part_of(self, split: str) -> tuple[int, int]:

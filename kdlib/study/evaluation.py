@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, model_validator
 
 from kdlib.study.base import (
     Count,
@@ -19,12 +19,11 @@ from kdlib.study.data import Data
 from kdlib.study.selections import STRATEGIES
 
 AXES = ("student", "strategy", "fraction", "objective")
-
 # What a study compares, and the column of the results table that holds it.
 MEASURES = {"accuracy": "test_accuracy", "linear": "linear_accuracy", "knn": "knn_accuracy"}
 
 Strategy = Annotated[str, suggested(STRATEGIES)]
-
+Layer = matching(r"features|stage[1-9]\d*", "features, stage1, stage2, ...")
 _Names = Annotated[tuple[str, ...], Field(min_length=1), Distinct]
 _Strategies = Annotated[tuple[Strategy, ...], Field(min_length=1), Distinct]
 
@@ -40,21 +39,6 @@ class Axes(Settings):
     """Of the training images."""
     objective: _Names
     """Names of `objectives`."""
-
-
-def _with_last_layer(layers: tuple) -> tuple:
-    if "features" not in layers:
-        raise ValueError(f"layers are {list(layers)}; expected features, and stage1, stage2, ...")
-    return layers
-
-
-def _not_own(name: str) -> str:
-    if name == "own":
-        raise ValueError("`own` is the study's data; give the further data set another name")
-    return name
-
-
-Layer = matching(r"features|stage[1-9]\d*", "features, stage1, stage2, ...")
 
 
 class Probe(Settings):
@@ -73,12 +57,20 @@ class Probe(Settings):
     """Numbers of labelled examples of each class, one few-shot probe for each."""
     few_shot_draws: Count = 5
     """How often each number of them is drawn."""
-    layers: Annotated[tuple[Layer, ...], Distinct, AfterValidator(_with_last_layer)] = ("features",)
+    layers: Annotated[tuple[Layer, ...], Distinct] = ("features",)
     """`features`, what the last layer reads (of a transformer what timm hands its classifier), and
     the mean of a stage's grid, `stage1`, ..."""
-    others: dict[Annotated[Name, AfterValidator(_not_own)], Data] = Field(default_factory=dict)
+    others: dict[Name, Data] = Field(default_factory=dict)
     """Further data sets on which the same networks are probed."""
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Probe":
+        if "features" not in self.layers:
+            raise ValueError(f"layers are {list(self.layers)}; expected features, and stage1, ...")
+        if "own" in self.others:
+            raise ValueError("`own` is the study's data; give the further data set another name")
+        return self
 
 
 class Compare(Settings):

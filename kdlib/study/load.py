@@ -4,6 +4,7 @@ Unknown keys, unknown names, double keys and impossible values are refused with 
 name.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,29 @@ from pydantic import ValidationError
 
 from kdlib.repro.files import nearest, workspace
 from kdlib.study.base import StudyError
-from kdlib.study.place import study_file
 from kdlib.study.study import Study
 from kdlib.study.user_code import UserCode, pin
 from kdlib.study.yaml_text import parse_yaml
 
 _MOST_BYTES = 2**18  # of a study file; the largest here has 3 kB
 _MOST_LINES = 20  # of what is wrong with a study
+# The last three are what PyYAML lets through, for `!!bool maybe`, say
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError, KeyError, TypeError, AttributeError)
+
+
+def study_file(path: str | Path) -> Path:
+    """The absolute path of a study file: as given when it is absolute, else relative to the current
+    folder, else relative to the workspace.
+
+    Raises: FileNotFoundError that lists the studies there are.
+    """
+    for candidate in (Path(path), workspace() / path):
+        if os.path.isfile(candidate):
+            return Path(os.path.abspath(candidate))
+    known = sorted(p.name for p in (workspace() / "params").glob("*.yaml"))
+    raise FileNotFoundError(
+        f"no study file {str(path)!r}; params/ has {', '.join(known) or 'none'}"
+    )
 
 
 def load_study(path: str | Path) -> Study:
@@ -32,28 +49,21 @@ def load_study(path: str | Path) -> Study:
         wrong and how.
     """
     file = study_file(path)
-    study = _pinned(_validated(file))
+    study = _alone(file)
     if study.shares is None:
         return study
     for folder in (file.parent, workspace() / "params"):
-        other = _beside(folder, study.shares)
-        if other is not None and not other.samefile(file):
-            return study.sharing(_pinned(_validated(other)))
+        other = folder / study.shares
+        if os.path.isfile(other) and not other.samefile(file):
+            return study.sharing(_alone(other))
     raise StudyError(
         f"{file}: `shares` names {_short(study.shares)!r}; expected another study file beside it"
     )
 
 
-def _beside(folder: Path, name: str) -> Path | None:
-    """A study file of this name in a folder; None where there is none."""
-    try:
-        return folder / name if (folder / name).is_file() else None
-    except (OSError, ValueError):  # a name that no file can have
-        return None
-
-
-def _pinned(study: Study) -> Study:
-    """The study with the sha256 of every code file it names."""
+def _alone(path: Path) -> Study:
+    """The study of a file without what it shares, with the sha256 of every code file it names."""
+    study = study_from({"name": path.stem, **_read_yaml(path, ())}, str(path))
     sections = {
         section: {
             name: pin(rule, f"{section}.{name}") if isinstance(rule, UserCode) else rule
@@ -62,11 +72,6 @@ def _pinned(study: Study) -> Study:
         for section in ("objectives", "selections")
     }
     return study.model_copy(update=sections)
-
-
-def _validated(path: Path) -> Study:
-    """The study of a file by itself, whatever it shares."""
-    return study_from({"name": path.stem, **_read_yaml(path, ())}, str(path))
 
 
 def study_from(content: dict[str, Any], source: str = "this") -> Study:
@@ -117,20 +122,12 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         if (n_bytes := path.stat().st_size) > _MOST_BYTES:
             raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
         content = parse_yaml(path.read_text(encoding="utf-8"))
-    # the last three are what PyYAML lets through, for `!!bool maybe`, say
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _NOT_YAML as error:
         raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
     if not isinstance(content, dict):
         raise StudyError(
-            f"{path} holds {type(content).__name__}; expected a mapping with data, "
-            "teacher, students, ..."
+            f"{path} holds {type(content).__name__}; expected a mapping with data, teacher, "
+            "students, ..."
         )
     if "name" in content:
         raise StudyError(
@@ -138,13 +135,11 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         )
     if "base" not in content:
         return content
-    name = str(content.pop("base"))
-    base = _beside(path.parent, name)
-    if base is None or base in (path, *above):
+    base = path.parent / (name := str(content.pop("base")))
+    if not os.path.isfile(base) or base in (path, *above):
+        fault = "itself built on this file" if base in (path, *above) else "no file"
         raise StudyError(
-            f"{path}: its base {_short(name)} is "
-            f"{'no file' if base is None else 'itself built on this file'}; expected another study "
-            "file beside it"
+            f"{path}: its base {_short(name)} is {fault}; expected another study file beside it"
         )
     return _laid_over(_read_yaml(base, (path, *above)), content)
 

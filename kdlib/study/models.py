@@ -55,11 +55,6 @@ class Model(Settings):
     `hub/<owner>/<repository>:<commit or tag>/<entry>` of torch.hub, for teachers."""
     options: dict[str, int | float | bool | str] = Field(default_factory=dict)
 
-    @property
-    def from_hub(self) -> bool:
-        """Whether the network is downloaded code of torch.hub."""
-        return self.name.startswith("hub/")
-
 
 class StoredOutputs(Settings):
     """What of a teacher is stored for its students."""
@@ -90,7 +85,7 @@ class Teacher(Settings):
 
     @model_validator(mode="after")
     def _trusted(self) -> "Teacher":
-        if self.model.from_hub and not getattr(self, "trust_code", False):
+        if self.model.name.startswith("hub/") and not getattr(self, "trust_code", False):
             raise ValueError(
                 f"{self.model.name} is downloaded code, which would run here: read it, then write "
                 "`trust_code: true` and `pretrained: true`; it cannot be trained"
@@ -100,7 +95,7 @@ class Teacher(Settings):
     @property
     def of_subset(self) -> bool:
         """Whether one is trained for each subset and seed."""
-        return False
+        return getattr(self, "learns_from", "train") == "subset"
 
 
 class TrainedTeacher(Teacher):
@@ -110,11 +105,6 @@ class TrainedTeacher(Teacher):
     learns_from: Literal["train", "subset"] = "train"
     """All training images, or (of the further teachers) one teacher for each subset and seed that
     is trained on that subset, so that its soft labels carry nothing of the images left out."""
-
-    @property
-    def of_subset(self) -> bool:
-        """Whether one is trained for each subset and seed."""
-        return self.learns_from == "subset"
 
     @property
     def trained_on(self) -> str:
@@ -192,7 +182,7 @@ class Student(Settings):
 
     @model_validator(mode="after")
     def _trainable(self) -> "Student":
-        if self.model.from_hub:
+        if self.model.name.startswith("hub/"):
             raise ValueError(
                 f"{self.model.name} comes with its weights; a student begins from random weights: "
                 "take a built-in network or timm/<name>"

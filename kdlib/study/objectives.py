@@ -38,7 +38,7 @@ class Objective(Settings):
     @property
     def compares_views(self) -> bool:
         """Whether the student sees each image as two views."""
-        return False
+        return getattr(self, "barlow_weight", None) is not None
 
     @classmethod
     def described(cls) -> tuple[str, str, str]:
@@ -133,7 +133,6 @@ class FeatureObjective(Objective):
 
     @property
     def teacher_features(self) -> str:
-        """What it reads of a teacher beside logits, as the teacher's settings name it."""
         return f"{self.kind} {getattr(self, 'stage', '')}".strip()
 
 
@@ -218,11 +217,6 @@ class Tokens(GridObjective):
     barlow_weight: Positive | None = None
     """Without it there is no second view."""
 
-    @property
-    def compares_views(self) -> bool:
-        """Whether the student sees each image as two views."""
-        return self.barlow_weight is not None
-
 
 Read = matching(
     r"logits|features|(stage|attention)[1-9]\d*", "logits, features, stage1, attention1, ..."
@@ -242,7 +236,6 @@ class UserObjective(UserCode, Objective):
 
     @property
     def teacher_features(self) -> str | None:
-        """What it reads of a teacher beside logits, as the teacher's settings name it."""
         return None if self.reads in ((), ("logits",)) else f"own {' '.join(self.reads)}"
 
 

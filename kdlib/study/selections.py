@@ -19,17 +19,10 @@ DIFFICULTY = {
 }  # fmt: skip
 
 SCORES = tuple(DIFFICULTY)
-
 REGION_STRATEGIES = ("easy", "ambiguous", "ambiguous_corner", "hard")
-
 SHARD_POLICIES = ("fixed_shards", "random_shards")  # whole shards: always the same, or new per pass
-
-RANKINGS = (  # the first n of one order
-    "random",
-    *REGION_STRATEGIES,
-    *(f"{s}_{end}" for s in SCORES for end in ("top", "bottom")),
-)
-
+# The first n of one order
+RANKINGS = ("random", *REGION_STRATEGIES, *(f"{s}_{e}" for s in SCORES for e in ("top", "bottom")))
 PICKED = "picked_"  # and a name: a selection that was picked by hand and saved
 
 
@@ -200,13 +193,8 @@ CORESETS: dict[str, type[Selection]] = {
 }
 
 # Subsets of an exact number of examples that need no `selections` in the study
-SELECTIONS = (
-    "full",
-    *RANKINGS,
-    "random_balanced",
-    *(name for name in CORESETS if name not in ("mixture", "own")),
-)
-
+_UNNUMBERED = tuple(name for name in CORESETS if name not in ("mixture", "own"))
+SELECTIONS = ("full", *RANKINGS, "random_balanced", *_UNNUMBERED)
 STRATEGIES = (*SELECTIONS, *SHARD_POLICIES)
 
 

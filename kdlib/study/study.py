@@ -12,7 +12,7 @@ from kdlib.study.base import Distinct, Name, Seed, Settings
 from kdlib.study.consistency import check
 from kdlib.study.data import Data, cache_folder
 from kdlib.study.evaluation import Axes, Compare, Probe
-from kdlib.study.models import AnyTeacher, Student, TrainedTeacher
+from kdlib.study.models import AnyTeacher, Student
 from kdlib.study.objectives import AnyObjective
 from kdlib.study.selections import (
     PICKED,
@@ -98,16 +98,13 @@ class Study(Settings):
     @property
     def recorded_training(self) -> Training | None:
         """The training whose dynamics make the datamap."""
-        if isinstance(self.teacher, TrainedTeacher):
-            return self.dynamics.training or self.teacher.training
-        return self.dynamics.training
+        return self.dynamics.training or getattr(self.teacher, "training", None)
 
     @property
     def trainings(self) -> list[Training]:
         """Of students, of the recorded network, and of every teacher that is trained."""
-        teachers = (self.teacher, *self.teachers.values())
-        trainings = [self.training, self.dynamics.training]
-        trainings += [t.training for t in teachers if isinstance(t, TrainedTeacher)]
+        sections = (self, self.dynamics, self.teacher, *self.teachers.values())
+        trainings = [getattr(section, "training", None) for section in sections]
         return [training for training in trainings if training is not None]
 
     def selection(self, strategy: str) -> Selection:
@@ -115,9 +112,7 @@ class Study(Settings):
 
         Raises: KeyError for `full`, shard policies and picked selections, which follow no rule.
         """
-        if strategy in self.selections:
-            return self.selections[strategy]
-        return built_in_rule(strategy)
+        return self.selections.get(strategy) or built_in_rule(strategy)
 
     def picked(self, strategy: str) -> Path:
         """Where the selection behind a strategy `picked_<name>` was saved."""

@@ -162,14 +162,12 @@ class Compute(Settings):
 
     @model_validator(mode="after")
     def _portable_alone(self) -> "Compute":
-        asked = {"device": self.device != "cpu", "precision": self.precision != "float32",
-                 "compile": self.compile}  # fmt: skip
-        if self.portable and any(asked.values()):
-            key = next(key for key, is_asked in asked.items() if is_asked)
-            raise ValueError(
-                f"portable: true and {key}: {getattr(self, key)} exclude each other; the same "
-                "bytes on every processor are those of float32 on a CPU, not compiled"
-            )
+        for key, value in (("device", "cpu"), ("precision", "float32"), ("compile", False)):
+            if self.portable and getattr(self, key) != value:
+                raise ValueError(
+                    f"portable: true and {key}: {getattr(self, key)} exclude each other; the same "
+                    "bytes on every processor are those of float32 on a CPU, not compiled"
+                )
         return self
 
 

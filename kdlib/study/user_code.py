@@ -33,7 +33,6 @@ class UserCode(Settings):
 
 
 MOST_BYTES = 2**18  # of a code file
-
 Pinned = TypeVar("Pinned", bound=UserCode)
 
 

@@ -120,15 +120,15 @@ def test_a_run_without_teacher_needs_no_teacher():
 def test_fewer_samples_than_examples_is_no_gap_in_coverage():
     evidence = _broken("budget", "declared", "unique_examples", 16)
     evidence["coverage"] |= {"unique": 16, "fewest": 0, "most": 1}
-    assert checks.coverage(evidence).passed
+    assert checks.coverage(evidence)[0]
 
 
 def test_passes_that_draw_shards_may_visit_unevenly_but_as_planned():
     evidence = _broken("coverage", "shards_per_pass", 3)
     evidence["coverage"] |= {"fewest": 2, "most": 9}
-    assert checks.coverage(evidence).passed
+    assert checks.coverage(evidence)[0]
     evidence["coverage"]["unlike_plan"] = 1
-    assert not checks.coverage(evidence).passed
+    assert not checks.coverage(evidence)[0]
 
 
 def test_coverage_evidence_counts_visits_inside_and_outside_the_subset():

@@ -35,10 +35,10 @@ def test_a_finished_run_keeps_no_state(study):
     with open_run(study.runs, study.runs / "teacher", {"lr": 1}) as run:
         run.state.mkdir()
         (run.state / "state.safetensors").write_bytes(b"optimizer state")
-        files.write_json(run.folder / "result.json", "kept")
+        files.write_json(run.folder / "result.json", {"kept": True})
         run.finish({"step": "teacher"})
     assert not run.state.exists()
-    assert files.read_json(run.folder / "result.json") == "kept"
+    assert files.read_json(run.folder / "result.json") == {"kept": True}
 
 
 def test_evidence_names_its_circumstances(study):
