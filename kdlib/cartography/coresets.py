@@ -107,8 +107,10 @@ def ccs(
         n_strata: >= 1; the authors' code takes 50.
 
     Raises: ValueError for a cutoff that leaves fewer than n.
-    Source: [Zheng2023], algorithm 1; its code has strata of 1.0001 times the width, so that the
-        last is closed, here the highest score belongs to the last.
+    Source: [Zheng2023], algorithm 1. Its code closes the last stratum by multiplying the largest
+        score by 1.0001, which loses the largest where all scores are negative; here it always
+        belongs to the last. Its code leaves out the hardest by accumulated margin whichever score
+        makes the strata, here by that score.
 
     >>> difficulty = np.array([0.0, 0.1, 0.1, 0.2, 1.0, 9.0])
     >>> ties = np.arange(6, dtype=np.uint64)

@@ -37,7 +37,8 @@ def gradient_norms(
     Returns: `grand` and `grand_last`, each (N,) float64 >= 0; high = hard. `grand_last` is
         |softmax - onehot| * sqrt(|features|^2 + 1), the closed form for a linear layer with bias.
     Source: [Paul2021], definition 2.1; the paper averages over several initialisations, here it is
-        one run. Its code computes the last layer only.
+        one run. Its code takes the gradient of all weights, as `grand`; some ports of it compute
+        the last layer's alone.
     """
     if len(images) == 0:
         return np.empty(0), np.empty(0)

@@ -110,8 +110,9 @@ def below_threshold_samples(
 
     Returns: (N,) bool: whether the AUM lies below the 99th percentile of the threshold samples', in
         the training in which the example has its label (where it has in both, the second).
-    Source: [Pleiss2020], sec. 3.2 and algorithm 1; the paper takes all other examples as threshold
-        samples of its second training, here the two sets are equally large and drawn by a hash.
+    Source: [Pleiss2020], sec. 3.2 and algorithm 1. The authors' code flags an example where more
+        than 1 % of the threshold samples lie above it, without the percentile's interpolation, and
+        one that is a threshold sample in neither training only where both flag it.
 
     >>> aums = np.array([-3.0, 5.0, 1.0, -2.0])
     >>> first, second = np.array([1, 0, 0, 0], bool), np.array([0, 0, 0, 1], bool)

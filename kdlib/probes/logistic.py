@@ -25,9 +25,11 @@ from dataclasses import dataclass
 import numpy as np
 
 # A fit has converged when no component of the mean objective's gradient exceeds TOLERANCE (the
-# criterion of scikit-learn), and the objective is estimated to lie within the share GAP of its
-# minimum. For linearly separable classes and a large C the first is met long before the weights
-# converge.
+# criterion of scikit-learn), and a Newton step with the diagonal curvature would lower the
+# objective by less than the share GAP. For linearly separable classes and a large C the first is
+# met long before the weights converge. The second is an estimate, no bound: from C = 10 on,
+# objectives were found 2.0e-4 to 6.4e-4 above their minimum, which changed 1 of 597 predictions
+# (2026-11).
 TOLERANCE = 1e-5
 GAP = 1e-4
 MAX_ITERATIONS = 1000
@@ -45,7 +47,8 @@ class Fit:
 
     `coefficients` (K, D) and `intercepts` (K,), float64, rows in the order of `classes` (K,) and of
     sum zero; `objective` is the mean of the losses plus the penalty over C * N, nats; `iterations`
-    it took.
+    it took; `converged` whether it met `TOLERANCE` and `GAP`. The objective can lie further above
+    its minimum than `GAP`, which is compared with an estimate.
     """
 
     c: float

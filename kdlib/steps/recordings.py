@@ -47,7 +47,8 @@ def threshold_samples(example_ids: np.ndarray, n_classes: int, which: int) -> np
     Args:
         which: 1 or 2; the two sets have no example in common.
 
-    Source: Pleiss et al. 2020, arXiv 2001.10528, sec. 3.2.
+    Source: Pleiss et al. 2020, arXiv 2001.10528, sec. 3.2; the authors' code takes N / n_classes of
+        them.
     """
     n = len(example_ids) // (n_classes + 1)
     order = np.argsort(hashed(example_ids, 0, "threshold"))

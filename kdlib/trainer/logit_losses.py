@@ -48,7 +48,11 @@ def soft_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float
 def standardised(logits: Tensor) -> Tensor:
     """Logits (B, C) of each example shifted to mean 0 and scaled to variance 1 over its classes.
 
-    Source: [Sun2024], sec. 4 (the temperature comes after).
+    The variance is a mean over the C classes.
+
+    Source: [Sun2024], sec. 4 (the temperature comes after). The authors' code divides by C - 1: its
+        logits at temperature T are those here at T * sqrt(C / (C - 1)). At equal T the loss differs
+        by up to 11 % for C = 10.
 
     >>> standardised(torch.tensor([[1.0, 3.0]])).tolist()
     [[-1.0, 1.0]]

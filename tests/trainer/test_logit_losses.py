@@ -182,6 +182,13 @@ def test_correlations_worked_by_hand():
     assert dist_terms(one, other, 1.0)[0].item() == pytest.approx(1.5)
 
 
+def test_another_temperature_makes_standardised_logits_those_of_the_authors_code():
+    logits, temperature, n = torch.tensor([[0.0, 2.0, 4.0, 1.0]], dtype=torch.float64), 2.0, 4
+    theirs = (logits - logits.mean(1)) / logits.std(1) / temperature  # divides by n - 1
+    ours = standardised(logits) / (temperature * (n / (n - 1)) ** 0.5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
 def test_standardised_logits_worked_by_hand():
     # (0, 2, 4): mean 2, variance 8/3
     found = standardised(torch.tensor([[0.0, 2.0, 4.0]]))
