@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from kdlib.cache.build import build_shards
-from kdlib.cache.index import FORMAT, file_name
+from kdlib.cache.index import FORMAT, all_sums, file_name
 from kdlib.cache.shards import Cache
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
@@ -101,7 +101,7 @@ def main() -> None:
         size = n * sum(cache.row_bytes().values())
         for n_threads in (1, files.n_cpus()):
             start = time.perf_counter()
-            assert not cache.damaged(n_threads)
+            assert not files.damaged_files(one, all_sums(cache.entries), n_threads)
             rate = size / (time.perf_counter() - start) / 1e9
             print(f"verify {size / 1e9:.2f} GB, warm, {n_threads} threads: {rate:.2f} GB/s")
         del cache

@@ -53,7 +53,7 @@ from trials import (
 )
 
 from kdlib.cache.build import build_images, repair
-from kdlib.cache.journal import write_journal
+from kdlib.cache.index import write_journal
 from kdlib.cache.shards import Cache
 from kdlib.cache.study_source import open_source
 from kdlib.cartography.datamap import compute_datamap

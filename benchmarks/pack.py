@@ -177,13 +177,14 @@ def unpack(content: bytes, folder: Path) -> Cache:
     folder.mkdir(parents=True, exist_ok=True)
     trial = folder / "unpacking"  # the index is looked at before it stands where caches are read
     files.write_atomic(trial / "index.json", lambda file: file.write(index))
-    header, entries = read_indexes(trial)
+    header, shards = read_indexes(trial)
     (trial / "index.json").unlink()
     trial.rmdir()
     shape = tuple(header["columns"]["images"][1])
     with ThreadPoolExecutor() as pool:
-        for shard, entry in entries.items():
-            cuts = _strips(entry["n"], shape[1])
+        for shard, sums in shards.items():
+            start, stop = shard_span(header, shard)
+            cuts = _strips(stop - start, shape[1])
             try:
                 strips = [members[_strip_name(shard, number)] for number in range(len(cuts))]
                 images = list(pool.map(lambda strip: decode(strip, shape), strips))
@@ -191,12 +192,11 @@ def unpack(content: bytes, folder: Path) -> Cache:
                 raise ValueError(
                     f"the images of shard {shard} are missing or damaged in the pack ({error!r})"
                 ) from None
-            start, stop = shard_span(header, shard)
             rows = {column: values[start:stop] for column, values in columns.items()}
             rows["images"] = np.ascontiguousarray(np.concatenate(images))
             for column, values in rows.items():
                 path = write_npy(folder / file_name(column, shard), values)
-                if files.sha256_file(path) != entry["sha256"][path.name]:
+                if files.sha256_file(path) != sums[path.name]:
                     path.unlink()
                     raise ValueError(
                         f"{path.name} has another checksum than the packed cache; pack it again"

@@ -174,8 +174,7 @@ def results(home: Path) -> dict[str, str]:
 def finished(home: Path) -> dict[str, str]:
     """sha256 of everything in a workspace that counts as done: shards in an index or a journal, and
     all files of runs with evidence."""
-    from kdlib.cache.index import read_indexes
-    from kdlib.cache.journal import journal_paths, read_journal
+    from kdlib.cache.index import journal_paths, read_indexes, read_journal
 
     found = {}
     for folder in sorted(path for path in home.rglob("*") if path.is_dir()):
@@ -183,7 +182,7 @@ def finished(home: Path) -> dict[str, str]:
         if "archive" not in folder.parts and (folder / "evidence.json").exists():
             there = [p for p in folder.rglob("*") if p.is_file() and not _passing(p)]
         if any(folder.glob("*-?????.npy")):
-            done = [entry["sha256"] for entry in read_indexes(folder)[1].values()]
+            done = list(read_indexes(folder)[1].values())
             done += [sums for j in journal_paths(folder) for sums in read_journal(j)[1].values()]
             there += [folder / name for sums in done for name in sums]
         found |= {str(path.relative_to(home)): files.sha256_file(path) for path in there}

@@ -13,14 +13,14 @@ import torch
 from devices import AUGMENT, CLASSES, GPU, KEPT, PIXELS, SHAPE, N
 from tiny import tiny_study
 
-from kdlib.cache.outputs import decode_logits, stored_columns
+from kdlib.cache.outputs import decoded, stored_columns
 from kdlib.cache.shards import Cache
 from kdlib.cartography.gradients import gradient_norms
 from kdlib.cartography.log import QUANTITIES, DynamicsLog
 from kdlib.dataset import fused
 from kdlib.dataset.batch import Batch, View
 from kdlib.dataset.loader import Loader
-from kdlib.dataset.pixels import Pixels, pixel_scale
+from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.dataset.views import apply, draw
 from kdlib.models.outputs import Replay, store_outputs, verify_outputs
@@ -88,8 +88,7 @@ def test_a_view_is_the_same_to_the_bit(images, device, name, channels_last):
     found = pixels.prepare(apply(raw.to(device), drawn))
     if fused.available():
         expected = torch.empty_like(raw, dtype=torch.float32)
-        scale, shift = pixel_scale(pixels.mean, pixels.std)
-        fused.deliver(raw, np.arange(len(ids)), drawn, scale, shift, expected)
+        fused.deliver(raw, np.arange(len(ids)), drawn, pixels, expected)
     elif device == "cpu":
         pytest.skip("needs numba: without it a CPU has one way alone to make a view")
     else:
@@ -204,7 +203,8 @@ def test_logits_stored_as_the_largest_alone_are_read_on_the_device(images, tmp_p
     torch.testing.assert_close(found.cpu().double().softmax(1), expected, rtol=0, atol=2e-3)
     columns = stored_columns(stored, ("logits",))
     parts = {c: torch.from_numpy(stored.read(c, ranks)[:, 0]) for c in columns}
-    torch.testing.assert_close(found.cpu(), decode_logits(parts, CLASSES), rtol=1e-5, atol=1e-5)
+    expected = decoded(parts, CLASSES)["logits"]
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def observed(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:

@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from kdlib.__main__ import main
-from kdlib.cache.build import build_shards, repair
+from kdlib.cache.build import Job, build_shards, repair
 from kdlib.cache.shards import Cache
-from kdlib.cache.workers import Job
 from kdlib.models.networks import network_for
 from kdlib.repro import files
 from kdlib.steps.pipeline import failed_logs, failed_notebooks

@@ -4,47 +4,66 @@ A builder makes a contiguous run of shards under a lock and notes each finished 
 that a killed build resumes after the last of them. The index is written last.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
-from contextlib import closing, suppress
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdlib.cache.index import (
-    FORMAT,
-    Columns,
-    Sums,
-    all_sums,
-    count_shards,
-    index_paths,
-    part_of,
-    part_range,
-    read_index,
-    read_indexes,
-)
-from kdlib.cache.journal import append, write_journal
+from kdlib.cache import index
+from kdlib.cache.index import CacheError
 from kdlib.cache.part import Part
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import Source
-from kdlib.cache.workers import Job, Make, finished_shards
 from kdlib.repro import files
+from kdlib.repro.npy import write_npy
 
 WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
+Make = Callable[[Any], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker process needs to write a shard."""
+
+    folder: Path
+    columns: index.Columns
+    make: Make
+
+    def write(self, shard: int, n: int, payload: Any) -> index.Sums:
+        """Make and write one shard of n rows; returns the checksum of each of its files."""
+        arrays = self.make(payload)
+        made = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+        expected = {name: (dtype, (n, *shape)) for name, (dtype, shape) in self.columns.items()}
+        if made != expected:
+            raise ValueError(f"shard {shard} was made with columns {made}; expected {expected}")
+        paths = [
+            write_npy(self.folder / index.file_name(c, shard), arrays[c]) for c in self.columns
+        ]
+        return {path.name: files.sha256_file(path) for path in paths}
 
 
 def build_shards(
     folder: Path,
     header: dict[str, Any],
-    columns: Columns,
+    columns: index.Columns,
     make: Make,
     *,
     n_examples: int,
     shard_size: int,
-    fetch: Callable[[int, int], Any] | None = None,
+    fetch: Callable[[int, int], Any] = lambda start, stop: (start, stop),
     part: tuple[int, int] = (1, 1),
     n_workers: int = 0,
     describe: str = "cache",
@@ -60,7 +79,7 @@ def build_shards(
         n_examples: Rows in all. Row i belongs to example id i.
         shard_size: Rows per shard; the last shard may be shorter.
         fetch: From example ids [start, stop) to the argument of `make`; called in this process, in
-            ascending order. None: that argument is (start, stop).
+            ascending order.
         part: (i, k): only the i-th of k equal runs of shards. Several processes may build different
             parts of one cache at the same time.
         n_workers: Processes that run `make`; 0 runs it here. At most `n_workers` + 1 shards are in
@@ -81,45 +100,40 @@ def build_shards(
         )
     if n_workers < 0:
         raise ValueError(f"n_workers is {n_workers}; expected 0 or more")
-    header = {"format": FORMAT, "n_examples": n_examples, "shard_size": shard_size, **header}
+    header = {"format": index.FORMAT, "n_examples": n_examples, "shard_size": shard_size, **header}
     header["columns"] = {name: [dtype, list(shape)] for name, (dtype, shape) in columns.items()}
     header = json.loads(files.canonical_json(header))
-    mine = Part(folder, header, *part_range(count_shards(header), part))
-    if mine.finished:
-        if mine.superfluous():
-            with suppress(files.DiskError, BlockingIOError), mine.locked():
-                mine.finish(mine.indexed())  # one index instead of those of smaller parts
-    else:
+    mine = Part(folder, header, *index.part_range(index.count_shards(header), part))
+    indexed = mine.indexed()
+    if len(indexed) < len(mine.shards):
         with mine.locked():
             mine.finish(_make_missing(mine, Job(folder, columns, make), fetch, n_workers, describe))
+    elif mine.superfluous():
+        with contextlib.suppress(files.DiskError, BlockingIOError), mine.locked():
+            mine.finish(indexed)  # one index instead of those of smaller parts
     return Cache(folder, header, None if part == (1, 1) else part)
 
 
 def _make_missing(
     part: Part,
     job: Job,
-    fetch: Callable[[int, int], Any] | None,
+    fetch: Callable[[int, int], Any],
     n_workers: int,
     describe: str,
-) -> dict[int, Sums]:
+) -> index.Shards:
     """Make the shards of a part that are not there; the checksums of all its shards."""
     done, journal = part.collected(), part.path("journal", ".jsonl")
     todo = [shard for shard in part.shards if shard not in done]
+    n, n_done = part.count_rows(part.shards), part.count_rows(done)
     part.demand_space(todo)
-    write_journal(journal, part.header, done)  # anew: a torn last line would swallow the next
+    index.write_journal(journal, part.header, done)  # anew: a torn last line would swallow the next
     with (
-        closing(finished_shards(job, part.header, todo, fetch, n_workers)) as shards,
-        tqdm(
-            total=part.count_rows(part.shards),
-            initial=part.count_rows(done),
-            desc=describe,
-            unit="img",
-            leave=False,
-        ) as progress,
+        contextlib.closing(_finished_shards(job, part.header, todo, fetch, n_workers)) as shards,
+        tqdm(total=n, initial=n_done, desc=describe, unit="img", leave=False) as progress,
     ):
         for shard, sums in shards:
             done[shard] = sums
-            append(journal, shard, sums)
+            index.append(journal, shard, sums)
             progress.update(part.count_rows([shard]))
     return done
 
@@ -133,19 +147,19 @@ def repair(folder: Path) -> list[str]:
     Raises: CacheError when the folder holds no index; DiskError when it cannot be written into.
     """
     folder = Path(folder)
-    header, _ = read_indexes(folder)
+    header, _ = index.read_indexes(folder)
     if not header:
         Cache(folder)  # raises, and says what is there
-    n_shards = count_shards(header)
+    n_shards = index.count_shards(header)
     with Part(folder, header, 0, n_shards).locked():
-        damaged = files.damaged_files(folder, all_sums(read_indexes(folder)[1]))
-        for index in index_paths(folder):
-            sums = {s: entry["sha256"] for s, entry in read_index(index)[1].items()}
-            whole = {s: names for s, names in sums.items() if not set(names) & set(damaged)}
-            if len(whole) < len(sums):
-                part = Part(folder, header, *part_of(index, n_shards))
-                write_journal(part.path("journal", ".jsonl"), header, whole)
-                index.unlink()
+        damaged = files.damaged_files(folder, index.all_sums(index.read_indexes(folder)[1]))
+        for path in index.index_paths(folder):
+            shards = index.read_index(path)[1]
+            whole = {s: sums for s, sums in shards.items() if not set(sums) & set(damaged)}
+            if len(whole) < len(shards):
+                part = Part(folder, header, *index.part_of(path, n_shards))
+                index.write_journal(part.path("journal", ".jsonl"), header, whole)
+                path.unlink()
     return damaged
 
 
@@ -181,7 +195,7 @@ def build_images(
         folder,
         header,
         {c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns},
-        _Decode(source),
+        partial(_decode, source),
         n_examples=source.n_examples,
         shard_size=shard_size,
         fetch=source.fetch,
@@ -191,9 +205,89 @@ def build_images(
     )
 
 
-@dataclass(frozen=True)
-class _Decode:
-    source: Source
+def _decode(source: Source, payload: Any) -> dict[str, np.ndarray]:
+    return dict(zip(source.columns, source.decode(payload), strict=True))
 
-    def __call__(self, payload: Any) -> dict[str, np.ndarray]:
-        return dict(zip(self.source.columns, self.source.decode(payload), strict=True))
+
+def _finished_shards(
+    job: Job,
+    header: dict[str, Any],
+    todo: list[int],
+    fetch: Callable[[int, int], Any],
+    n_workers: int,
+) -> Iterator[tuple[int, index.Sums]]:
+    """Each shard to be made and its checksums, as they are finished."""
+
+    def order(shard: int) -> tuple[int, int, Any]:
+        start, stop = index.shard_span(header, shard)
+        return shard, stop - start, fetch(start, stop)
+
+    if n_workers == 0:
+        for shard in todo:
+            yield shard, job.write(*order(shard))
+        return
+    context = get_context("spawn")  # not forked: this process has threads
+    here, there = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(n_workers, context, _start_worker, (job, here))
+    running: dict[Future, int] = {}
+
+    def submit(shard: int, n: int, payload: Any) -> None:
+        with _uninterrupted():
+            running[pool.submit(_write, shard, n, payload)] = shard
+
+    try:
+        for shard in todo:
+            submit(*order(shard))  # no name here keeps a payload beyond its turn
+            if len(running) > n_workers:
+                yield from _finished(running)
+        while running:
+            yield from _finished(running)
+    except BrokenProcessPool:
+        raise CacheError(
+            f"a worker process died while shards {sorted(running.values())} were made, most often "
+            "because memory ran out; finished shards are kept: run the same again with fewer "
+            'workers (in a script, under `if __name__ == "__main__":`)'
+        ) from None
+    except BaseException:
+        there.close()  # ends the workers now, whatever they are doing
+        raise
+    finally:
+        pool.shutdown()
+        there.close()
+        here.close()
+
+
+def _finished(running: dict[Future, int]) -> Iterator[tuple[int, index.Sums]]:
+    done = wait(running, return_when=FIRST_COMPLETED).done
+    for future in sorted(done, key=lambda f: f.exception() is not None):  # keep what is whole
+        sums = future.result()
+        yield running.pop(future), sums
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let processes that are started in this block ignore Ctrl-C: the builder ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_worker_job: Job | None = None  # in a worker: sent once, not with every shard
+
+
+def _start_worker(job: Job, builder: Connection) -> None:
+    """Begin a worker, which ends as soon as the builder closes its end of the pipe or is gone."""
+
+    def outlive() -> None:
+        builder.poll(None)
+        os._exit(1)
+
+    global _worker_job
+    _worker_job = job
+    threading.Thread(target=outlive, daemon=True).start()
+
+
+def _write(shard: int, n: int, payload: Any) -> index.Sums:
+    return _worker_job.write(shard, n, payload)

@@ -6,14 +6,15 @@ import itertools
 import re
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdlib.cache.huggingface_files import Place, local_place, no_split
-from kdlib.cache.image_files import Decoder, Payload, size_of
-from kdlib.cache.sources import Source, check_labels, limit_identity, limited, size_identity
+from kdlib.cache.image_files import Payload, decode_images, size_of
+from kdlib.cache.sources import Source, check_labels, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data, HuggingFace
 
@@ -34,6 +35,12 @@ def open_huggingface(data: Data, split: str) -> Source:
     Raises: FileNotFoundError when the data set cannot be had; ValueError for a split, column,
         label or layout that is absent or unfit; ModuleNotFoundError without `datasets`.
     """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            "source `huggingface` needs the datasets library; run `pip install datasets`"
+        ) from None
     settings = data.huggingface
     name = settings.train_split if split == "train" else settings.test_split
     where = f"{settings.dataset} {name}"
@@ -41,7 +48,8 @@ def open_huggingface(data: Data, split: str) -> Source:
     columns = [settings.image_column] + [settings.label_column] * data.labelled
     _check_columns(rows.features or {}, columns, where)
     class_names = _class_names(rows, settings, split, where) if data.labelled else ()
-    rows = _narrowed(rows, columns)
+    rows = rows.select_columns(columns)
+    rows = rows.cast_column(columns[0], datasets.Image(decode=False))  # as they are encoded
     n_known = _count(rows, place, name) if settings.streaming else len(rows)
     if n_known is None and (split != "train" or data.n_train is None):
         raise ValueError(
@@ -66,13 +74,11 @@ def open_huggingface(data: Data, split: str) -> Source:
         **place.identity,
         "columns": columns,
         "n_examples": n_examples,
-        **limit_identity(data, split),
-        **size_identity(data),
+        **size_identity(data.image_size),
     }
-    decode = Decoder(where, size, data.image_size)
-    shape = (3, *size)
+    decode = partial(decode_images, where, size, data.image_size)
     return Source(
-        "huggingface", split, class_names, n_examples, shape, identity, fetch_range, decode,
+        "huggingface", split, class_names, n_examples, (3, *size), identity, fetch_range, decode,
         parallel=True,
     )  # fmt: skip
 
@@ -100,12 +106,8 @@ def _reader(rows: Any, data: Data, where: str, n_classes: int) -> Callable[[int,
 
 def _open(settings: HuggingFace, name: str, streaming: bool) -> tuple[Place, Any]:
     """The place of a split, and its rows as a Dataset or an IterableDataset."""
-    try:
-        import datasets
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "source `huggingface` needs the datasets library; run `pip install datasets`"
-        ) from None
+    import datasets
+
     path = files.data_root() / settings.dataset  # an absolute path stays as it is
     options = {"streaming": streaming, "cache_dir": str(files.data_root() / "huggingface")}
     if path.exists():
@@ -183,13 +185,6 @@ def _check_columns(features: dict[str, Any], columns: list[str], where: str) -> 
             f"column {columns[0]!r} of {where} is {feature}; expected images, or the bytes of "
             "image files (study: data.huggingface.image_column)"
         )
-
-
-def _narrowed(rows: Any, columns: list[str]) -> Any:
-    """Only these columns, the first of them as encoded images."""
-    import datasets
-
-    return rows.select_columns(columns).cast_column(columns[0], datasets.Image(decode=False))
 
 
 def _class_names(rows: Any, settings: HuggingFace, split: str, where: str) -> tuple[str, ...]:

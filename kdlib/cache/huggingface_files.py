@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdlib.cache.image_files import SUFFIXES, all_files
+from kdlib.cache.image_files import SUFFIXES, all_files, is_image
 from kdlib.repro import files
 from kdlib.study.data import HuggingFace
 
@@ -69,7 +69,7 @@ def _image_folder(path: Path, settings: HuggingFace, splits: dict[str, list[str]
         len(Path(file).relative_to(root).parts)
         for split in used
         for file in splits[split]
-        if _is_image(file)
+        if is_image(file)
     }
     return {
         "path": "imagefolder",
@@ -100,17 +100,13 @@ def _local_files(path: Path, settings: HuggingFace) -> tuple[str, dict[str, list
             return "parquet", splits
     folders = sorted(p for p in root.glob("*/") if p.name[0] != ".")
     splits = {folder.name: all_files(folder) for folder in folders}
-    splits = {s: paths for s, paths in splits.items() if any(_is_image(path) for path in paths)}
+    splits = {s: paths for s, paths in splits.items() if any(map(is_image, paths))}
     if not splits:
         raise ValueError(
             f"{root} has neither parquet files (train*.parquet or train/*.parquet) nor images "
             f"({', '.join(SUFFIXES)}) in folders train/ and test/ (study: data.huggingface)"
         )
     return "imagefolder", splits
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
 
 
 def _sha256_footer(file: str) -> str:

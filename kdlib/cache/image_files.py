@@ -1,7 +1,7 @@
 """Image files: a folder of them as a source, and the decoding of encoded images.
 
-Opening lists files without reading pixels. `fetch_range` gathers the paths or bytes of a range; a
-`Decoder`, which may run in another process, makes them uint8 arrays of one size.
+Opening lists files without reading pixels. `fetch_range` gathers the paths or bytes of a range;
+`decode_images`, which may run in another process, makes them uint8 arrays of one size.
 """
 
 import contextlib
@@ -10,12 +10,13 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdlib.cache.sources import SPLITS, Source, fit, limit_identity, limited, size_identity
+from kdlib.cache.sources import SPLITS, Source, fit, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data
 
@@ -36,37 +37,25 @@ class Payload:
     labels: np.ndarray
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """From a `Payload` to images and labels.
+def decode_images(
+    where: str, size: tuple[int, int], image_size: int | None, payload: Payload
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images, uint8 (n, 3, *size), and labels, int64 (n,), of a payload.
 
-    Attributes:
+    Args:
         where: The data set and the split, for error messages.
         size: (height, width) of every image.
         image_size: Side to which images are cut and resized; None: each must have `size` already.
+
+    Raises: ValueError that names the example, and its file when it has one.
     """
-
-    where: str
-    size: tuple[int, int]
-    image_size: int | None
-
-    def __call__(self, payload: Payload) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 (n, 3, *size) and int64 (n,).
-
-        Raises: ValueError that names the example, and its file when it has one.
-        """
-        images = np.empty((len(payload.images), 3, *self.size), np.uint8)
-        for i, encoded in enumerate(payload.images):
-            name = f"example {payload.first_id + i} of {self.where}"
-            pixels = _decode(encoded, name, self.image_size)  # (H, W, 3)
-            if pixels.shape[:2] != self.size:
-                raise ValueError(
-                    f"{_named(encoded, name)} has {pixels.shape[1]}x{pixels.shape[0]} pixels but "
-                    f"example 0 has {self.size[1]}x{self.size[0]}; give one size for all (study: "
-                    "data.image_size)"
-                )
-            images[i] = pixels.transpose(2, 0, 1)
-        return images, payload.labels
+    images = np.empty((len(payload.images), 3, *size), np.uint8)
+    for i, encoded in enumerate(payload.images):
+        name = _named(encoded, f"example {payload.first_id + i} of {where}")
+        pixels = _decode(encoded, name, image_size)  # (H, W, 3)
+        _demand_size(pixels.shape[:2], name, size, "example 0")
+        images[i] = pixels.transpose(2, 0, 1)
+    return images, payload.labels
 
 
 def open_folder(data: Data, split: str) -> Source:
@@ -88,23 +77,30 @@ def open_folder(data: Data, split: str) -> Source:
             )
         class_names, paths, labels = _class_images(folders, split)
     else:
-        class_names, paths = (), _all_images(folders[split])
+        layout = f"expected images ({', '.join(SUFFIXES)}) anywhere below it (study: data.folder)"
+        _demand_folder(folders[split], layout)
+        class_names, paths = (), _images_below(folders[split])
         paths = paths[: limited(data, split, len(paths))]
         labels = np.full(len(paths), -1, np.int64)
-        identity |= {"labelled": False} | limit_identity(data, split)
+        identity["labelled"] = False
     base = f"{folders[split]}/"
     listing = [[path.removeprefix(base), os.stat(path).st_size] for path in paths]
-    identity |= {"sha256": files.fingerprint(listing)} | size_identity(data)
-    size = (data.image_size,) * 2 if data.image_size else _common_size(paths)
+    identity |= {"sha256": files.fingerprint(listing)} | size_identity(data.image_size)
+    if data.image_size:
+        size = (data.image_size, data.image_size)
+    else:
+        size = size_of(paths[0], paths[0])
+        for path in paths:
+            _demand_size(size_of(path, path), path, size, paths[0])
 
     def fetch_range(start: int, stop: int) -> Payload:
         return Payload(start, paths[start:stop], labels[start:stop].copy())
 
-    decode = Decoder(f"folder {split}", size, data.image_size)
-    n, shape = len(paths), (3, *size)
+    decode = partial(decode_images, f"folder {split}", size, data.image_size)
     return Source(
-        "folder", split, class_names, n, shape, identity, fetch_range, decode, parallel=True
-    )
+        "folder", split, class_names, len(paths), (3, *size), identity, fetch_range, decode,
+        parallel=True,
+    )  # fmt: skip
 
 
 def _class_images(
@@ -118,7 +114,10 @@ def _class_images(
             f"{folders['train']} and {folders['test']} differ in their classes: only in train "
             f"{only['train']}, only in test {only['test']}; expected the same class folders in both"
         )
-    by_class = [_image_paths(folders[split] / name) for name in classes[split]]
+    by_class = [_images_below(folders[split] / name) for name in classes[split]]
+    for path in map(Path, itertools.chain(*by_class)):
+        if path.parent.parent != folders[split]:
+            raise ValueError(f"{path.parent} is a folder inside a class folder; expected images")
     labels = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class])
     return tuple(classes[split]), list(itertools.chain(*by_class)), labels
 
@@ -127,38 +126,29 @@ def _class_names(folder: Path) -> list[str]:
     """Sorted names of the class folders of one split; hidden ones are passed over."""
     layout = "expected <folder>/train/<class>/ and <folder>/test/<class>/ (study: data.folder; "
     layout += "data.test_folder where the test images are elsewhere)"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}; {layout}")
+    _demand_folder(folder, layout)
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != ".")
     if not names:
         raise ValueError(f"{folder} has no class folders; {layout}")
     return names
 
 
-def _image_paths(folder: Path) -> list[str]:
-    """Sorted images of one class folder; files of other kinds and hidden ones are passed over."""
-    paths = sorted(p for p in folder.iterdir() if p.name[0] != ".")
-    nested = next((p for p in paths if p.is_dir()), None)
-    if nested is not None:
-        raise ValueError(f"{nested} is a folder inside a class folder; expected images only")
-    paths = [str(p) for p in paths if p.suffix.lower() in SUFFIXES]
-    if not paths:
-        raise ValueError(
-            f"class folder {folder} has no image; expected files that end in {', '.join(SUFFIXES)}"
-        )
-    return paths
-
-
-def _all_images(folder: Path) -> list[str]:
-    """Sorted images anywhere below a folder; files of other kinds and hidden ones are passed
-    over."""
-    layout = f"expected images ({', '.join(SUFFIXES)}) anywhere below it (study: data.folder)"
+def _demand_folder(folder: Path, layout: str) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; {layout}")
-    paths = [path for path in all_files(folder) if path.lower().endswith(SUFFIXES)]
-    if not paths:
-        raise ValueError(f"{folder} has no image; {layout}")
-    return paths
+
+
+def is_image(path: str) -> bool:
+    """Whether a file's name ends like that of an image."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def _images_below(folder: Path) -> list[str]:
+    """Sorted images anywhere below a folder; files of other kinds and hidden ones are passed
+    over."""
+    if paths := [path for path in all_files(folder) if is_image(path)]:
+        return paths
+    raise ValueError(f"{folder} has no image; expected files that end in {', '.join(SUFFIXES)}")
 
 
 def all_files(folder: Path) -> list[str]:
@@ -180,27 +170,18 @@ def all_files(folder: Path) -> list[str]:
     return sorted(paths)
 
 
-def _common_size(paths: Sequence[str]) -> tuple[int, int]:
-    """(height, width) of all images, from their headers.
-
-    Raises: ValueError that names two files, when they differ.
-    """
-    first = None
-    for path in paths:
-        size = size_of(path, path)
-        first = first or size
-        if size != first:
-            raise ValueError(
-                f"{path} has {size[1]}x{size[0]} pixels but {paths[0]} has {first[1]}x{first[0]}; "
-                "give one size for all (study: data.image_size)"
-            )
-    return first
-
-
 def size_of(encoded: bytes | str, name: str) -> tuple[int, int]:
     """(height, width) of one image, from its header."""
     with _opened(encoded, name) as image:
         return image.height, image.width
+
+
+def _demand_size(size: tuple[int, int], name: str, expected: tuple[int, int], first: str) -> None:
+    if size != expected:
+        raise ValueError(
+            f"{name} has {size[1]}x{size[0]} pixels but {first} has {expected[1]}x{expected[0]}; "
+            "give one size for all (study: data.image_size)"
+        )
 
 
 def _named(encoded: bytes | str, name: str) -> str:
@@ -216,21 +197,18 @@ def _opened(encoded: bytes | str, name: str) -> Iterator[Any]:
     try:
         with Image.open(file) as image:
             yield image
-    except Image.UnidentifiedImageError:
-        raise ValueError(
-            f"{name} cannot be read as an image (its format is unknown); repair or remove it"
-        ) from None
     # SyntaxError: Pillow raises it for a broken PNG chunk
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, Image.UnidentifiedImageError)
         raise ValueError(
-            f"{name} cannot be read as an image ({error}); repair or remove it"
+            f"{name} cannot be read as an image ({'its format is unknown' if unknown else error}); "
+            "repair or remove it"
         ) from None
 
 
 def _decode(encoded: bytes | str, name: str, image_size: int | None) -> np.ndarray:
     """One image as uint8 (H, W, 3). EXIF rotation is not applied, as in torchvision's image
     folder."""
-    name = _named(encoded, name)
     with _opened(encoded, name) as image:
         if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255 on conversion
             raise ValueError(

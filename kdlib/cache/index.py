@@ -1,10 +1,13 @@
-"""The index of a cache: which shards a folder has, the examples in each, and the files' checksums.
+"""Which shards a cache has, and the sha256 of their files: the indexes of the parts that are built,
+and the journals of those that are not finished.
 
 A cache is a folder of plain NumPy files, `<column>-<shard>.npy`, and one index for each part that
 was built, written last: `index.json` for a cache built whole, `index-<first>-<stop>.json` for the
 shards [first, stop). The header, equal in all of them, holds everything that determines the bytes.
+While a part is built, its journal has a line for each whole shard.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -23,7 +26,7 @@ _MOST_SHARDS = 10**7  # a list of more of them would fill the memory
 _DISTRUST = "do not trust this folder: delete it and build it again"
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]  # column -> (dtype, shape of one example's row)
 Sums = dict[str, str]  # sha256 of each file, by name
-Entries = dict[int, dict[str, Any]]  # shard -> {"first_id", "n", "sha256": {file name: sum}}
+Shards = dict[int, Sums]  # of the files of each shard
 
 
 class CacheError(ValueError):
@@ -78,14 +81,14 @@ def remedy(folder: Path) -> str:
     return f"run `python -m kdlib cache verify --repair {folder}`, then build it again"
 
 
-def refuse_other(folder: Path, expected: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-    """Compare entries of a header with those expected.
+def refuse_other(path: Path, expected: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Compare the header that a cache, an index or a journal has with the one expected.
 
     Raises: CacheError that names each entry that differs.
     """
     if lines := files.difference(dict(expected), dict(header)):
         raise CacheError(
-            f"{folder} was made of something else (there -> expected): {'; '.join(lines)}; "
+            f"{path} was made of something else (there -> expected): {'; '.join(lines)}; "
             "nothing was changed: choose another folder, or delete this one to make it anew"
         )
 
@@ -97,33 +100,29 @@ def index_paths(folder: Path) -> list[Path]:
     return [path for path in paths if path.exists()]  # a link to nothing is no index
 
 
-def read_indexes(folder: Path) -> tuple[dict[str, Any], Entries]:
+def read_indexes(folder: Path) -> tuple[dict[str, Any], Shards]:
     """Header and shards of all parts in a folder; ({}, {}) when there is no index.
 
     Raises: CacheError for an index that is cut, foreign, of another format, or at odds with
         another one.
     """
     header: dict[str, Any] = {}
-    entries: Entries = {}
+    shards: Shards = {}
     for path in index_paths(folder):
         try:
-            one, shards = read_index(path)
-        except (
-            FileNotFoundError
-        ):  # a builder has just replaced the indexes of parts by a larger one
+            one, listed = read_index(path)
+        except FileNotFoundError:  # a builder has just replaced it by the index of a larger part
             return read_indexes(folder)
-        if header and one != header:
-            lines = "; ".join(files.difference(one, header))
-            raise CacheError(f"{path} is of another cache than the other parts ({lines})")
-        for shard, entry in shards.items():
-            if entries.get(shard, entry) != entry:
+        refuse_other(path, header or one, one)
+        for shard, sums in listed.items():
+            if shards.get(shard, sums) != sums:
                 raise CacheError(f"{path} and another index differ on shard {shard}; {_DISTRUST}")
         header = one
-        entries.update(shards)
-    return header, entries
+        shards |= listed
+    return header, shards
 
 
-def read_index(path: Path) -> tuple[dict[str, Any], Entries]:
+def read_index(path: Path) -> tuple[dict[str, Any], Shards]:
     """Header and shards of one part.
 
     Raises: CacheError for an index that is cut, foreign or of another format.
@@ -142,31 +141,93 @@ def read_index(path: Path) -> tuple[dict[str, Any], Entries]:
     if not files.is_sealed(index):
         raise CacheError(f"{path} was changed after it was written; {_DISTRUST}")
     try:
-        return header, _checked_entries(path, header, index["shards"])
+        return header, _checked(path, header, index["shards"])
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise CacheError(f"{path} is no index of a cache ({error!r}); {_DISTRUST}") from None
 
 
-def _checked_entries(path: Path, header: dict[str, Any], shards: list[dict[str, Any]]) -> Entries:
+def _checked(path: Path, header: dict[str, Any], listed: list[dict[str, Any]]) -> Shards:
     """The shards of an index that may be hostile: it must name the files of its shards only, no
     type that is unpickled, and as many shards as it lists."""
     n_shards, columns = count_shards(header), header["columns"]
     first, stop = part_of(path, n_shards)
-    if not 0 <= first < stop <= n_shards <= _MOST_SHARDS or stop - first != len(shards):
-        raise ValueError(f"{len(shards)} shards for the part [{first}, {stop}) of {n_shards}")
+    if not 0 <= first < stop <= n_shards <= _MOST_SHARDS or stop - first != len(listed):
+        raise ValueError(f"{len(listed)} shards for the part [{first}, {stop}) of {n_shards}")
     for column, (dtype, shape) in columns.items():
         if not (_COLUMN.fullmatch(column) and _DTYPE.fullmatch(dtype)) or min(shape, default=0) < 0:
             raise ValueError(f"column {column!r} has rows of {dtype} {shape}")
         np.dtype(dtype)  # TypeError for one that NumPy does not know
-    entries = dict(enumerate(shards, first))
-    for shard, entry in entries.items():
-        start, end = shard_span(header, shard)
-        names = {file_name(column, shard) for column in columns}
-        if (entry["first_id"], entry["n"], set(entry["sha256"])) != (start, end - start, names):
+    shards = {}
+    for shard, entry in enumerate(listed, first):
+        shards[shard] = entry["sha256"]
+        if entry != _entry(header, shard, shards[shard]) or not _names_files(header, shard, entry):
             raise ValueError(f"shard {shard} has other files or examples than its place says")
-    return entries
+    return shards
 
 
-def all_sums(entries: Entries) -> Sums:
+def _entry(header: dict[str, Any], shard: int, sums: Sums) -> dict[str, Any]:
+    start, stop = shard_span(header, shard)
+    return {"first_id": start, "n": stop - start, "sha256": sums}
+
+
+def _names_files(header: dict[str, Any], shard: int, entry: dict[str, Any]) -> bool:
+    """Whether an entry of an index or a journal has the files of its shard, and no others."""
+    return set(entry["sha256"]) == {file_name(column, shard) for column in header["columns"]}
+
+
+def write_index(path: Path, header: dict[str, Any], shards: Shards) -> None:
+    """Write the index of a part whose shards are whole."""
+    listed = [_entry(header, shard, sums) for shard, sums in sorted(shards.items())]
+    files.write_json(path, files.sealed({"header": header, "shards": listed}))
+
+
+def journal_paths(folder: Path) -> list[Path]:
+    """The journals of all unfinished parts in a folder, sorted."""
+    return sorted(folder.glob("journal*.jsonl"))
+
+
+def write_journal(journal: Path, header: dict[str, Any], shards: Shards) -> None:
+    """Begin a journal with the header of a cache and the shards that are whole already."""
+    lines = [{"header": header}, *({"shard": i, "sha256": sums} for i, sums in shards.items())]
+    text = "".join(files.canonical_json(line) + "\n" for line in lines)
+    files.write_atomic(journal, lambda file: file.write(text.encode()))
+
+
+def append(journal: Path, shard: int, sums: Sums) -> None:
+    """Note a finished shard; it is on the disk when this returns."""
+    with files.writing(journal), open(journal, "a") as log:
+        log.write(files.canonical_json({"shard": shard, "sha256": sums}) + "\n")
+        log.flush()
+        os.fsync(log.fileno())
+
+
+def read_journal(journal: Path) -> tuple[dict[str, Any], Shards]:
+    """Header of an unfinished part, and the shards it has finished.
+
+    Reading ends at a torn line. A journal that has just become an index gives ({}, {}).
+    """
+    header: dict[str, Any] = {}
+    shards: Shards = {}
+    try:
+        for line in journal.read_bytes().splitlines():
+            entry = json.loads(line)
+            if not header:
+                header = dict(entry["header"])
+            elif not _names_files(header, entry["shard"], entry):
+                break
+            else:
+                shards[entry["shard"]] = dict(entry["sha256"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError, RecursionError):
+        pass
+    return header, shards
+
+
+def all_sums(shards: Shards) -> Sums:
     """Checksums of the files of all shards."""
-    return {name: sha256 for entry in entries.values() for name, sha256 in entry["sha256"].items()}
+    return {name: sha256 for sums in shards.values() for name, sha256 in sums.items()}
+
+
+def whole_shards(folder: Path, shards: Shards) -> Shards:
+    """The shards whose files are there and have their checksums; every byte is read."""
+    damaged = set(files.damaged_files(folder, all_sums(shards)))
+    return {shard: sums for shard, sums in shards.items() if not damaged & set(sums)}

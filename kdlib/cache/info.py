@@ -8,17 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kdlib.cache import index
 from kdlib.cache.build import build_images, repair
-from kdlib.cache.index import (
-    CacheError,
-    all_sums,
-    count_shards,
-    index_paths,
-    part_of,
-    read_indexes,
-    shard_span,
-)
-from kdlib.cache.journal import journal_paths, read_journal
+from kdlib.cache.index import CacheError
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
 from kdlib.cache.study_source import open_source
@@ -49,7 +41,7 @@ def find_caches(path: str) -> list[Path]:
         candidates = [cache_folder(data) / split for data in images for split in SPLITS] + outputs
     else:
         raise FileNotFoundError(f"{path} is neither a cache folder nor a study file")
-    caches = [c for c in candidates if index_paths(c) or journal_paths(c)]
+    caches = [c for c in candidates if index.index_paths(c) or index.journal_paths(c)]
     if not caches:
         raise FileNotFoundError(
             f"there is no cache in {folder or path}; run `python -m kdlib cache build STUDY`"
@@ -81,14 +73,13 @@ def build_caches(
 
 def state(cache: Cache) -> str:
     """One line: how much of a cache is there, and what is missing."""
-    n_shards, n_here = count_shards(cache.header), len(cache.example_ids)
+    examples = _counted(cache.n_examples, "example")
+    shards = _counted(index.count_shards(cache.header), "shard")
     if cache.whole:
-        return (
-            f"{cache.folder}: whole, {_counted(n_here, 'example')} in {_counted(n_shards, 'shard')}"
-        )
+        return f"{cache.folder}: whole, {examples} in {shards}"
     return (
-        f"{cache.folder}: {len(cache.shards):,} of {_counted(n_shards, 'shard')}, {n_here:,} of "
-        f"{_counted(cache.n_examples, 'example')}; missing: {_spans(cache.header, cache.missing)}"
+        f"{cache.folder}: {len(cache.shards):,} of {shards}, {len(cache.example_ids):,} of "
+        f"{examples}; missing: {_spans(cache.header, cache.missing)}"
     )
 
 
@@ -97,32 +88,31 @@ def describe(folder: Path) -> str:
 
     Raises: CacheError for one that cannot be trusted.
     """
-    header, entries = read_indexes(folder)
-    journals = [(path, *read_journal(path)) for path in journal_paths(folder)]
+    header, entries = index.read_indexes(folder)
+    journals = [(path, *index.read_journal(path)) for path in index.journal_paths(folder)]
     header = header or next((noted for _, noted, _ in journals if noted), {})
     if not header:
         Cache(folder)  # raises, and says what is there
-    n_shards = count_shards(header)
+    n_shards = index.count_shards(header)
     columns = [
         f"{name} {np.dtype(dtype).name} {tuple(shape)}"
         for name, (dtype, shape) in header["columns"].items()
     ]
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    whose = [str(header[key]) for key in ("kind", "source", "split") if key in header]
     lines = [
-        ("holds", ", ".join(whose)),
+        ("holds", ", ".join(str(header[k]) for k in ("kind", "source", "split") if k in header)),
         ("examples", f"{header['n_examples']:,}"),
         *[("columns" if i == 0 else "", column) for i, column in enumerate(columns)],
         ("shards", f"{n_shards:,} of up to {_counted(header['shard_size'], 'example')}"),
-        ("on disk", _in_bytes(size)),
+        ("on disk", _in_bytes(p.stat().st_size for p in folder.iterdir() if p.is_file())),
         ("fingerprint", Cache(folder).fingerprint if entries else "none yet"),
     ]
-    for index in index_paths(folder):
-        lines.append(("part", f"{index.name}: {_part(index, header)}"))
+    for path in index.index_paths(folder):
+        held = range(*index.part_of(path, n_shards))
+        lines.append(("part", f"{path.name}: {_spans(header, held)}"))
     missing = sorted(set(range(n_shards)) - set(entries))
     lines.append(("missing", _spans(header, missing) if missing else "nothing"))
     for path, _, done in journals:
-        first, stop = part_of(path, n_shards)
+        first, stop = index.part_of(path, n_shards)
         lines.append(
             ("unfinished", f"{path.name}: {len(done):,} of {_counted(stop - first, 'shard')} made")
         )
@@ -139,22 +129,19 @@ def verify_cache(folder: Path, keep_whole: bool = False, study: str = "STUDY") -
     Returns: Whether the cache is whole as far as it was built.
     """
     try:
-        _, entries = read_indexes(folder)
-        sums = all_sums(entries)
+        sums = index.all_sums(index.read_indexes(folder)[1])
         sizes = [p.stat().st_size for p in (folder / name for name in sums) if p.is_file()]
         start = time.perf_counter()
         bad = files.damaged_files(folder, sums)
-        elapsed_s = time.perf_counter() - start
+        speed = f"{sum(sizes) / (time.perf_counter() - start) / 1e9:.2f} GB/s"
         if not bad:
             cache = Cache(folder)  # raises when there is no index
             cache.check(cache.header["columns"], cache.shards.tolist())
+            print(f"{folder}: {_counted(len(sums), 'file')}, {_in_bytes(sizes)}, whole ({speed})")
+            return True
     except CacheError as error:
         print(f"CacheError: {error}", file=sys.stderr)
         return False
-    speed = f"{sum(sizes) / elapsed_s / 1e9:.2f} GB/s"
-    if not bad:
-        print(f"{folder}: {_counted(len(sums), 'file')}, {_in_bytes(sum(sizes))}, whole ({speed})")
-        return True
     print(f"{folder}: {len(bad):,} of {_counted(len(sums), 'file')} damaged or missing ({speed})")
     print(*(f"  {name}" for name in bad), sep="\n")
     if not keep_whole:
@@ -170,17 +157,13 @@ def verify_cache(folder: Path, keep_whole: bool = False, study: str = "STUDY") -
     return False
 
 
-def _part(index: Path, header: dict[str, Any]) -> str:
-    return _spans(header, range(*part_of(index, count_shards(header))))
-
-
 def _spans(header: dict[str, Any], shards: Iterable[int]) -> str:
     """`shards 2-4 (examples 10-24), shard 7 (examples 35-39)`."""
     numbers = np.array(list(shards))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     texts = []
     for first, last in ((int(run[0]), int(run[-1])) for run in runs[:MOST_RANGES]):
-        start, stop = shard_span(header, first)[0], shard_span(header, last)[1]
+        start, stop = index.shard_span(header, first)[0], index.shard_span(header, last)[1]
         name = f"shard {first}" if first == last else f"shards {first}-{last}"
         texts.append(f"{name} (examples {start:,}-{stop - 1:,})")
     if len(runs) > MOST_RANGES:
@@ -192,7 +175,8 @@ def _counted(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
-def _in_bytes(n: float) -> str:
+def _in_bytes(sizes: Iterable[int]) -> str:
+    n = sum(sizes)
     for unit in ("B", "kB", "MB", "GB"):
         if n < 1000:
             return f"{n:.0f} B" if unit == "B" else f"{n:.2f} {unit}"

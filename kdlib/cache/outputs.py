@@ -9,7 +9,6 @@ TinyViT: Fast Pretraining Distillation, arXiv:2207.10666 (sparse logits of repla
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from kdlib.cache.shards import Cache, CacheError
 
 KIND = "teacher_outputs"
 CLEAN_VIEW = "clean"  # one view per example, without augmentation
+SPARSE = ("values", "indices", "log_tail")  # columns of the k largest logits
 
 
 def encoded(outputs: Mapping[str, torch.Tensor], top_k: int | None) -> dict[str, np.ndarray]:
@@ -28,37 +28,34 @@ def encoded(outputs: Mapping[str, torch.Tensor], top_k: int | None) -> dict[str,
 
     Returns: Per column the rows without their view axis.
     """
-    whole = {k: v for k, v in outputs.items() if top_k is None or k != "logits"}
-    rows = {name: _to_float16(values, name) for name, values in whole.items()}
-    if len(whole) == len(outputs):
-        return rows
-    logits = outputs["logits"]
-    values, indices = logits.topk(top_k)
-    others = logits.double().scatter(1, indices, -torch.inf)
-    log_tail = others.logsumexp(1) - logits.double().logsumexp(1)
-    return rows | {
-        "values": _to_float16(values, "logits"),
-        "indices": indices.cpu().numpy(),
-        "log_tail": _to_float16(log_tail, "log tail"),
-    }
+    rows = {}
+    for name, values in outputs.items():
+        if name != "logits" or top_k is None:
+            rows[name] = _to_float16(values, name)
+            continue
+        kept, indices = values.topk(top_k)
+        others = values.double().scatter(1, indices, -torch.inf)
+        log_tail = others.logsumexp(1) - values.double().logsumexp(1)
+        rows["values"] = _to_float16(kept, "logits")
+        rows["indices"] = indices.cpu().numpy().astype("<i2" if values.shape[1] <= 2**15 else "<i4")
+        rows["log_tail"] = _to_float16(log_tail, "log tail")
+    return rows
 
 
-def decode_logits(columns: Mapping[str, torch.Tensor], n_classes: int) -> torch.Tensor:
-    """Logits from their stored form; what top-k left out shares its mass evenly.
+def decoded(parts: Mapping[str, torch.Tensor], n_classes: int) -> dict[str, torch.Tensor]:
+    """Outputs by name, float32, from their stored form without its view axis.
 
-    Args:
-        columns: Rows of the columns that hold logits, without their view axis.
-
-    Returns: (B, C) float32. From top-k form, the softmax at temperature 1 gives the stored classes
-        their probabilities, and all remaining ones together theirs.
+    What top-k left out shares its mass evenly: the softmax at temperature 1 gives the stored
+    classes their probabilities, and all remaining ones together theirs.
     """
-    if "logits" in columns:
-        return columns["logits"].float()
-    values, log_tail = columns["values"].float(), columns["log_tail"].float()
-    log_total = values.logsumexp(1) - torch.log(-torch.expm1(log_tail))
-    rest = log_tail + log_total - float(np.log(n_classes - values.shape[1]))
-    dense = rest[:, None].expand(len(values), n_classes).clone()
-    return dense.scatter_(1, columns["indices"].long(), values)
+    rows = {name: part.float() for name, part in parts.items() if name not in SPARSE}
+    if "values" in parts:
+        values, log_tail = parts["values"].float(), parts["log_tail"].float()
+        log_total = values.logsumexp(1) - torch.log(-torch.expm1(log_tail))
+        rest = log_tail + log_total - float(np.log(n_classes - values.shape[1]))
+        dense = rest[:, None].expand(len(values), n_classes).clone()
+        rows["logits"] = dense.scatter_(1, parts["indices"].long(), values)
+    return rows
 
 
 def _to_float16(values: torch.Tensor, name: str) -> np.ndarray:
@@ -92,8 +89,7 @@ def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
 
     Raises: CacheError for an output that was not stored.
     """
-    sparse = stored.header["top_k"] is not None
-    logits = ("values", "indices", "log_tail") if sparse else ("logits",)
+    logits = ("logits",) if stored.header["top_k"] is None else SPARSE
     columns = [c for name in wanted for c in (logits if name == "logits" else (name,))]
     if missing := [c for c in columns if c not in stored.header["columns"]]:
         raise CacheError(
@@ -104,21 +100,8 @@ def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
     return tuple(columns)
 
 
-def decoded(parts: Mapping[str, torch.Tensor], n_classes: int) -> dict[str, torch.Tensor]:
-    """Outputs by name, float32, from rows of stored columns without their view axis."""
-    logits = {k: v for k, v in parts.items() if k in ("logits", "values", "indices", "log_tail")}
-    rows = {k: v.float() for k, v in parts.items() if k not in logits}
-    return rows | {"logits": decode_logits(logits, n_classes)} if logits else rows
-
-
-def stored_views(stored: Cache) -> dict[str, Any] | None:
-    """{"n", "augment", "seed"} of the replayed views; None when the clean image was seen."""
-    view = stored.header["view"]
-    return None if view == CLEAN_VIEW else view
-
-
 def stored_logits(stored: Cache, example_ids: np.ndarray, view: int = 0) -> torch.Tensor:
     """Logits of one view of some examples as they are stored: (B, C) float32."""
     columns = stored_columns(stored, ("logits",))
     parts = {c: torch.from_numpy(stored.read(c, example_ids)[:, view]) for c in columns}
-    return decode_logits(parts, stored.header["n_classes"])
+    return decoded(parts, stored.header["n_classes"])["logits"]

@@ -4,26 +4,16 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdlib.cache.index import (
-    CacheError,
-    Sums,
-    count_shards,
-    index_paths,
-    part_name,
-    part_of,
-    read_indexes,
-    refuse_other,
-    shard_span,
-)
-from kdlib.cache.journal import journal_paths, whole_shards
+from kdlib.cache import index
+from kdlib.cache.index import CacheError
 from kdlib.repro import files
 
 _TEMPORARY = re.compile(
@@ -45,55 +35,46 @@ class Part:
         """Its shards."""
         return range(self.first, self.stop)
 
-    @property
-    def finished(self) -> bool:
-        """Whether every shard is in an index."""
-        return set(self.shards) <= set(self.indexed())
-
-    def path(self, stem: str, suffix: str) -> Path:
+    def path(self, stem: str, suffix: str = "") -> Path:
         """The file of this part with a stem such as `index`."""
-        return self.folder / part_name(stem, self.first, self.stop, self._n_shards, suffix)
+        n_shards = index.count_shards(self.header)
+        return self.folder / index.part_name(stem, self.first, self.stop, n_shards, suffix)
 
     def count_rows(self, shards: Iterable[int]) -> int:
         """Examples in some shards."""
-        spans = (shard_span(self.header, shard) for shard in shards)
+        spans = (index.shard_span(self.header, shard) for shard in shards)
         return sum(stop - start for start, stop in spans)
 
-    def indexed(self) -> dict[int, Sums]:
-        """All shards that the indexes of the folder have, and the checksums of their files.
+    def indexed(self) -> index.Shards:
+        """Its shards that are in an index of the folder.
 
         Raises: CacheError for indexes of another cache.
         """
-        header, entries = read_indexes(self.folder)
-        if entries:
-            refuse_other(self.folder, self.header, header)
-        return {shard: entry["sha256"] for shard, entry in entries.items()}
+        header, shards = index.read_indexes(self.folder)
+        index.refuse_other(self.folder, self.header, header or self.header)
+        return self._mine(shards)
 
-    def collected(self) -> dict[int, Sums]:
-        """Its shards that are in an index or a journal, and the checksums of their files.
+    def collected(self) -> index.Shards:
+        """Its shards that are in an index, or in a journal and whole.
 
         Raises: CacheError for an index or a journal of another cache.
         """
         done = {}
-        for journal in journal_paths(self.folder):
-            done |= whole_shards(journal, self.header, self.first, self.stop)
-        done |= self.indexed()
-        return {shard: done[shard] for shard in sorted(done) if shard in self.shards}
+        for journal in index.journal_paths(self.folder):
+            header, shards = index.read_journal(journal)
+            index.refuse_other(journal, self.header, header or self.header)
+            done |= index.whole_shards(self.folder, self._mine(shards))
+        return dict(sorted((done | self.indexed()).items()))
 
     def superfluous(self) -> list[Path]:
         """Journals and indexes whose shards are all in the index of this part."""
-        paths = (*journal_paths(self.folder), *index_paths(self.folder))
-        index = self.path("index", ".json")
-        return [p for p in paths if p != index and self._holds(*part_of(p, self._n_shards))]
+        paths = (*index.journal_paths(self.folder), *index.index_paths(self.folder))
+        own = self.path("index", ".json")
+        return [path for path in paths if path != own and self._holds(*self._run_of(path))]
 
-    def finish(self, done: Mapping[int, Sums]) -> None:
+    def finish(self, done: index.Shards) -> None:
         """Write the index of this part, then drop what it makes superfluous."""
-        shards = []
-        for shard in self.shards:
-            start, stop = shard_span(self.header, shard)
-            shards.append({"first_id": start, "n": stop - start, "sha256": done[shard]})
-        content = files.sealed({"header": self.header, "shards": shards})
-        files.write_json(self.path("index", ".json"), content)
+        index.write_index(self.path("index", ".json"), self.header, done)
         for path in self.superfluous():
             path.unlink(missing_ok=True)
 
@@ -105,11 +86,10 @@ class Part:
         Raises: BlockingIOError when another process does; DiskError when the folder cannot be
             written into.
         """
-        with ExitStack() as stack:
-            lock = self.path(".lock", "")
-            stack.enter_context(files.locked(lock, wait=False))
+        lock = self.path(".lock")
+        with files.locked(lock, wait=False):
             for other in sorted(self.folder.glob(".lock*")):
-                begin, end = part_of(other, self._n_shards)
+                begin, end = self._run_of(other)
                 if other != lock and begin < self.stop and self.first < end:
                     _refuse_held(other)
             self._remove_temporary()  # of a builder that was killed
@@ -131,9 +111,11 @@ class Part:
                 "folder"
             )
 
-    @property
-    def _n_shards(self) -> int:
-        return count_shards(self.header)
+    def _mine(self, shards: index.Shards) -> index.Shards:
+        return {shard: sums for shard, sums in shards.items() if shard in self.shards}
+
+    def _run_of(self, path: Path) -> tuple[int, int]:
+        return index.part_of(path, index.count_shards(self.header))
 
     def _holds(self, first: int, stop: int) -> bool:
         return self.first <= first and stop <= self.stop
@@ -142,10 +124,10 @@ class Part:
         for name in os.listdir(self.folder):
             if match := _TEMPORARY.fullmatch(name):
                 if match["shard"]:
-                    shards = int(match["shard"]), int(match["shard"]) + 1
+                    run = int(match["shard"]), int(match["shard"]) + 1
                 else:  # the numbers of a part come before those of the process
-                    shards = part_of(Path(name.rsplit(".", 2)[0]), self._n_shards)
-                if self._holds(*shards):
+                    run = self._run_of(Path(name.rsplit(".", 2)[0]))
+                if self._holds(*run):
                     (self.folder / name).unlink(missing_ok=True)
 
 

@@ -14,17 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdlib.cache.index import (
-    CacheError,
-    all_sums,
-    count_shards,
-    file_name,
-    part_range,
-    read_indexes,
-    refuse_other,
-    remedy,
-    shard_span,
-)
+from kdlib.cache import index
+from kdlib.cache.index import CacheError
 from kdlib.repro import files
 from kdlib.repro.npy import npy_start
 
@@ -64,39 +55,39 @@ class Cache:
             entries.
         """
         self.folder = Path(folder)
-        self.header, self.entries = read_indexes(self.folder)
+        self.header, self.entries = index.read_indexes(self.folder)
         if not self.entries:
-            unfinished = any(self.folder.glob("journal*.jsonl"))
-            state = "an unfinished build" if unfinished else "no cache"
+            state = "an unfinished build" if index.journal_paths(self.folder) else "no cache"
             raise CacheError(
                 f"{self.folder} holds {state} (index.json is missing); run notebooks/01_cache.ipynb"
                 " or `python -m kdlib cache build STUDY` (teacher outputs: "
                 "notebooks/02_teacher.ipynb)"
             )
         wanted = json.loads(files.canonical_json(dict(expected or {})))
-        refuse_other(self.folder, wanted, {key: self.header.get(key) for key in wanted})
+        index.refuse_other(self.folder, wanted, {key: self.header.get(key) for key in wanted})
         self.n_examples: int = self.header["n_examples"]
         self.shard_size: int = self.header["shard_size"]
         if part is not None:
             self._restrict(part)
         self.shards = np.array(sorted(self.entries), np.int64)
-        self.whole = len(self.shards) == count_shards(self.header)
+        self.whole = len(self.shards) == index.count_shards(self.header)
         content = self.header if self.whole else {**self.header, "shards": self.shards.tolist()}
         self.fingerprint = files.fingerprint(content)
-        self._places = np.full(count_shards(self.header), -1, np.int64)
+        self._places = np.full(index.count_shards(self.header), -1, np.int64)
         self._places[self.shards] = np.arange(len(self.shards))
-        if absent := sorted(all_sums(self.entries).keys() - set(os.listdir(self.folder))):
-            path = self.folder / absent[0]
-            raise CacheError(f"shard file {path} is missing; {remedy(self.folder)}")
+        if absent := sorted(index.all_sums(self.entries).keys() - set(os.listdir(self.folder))):
+            raise self._missing(self.folder / absent[0])
         self._maps: dict[tuple[str, int], torch.Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}  # another process maps the shards itself
 
+    def _missing(self, path: Path) -> CacheError:
+        return CacheError(f"shard file {path} is missing; {index.remedy(self.folder)}")
+
     def _restrict(self, part: tuple[int, int]) -> None:
-        first, stop = part_range(count_shards(self.header), part)
-        absent = [shard for shard in range(first, stop) if shard not in self.entries]
-        if absent:
+        first, stop = index.part_range(index.count_shards(self.header), part)
+        if absent := [shard for shard in range(first, stop) if shard not in self.entries]:
             raise CacheError(
                 f"{self.folder} has not all of part {part[0]}/{part[1]}: {_listed(absent)} of its "
                 f"shards [{first}, {stop}) are missing; run notebooks/01_cache.ipynb or "
@@ -107,7 +98,7 @@ class Cache:
     @property
     def example_ids(self) -> np.ndarray:
         """Sorted int64 ids of the examples that are here."""
-        spans = [shard_span(self.header, shard) for shard in self.shards.tolist()]
+        spans = [index.shard_span(self.header, shard) for shard in self.shards.tolist()]
         return np.concatenate([np.arange(*span) for span in spans])
 
     @property
@@ -158,13 +149,14 @@ class Cache:
         Raises: CacheError that names the file, when it is cut, damaged or of another layout.
         """
         dtype, shape = self.layout(column)
-        shape, path = (self.entries[shard]["n"], *shape), self.folder / file_name(column, shard)
+        begin, end = index.shard_span(self.header, shard)
+        shape, path = (end - begin, *shape), self.folder / index.file_name(column, shard)
         try:
             start = npy_start(path, dtype, shape)
         except FileNotFoundError:
-            raise CacheError(f"shard file {path} is missing; {remedy(self.folder)}") from None
+            raise self._missing(path) from None
         except ValueError as error:
-            raise CacheError(f"shard file {error}; {remedy(self.folder)}") from None
+            raise CacheError(f"shard file {error}; {index.remedy(self.folder)}") from None
         return path, start, start + dtype.itemsize * math.prod(shape)
 
     def check(self, columns: Iterable[str], shards: Iterable[int]) -> None:
@@ -237,9 +229,8 @@ class Cache:
         import torch
 
         dtype, shape = self.layout(column)
-        n_rows = sum(entry["n"] for entry in self.entries.values())
         self.check([column], self.shards[:1].tolist())
-        whole = torch.from_numpy(np.empty((n_rows, *shape), dtype))
+        whole = torch.from_numpy(np.empty((len(self.example_ids), *shape), dtype))
         start = 0
         for shard in self.shards.tolist():
             rows = self.mapped(column, shard)
@@ -248,19 +239,15 @@ class Cache:
         self._maps = {key: rows for key, rows in self._maps.items() if key[0] != column}
         return whole
 
-    def damaged(self, n_threads: int | None = None) -> list[str]:
-        """Names of the files whose bytes differ from their checksums; every byte is read."""
-        return files.damaged_files(self.folder, all_sums(self.entries), n_threads)
-
     def verify(self) -> None:
         """Compare every byte with the checksums of the index, and every layout with its header.
 
         Raises: CacheError that names each file that differs.
         """
-        if bad := self.damaged():
+        if bad := files.damaged_files(self.folder, index.all_sums(self.entries)):
             raise CacheError(
                 f"{self.folder}: {', '.join(bad)} differ from their checksums; "
-                f"{remedy(self.folder)}"
+                f"{index.remedy(self.folder)}"
             )
         self.check(self.header["columns"], self.shards.tolist())
 

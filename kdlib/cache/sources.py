@@ -5,6 +5,7 @@ An example id is the position of an image in its split's order, for ever.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,16 +113,9 @@ def limited(data: Data, split: str, n_examples: int) -> int:
     return data.n_train
 
 
-def limit_identity(data: Data, split: str) -> dict[str, int]:
-    """What `n_train` adds to an identity."""
-    return {"n_train": data.n_train} if split == "train" and data.n_train is not None else {}
-
-
-def size_identity(data: Data) -> dict[str, Any]:
-    """What `image_size` adds to an identity."""
-    if data.image_size is None:
-        return {}
-    return {"image_size": data.image_size, "resize": RESIZE_RULE}
+def size_identity(image_size: int | None) -> dict[str, Any]:
+    """What resizing adds to an identity."""
+    return {"image_size": image_size, "resize": RESIZE_RULE} if image_size else {}
 
 
 def array_source(
@@ -153,46 +147,33 @@ def array_source(
             "one label per image"
         )
     check_labels(labels, len(class_names), f"{name} {split}")
+    if images.shape[2:] == (image_size, image_size):
+        image_size = None
     identity = {"source": name, "split": split, "sha256": files.sha256_array(images, labels)}
-    resize = image_size is not None and images.shape[2:] != (image_size, image_size)
-    if resize:
-        identity |= {"image_size": image_size, "resize": RESIZE_RULE}
-
-    def fetch_range(start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        return images[start:stop], labels[start:stop]
-
-    side = (image_size, image_size) if resize else images.shape[2:]
     return Source(
         name=name,
         split=split,
         class_names=tuple(class_names),
         n_examples=len(images),
-        image_shape=(images.shape[1], *side),
-        identity=identity,
-        fetch_range=fetch_range,
-        decode=_DecodeArrays(image_size if resize else None),
+        image_shape=(images.shape[1], *((image_size,) * 2 if image_size else images.shape[2:])),
+        identity=identity | size_identity(image_size),
+        fetch_range=lambda start, stop: (images[start:stop], labels[start:stop]),
+        decode=partial(_decode_arrays, image_size),
     )
 
 
-@dataclass(frozen=True)
-class _DecodeArrays:
-    image_size: int | None
-
-    def __call__(self, payload: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = payload
-        if self.image_size is None:
-            return images.copy(order="C"), labels.copy()
-        return _resize_batch(images, self.image_size), labels.copy()
-
-
-def _resize_batch(images: np.ndarray, size: int) -> np.ndarray:
-    """(n, channels, H, W) -> (n, channels, size, size), each channel by itself."""
+def _decode_arrays(
+    size: int | None, payload: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
     from PIL import Image
 
+    images, labels = payload
+    if size is None:
+        return images.copy(order="C"), labels.copy()
     resized = np.empty((*images.shape[:2], size, size), np.uint8)
     for i, channel in np.ndindex(images.shape[:2]):
         resized[i, channel] = np.asarray(fit(Image.fromarray(images[i, channel]), size))
-    return resized
+    return resized, labels.copy()
 
 
 def fit(image: Any, size: int) -> Any:

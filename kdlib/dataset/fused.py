@@ -1,6 +1,6 @@
 """Gather, view and normalise images in one pass over the pixels, compiled for the CPU by numba.
 
-The result is equal to the bit to that of `views.apply` and `pixels.normalise`, which explain the
+The result is equal to the bit to that of `views.apply` and `Pixels.prepare`, which explain the
 formulas. The functions below `available` are plain Python over flat arrays, which numba compiles on
 first use; without numba `available` is False. Two habits let the compiler vectorise the loops: an
 unsigned index, which numba need not test for being negative (5x), and a cast to int32 after each
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import (
     BLUE,
     CONTRAST,
@@ -277,22 +278,20 @@ def deliver(
     source: torch.Tensor | np.ndarray,
     rows: torch.Tensor | np.ndarray,
     views: Views | None,
-    scale: np.ndarray,
-    shift: np.ndarray,
+    pixels: Pixels,
     out: torch.Tensor,
     n_threads: int = 1,
 ) -> None:
     """Write the normalised views of `source[rows]` to `out`.
 
-    Equal to the bit to `normalise(apply(source[rows], views))`.
+    Equal to the bit to `pixels.prepare(apply(source[rows], views))`.
 
     Args:
         source: (N, C, H, W) uint8 on the CPU, each image C-contiguous, whatever the stride >= 0
             from one to the next; may be a read-only memory map.
         rows: (B,) int64, in [0, N).
         views: Of these B images; None for the images themselves.
-        scale: (C,) float32, from `pixel_scale`.
-        shift: (C,) float32, from `pixel_scale`.
+        pixels: How they are normalised.
         out: (B, C, H, W) float32 on the CPU, contiguous or channels_last.
         n_threads: Threads among which the batch is divided, this one included.
 
@@ -312,6 +311,7 @@ def deliver(
         ids = torch.zeros(n, dtype=torch.int64)
         views = draw(Augment(), 0, ids, ids, shape)
     views.check(n, shape)
+    scale, shift = pixels.scale
     drawn = [x.numpy() for x in (views.flip, views.box, views.factors, views.order)]
     last = not out.is_contiguous()
     flat = (out.permute(0, 2, 3, 1) if last else out).numpy().reshape(n, size)

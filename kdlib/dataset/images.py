@@ -83,9 +83,8 @@ class Images:
 
     def validation(self, device: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(images (N, C, H, W) uint8, labels (N,) int64) of the held-out training images."""
-        images = torch.from_numpy(self.train.read("images", self.validation_ids))
-        labels = torch.from_numpy(self.train.read("labels", self.validation_ids))
-        return images.to(device), labels.to(device)
+        columns = (self.train.read(column, self.validation_ids) for column in ("images", "labels"))
+        return tuple(torch.from_numpy(column).to(device) for column in columns)
 
 
 def probe_examples(images: Images) -> list[tuple[Cache, np.ndarray]]:

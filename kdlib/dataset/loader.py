@@ -14,12 +14,11 @@ from kdlib.cache.outputs import stored_columns
 from kdlib.cache.shards import Cache
 from kdlib.dataset.batch import Batch, View
 from kdlib.dataset.fused import available, deliver
-from kdlib.dataset.memory import SHARE, free_memory
-from kdlib.dataset.pixels import pixel_scale
 from kdlib.dataset.plan import Plan
-from kdlib.dataset.read_ahead import ReadAhead
-from kdlib.dataset.rows import Rows, TeacherRows
+from kdlib.dataset.rows import ReadAhead, Rows, TeacherRows, free_memory
 from kdlib.dataset.views import apply, draw
+
+SHARE = 0.5  # of the free memory that `auto` lets pixels take
 
 
 class Loader:
@@ -73,7 +72,10 @@ class Loader:
         ids, columns = plan.example_ids, () if teacher is None else stored_columns(teacher, reads)
         n_bytes = images.row_bytes()["images"]
         n_bytes += sum(teacher.row_bytes()[column] for column in columns)
-        self.residence, fits = _residence(residence, len(ids) * n_bytes, self.device)
+        if residence not in ("auto", "resident", "mapped"):
+            raise ValueError(f"residence is {residence!r}; expected auto, resident or mapped")
+        fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
+        self.residence = residence if residence != "auto" else "resident" if fits else "mapped"
         resident, self._on_cpu = self.residence == "resident", self.device.type == "cpu"
         self._pixels = Rows(images, "images", ids, self.device, resident)
         self._labels = images.read("labels", ids) if labels is None else np.array(labels, np.int64)
@@ -97,11 +99,6 @@ class Loader:
         self._next: tuple[int, Future] | None = None
 
     @property
-    def has_teacher(self) -> bool:
-        """Whether teacher outputs go with each batch."""
-        return self._teacher is not None
-
-    @property
     def labels(self) -> torch.Tensor:
         """(N,) int64: the label at each position."""
         return torch.from_numpy(self._labels).to(self.device)
@@ -116,8 +113,6 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, on the device."""
-        if self._thread is None:
-            return self._make(step)
         if self._read_ahead is not None:
             self._read_ahead.at(step)
         if not self._works_ahead:
@@ -143,7 +138,7 @@ class Loader:
         """End the thread; further batches are made when asked for."""
         if self._thread is not None:
             self._thread.shutdown()
-        self._thread = self._next = None
+        self._read_ahead, self._works_ahead, self._next = None, False, None
 
     def _make(self, step: int) -> Batch:
         pieces = [
@@ -172,7 +167,7 @@ class Loader:
             passes=self._small(passes),
             images=images,
             labels=self._small(labels),
-            teacher=self.teacher_rows(positions, views) if self.has_teacher else None,
+            teacher=None if self._teacher is None else self.teacher_rows(positions, views),
             second=second,
         )
 
@@ -221,17 +216,5 @@ class Loader:
             return pixels.prepare(apply(self._pixels.gather(index), drawn), out)
         if out is None:
             out = torch.empty((len(index), *shape), memory_format=pixels.memory_format)
-        scale, shift = pixel_scale(pixels.mean, pixels.std)
-        n_threads = torch.get_num_threads()
-        deliver(self._pixels.images, index, drawn, scale, shift, out, n_threads)
+        deliver(self._pixels.images, index, drawn, pixels, out, torch.get_num_threads())
         return out
-
-
-def _residence(residence: str, n_bytes: int, device: torch.device) -> tuple[str, bool]:
-    """Where rows of so many bytes are kept, and whether they fit into the memory there."""
-    if residence not in ("auto", "resident", "mapped"):
-        raise ValueError(f"residence is {residence!r}; expected auto, resident or mapped")
-    fits = n_bytes <= SHARE * free_memory(device)
-    if residence == "auto":
-        return ("resident" if fits else "mapped"), fits
-    return residence, fits

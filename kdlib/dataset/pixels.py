@@ -8,39 +8,6 @@ import torch
 from kdlib.cache.shards import Cache
 
 
-def pixel_scale(mean: list[float], std: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """`scale` and `shift`, (C,) float32 each, with which `pixel * scale + shift` normalises.
-
-    Args:
-        mean: C floats, for pixels in [0, 1].
-        std: C floats > 0, for pixels in [0, 1].
-    """
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    return np.array([1 / (255 * s) for s in std], np.float32), np.array(shift, np.float32)
-
-
-def normalise(
-    images: torch.Tensor, mean: list[float], std: list[float], out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """uint8 pixels to float32 `(pixel / 255 - mean) / std`, per channel.
-
-    A product and a sum, each rounded: one fused operation would give other bits.
-
-    Args:
-        images: (B, C, H, W) uint8.
-        mean: As in `pixel_scale`.
-        std: As in `pixel_scale`.
-        out: (B, C, H, W) float32 to write to, in any memory format.
-
-    Returns: (B, C, H, W) float32, `out` or new, in the memory format of the input.
-    """
-    scale, shift = (
-        torch.from_numpy(x).to(images.device)[:, None, None] for x in pixel_scale(mean, std)
-    )
-    out = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
-    return out.mul_(scale).add_(shift)
-
-
 @dataclass(frozen=True)
 class Pixels:
     """How a network wants its pixels: per-channel mean and std of pixels in [0, 1]."""
@@ -54,10 +21,28 @@ class Pixels:
         """Where the channels stand in memory."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    @property
+    def scale(self) -> tuple[np.ndarray, np.ndarray]:
+        """Factor and summand, (C,) float32 each, with which uint8 pixels are normalised."""
+        factor = [1 / (255 * s) for s in self.std]
+        summand = [-m / s for m, s in zip(self.mean, self.std, strict=True)]
+        return np.array(factor, np.float32), np.array(summand, np.float32)
+
     def prepare(self, images: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, C, H, W) uint8 -> float32, normalised, in the memory format the study asks for."""
+        """Pixels as `(pixel / 255 - mean) / std`, per channel, in the study's memory format.
+
+        A product and a sum, each rounded: one fused operation would give other bits.
+
+        Args:
+            images: (B, C, H, W) uint8.
+            out: (B, C, H, W) float32 to write to, in any memory format.
+
+        Returns: (B, C, H, W) float32, `out` or new.
+        """
         images = images.contiguous(memory_format=self.memory_format)
-        return normalise(images, self.mean, self.std, out)
+        factor, summand = (torch.from_numpy(x).to(images.device)[:, None, None] for x in self.scale)
+        out = images.to(torch.float32, copy=True) if out is None else out.copy_(images)
+        return out.mul_(factor).add_(summand)
 
 
 def pixel_statistics(images: Cache, example_ids: np.ndarray) -> tuple[list[float], list[float]]:

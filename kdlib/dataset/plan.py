@@ -160,22 +160,16 @@ class Plan:
             return self._orders[number]
 
     def _draw(self, number: int) -> np.ndarray:
-        rng = generator(self._seed, "order", number)
+        rng, shards = generator(self._seed, "order", number), self.members(number)
         if self._order == "windowed":
-            return self._windowed(self.members(number), rng)
-        if self.shards_per_pass is None:
-            n = len(self.example_ids)
-            return np.arange(n) if self._order == "sequential" else rng.permutation(n)
-        positions = self._positions(self.members(number))
+            shards = rng.permutation(shards)
+            windows = np.split(shards, range(self._window, len(shards), self._window))
+            return np.concatenate([rng.permutation(self._positions(window)) for window in windows])
+        positions = self._positions(shards)
         return positions if self._order == "sequential" else rng.permutation(positions)
 
     def _positions(self, shards: np.ndarray) -> np.ndarray:
         return np.concatenate([np.arange(self._bounds[s], self._bounds[s + 1]) for s in shards])
-
-    def _windowed(self, shards: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        shards = rng.permutation(shards)
-        windows = np.split(shards, range(self._window, len(shards), self._window))
-        return np.concatenate([rng.permutation(self._positions(window)) for window in windows])
 
     def pieces(self, step: int, rank: int = 0, world_size: int = 1) -> list[tuple[int, int, int]]:
         """What step `step` sees, as (pass, start, stop): places [start, stop) of that pass's order.
@@ -235,13 +229,11 @@ def budget(n_examples: int, fraction: float) -> int:
         n_examples: N >= 0.
         fraction: In [0, 1], taken as the decimal number it is written as.
 
-    Raises: ValueError for a fraction or number out of range.
+    Raises: ValueError for a fraction out of range.
 
     >>> budget(100, 0.145), budget(3, 0.5), budget(3, 1 / 3), budget(7, 0.0)
     (15, 2, 1, 0)
     """
-    if n_examples < 0:
-        raise ValueError(f"n_examples is {n_examples}; expected an integer >= 0")
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}; expected a number in [0, 1]")
     exact = Decimal(repr(float(fraction))) * n_examples  # 0.145 * 100 is 14.499... as a float

@@ -1,17 +1,23 @@
-"""Rows of a cached column by position: resident on a device, or mapped from the disk."""
+"""Rows of a cached column by position: resident on a device, or mapped from the disk and read ahead
+of their use."""
 
+import contextlib
 import ctypes
+import math
 import mmap
+import os
 import sys
 from collections.abc import Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kdlib.cache.outputs import decoded, stored_views
+from kdlib.cache.outputs import CLEAN_VIEW, decoded
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.batch import View
+from kdlib.dataset.plan import Plan
 from kdlib.repro import files
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -29,6 +35,9 @@ _ALIGNMENT = 2**21
 # Of madvise(2), since Linux 5.14. A cold pass over 20 shards of 56 MB waits 0.6 to 0.7 s in all,
 # instead of 1.0 to 1.3 s for pages mapped as they are met (benchmarks/cache.py, 2026-11, 6 runs)
 _POPULATE_READ = 22
+
+READ_AHEAD = 16  # steps whose shards are asked for together
+ASK_AGAIN = 256  # steps after which a shard may have left the page cache
 
 
 def map_in_one(paths: Sequence[Path], sizes: Sequence[int]) -> tuple[torch.Tensor, np.ndarray]:
@@ -139,6 +148,50 @@ class Rows:
         return out.copy_(fetched.view(out.shape), non_blocking=True)
 
 
+class ReadAhead:
+    """Brings mapped shards into memory on a thread before their rows are gathered."""
+
+    def __init__(
+        self, plan: Plan, rows: Rows, share: tuple[int, int], thread: ThreadPoolExecutor, fits: bool
+    ) -> None:
+        """Prepare to read.
+
+        Args:
+            rows: The mapped rows.
+            share: Rank and world size of this process.
+            thread: Where shards are read.
+            fits: Whether all of them stay in memory once they are read.
+        """
+        self._plan, self._rows, self._share = plan, rows, share
+        self._thread, self._fits = thread, fits
+        self._reading: Future | None = None
+        self._asked: dict[int, int] = {}  # shard -> step at which it was last asked for
+        self._next_look = 0  # the step from which on it is time to look ahead again
+
+    def at(self, step: int) -> None:
+        """Start to read what the steps from this one on need, when it is time.
+
+        Raises: What went wrong when the thread last read.
+        """
+        if step < self._next_look:
+            return
+        self._next_look = step + READ_AHEAD
+        if self._reading is not None and self._reading.done():
+            self._reading.result()
+        self._reading = self._thread.submit(self._read, step)
+
+    def _read(self, step: int) -> None:
+        """Bring the shards of the next two stretches of steps into memory."""
+        steps = range(step, min(step + 2 * READ_AHEAD, self._plan.n_steps))
+        positions = np.concatenate([self._plan.at(s, *self._share)[1] for s in steps])
+        for number in np.unique(self._rows.shard_of[positions]).tolist():
+            if self._asked.get(number, -np.inf) < step - ASK_AGAIN:
+                self._asked[number] = step
+                self._rows.populate(number)
+        if len(self._asked) == self._plan.n_shards and self._fits:
+            self._next_look = self._plan.n_steps
+
+
 class TeacherRows:
     """Stored teacher outputs for the examples of a plan, by their position in it."""
 
@@ -177,8 +230,8 @@ class TeacherRows:
 
 def _replays(teacher: Cache, view: View | None) -> bool:
     """Whether the stored outputs are of replayed views, which must then be those of `view`."""
-    stored = stored_views(teacher)
-    if stored is None:
+    stored = teacher.header["view"]
+    if stored == CLEAN_VIEW:
         return False
     seen = {}
     if view is not None:
@@ -190,3 +243,32 @@ def _replays(teacher: Cache, view: View | None) -> bool:
             f"here): {'; '.join(lines)} (study: teacher.outputs, training.augment)"
         )
     return True
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be allocated on a device: of a CPU those that are available without swapping,
+    within the memory limit of the job this process belongs to."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not Path("/proc/meminfo").exists():  # where only the memory in all is known
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    known = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return min(int(known["MemAvailable"].split()[0]) * 1024, _allowed())
+
+
+def _allowed(
+    root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> float:
+    """Bytes left below the limit of this process's control group (a Slurm job, a container);
+    infinity without a limit that can be read."""
+    left = math.inf
+    with contextlib.suppress(OSError, ValueError):
+        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
+        (path,) = [Path(part[2]) for part in lines if part[0] == "0"]  # version 2 has one
+        for group in (path, *path.parents):
+            folder = root / group.relative_to("/")
+            most = folder / "memory.max"
+            if most.is_file() and most.read_text().strip() != "max":
+                used = int((folder / "memory.current").read_text())
+                left = min(left, max(0, int(most.read_text()) - used))
+    return left

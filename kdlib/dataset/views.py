@@ -36,22 +36,9 @@ class Views:
     settings: Augment
     image_shape: tuple[int, int, int]
     flip: torch.Tensor  # (B,) bool
-    box: (
-        torch.Tensor
-    )  # (B, 4) int32: top, left, height, width; top and left in [-pad, pad] if padded
+    box: torch.Tensor  # (B, 4) int32: top, left, height, width; padded: top, left from -pad to pad
     factors: torch.Tensor  # (B, 4) int32 of brightness, contrast, saturation, hue; unit 1 / ONE
     order: torch.Tensor  # (B, K) int32: the K colour operations switched on, first to last
-
-    @property
-    def identity(self) -> bool:
-        """Whether every view is the image itself, because nothing is switched on."""
-        return not (self.moves or self.order.shape[1])
-
-    @property
-    def moves(self) -> bool:
-        """Whether any setting changes where a pixel is."""
-        s = self.settings
-        return bool(s.flip or s.crop_padding or s.resized_crop)
 
     def check(self, n: int, image_shape: tuple[int, ...]) -> None:
         """Raises ValueError unless drawn for `n` images of this (C, H, W)."""
@@ -77,10 +64,8 @@ def _crops(crop: ResizedCrop, hashes: np.ndarray, height: int, width: int) -> np
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
     first = fits.argmax(0)[None]
     w, h = np.take_along_axis(w, first, 0)[0], np.take_along_axis(h, first, 0)[0]
-    top, left = (
-        hashes[_Y] % np.maximum(height - h + 1, 1),
-        hashes[_X] % np.maximum(width - w + 1, 1),
-    )
+    top = hashes[_Y] % np.maximum(height - h + 1, 1)
+    left = hashes[_X] % np.maximum(width - w + 1, 1)
     central_h = min(height, max(1, round(width / crop.ratio[0])))
     central_w = min(width, max(1, round(height * crop.ratio[1])))
     central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
@@ -191,10 +176,8 @@ def _resized(images: torch.Tensor, box: torch.Tensor, flip: torch.Tensor) -> tor
 
     y, x = y[:, None, :, None], x[:, None, None, :]
     mixed = rows(top_row) * ((1 << TAP_BITS) - y) + rows(bottom_row) * y
-    left_part, right_part = (
-        mixed.gather(3, i[:, None, None].expand(shape)) for i in (first, second)
-    )
-    total = left_part * ((1 << TAP_BITS) - x) + right_part * x
+    left, right = (mixed.gather(3, i[:, None, None].expand(shape)) for i in (first, second))
+    total = left * ((1 << TAP_BITS) - x) + right * x
     return ((total + (1 << (2 * TAP_BITS - 1))) >> (2 * TAP_BITS)).to(torch.uint8)
 
 
@@ -256,16 +239,13 @@ def apply(images: torch.Tensor, views: Views) -> torch.Tensor:
     Raises: ValueError for views of other images.
     """
     views.check(len(images), images.shape[1:])
-    if views.identity:
-        return images
     settings, device = views.settings, images.device
-    if views.moves:
+    if settings.flip or settings.crop_padding or settings.resized_crop:
         box, flip = views.box.to(device).long(), views.flip.to(device)
-        images = (
-            _resized(images, box, flip)
-            if settings.resized_crop
-            else _shifted(images, box, flip, settings.crop_padding)
-        )
+        if settings.resized_crop:
+            images = _resized(images, box, flip)
+        else:
+            images = _shifted(images, box, flip, settings.crop_padding)
     if views.order.shape[1] == 0:
         return images
     pixels, factors = images.int(), views.factors.to(device)[:, :, None, None, None]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdlib.dataset.images import Images
 from kdlib.models.base import Network, check_options
-from kdlib.models.timm_networks import build_timm
+from kdlib.models.published import build_timm
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.models import Model
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from kdlib.cache.build import build_shards
-from kdlib.cache.outputs import CLEAN_VIEW, KIND, encoded, stored_columns, stored_logits
+from kdlib.cache.outputs import CLEAN_VIEW, KIND, SPARSE, encoded, stored_columns, stored_logits
 from kdlib.cache.shards import Cache, CacheError
+from kdlib.dataset import views
 from kdlib.dataset.pixels import Pixels
-from kdlib.dataset.views import augment
 from kdlib.models.base import Network
 from kdlib.models.evaluation import accuracy, all_outputs
 from kdlib.models.weights import weights_fingerprint
@@ -41,11 +41,8 @@ def output_header(
     how logits are stored."""
     view: Any = CLEAN_VIEW
     if replay is not None:
-        view = {
-            "n": replay.n,
-            "augment": replay.augment.model_dump(mode="json"),
-            "seed": replay.seed,
-        }
+        augment = replay.augment.model_dump(mode="json")
+        view = {"n": replay.n, "augment": augment, "seed": replay.seed}
     return {
         "kind": KIND,
         "split": images.header["split"],
@@ -91,9 +88,9 @@ def store_outputs(
     n_classes, n_views = network.n_classes, 1 if replay is None else replay.n
     if top_k is not None and not 1 <= top_k < n_classes:
         raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
-    _, image_shape = images.layout("images")
-    shapes = network.output_shapes(image_shape, wanted)
-    columns = _columns(shapes, n_views, n_classes, top_k)
+    shapes = network.output_shapes(images.layout("images")[1], wanted)
+    zeros = encoded({name: torch.zeros(1, *shape) for name, shape in shapes.items()}, top_k)
+    columns = {c: (rows.dtype.str, (n_views, *rows.shape[1:])) for c, rows in zeros.items()}
 
     def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
         ids = np.arange(*span)
@@ -101,8 +98,7 @@ def store_outputs(
             encoded(_outputs(network, pixels, images, ids, v, replay, device, wanted), top_k)
             for v in range(n_views)
         ]
-        stacked = {name: np.stack([part[name] for part in parts], 1) for name in columns}
-        return {name: stacked[name].astype(dtype) for name, (dtype, _) in columns.items()}
+        return {column: np.stack([part[column] for part in parts], 1) for column in columns}
 
     return build_shards(
         folder,
@@ -114,21 +110,6 @@ def store_outputs(
         part=part,
         describe=f"teacher outputs, {images.header['split']}",
     )
-
-
-def _columns(
-    shapes: Mapping[str, tuple[int, ...]], n_views: int, n_classes: int, top_k: int | None
-) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and row shape of each stored column."""
-    columns = {name: ("<f2", (n_views, *shape)) for name, shape in shapes.items()}
-    if top_k is not None and columns.pop("logits", None):
-        index = "<i2" if n_classes <= 2**15 else "<i4"
-        columns |= {
-            "values": ("<f2", (n_views, top_k)),
-            "indices": (index, (n_views, top_k)),
-            "log_tail": ("<f2", (n_views,)),
-        }
-    return columns
 
 
 def _outputs(
@@ -145,7 +126,7 @@ def _outputs(
     raw = torch.from_numpy(images.read("images", ids)).to(device)
     if replay is not None:
         epochs = torch.full((len(ids),), view)
-        raw = augment(raw, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
+        raw = views.augment(raw, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
     wanted = tuple(wanted)
     return dict(zip(wanted, all_outputs(network, pixels, raw, wanted), strict=True))
 
@@ -178,9 +159,7 @@ def verify_outputs(
     known = stored.example_ids
     ids = known[np.linspace(0, len(known) - 1, min(n, len(known))).astype(np.int64)]
     n_views, drift = 1 if replay is None else replay.n, 0.0
-    held = stored.header["columns"]
-    sparse = {"values", "indices", "log_tail"}
-    wanted = [*(["logits"] if sparse & set(held) else []), *(c for c in held if c not in sparse)]
+    wanted = dict.fromkeys("logits" if c in SPARSE else c for c in stored.header["columns"])
     device = next(network.parameters()).device
     for view, some in enumerate(np.array_split(ids, min(n_views, len(ids)))):
         fresh = _outputs(network, pixels, images, some, view, replay, device, wanted)

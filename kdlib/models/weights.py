@@ -93,11 +93,6 @@ def load_weights(network: nn.Module, path: Path) -> str:
     return weights_fingerprint(network)
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type where the message is empty."""
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
@@ -114,7 +109,7 @@ def _checkpoint(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # of many kinds, which torch does not name
         raise ValueError(
             f"{path} is cut, or holds more than tensors, which could execute code and is not read "
-            f"({first_line(error)}); save its state_dict alone, or as safetensors"
+            f"({files.one_line(error)}); save its state_dict alone, or as safetensors"
         ) from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):

@@ -7,7 +7,7 @@ from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.models.networks import build_network, network_for
-from kdlib.models.pretrained import load_pretrained
+from kdlib.models.published import load_pretrained
 from kdlib.models.weights import load_weights, weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.seeds import derive

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from kdlib.cache.relabel import relabelled
 from kdlib.cache.sources import SPLITS, Source, array_source
-from kdlib.cache.study_source import open_source
+from kdlib.cache.study_source import open_source, relabelled
 from kdlib.study.data import Data, Relabel
 
 
@@ -208,9 +207,9 @@ def test_an_unfit_layout_is_refused_with_the_folder_s_name(folder):
     with pytest.raises(ValueError, match=r"only in train \['empty'\], only in test \[\]"):
         open_folder(folder)
     (folder / "test/empty").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*train/empty has no image"):
+    with pytest.raises(ValueError, match=r"train/empty has no image"):
         open_folder(folder)
-    (folder / "train/empty/inner").mkdir()
+    write_image(folder / "train/empty/inner/a.png", np.zeros((4, 6, 3), np.uint8))
     with pytest.raises(ValueError, match="inner is a folder inside a class folder"):
         open_folder(folder)
     with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere/train; expect"):
@@ -413,7 +412,7 @@ def test_labels_of_a_file_replace_those_of_the_source(home):
     ]:
         with pytest.raises(ValueError, match=message):
             relabelled(labelled(), Relabel(file="mine.npz", key=key))
-    limited = relabelled(labelled(), Relabel(file="mine.npz", key="many"), limited=True)
+    limited = relabelled(labelled(), Relabel(file="mine.npz", key="many"), first=True)
     np.testing.assert_array_equal(limited.read(0, 9)[1], given[:9])
     with pytest.raises(FileNotFoundError, match=r"none\.npz are not there; put the file into"):
         relabelled(labelled(), Relabel(file="none.npz", key="people"))

@@ -1,4 +1,4 @@
-"""`kdlib.cache.workers`: shards made by other processes, whatever ends them."""
+"""`kdlib.cache.build`: shards made by other processes, whatever ends them."""
 
 import os
 import signal
@@ -24,10 +24,9 @@ from cache.numbers import (
     recording,
 )
 
-from kdlib.cache import workers
+from kdlib.cache import build
 from kdlib.cache.build import build_images, build_shards
-from kdlib.cache.index import CacheError
-from kdlib.cache.journal import read_journal
+from kdlib.cache.index import CacheError, read_journal
 from kdlib.cache.sources import array_source
 
 TESTS = Path(__file__).parents[1]
@@ -104,7 +103,7 @@ def test_what_is_finished_before_a_worker_fails_is_kept(pristine, tmp_path, monk
     expected = (ValueError, "^example 12 is no image$")
     if how == "raises, noticed late":  # when the shard queued behind it is finished too
         function, kept = partial(make_or_raise, 0), [0, 1, 3]
-        monkeypatch.setattr(workers, "wait", lambda running, return_when: wait(running))
+        monkeypatch.setattr(build, "wait", lambda running, return_when: wait(running))
     if how == "dies":
         function = partial(make_or_die, tmp_path)
         expected = (CacheError, r"a worker process died while shards .*2.* were made, most often")

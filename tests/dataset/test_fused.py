@@ -11,7 +11,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from kdlib.dataset.fused import _block, _compiled, available, deliver
-from kdlib.dataset.pixels import normalise, pixel_scale
+from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import apply, draw
 from kdlib.study.training import Augment, ColourJitter, ResizedCrop
 
@@ -38,8 +38,8 @@ def source_of(n: int, shape: tuple[int, int, int], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (n, *shape), np.uint8)
 
 
-def pixels_of(n_channels: int) -> tuple[list[float], list[float]]:
-    return [0.49, 0.0, 0.45][:n_channels], [0.25, 0.24, 0.26][:n_channels]
+def pixels_of(n_channels: int) -> Pixels:
+    return Pixels([0.49, 0.0, 0.45][:n_channels], [0.25, 0.24, 0.26][:n_channels])
 
 
 def assert_same_bits(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -50,13 +50,12 @@ def assert_same_bits(ours: torch.Tensor, expected: torch.Tensor) -> None:
 def deliver_and_compare(source, rows, settings, memory_format, n_threads) -> None:
     """Delivers into the middle of a marked buffer; compares, and looks at the marks beside it."""
     n, shape = len(rows), source.shape[1:]
-    mean, std = pixels_of(shape[0])
     ids = torch.arange(n) * 13
     views = None if settings is None else draw(settings, 5, ids % 3, ids, shape)
     out = torch.full((n + 2, *shape), -77.0).to(memory_format=memory_format)
-    deliver(source, rows, views, *pixel_scale(mean, std), out[1:-1], n_threads)
+    deliver(source, rows, views, pixels_of(shape[0]), out[1:-1], n_threads)
     images = torch.from_numpy(np.array(source))[rows]
-    expected = normalise(images if views is None else apply(images, views), mean, std)
+    expected = pixels_of(shape[0]).prepare(images if views is None else apply(images, views))
     assert_same_bits(out[1:-1], expected)
     assert torch.all(out[[0, -1]] == -77.0)
 
@@ -152,18 +151,17 @@ def test_the_source_may_be_a_tensor_and_stays_as_it_is():
     source = torch.from_numpy(source_of(6, (3, 5, 4)))
     before, out, ids = source.clone(), torch.empty(6, 3, 5, 4), torch.arange(6)
     views = draw(EVERYTHING, 0, ids, ids, (3, 5, 4))
-    deliver(source, ids, views, *pixel_scale(*pixels_of(3)), out)
+    deliver(source, ids, views, pixels_of(3), out)
     assert torch.equal(source, before)
-    assert_same_bits(out, normalise(apply(source, views), *pixels_of(3)))
+    assert_same_bits(out, pixels_of(3).prepare(apply(source, views)))
 
 
 @compiled
 @pytest.mark.parametrize(("n", "rows"), [(4, [0, 4]), (4, [-1, 0]), (0, [0, 0])])
 def test_rows_outside_the_source_are_refused(n, rows):
-    ones = np.ones(3, np.float32)
     with pytest.raises(ValueError, match=rf"rows span .* integers in \[0, {n}\)"):
         deliver(
-            source_of(n, (3, 5, 4)), torch.tensor(rows), None, ones, ones, torch.zeros(2, 3, 5, 4)
+            source_of(n, (3, 5, 4)), torch.tensor(rows), None, pixels_of(3), torch.zeros(2, 3, 5, 4)
         )
 
 
@@ -175,7 +173,7 @@ def test_views_of_other_images_are_refused(n, shape):
     with pytest.raises(ValueError, match="views"):
         deliver(
             np.zeros((4, 3, 5, 4), np.uint8), torch.tensor([0, 3]), views,
-            *pixel_scale(*pixels_of(3)), torch.zeros(2, 3, 5, 4),
+            pixels_of(3), torch.zeros(2, 3, 5, 4),
         )  # fmt: skip
 
 

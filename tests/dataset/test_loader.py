@@ -16,10 +16,10 @@ from kdlib.cache.outputs import CLEAN_VIEW
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.cache.sources import array_source
 from kdlib.dataset import loader as loader_module
-from kdlib.dataset import memory, read_ahead
+from kdlib.dataset import rows as rows_module
 from kdlib.dataset.batch import View
 from kdlib.dataset.loader import Loader
-from kdlib.dataset.pixels import Pixels, normalise
+from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import ORDERS, Plan
 from kdlib.dataset.rows import Rows, map_in_one
 from kdlib.dataset.views import augment
@@ -102,7 +102,7 @@ def test_where_pixels_are_kept_changes_no_byte(
             assert same(first, second)
             ids = first.example_ids
             raw = torch.from_numpy(images.read("images", ids.numpy()))
-            expected = normalise(augment(raw, ids, first.passes, chosen, 3), MEAN, STD)
+            expected = VIEW.pixels.prepare(augment(raw, ids, first.passes, chosen, 3))
             assert torch.equal(first.images, expected)
             layout = torch.channels_last if channels_last else torch.contiguous_format
             assert first.images.is_contiguous(memory_format=layout)
@@ -136,8 +136,8 @@ def test_a_reused_batch_is_valid_until_the_next_is_asked_for(images):
 
 def test_the_thread_asks_for_each_shard_before_it_is_read_and_ends(images, monkeypatch):
     asked, before = [], threading.active_count()
-    monkeypatch.setattr(read_ahead, "READ_AHEAD", 2)
-    monkeypatch.setattr(read_ahead, "ASK_AGAIN", 4)
+    monkeypatch.setattr(rows_module, "READ_AHEAD", 2)
+    monkeypatch.setattr(rows_module, "ASK_AGAIN", 4)
     populate = Rows.populate
     monkeypatch.setattr(Rows, "populate", lambda rows, n: (asked.append(n), populate(rows, n)))
     loader = Loader(plan_of(order="sequential"), images, view=VIEW, residence="mapped")
@@ -153,7 +153,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_when_it_is_asked_again(images, 
     def failing(rows, number):
         raise OSError("disk on fire")
 
-    monkeypatch.setattr(read_ahead, "READ_AHEAD", 2)
+    monkeypatch.setattr(rows_module, "READ_AHEAD", 2)
     monkeypatch.setattr(Rows, "populate", failing)
     loader = Loader(plan_of(), images, residence="mapped")
     loader.batch(0)
@@ -198,7 +198,7 @@ def test_auto_keeps_pixels_resident_where_they_fit_and_maps_them_where_not(image
 
 
 def test_free_memory_is_a_plausible_number_of_bytes():
-    assert 2**26 < memory.free_memory(torch.device("cpu")) < 2**46
+    assert 2**26 < rows_module.free_memory(torch.device("cpu")) < 2**46
 
 
 def test_raw_rows_and_labels_are_those_of_their_positions(images):
@@ -308,7 +308,7 @@ def test_a_pass_sees_its_replayed_view_and_the_teacher_s_row_of_it(images, tmp_p
             batch.teacher["logits"], 8 * ids[:, None] + views[:, None] + torch.arange(4) / 8
         )
         raw = torch.from_numpy(images.read("images", ids.numpy()))
-        expected = normalise(augment(raw, ids, views, view.settings, 7), MEAN, STD)
+        expected = VIEW.pixels.prepare(augment(raw, ids, views, view.settings, 7))
         assert torch.equal(batch.images, expected)
     assert batch.passes.max() == 9
     loader.close()
@@ -345,11 +345,11 @@ def test_the_limit_of_a_job_is_what_it_leaves(tmp_path):
         (root / group).mkdir(parents=True)
         (root / group / "memory.max").write_text(f"{most}\n")
         (root / group / "memory.current").write_text(f"{used}\n")
-    assert memory._allowed(root, groups) == 4000
+    assert rows_module._allowed(root, groups) == 4000
     (root / "job" / "memory.max").write_text("max\n")
-    assert memory._allowed(root, groups) == math.inf
+    assert rows_module._allowed(root, groups) == math.inf
     groups.write_text("1:cpu:/\n")  # version 1 alone
-    assert memory._allowed(root, groups) == math.inf
+    assert rows_module._allowed(root, groups) == math.inf
 
 
 def test_a_loader_can_be_iterated_and_has_a_length(images):

@@ -6,9 +6,10 @@ import torch
 
 from kdlib.cache.build import build_images
 from kdlib.cache.sources import array_source
-from kdlib.dataset.pixels import normalise, pixel_scale, pixel_statistics
+from kdlib.dataset.pixels import Pixels, pixel_statistics
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
+PIXELS = Pixels(MEAN, STD)
 
 
 def images_of(n: int, shape: tuple[int, int, int] = (3, 5, 6), seed: int = 0) -> torch.Tensor:
@@ -18,7 +19,7 @@ def images_of(n: int, shape: tuple[int, int, int] = (3, 5, 6), seed: int = 0) ->
 
 def test_normalised_pixels_are_numpy_s():
     images = images_of(6)
-    ours = normalise(images, MEAN, STD)
+    ours = PIXELS.prepare(images)
     assert ours.dtype == torch.float32
     mean, std = (np.array(x)[:, None, None] for x in (MEAN, STD))
     expected = (images.numpy().astype(np.float64) / 255 - mean) / std
@@ -30,44 +31,36 @@ def test_normalised_pixels_are_torchvision_s():
 
     images = images_of(6)
     expected = normalize(to_dtype(images, torch.float32, scale=True), MEAN, STD)
-    torch.testing.assert_close(normalise(images, MEAN, STD), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(PIXELS.prepare(images), expected, rtol=0, atol=1e-6)
 
 
 def test_black_and_white_of_one_channel_by_hand():
     # (0 - 0.5) / 0.25 = -2 and (1 - 0.5) / 0.25 = 2
     images = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2)
-    assert normalise(images, [0.5], [0.25]).flatten().tolist() == pytest.approx([-2, 2], abs=1e-6)
-
-
-def test_normalising_keeps_the_memory_format():
-    images = images_of(4)
-    last = images.contiguous(memory_format=torch.channels_last)
-    ours = normalise(last, MEAN, STD)
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(ours, normalise(images, MEAN, STD))
-    assert normalise(images, MEAN, STD).is_contiguous()
+    ours = Pixels([0.5], [0.25]).prepare(images)
+    assert ours.flatten().tolist() == pytest.approx([-2, 2], abs=1e-6)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_normalised_pixels_can_be_written_to_memory_at_hand(memory_format):
     images = images_of(4)
     out = torch.empty(4, 3, 5, 6).to(memory_format=memory_format)
-    assert normalise(images, MEAN, STD, out=out) is out
-    assert torch.equal(out, normalise(images, MEAN, STD))
+    assert PIXELS.prepare(images, out=out) is out
+    assert torch.equal(out, PIXELS.prepare(images))
 
 
 def test_a_product_and_a_sum_are_rounded_one_by_one():
-    scale, shift = pixel_scale(MEAN, STD)
+    scale, shift = PIXELS.scale
     assert scale.dtype == shift.dtype == np.float32
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
     expected = images.numpy().astype(np.float32) * scale[:, None, None]
     expected = expected + shift[:, None, None]
-    np.testing.assert_array_equal(normalise(images, MEAN, STD).numpy(), expected)
+    np.testing.assert_array_equal(PIXELS.prepare(images).numpy(), expected)
 
 
 def test_a_mean_and_a_std_of_different_length_are_refused():
     with pytest.raises(ValueError, match="zip"):
-        normalise(images_of(1), [0.5], [0.5, 0.5])
+        Pixels([0.5], [0.5, 0.5]).prepare(images_of(1))
 
 
 def test_pixel_statistics_are_numpy_s_whatever_the_order(make_images, monkeypatch):

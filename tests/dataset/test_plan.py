@@ -1,5 +1,8 @@
 """`kdlib.dataset.plan`: what is planned is what is seen, whatever the order of asking."""
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from kdlib.dataset.plan import ORDERS, Plan, fixed_shards, shards_in_fraction, split_ids
+from kdlib.dataset.plan import ORDERS, Plan, budget, fixed_shards, shards_in_fraction, split_ids
 
 SIZES = {"n": st.integers(1, 40), "batch_size": st.integers(1, 50), "seed": st.integers(0, 99)}
 
@@ -266,11 +269,6 @@ def test_fixed_shards_are_whole_and_the_same_for_a_seed():
         fixed_shards(ids, SHARD, 99, 0)
 
 
-def test_a_fraction_of_the_shards_is_at_least_one():
-    ids = np.arange(100)
-    assert [shards_in_fraction(ids, 10, f) for f in (0.01, 0.33, 0.5, 1.0)] == [1, 3, 5, 10]
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -295,7 +293,29 @@ def test_sampling_leaves_the_global_generators_alone():
 
 
 @pytest.mark.parametrize(
-    ("n_shards", "fraction", "n"), [(5, 0.5, 3), (100, 0.145, 15), (122, 0.2, 24), (3, 0.01, 1)]
+    ("n_shards", "fraction", "n"), [(5, 0.5, 3), (10, 1.0, 10), (122, 0.2, 24), (3, 0.01, 1)]
 )
-def test_a_fraction_of_shards_is_rounded_half_up(n_shards, fraction, n):
+def test_a_fraction_of_shards_is_rounded_half_up_and_at_least_one(n_shards, fraction, n):
     assert shards_in_fraction(np.arange(n_shards * 4), 4, fraction) == n
+
+
+@settings(max_examples=100, deadline=None)
+@given(n_examples=st.integers(1, 10**6), hundredths=st.integers(0, 100))
+def test_budget_rounds_half_up_in_decimals(n_examples, hundredths):
+    exact = Fraction(hundredths, 100) * n_examples
+    assert budget(n_examples, hundredths / 100) == math.floor(exact + Fraction(1, 2))
+    assert budget(n_examples, 1 / n_examples) == 1
+    assert budget(n_examples, 1.0) == n_examples
+
+
+def test_budget_takes_the_fraction_as_it_is_written():
+    # As binary floats 0.145 and 0.285 lie below what is written; half an example decides.
+    assert budget(100, 0.145) == 15
+    assert budget(1000, 0.2855) == 286
+    assert budget(200, 0.0025) == 1
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
+def test_budget_of_an_impossible_fraction_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"expected a number in \[0, 1\]"):
+        budget(10, fraction)

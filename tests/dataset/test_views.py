@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.dataset.pixels import normalise
+from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import ONE, Views, apply, augment, draw
 from kdlib.repro.seeds import counter_hash, torch_seeded
 from kdlib.study.training import Augment, ColourJitter, ResizedCrop
@@ -109,7 +109,7 @@ def test_a_jitter_of_strength_nought_is_the_image_itself():
     images, ids = images_of(4), torch.arange(4)
     nought = Augment(colour_jitter=ColourJitter())
     assert augment(images, ids, ids, nought, 0) is images
-    assert draw(nought, 0, ids, ids, (3, 5, 6)).identity
+    assert draw(nought, 0, ids, ids, (3, 5, 6)).order.shape == (4, 0)
 
 
 def test_the_input_is_not_changed():
@@ -140,8 +140,8 @@ def test_a_view_does_not_depend_on_device_and_memory_format(kind, device):
     there = augment(images.to(device), ids.to(device), ids.to(device), kind, 0)
     assert torch.equal(there.cpu(), here)
     assert torch.equal(
-        normalise(there, MEAN, STD).cpu().view(torch.int32),
-        normalise(here, MEAN, STD).view(torch.int32),
+        Pixels(MEAN, STD).prepare(there).cpu().view(torch.int32),
+        Pixels(MEAN, STD).prepare(here).view(torch.int32),
     )
     last = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(augment(last, ids, ids, kind, 0), here)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdlib.cache import outputs
-from kdlib.cache.outputs import decode_logits, encoded, open_outputs, stored_columns, stored_logits
+from kdlib.cache.outputs import decoded, encoded, open_outputs, stored_columns, stored_logits
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import augment
@@ -217,7 +217,7 @@ def test_a_killed_store_resumes_and_gives_the_same_bytes(images, stored, tmp_pat
 
     def counting(values, name):
         made.append(name)
-        if len(made) == 6:  # in the third shard
+        if len(made) == 8:  # in the third shard; two columns each, and of the layout
             raise KeyboardInterrupt
         return half(values, name)
 
@@ -226,10 +226,10 @@ def test_a_killed_store_resumes_and_gives_the_same_bytes(images, stored, tmp_pat
         store_outputs(network_of(), PIXELS, images, folder)
     with pytest.raises(CacheError, match="unfinished build"):
         open_outputs(folder, images, weights_fingerprint(network_of()))
-    with pytest.raises(CacheError, match=r"unfinished cache of something else .*teacher: "):
+    with pytest.raises(CacheError, match=r"made of something else .*teacher: "):
         store_outputs(network_of(seed=1), PIXELS, images, folder)
     resumed = store_outputs(network_of(), PIXELS, images, folder)
-    assert len(made) == 6 + 2 * 3  # the last three of five shards, two columns each
+    assert len(made) == 8 + 2 + 2 + 2 * 3  # the last three of five shards
     names = sorted(p.name for p in stored.folder.iterdir())
     assert sorted(p.name for p in resumed.folder.iterdir()) == names
     for name in names:
@@ -259,7 +259,7 @@ def test_top_k_keeps_the_largest_and_shares_the_rest_evenly():
     assert stored["indices"].tolist() == [[0, 2]]
     assert np.exp(stored["log_tail"][0]) == pytest.approx(0.2, rel=1e-3)
     parts = {k: torch.from_numpy(v) for k, v in stored.items() if k != "features"}
-    dense = decode_logits(parts, 4)
+    dense = decoded(parts, 4)["logits"]
     np.testing.assert_allclose(dense.softmax(1), [[0.5, 0.1, 0.3, 0.1]], rtol=3e-3)
 
 
@@ -271,7 +271,7 @@ def test_decoded_top_k_has_the_stored_probabilities(n_classes, scale, data):
     logits = torch.from_numpy(scale * rng.standard_normal((5, n_classes))).float()
     stored = encoded({"logits": logits}, k)
     parts = {key: torch.from_numpy(v) for key, v in stored.items() if key != "features"}
-    dense = decode_logits(parts, n_classes)
+    dense = decoded(parts, n_classes)["logits"]
     assert (dense.dtype, dense.shape) == (torch.float32, (5, n_classes))
     assert torch.isfinite(dense).all()
     wanted, found = logits.softmax(1), dense.softmax(1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from models.test_pretrained import HUBCONF
+from models.test_published import HUBCONF
 from PIL import Image
 from tiny import flip, student, tiny_study
 

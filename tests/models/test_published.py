@@ -1,11 +1,11 @@
-"""`kdlib.models.pretrained`: published networks, with stand-ins for what lies on the network."""
+"""`kdlib.models.published`: published networks, with stand-ins for what lies on the network."""
 
 import pytest
 import safetensors.torch
 import torch
 
 from kdlib.models.networks import build_network
-from kdlib.models.pretrained import load_pretrained
+from kdlib.models.published import load_pretrained
 from kdlib.models.weights import weights_fingerprint
 from kdlib.study.models import Model
 

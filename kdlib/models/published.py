@@ -1,0 +1,261 @@
+"""Published networks: timm's, drawn at random or with their weights, and torch.hub's with theirs.
+
+Small images get first layers that keep their resolution. Where weights cannot be downloaded, the
+error says where to put them. A torch.hub network is downloaded code, which runs where the study
+says `trust_code: true`.
+
+Sources:
+[Wightman2019] Wightman: PyTorch Image Models (timm), 2019, doi:10.5281/zenodo.4414861.
+[Oquab2024] Oquab et al.: DINOv2: Learning Robust Visual Features without Supervision,
+    arXiv:2304.07193.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor, nn
+
+from kdlib.models.base import Network, check_options, eval_mode
+from kdlib.repro import files
+from kdlib.repro.seeds import torch_seeded
+from kdlib.study.models import Model, parse_hub
+
+# Up to this side in pixels a network for 224-pixel photographs keeps the image's resolution.
+SMALL_IMAGE = 64
+
+
+class TimmNetwork(Network):
+    """Any timm network behind the interface of `Network`. Source: [Wightman2019].
+
+    Stages are the last of each resolution, four at most. Those of a plain vision transformer are
+    four evenly spaced blocks; their grids are the patch tokens.
+    """
+
+    def __init__(self, body: nn.Module, image_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.body = body
+        with eval_mode(self), torch.no_grad():  # one trial image shows whether it fits, and D
+            features = self.features(torch.zeros(1, *image_shape))
+            self.n_features = features.shape[1]
+            self.n_classes = self.head(features).shape[1] if body.num_classes else 0
+        info = list(body.feature_info) if hasattr(body, "forward_intermediates") else []
+        by_resolution = {stage["reduction"]: number for number, stage in enumerate(info)}
+        self._taps = list(by_resolution.values())[-4:]
+        if len(by_resolution) == 1:  # a plain transformer
+            self._taps = sorted({round(len(info) * k / 4) - 1 for k in range(1, 5)} - {-1})
+        self.n_stages = len(self._taps)
+        self._options = {}
+        if info and "norm" in inspect.signature(body.forward_intermediates).parameters:
+            self._options["norm"] = True
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.body.forward_head(self.body.forward_features(x), pre_logits=True)
+
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if not self.n_stages:
+            return self.features(x), []
+        last, grids = self.body.forward_intermediates(
+            x, indices=self._taps, output_fmt="NCHW", **self._options
+        )
+        return self.body.forward_head(last, pre_logits=True), grids
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.body.get_classifier()(features)
+
+
+def build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed: int) -> Network:
+    """The network of `build_network` for a model `timm/<name>`."""
+    import timm
+
+    name, options = model.name.removeprefix("timm/"), dict(model.options)
+    if not timm.is_model(name) or "." in name:  # what follows a dot names pretrained weights
+        close = get_close_matches(name, timm.list_models(), n=3)
+        hint = f"nearest: {', '.join(close)}" if close else "timm.list_models() has all names"
+        raise ValueError(f"timm has no network {name!r} to draw at random; {hint}")
+    with torch_seeded(seed, "init"), torch.device("meta"):  # its signature, without weights
+        blank = timm.create_model(name)
+    accepted = {p for c in type(blank).__mro__ for p in inspect.signature(c.__init__).parameters}
+    fixed = {"num_classes": n_classes, "in_chans": image_shape[0]}
+    if "img_size" in accepted:
+        fixed["img_size"] = image_shape[1:]
+    check_options(model, {"stem", *accepted} - {"self", "args", "kwargs", "cfg", *fixed})
+    side = max(image_shape[1:])
+    stem = options.pop("stem", "small" if side <= SMALL_IMAGE else "original")
+    if stem not in ("small", "original"):
+        raise ValueError(f"option stem of {model.name} is {stem!r}; expected small or original")
+    if stem == "small" and "patch_size" in accepted:
+        shrinks = len({stage["reduction"] for stage in blank.feature_info}) > 1  # Swin, ConvNeXt
+        options.setdefault("patch_size", 1 if shrinks else small_patch(*image_shape[1:]))
+    if any(length % options.get("patch_size", 1) for length in image_shape[1:]):
+        raise ValueError(
+            f"option patch_size of {model.name} is {options['patch_size']}; expected a divisor of "
+            f"the image's height and width, {image_shape[1:]}"
+        )
+    try:
+        with torch_seeded(seed, "init"), torch.no_grad():
+            body = timm.create_model(name, pretrained=False, **fixed, **options)
+            if stem == "small" and "patch_size" not in accepted:
+                _fit_stem(body, model.name)
+            return TimmNetwork(body, image_shape).train()
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{model.name} with options {model.options} cannot be built for images of shape "
+            f"{image_shape}: {error}"
+        ) from None
+
+
+def small_patch(height: int, width: int) -> int:
+    """The largest square patch that tiles an image with at least 7 x 7 patches, or else 1 pixel.
+
+    >>> [small_patch(side, side) for side in (8, 28, 32, 64)]
+    [1, 4, 4, 8]
+    """
+    sides = range(1, min(height, width) // 7 + 1)
+    return max((p for p in sides if height % p == width % p == 0), default=1)
+
+
+def _fit_stem(body: nn.Module, name: str) -> None:
+    """Make the first layers of a convolutional network keep the image's resolution, in place."""
+    from timm.models import RegNet, ResNet
+
+    if isinstance(body, ResNet):
+        body.maxpool = nn.Identity()
+        if isinstance(body.conv1, nn.Conv2d):  # 7x7, stride 2
+            n_in, n_out = body.conv1.in_channels, body.conv1.out_channels
+            body.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
+        else:  # the deep stem of the `d` variants, already 3x3
+            body.conv1[0].stride = (1, 1)
+    elif isinstance(body, RegNet):
+        body.stem.conv.stride = (1, 1)
+    elif hasattr(body, "conv_stem"):  # MobileNets, EfficientNets
+        body.conv_stem.stride = (1, 1)
+    else:
+        raise ValueError(
+            f"no stem for small images is known for {name}; the option `stem: original` keeps the "
+            "stem for photographs; ResNet, RegNet, MobileNet, EfficientNet, ConvNeXt and ViT have "
+            "a small one"
+        )
+
+
+def load_pretrained(
+    model: Model, *, n_classes: int, image_shape: tuple[int, int, int], trust_code: bool
+) -> Network:
+    """A published network with its weights, on the CPU, in evaluation mode, without gradients.
+
+    A classifier for another number of classes is removed; the network then has `n_classes` 0.
+
+    Args:
+        model: `timm/<name>` or `timm/<name>.<tag>`, or `hub/<owner>/<repository>:<ref>/<entry>`;
+            options go to the function that builds it.
+        n_classes: C of the images.
+        image_shape: (channels, height, width) of its input.
+        trust_code: Whether the code of a torch.hub repository may run here.
+
+    Raises: RuntimeError that says what to do when weights or code cannot be fetched; ValueError for
+        a network that cannot be used.
+    """
+    if model.name.startswith("hub/"):
+        network = _from_hub(model, n_classes, trust_code)
+    elif model.name.startswith("timm/"):
+        network = _from_timm(model, n_classes, image_shape)
+    else:
+        raise ValueError(f"{model.name} has no published weights; give teacher.weights")
+    return network.eval().requires_grad_(False)
+
+
+def _from_timm(model: Model, n_classes: int, image_shape: tuple[int, int, int]) -> Network:
+    import timm
+
+    name, options = model.name.removeprefix("timm/"), dict(model.options)
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no network {name!r}; timm.list_models() has all names")
+    if name.startswith(("vit", "deit", "beit", "eva")):
+        options.setdefault("img_size", image_shape[1:])
+    with _fetching(model.name):
+        body = timm.create_model(name, pretrained=True, in_chans=image_shape[0], **options)
+    if body.num_classes != n_classes:
+        body.reset_classifier(0)
+    return TimmNetwork(body, image_shape)
+
+
+def _from_hub(model: Model, n_classes: int, trust_code: bool) -> Network:
+    repository, entry = parse_hub(model.name)
+    if not trust_code:
+        raise ValueError(
+            f"{repository} is downloaded code, which would run here: read it, then write "
+            "teacher.trust_code: true"
+        )
+    with _fetching(model.name):
+        body = torch.hub.load(
+            repository, entry, **model.options, trust_repo=True, skip_validation=True, verbose=False
+        )
+    return HubNetwork(body, model.name, n_classes)
+
+
+@contextlib.contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and "offline" not in str(error).lower():
+            raise
+        # a study refuses `weights` for a torch.hub network, whose code comes with them
+        file = "" if name.startswith("hub/") else ", or give a file (teacher.weights)"
+        raise RuntimeError(
+            f"the weights of {name} are not on this machine and could not be downloaded "
+            f"({type(error).__name__}: {files.one_line(error)}); run this once where "
+            f"there is a network and copy $TORCH_HOME and $HF_HOME{file}"
+        ) from error
+
+
+class HubNetwork(Network):
+    """A torch.hub network: a DINOv2 transformer [Oquab2024], or a classifier that ends in a linear
+    layer; of the latter, `layer1`, `layer2`, ... are the stages where it has them."""
+
+    def __init__(self, body: nn.Module, name: str, n_classes: int) -> None:
+        super().__init__()
+        self.body = body
+        self._tokens = hasattr(body, "forward_features") and hasattr(body, "embed_dim")
+        if self._tokens:
+            self.n_features, self.n_classes, self.n_stages = body.embed_dim, 0, 1
+            return
+        linear = [m for m in body.modules() if isinstance(m, nn.Linear)]
+        if not linear:
+            raise ValueError(
+                f"{name} is {type(body).__name__}, neither a vision transformer with "
+                "forward_features nor a classifier with a linear last layer"
+            )
+        self._last = [linear[-1]]  # in a list, so that the body's module is not registered twice
+        self._layers = [m for n, m in body.named_children() if n.startswith("layer")]
+        self.n_features, self.n_stages = linear[-1].in_features, len(self._layers)
+        self.n_classes = n_classes if linear[-1].out_features == n_classes else 0
+
+    def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Features (B, D), and the output of each stage, (B, C, H, W)."""
+        if self._tokens:
+            tokens = self.body.forward_features(x)
+            patches = tokens["x_norm_patchtokens"]
+            side = round(patches.shape[1] ** 0.5)
+            grid = patches.transpose(1, 2).unflatten(2, (side, side))  # (B, N, D) -> (B, D, H, W)
+            return tokens["x_norm_clstoken"], [grid]
+        seen: dict[nn.Module, Tensor] = {}
+        hooks = [
+            module.register_forward_hook(lambda m, _, out: seen.__setitem__(m, out))
+            for module in self._layers
+        ]
+        hooks.append(
+            self._last[0].register_forward_pre_hook(lambda m, given: seen.__setitem__(m, given[0]))
+        )
+        try:
+            self.body(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen[self._last[0]], [seen[module] for module in self._layers]
+
+    def head(self, features: Tensor) -> Tensor:
+        return self._last[0](features)
