@@ -267,10 +267,7 @@ def augment(
 
     Args:
         images: (B, C, H, W) uint8.
-        example_ids: (B,) int64, on any device.
-        epochs: (B,) int64, on any device.
-        settings: As in `draw`.
-        seed: As in `draw`.
+        example_ids: (B,) int64, on any device, as `epochs`; the others are as in `draw`.
 
     Returns: (B, C, H, W) uint8; the input itself when nothing is switched on.
     """

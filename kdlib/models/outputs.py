@@ -21,13 +21,7 @@ from kdlib.study.training import Augment
 
 @dataclass(frozen=True)
 class Replay:
-    """Augmented views that teacher and students share: view v of an example is that of pass v.
-
-    Attributes:
-        n: Number of views; pass p of a student takes view p % n.
-        augment: The augmentation.
-        seed: Of the augmentation.
-    """
+    """`n` augmented views that teacher and students share: pass p of a student sees view p % n."""
 
     n: int
     augment: Augment
