@@ -5,7 +5,6 @@ them where the runs are not.
 was compiled from; a file that was changed, or that belongs to other settings, is refused.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ POINTS = 8_000  # rows of all curves together, where each then has between LEAST
 LEAST, MOST = 12, 40
 MAKER = "notebooks/06_compare.ipynb"
 
-# Keys of `compare` that are read after the tables are compiled.
+# keys of `compare` that are read after the tables are compiled
 READ_LATER = ("baseline", "objective", "margin", "confidence_level")
 
 
@@ -45,20 +44,15 @@ def write_committed(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, 
     Args:
         tables: The tables of `NAMES`; numbers become float32 in `curves` and `probes`, and curves
             are thinned.
-
-    Returns: The same names.
     """
-    if set(tables) != set(NAMES):
-        raise ValueError(f"tables are {sorted(tables)}; expected {sorted(NAMES)}")
-    small = tables | {
-        "curves": _single(thin(tables["curves"])),
-        "probes": _single(tables["probes"]),
-    }
-    for name, table in small.items():
+    for name in NAMES:
+        table = thin(tables[name]) if name == "curves" else tables[name]
+        if name in ("curves", "probes"):  # the axis `fraction` keeps its exact value
+            measured = table.select_dtypes("float64").columns.drop("fraction")
+            table = table.astype(dict.fromkeys(measured, np.float32))
         metadata = {"table": name, "study": study.name, "settings": _settings(study)}
-        write_parquet(
-            committed_folder(study) / f"{name}.parquet", table, metadata, compression="zstd"
-        )
+        path = committed_folder(study) / f"{name}.parquet"
+        write_parquet(path, table, metadata, compression="zstd")
     return read_committed(study)
 
 
@@ -74,7 +68,8 @@ def read_committed(study: Study) -> dict[str, pd.DataFrame]:
         tables[name], metadata = read_parquet(path, MAKER)
         belongs = {"table": metadata.get("table"), "study": metadata.get("study")}
         lines = files.difference({"table": name, "study": study.name}, belongs)
-        lines += _differences(study, metadata.get("settings", {}))
+        now, written = _settings(study), _settings(study, exclude_defaults=True)
+        lines += files.difference(now, _completed(metadata.get("settings", {}), now, written))
         if lines:
             raise ValueError(
                 f"{path} was compiled before the study was changed (there -> now): "
@@ -94,21 +89,14 @@ def thin(curves: pd.DataFrame) -> pd.DataFrame:
     Returns: Rows of `curves` in their order: all of a cell that has few steps, else about 12 to 40
         of each run, as many as keep the whole near 8,000 rows.
     """
-    cell = list(AXES)
-    n_runs = curves.groupby([*cell, "seed"]).ngroups
-    most = int(np.clip(POINTS // max(n_runs, 1), LEAST, MOST))
-    kept = curves["step"] == curves.groupby([*cell, "seed"])["step"].transform("max")
-    for _, rows in curves.groupby(cell):
+    runs = curves.groupby([*AXES, "seed"])
+    most = int(np.clip(POINTS // max(runs.ngroups, 1), LEAST, MOST))
+    kept = curves["step"] == runs["step"].transform("max")
+    for _, rows in curves.groupby(list(AXES)):
         steps = np.unique(rows["step"])
         chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
         kept.loc[rows.index[rows["step"].isin(steps[chosen])]] = True
     return curves[kept].reset_index(drop=True)
-
-
-def _single(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with float32 for measured numbers; the axis `fraction` keeps its exact value."""
-    halved = [c for c in table.select_dtypes("float64").columns if c != "fraction"]
-    return table.astype(dict.fromkeys(halved, np.float32))
 
 
 def _settings(study: Study, **options: Any) -> dict[str, Any]:
@@ -120,17 +108,11 @@ def _settings(study: Study, **options: Any) -> dict[str, Any]:
     return dump
 
 
-def _differences(study: Study, stored: dict[str, Any]) -> list[str]:
-    """Lines `key: stored -> now`; a key that settings did not have yet, and that the study leaves
-    at its default, is no difference."""
-    now, written = _settings(study), _settings(study, exclude_defaults=True)
-    return files.difference(now, _filled(copy.deepcopy(stored), now, written))
-
-
-def _filled(stored: dict, now: dict, written: dict) -> dict:
+def _completed(stored: dict, now: dict, written: dict) -> dict:
+    """The stored settings, with the present value of each key that settings did not have yet and
+    that the study leaves at its default."""
+    whole = {key: value for key, value in now.items() if key not in written} | stored
     for key, value in now.items():
-        if key not in stored and key not in written:
-            stored[key] = value
-        elif isinstance(value, dict) and isinstance(stored.get(key), dict):
-            _filled(stored[key], value, written.get(key) or {})
-    return stored
+        if isinstance(value, dict) and isinstance(stored.get(key), dict):
+            whole[key] = _completed(stored[key], value, written.get(key) or {})
+    return whole

@@ -68,22 +68,14 @@ def ledger(
         target = means[whole].iloc[-1] - margin
         full_steps, steps = _first(means[whole], target), _first(curve, target)
         saved = (full_steps - steps) * per_step[student, objective]
-        spent = selection_s(strategy, objective)
-        cell = (student, strategy, fraction, objective)
+        spent, cell = selection_s(strategy, objective), (student, strategy, fraction, objective)
         rows.append(
-            {
-                **dict(zip(CELL, cell, strict=True)),
-                "full_run_s": run_s.get(whole, np.nan),
-                "run_s": run_s.get(cell, np.nan),
-                "target": target,
-                "full_steps": full_steps,
-                "steps": steps,
-                "s_per_step": per_step[student, objective],
-                "saved_s": saved,
-                "selection_s": spent,
-                "pays_after": pays_after(spent, saved),
-            }
-        )
+            (
+                student, objective, strategy, fraction, run_s.get(whole, np.nan),
+                run_s.get(cell, np.nan), target, full_steps, steps, per_step[student, objective],
+                saved, spent, pays_after(spent, saved),
+            )
+        )  # fmt: skip
     order = ["student", "objective", "fraction", "strategy"]
     return pd.DataFrame(rows, columns=COLUMNS).sort_values(order, ignore_index=True)
 

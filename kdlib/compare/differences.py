@@ -36,11 +36,7 @@ Cell = tuple[str, str, float, str]  # values of AXES
 
 
 def paired_differences(
-    results: pd.DataFrame,
-    baseline: str,
-    margin: float,
-    level: float,
-    measure: str = TEST_ACCURACY,
+    results: pd.DataFrame, baseline: str, margin: float, level: float, measure: str = TEST_ACCURACY
 ) -> pd.DataFrame:
     """Every strategy minus the baseline strategy at the same student, fraction and objective.
 
@@ -84,21 +80,14 @@ def paired_differences(
 
 
 def objective_differences(
-    results: pd.DataFrame,
-    reference: str,
-    margin: float,
-    level: float,
-    measure: str = TEST_ACCURACY,
+    results: pd.DataFrame, reference: str, margin: float, level: float, measure: str = TEST_ACCURACY
 ) -> pd.DataFrame:
     """Every objective minus the reference objective at the same student, strategy and fraction:
     what distillation adds to the same subset, or what another weight, temperature or teacher does.
 
     Args:
-        results: As for `paired_differences`.
+        results, margin, level, measure: As for `paired_differences`.
         reference: Objective to compare with, such as the one without a teacher.
-        margin: Smallest difference of accuracy that matters, in (0, 1).
-        level: Confidence level of `low` and `high`, in (0, 1).
-        measure: Column that is compared.
 
     Returns: The comparison, as from `paired_differences`.
     Raises: ValueError as `paired_differences`.
@@ -109,8 +98,25 @@ def objective_differences(
 
 
 def _known_cells(results: pd.DataFrame, axis: str, name: str, measure: str) -> list[Cell]:
-    """All cells of a table that is checked, sorted; ValueError where none has `name` on `axis`."""
-    _check(results, measure)
+    """All cells of a table, sorted; ValueError where none has `name` on `axis`, and for a table
+    that lacks columns, repeats a run, or holds an accuracy out of range."""
+    needed = {*AXES, "seed", measure, "steps", "samples", "unique_examples", "refused"}
+    if missing := sorted(needed - set(results.columns)):
+        raise ValueError(f"results lack the columns {missing}; got {list(results.columns)}")
+    if results["refused"].dtype != bool:
+        raise ValueError(f"`refused` is {results['refused'].dtype}; expected bool")
+    twice = results[results.duplicated([*AXES, "seed"])]
+    if len(twice):
+        raise ValueError(
+            f"{len(twice)} rows repeat a cell and seed, first {_cell_name(twice.iloc[0])}, seed "
+            f"{twice.iloc[0].seed}; expected one run per cell and seed: results of one study"
+        )
+    wrong = results[~results["refused"] & ~results[measure].between(0, 1)]
+    if len(wrong):
+        raise ValueError(
+            f"{measure} is {wrong.iloc[0][measure]} in {_cell_name(wrong.iloc[0])}, seed "
+            f"{wrong.iloc[0].seed}; expected a number in [0, 1], or a refused row"
+        )
     known = set(results[axis])
     if name not in known:
         raise ValueError(
@@ -186,29 +192,6 @@ def _statistics(ours: pd.DataFrame, theirs: pd.DataFrame, margin: float, level: 
     }
 
 
-def _check(results: pd.DataFrame, measure: str) -> None:
-    """Refuse a table that lacks columns, repeats a run, or holds an accuracy out of range."""
-    needed = {*AXES, "seed", measure, "steps", "samples", "unique_examples", "refused"}
-    missing = sorted(needed - set(results.columns))
-    if missing:
-        raise ValueError(f"results lack the columns {missing}; got {list(results.columns)}")
-    if results["refused"].dtype != bool:
-        raise ValueError(f"`refused` is {results['refused'].dtype}; expected bool")
-    twice = results[results.duplicated([*AXES, "seed"])]
-    if len(twice):
-        raise ValueError(
-            f"{len(twice)} rows repeat a cell and seed, first {_cell_name(twice.iloc[0])}, seed "
-            f"{twice.iloc[0].seed}; expected one run per cell and seed: results of one study"
-        )
-    accepted = results[~results["refused"]]
-    wrong = accepted[~accepted[measure].between(0, 1)]
-    if len(wrong):
-        raise ValueError(
-            f"{measure} is {wrong.iloc[0][measure]} in {_cell_name(wrong.iloc[0])}, seed "
-            f"{wrong.iloc[0].seed}; expected a number in [0, 1], or a refused row"
-        )
-
-
 def _budget(accepted: pd.DataFrame) -> str:
     """The one kind of budget these runs share: equal_steps, equal_epochs or early_stopping.
 
@@ -216,10 +199,10 @@ def _budget(accepted: pd.DataFrame) -> str:
     of one student and fraction have the same steps; across fractions steps are equal, or passes
     over the subset are, up to the one batch by which steps are rounded.
     """
-    kinds = {}
-    if "budget" in accepted and (accepted["budget"] == "early_stopping").any():
-        if (accepted["budget"] != "early_stopping").any():
-            raise _mixed("runs", (f"{kind}" for kind in accepted["budget"].unique()))
+    kinds, declared = {}, set(accepted.get("budget", ()))
+    if "early_stopping" in declared:
+        if len(declared) > 1:
+            raise _mixed("runs", sorted(declared))
         return "early_stopping"
     for (student, fraction), group in accepted.groupby(["student", "fraction"]):
         different = group.drop_duplicates("steps")

@@ -7,7 +7,6 @@ from kdlib.compare.comparisons import Tables
 from kdlib.compare.costs import ledger_markdown
 from kdlib.compare.text import (
     MEASURED,
-    best_epoch_line,
     comparison_latex,
     comparison_markdown,
     count,
@@ -58,42 +57,45 @@ def summary(study: Study, tables: Tables) -> str:
             lines.append(f"- The other {len(sentences) - LARGEST} comparisons are in the table.")
         lines += ["", comparison_markdown(tables[name]), ""]
     lines += ["## The command that makes a cell again", "", _where_again(study, results), ""]
-    lines.append(_command_table(results))
-    return write_text(study, "summary.md", lines)
+    commands = [
+        (
+            row.student,
+            row.strategy,
+            f"{100 * row.fraction:.4g} %",
+            row.objective,
+            f"`{row.command}`",
+        )
+        for row in results.drop_duplicates(list(AXES)).itertuples()
+    ]
+    return write_text(study, "summary.md", [*lines, table([*AXES, "command"], commands)])
 
 
 def _best_epoch(study: Study, tables: Tables) -> str:
+    """By how much accuracy at the best validation epoch lies above that at the last one."""
     if study.compare.measure != "accuracy":
         return "Only the last step is probed for the comparison."
     accepted = tables["results"].query("not refused")
     if accepted["test_accuracy_best"].isna().all():
         return "The best epoch is not reported: the teacher was trained on the validation images."
-    gains = (accepted["test_accuracy_best"] - accepted["test_accuracy"]).dropna()
-    return best_epoch_line(gains.mean(), gains.max(), len(gains))
+    gains = 100 * (accepted["test_accuracy_best"] - accepted["test_accuracy"]).dropna()
+    return (
+        f"The best validation epoch would change them by {gains.mean():+.2f} points on average and "
+        f"{gains.max():+.2f} at most ({count(len(gains), 'run')}): it is shown beside the last "
+        "step, and verdicts rest on the last step."
+    )
 
 
 def _where_again(study: Study, results: pd.DataFrame) -> str:
     """The devices of the runs, and where the same command gives the same bytes."""
     devices = sorted(results.loc[~results["refused"], "device"].unique())
-    start = f"These runs were made on {', '.join(devices)}. "
+    same = "A GPU may sum in another order each time: expect the same numbers, not bytes."
     if study.compute.portable:
-        return start + (
-            "Held to AVX2 (`portable`), they give the same bytes on every x86-64 processor."
-        )
-    if study.compute.device == "cpu":
-        return start + (
+        same = "Held to AVX2 (`portable`), they give the same bytes on every x86-64 processor."
+    elif study.compute.device == "cpu":
+        same = (
             "The same kind of processor gives the same bytes; another kind may round differently."
         )
-    return start + "A GPU may sum in another order each time: expect the same numbers, not bytes."
-
-
-def _command_table(results: pd.DataFrame) -> str:
-    rows = []
-    for row in results.drop_duplicates(list(AXES)).to_dict("records"):
-        fraction = f"{100 * row['fraction']:.4g} %"
-        command = f"`{row['command']}`"
-        rows.append((row["student"], row["strategy"], fraction, row["objective"], command))
-    return table([*AXES, "command"], rows)
+    return f"These runs were made on {', '.join(devices)}. {same}"
 
 
 def objective_table(study: Study, tables: Tables) -> str:

@@ -4,7 +4,7 @@ A query also sees refused runs, and does not compare budgets: take the numbers o
 tables of notebook 06.
 """
 
-from pathlib import Path
+import glob
 from typing import Any
 
 import pandas as pd
@@ -30,40 +30,28 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
     """
     import duckdb  # optional: only queries need it
 
-    # a query downloads nothing
-    settings = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
-    with duckdb.connect(config=settings) as connection:
-        for name, rows in _files().items():
-            if rows:
-                connection.register(f"{name}_files", pd.DataFrame(rows))
-                paths = ", ".join(_quoted(row["filename"]) for row in rows)
-                connection.execute(
-                    f"CREATE VIEW {name} AS SELECT place.* EXCLUDE (filename), "
-                    "content.* EXCLUDE (filename) FROM read_parquet("
-                    f"[{paths}], union_by_name=true, filename=true, hive_partitioning=false"
-                    f") AS content JOIN {name}_files AS place USING (filename)"
-                )
-        return connection.execute(text, parameters).df()
-
-
-def _files() -> dict[str, list[dict[str, Any]]]:
-    """View -> its files and the axes in their paths. The hive partitioning of DuckDB would read an
-    `=` anywhere in the path as an axis."""
-    views: dict[str, list[dict[str, Any]]] = {"metrics": []}
-    runs = workspace() / "runs"
-    for path in sorted(runs.glob("*/distill/**/metrics.parquet")):
-        if (path.parent / "evidence.json").is_file():
-            study, _, *axes = path.parent.relative_to(runs).parts
-            values: dict[str, Any] = dict(axis.split("=", 1) for axis in axes)
-            values |= {"fraction": float(values["fraction"]), "seed": int(values["seed"])}
-            views["metrics"].append({"filename": str(path), "study": study} | values)
+    home, views = workspace(), {}
     for name in NAMES:
-        paths = sorted((workspace() / "figures").glob(f"*/tables/{name}.parquet"))
-        views[name] = [{"filename": str(p), "study": p.parents[1].name} for p in paths]
-    return views
-
-
-def _quoted(path: str | Path) -> str:
-    """A path as an SQL string that DuckDB does not take for a pattern."""
-    literal = "".join(f"[{sign}]" if sign in "*?[" else sign for sign in str(path))
-    return "'" + literal.replace("'", "''") + "'"
+        paths = home.glob(f"figures/*/tables/{name}.parquet")
+        views[name] = [{"filename": str(path), "study": path.parts[-3]} for path in sorted(paths)]
+    views["metrics"] = []
+    for path in sorted(home.glob("runs/*/distill/**/metrics.parquet")):
+        if path.with_name("evidence.json").is_file():
+            # DuckDB would read an `=` anywhere in the path as an axis
+            study, _, *axes = path.parent.relative_to(home / "runs").parts
+            place = {"filename": str(path), "study": study} | dict(a.split("=", 1) for a in axes)
+            place |= {"fraction": float(place["fraction"]), "seed": int(place["seed"])}
+            views["metrics"].append(place)
+    # a query downloads nothing, and reads no variable of this function as a table
+    settings = ("autoinstall_known_extensions", "autoload_known_extensions")
+    settings = dict.fromkeys((*settings, "python_enable_replacements"), False)
+    with duckdb.connect(config=settings) as connection:
+        for name, places in views.items():
+            if places:
+                content = connection.read_parquet(
+                    [glob.escape(place["filename"]) for place in places],
+                    union_by_name=True, filename=True, hive_partitioning=False,
+                )  # fmt: skip
+                whole = connection.from_df(pd.DataFrame(places)).join(content, "filename")
+                whole.project("* EXCLUDE filename").create_view(name)
+        return connection.execute(text, parameters).df()

@@ -10,6 +10,8 @@ Sources:
         1979. https://www.jstor.org/stable/4615733.
 """
 
+from bisect import bisect_left
+
 import numpy as np
 from scipy.special import nctdtr, stdtr, stdtrit
 
@@ -21,19 +23,18 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
     """Mean of paired differences, its confidence interval and two-sided p value.
 
     Args:
-        differences: shape (S,), finite, one per seed.
+        differences: shape (S,), float64, finite, one per seed.
         level: Confidence level, in (0, 1).
 
     Returns: (mean, low, high, p_value). Without pairs all are NaN; of one pair all but the mean.
         For equal differences low = high = mean, and p is 0, or 1 when the mean is 0.
-    Raises: ValueError for another shape, non-finite differences, or a level out of range.
     Source: [Student1908], with S - 1 degrees of freedom; assumes roughly normal differences.
 
     >>> mean, low, high, p = paired_interval(np.array([1.0, 2.0, 3.0]), 0.95)
     >>> mean, round(low, 3), round(high, 3), round(p, 3)  # t = 4.303, standard error 1 / sqrt(3)
     (2.0, -0.484, 4.484, 0.074)
     """
-    differences, n = _checked(differences, level), len(differences)
+    n = len(differences)
     mean = float(differences.mean()) if n else np.nan
     if n < 2:
         return mean, np.nan, np.nan, np.nan
@@ -113,11 +114,8 @@ def seeds_needed(sd: float, margin: float, level: float = 0.95, power: float = 0
     enough = 2
     while not settles(enough):
         enough *= 2
-    short = enough // 2  # settles(short) is False, or enough is 2
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        short, enough = (short, middle) if settles(middle) else (middle, enough)
-    return enough
+    between = range(enough // 2 + 1, enough)  # half of `enough` does not settle, or is 1
+    return between.start + bisect_left(between, True, key=settles)
 
 
 def holm(p_values: np.ndarray) -> np.ndarray:
@@ -128,14 +126,6 @@ def holm(p_values: np.ndarray) -> np.ndarray:
     steps = p_values[order] * np.arange(len(order), 0, -1)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
     return adjusted
-
-
-def _checked(differences: np.ndarray, level: float) -> np.ndarray:
-    differences = np.asarray(differences, np.float64)
-    if differences.ndim != 1 or not np.isfinite(differences).all():
-        raise ValueError(f"differences are {differences}; expected finite numbers of shape (S,)")
-    check_fraction("level", level, "params: compare.confidence_level")
-    return differences
 
 
 def check_fraction(name: str, value: float, hint: str) -> None:

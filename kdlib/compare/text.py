@@ -82,15 +82,6 @@ def summary_lines(comparison: pd.DataFrame) -> list[str]:
     return lines + [_sentence(row, several) for row in ordered.itertuples()]
 
 
-def best_epoch_line(mean: float, most: float, n_runs: int) -> str:
-    """By how much accuracy at the best validation epoch lies above that at the last one."""
-    return (
-        f"The best validation epoch would change them by {100 * mean:+.2f} points on average and "
-        f"{100 * most:+.2f} at most ({count(n_runs, 'run')}): it is shown beside the last step, "
-        "and verdicts rest on the last step."
-    )
-
-
 def comparison_markdown(comparison: pd.DataFrame) -> str:
     """The comparison as a Markdown table: accuracies in %, mean ± sd (ddof=1) over paired seeds.
 

@@ -3,9 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "app": ["explore"],
-        "state": ["Explorer"],
-    },
+    __name__, submod_attrs={"app": ["explore"], "state": ["Explorer"]}
 )

@@ -9,7 +9,6 @@ import html
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,8 @@ class App:
     def __init__(self, state: Explorer) -> None:
         from kdlib.explorer.controls import Controls, arranged  # imports ipywidgets
 
-        self.state, self.training, self._muted = state, None, False
+        self.state, self.training = state, None
+        self._muted = True  # changes of widgets call no callback
         self._lassoed = self._drawing_until = -np.inf  # monotonic times
         self._waiting = None
         linked = state.other is not None
@@ -104,11 +104,11 @@ class App:
         self.controls = Controls(state, ["class", *kinds, *state.scores])
         self.box = arranged(self.controls, self.plots, state)
         self._connect()
-        with self._mute():
-            self._look()
-            self._show_range()
-            self._list_saved()
-            self._refresh()
+        self._look()
+        self._show_range()
+        self._list_saved()
+        self._refresh()
+        self._muted = False
         self.say("Draw a lasso on the map to select examples.")
 
     def _connect(self) -> None:
@@ -131,24 +131,18 @@ class App:
             plot.widget.observe(self._callback(lambda plot=plot: self._lasso(plot)), "selection")
 
     def _callback(self, action: Callable[[], str | None]) -> Callable:
-        """The action as a callback of widgets. It shows the sentence that the action returns, or
-        its error; changes of widgets by the action call no callback."""
+        """The action as a callback of widgets, attempted once; its changes call no callback."""
 
         def call(*_: Any) -> None:
-            if not self._muted:
-                with self._mute():
-                    self._attempt(action)
+            if self._muted:
+                return
+            self._muted = True
+            try:
+                self._attempt(action)
+            finally:
+                self._muted = False
 
         return call
-
-    @contextmanager
-    def _mute(self):
-        """Changes of widgets in this block call no callback."""
-        before, self._muted = self._muted, True
-        try:
-            yield
-        finally:
-            self._muted = before
 
     def _attempt(self, action: Callable[[], str | None]) -> None:
         """Do it, and show the sentence it returns, or its error."""
@@ -170,8 +164,7 @@ class App:
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         """The app, and the still map for where no widget can be shown, such as GitHub."""
         bundle = dict(self.box._repr_mimebundle_())
-        png = still_map(self.state.study).read_bytes()
-        bundle["image/png"] = base64.b64encode(png).decode()
+        bundle["image/png"] = base64.b64encode(still_map(self.state.study).read_bytes()).decode()
         bundle["text/plain"] = f"the datamap of {self.state.study.name}"
         return bundle, {"image/png": {"width": 800}}
 
@@ -231,10 +224,9 @@ class App:
         """Take the slider to the range of another score, which shows all of it."""
         slider = self.controls.range
         low, high = range_of(self.state.table, self.controls.by.value)
-        step = (high - low) / 100 or 0.01
         slider.min, slider.max = min(low, slider.min), max(high, slider.max)
         slider.value = low, high
-        slider.min, slider.max, slider.step = low, high, step
+        slider.min, slider.max, slider.step = low, high, (high - low) / 100 or 0.01
         return self._filter()
 
     def _filter(self) -> str:
@@ -261,8 +253,8 @@ class App:
 
     def _show_page(self) -> None:
         self.controls.gallery.value = gallery_html(self.state)
-        about = (self.state.number + 1, self.state.n_pages, len(self.state.selected))
-        text = "page {} of {}, {:,} selected".format(*about)
+        s = self.state
+        text = f"page {s.number + 1} of {s.n_pages}, {len(s.selected):,} selected"
         self.controls.page.value = f"<span class='kdlib-page'>{text}</span>"
 
     # Saved selections and their students
@@ -278,8 +270,8 @@ class App:
         return f"{len(self.state.selected):,} examples saved in {path}."
 
     def _restore(self) -> str:
-        c, name = self.controls, self.controls.restore.value
-        if not name:
+        c = self.controls
+        if not (name := c.restore.value):
             return ""
         sentence = self.state.restore(name)
         if not c.train.disabled:  # of an earlier training
@@ -314,8 +306,8 @@ class App:
     def _show_progress(self, name: str, line: str) -> None:
         n_done, n_wanted = training_progress(self.state.study, name)
         text = html.escape(f"{n_done} of {n_wanted} students done; {line}")
-        log = f"<code class='kdlib-log' style='font-size:11px'>{text}</code>"
-        self.controls.log.value = log
+        code = f"<code class='kdlib-log' style='font-size:11px'>{text}</code>"
+        self.controls.log.value = code
 
     def _show_end(self, name: str, training: BackgroundTraining) -> str:
         c = self.controls

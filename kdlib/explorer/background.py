@@ -55,17 +55,15 @@ class BackgroundTraining:
                     log.write(f"{type(error).__name__}: {error}")
                     code = 1
                     break
-                while (code := self._wait()) is None:
-                    self.progress(self.last_line())
+                code = None
+                while code is None:
+                    try:
+                        code = self._process.wait(timeout=0.5)
+                    except subprocess.TimeoutExpired:
+                        self.progress(self.last_line())
         self.code = code
         atexit.unregister(self.stop)
         self.end(self)
-
-    def _wait(self) -> int | None:
-        try:
-            return self._process.wait(timeout=0.5)
-        except subprocess.TimeoutExpired:
-            return None
 
     def lines(self) -> list[str]:
         """The lines printed so far, without colours."""

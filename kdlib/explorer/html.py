@@ -23,8 +23,7 @@ def gallery_html(state: Explorer) -> str:
         )
     shown = []
     for uri, (i, row) in zip(state.pictures(rows.index), rows.iterrows(), strict=True):
-        name = html.escape(state.class_name(row["label"]))
-        score = f"{row[state.sort]:.3g}"
+        name, score = html.escape(state.class_name(row["label"])), f"{row[state.sort]:.3g}"
         about = ", ".join(f"{s} {row[s]:.3g}" for s in LIMITS)
         shown.append(
             f"<figure style='margin:0;text-align:center' title='example {i}: {name}&#10;{about}'>"
@@ -62,22 +61,15 @@ def results_html(study: Study, name: str) -> str:
     size = len(Subset.load(selection_path(study, name)))
     lines = ""
     for objective, rows in selection_results(study, name).groupby("objective", sort=False):
-        mean = 100 * rows[["picked", "random", "difference"]].mean()
+        picked, random, difference = 100 * rows[["picked", "random", "difference"]].mean()
         each = " ".join(f"{100 * d:+.1f}" for d in rows["difference"])
-        texts = (
-            objective,
-            f"{mean.iloc[0]:.2f} %",
-            f"{mean.iloc[1]:.2f} %",
-            f"{mean.iloc[2]:+.2f}",
-        )
-        lines += "<tr>" + "".join(
-            f"<td style='{_CELL}'>{html.escape(str(text))}</td>" for text in (*texts, each)
-        )
+        texts = (objective, f"{picked:.2f} %", f"{random:.2f} %", f"{difference:+.2f}", each)
+        cells = (f"<td style='{_CELL}'>{html.escape(text)}</td>" for text in texts)
+        lines += f"<tr>{''.join(cells)}"
     head = "".join(f"<th style='{_CELL};text-align:left'>{html.escape(h)}</th>" for h in heads)
     return (
         f"<div style='line-height:1.4'>Test accuracy of students trained on <b>{html.escape(name)}"
-        f"</b> and on as many random examples ({size:,}), mean over {len(study.seeds)} seeds:"
-        "</div>"
+        f"</b> and on as many random examples ({size:,}), mean over {len(study.seeds)} seeds:</div>"
         f"<table class='kdlib-results' style='font-size:12px'><tr>{head}</tr>{lines}</table>"
     )
 

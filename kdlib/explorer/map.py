@@ -124,9 +124,7 @@ class MapWidget:
         return low - wider, high + wider
 
     def _colour(self, column: str) -> None:
-        import matplotlib as mpl
-
-        from kdlib.plots.theme import STRATEGIES
+        from kdlib.plots.theme import STRATEGIES, VIRIDIS
 
         values, few = self.frame[column], True
         if isinstance(values.dtype, pd.CategoricalDtype):
@@ -135,9 +133,8 @@ class MapWidget:
             self.scatter.color(by=column, order=None, map=mapped)
             few = len(kinds) <= 12
         else:
-            colours = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256)).tolist()
             norm = range_of(self.frame, column)
-            self.scatter.color(by=column, order=None, map=colours, norm=norm)
+            self.scatter.color(by=column, order=None, map=VIRIDIS.tolist(), norm=norm)
         self.scatter.legend(few)
 
 

@@ -39,14 +39,13 @@ def training_commands(study: Study, name: str) -> list[list[str]]:
     """The commands that train the study's students on a saved selection, and on a random subset of
     the same size."""
     path, file = write_study(study), selection_path(study, name)
-    picked = file.with_name(f"{name}-04_distill.ipynb"), PICKED + name
-    random = file.with_name(f"{name}-random-04_distill.ipynb"), "random"
+    fraction = repr(Subset.load(file).fraction)
     return [
         [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar",
-         "notebooks/04_distill.ipynb", str(executed),
-         "-p", "study", str(path), "-p", "strategy", strategy, *more]
-        for (executed, strategy), more in (
-            (picked, []), (random, ["-p", "fraction", repr(Subset.load(file).fraction)])
+         "notebooks/04_distill.ipynb", str(file.with_name(f"{executed}-04_distill.ipynb")),
+         "-p", "study", str(path), "-p", "strategy", *strategy]
+        for executed, strategy in (
+            (name, [PICKED + name]), (f"{name}-random", ["random", "-p", "fraction", fraction])
         )
     ]  # fmt: skip
 

@@ -193,9 +193,8 @@ class Explorer:
         chosen = np.bincount(labels.loc[self.selected], minlength=n)
         whole = np.bincount(labels, minlength=n)
         share = chosen / np.maximum(whole, 1)
-        return pd.DataFrame(
-            {"class": self.names, "selected": chosen, "whole": whole, "share": share}
-        )
+        columns = {"class": self.names, "selected": chosen, "whole": whole, "share": share}
+        return pd.DataFrame(columns)
 
     def pictures(self, ids: Sequence[int]) -> list[str]:
         """PNGs of some examples as data URIs; no other image is read."""

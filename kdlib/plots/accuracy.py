@@ -12,32 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
+from kdlib.plots import layout, theme
 from kdlib.plots.differences import ACCURACIES, verdict_handles, verdict_mark
-from kdlib.plots.layout import (
-    PANELS,
-    End,
-    label_ends,
-    legend_in_rows,
-    mark,
-    name_rows,
-    panel_grid,
-)
-from kdlib.plots.theme import (
-    BLACK,
-    BLUE,
-    DASHES,
-    GREY,
-    OBJECTIVES,
-    RC,
-    TEXT_PT,
-    demand,
-    in_words,
-    line_looks,
-    name_of_spread,
-    of_cell,
-    percent,
-    sorting_key,
-)
 from kdlib.study.evaluation import AXES
 
 
@@ -51,27 +27,29 @@ def accuracy_by_strategy(
 
     Args:
         fig: An empty figure; its height is set to what the rows need.
-        results: Accepted runs: the axes of the study, `seed`, the measure in [0, 1].
+        results: Accepted runs: the axes of the study (at most as many objectives as there are
+            `theme.OBJECTIVES`), `seed`, the measure in [0, 1].
         comparison: From `compare.paired_differences`, for the verdicts.
         measure: Column that is drawn.
 
     Returns: `fig`, one axis per student and fraction; those of one student share their x-axis.
-    Raises: ValueError for missing columns, an empty table, refused rows, or more objectives than
-        there are markers.
+    Raises: ValueError for missing columns, an empty table, or refused rows.
     """
-    _check_by_strategy(results, comparison, measure)
+    theme.demand(results, (*AXES, "seed", measure), "results")
+    theme.demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
+    objectives = sorted(set(results["objective"]))
     is_full = results["strategy"] == "full"
     subsets, full = results[~is_full], results[is_full]
     students = list(dict.fromkeys(results["student"]))
     fractions = sorted(set(subsets["fraction"]), reverse=True)
-    strategies = sorted(set(subsets["strategy"]), key=sorting_key)
-    objectives = sorted(set(results["objective"]))
+    strategies = sorted(set(subsets["strategy"]), key=theme.sorting_key)
     baseline = next(iter(comparison["against_strategy"]), None)
     panels = [(student, fraction) for student in students for fraction in fractions]
-    n_columns = len(fractions) if 1 < len(fractions) <= PANELS else min(len(panels), PANELS)
-    n_columns = 2 if len(panels) == 4 else n_columns
+    most = len(fractions) if 1 < len(fractions) <= layout.PANELS else layout.PANELS
+    most = 2 if len(panels) == 4 else most
+    xlabel = f"{ACCURACIES[measure]} (%)"
     row_in = len(strategies) * (0.09 + 0.1 * len(objectives)) + 0.4
-    axs = panel_grid(fig, len(panels), n_columns, row_in)
+    axs = layout.panel_grid(fig, len(panels), row_in, most, xlabel=xlabel)
     first: dict[str, Axes] = {}
     for ax, (student, fraction) in zip(axs, panels, strict=True):
         if student in first:
@@ -84,40 +62,20 @@ def accuracy_by_strategy(
             of_full = full[(full["student"] == student) & (full["objective"] == objective)]
             if len(of_full):
                 level = 100 * of_full[measure].mean()
-                ax.axvline(level, color=OBJECTIVES[k][0], ls=DASHES[k], lw=1, zorder=1)
+                ax.axvline(level, color=theme.OBJECTIVES[k][0], ls=theme.DASHES[k], lw=1, zorder=1)
             shift = (k - (len(objectives) - 1) / 2) * 0.7 / len(objectives)
             for y, strategy in enumerate(strategies):
                 cell = (student, strategy, fraction, objective)
-                values = 100 * of_cell(subsets, cell)[measure]
-                _draw_seeds(ax, values, y + shift, *OBJECTIVES[k], 0.25 / len(objectives))
-                for verdict in of_cell(comparison, cell)["verdict"]:
+                values = 100 * theme.of_cell(subsets, cell)[measure]
+                _draw_seeds(ax, values, y + shift, *theme.OBJECTIVES[k], 0.25 / len(objectives))
+                for verdict in theme.of_cell(comparison, cell)["verdict"]:
                     where = {"transform": ax.get_yaxis_transform()}
                     verdict_mark(ax, 1.035, y + shift, verdict, **where)
-        name_rows(ax, [in_words(name) for name in strategies], 0.5)
-        title = f"{percent(fraction)} of the data"
-        ax.set_title(f"{in_words(student)}, {title}" if len(students) > 1 else title)
-    for ax in axs[-n_columns:]:
-        ax.set_xlabel(f"{ACCURACIES[measure]} (%)")
-    legend_in_rows(fig, _objective_handles(objectives, full), verdict_handles(baseline))
+        layout.name_rows(ax, [theme.in_words(name) for name in strategies], 0.5)
+        title = f"{theme.percent(fraction)} of the data"
+        ax.set_title(f"{theme.in_words(student)}, {title}" if len(students) > 1 else title)
+    layout.legend_in_rows(fig, _objective_handles(objectives, full), verdict_handles(baseline))
     return fig
-
-
-def _check_by_strategy(results: pd.DataFrame, comparison: pd.DataFrame, measure: str) -> None:
-    demand(results, (*AXES, "seed", measure), "results")
-    demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
-    if "refused" in results and results["refused"].any():
-        raise ValueError(
-            f"{int(results['refused'].sum())} of {len(results)} rows are refused; draw accepted "
-            "rows only: results[~results['refused']]"
-        )
-    if (results["strategy"] == "full").all():
-        raise ValueError("the results hold the full set alone; expected runs on subsets to compare")
-    objectives = sorted(set(results["objective"]))
-    if len(objectives) > len(OBJECTIVES):
-        raise ValueError(
-            f"{len(objectives)} objectives ({', '.join(objectives)}); expected at most "
-            f"{len(OBJECTIVES)}: draw some of them"
-        )
 
 
 def _draw_seeds(
@@ -131,12 +89,18 @@ def _draw_seeds(
 
 def _objective_handles(objectives: Sequence[str], full: pd.DataFrame) -> list[Line2D]:
     handles = []
-    for (colour, marker), dash, name in zip(OBJECTIVES, DASHES, objectives, strict=False):
-        mean = mark(f"{in_words(name)}: mean", color=colour, marker=marker, ms=5.5, mew=0)
+    for (colour, marker), dash, name in zip(
+        theme.OBJECTIVES, theme.DASHES, objectives, strict=False
+    ):
+        mean = layout.mark(
+            f"{theme.in_words(name)}: mean", color=colour, marker=marker, ms=5.5, mew=0
+        )
         handles.append(mean)
         if name in set(full["objective"]):
-            handles.append(mark(f"{in_words(name)}: full set", color=colour, ls=dash, lw=1))
-    return [*handles, mark("one seed", color=GREY, marker="o", ms=2.6, mew=0)]
+            handles.append(
+                layout.mark(f"{theme.in_words(name)}: full set", color=colour, ls=dash, lw=1)
+            )
+    return [*handles, layout.mark("one seed", color=theme.GREY, marker="o", ms=2.6, mew=0)]
 
 
 def accuracy_by_objective(
@@ -150,43 +114,37 @@ def accuracy_by_objective(
 
     Args:
         fig: An empty figure; its height is set to what the rows need.
-        results: Accepted runs: the axes of the study, `seed`, the measure in [0, 1].
+        results, measure: As for `accuracy_by_strategy`.
         objectives: From top to bottom.
-        measure: Column that is drawn.
 
     Returns: `fig`, one axis per student, strategy and fraction.
     Raises: ValueError for missing columns or an empty table.
     """
-    demand(results, (*AXES, "seed", measure), "results")
+    theme.demand(results, (*AXES, "seed", measure), "results")
     several = results["student"].nunique() > 1
-    columns = (results["student"], results["strategy"], results["fraction"])
-    subsets = list(dict.fromkeys(zip(*columns, strict=True)))
-    n_columns = min(len(subsets), PANELS)
-    axs = panel_grid(fig, len(subsets), n_columns, 0.21 * len(objectives) + 0.4)
+    subsets = list(results.groupby(list(AXES[:3]), sort=False).groups)
+    row_in, xlabel = 0.21 * len(objectives) + 0.4, f"{ACCURACIES[measure]} (%)"
+    axs = layout.panel_grid(fig, len(subsets), row_in, xlabel=xlabel)
     for ax, (student, strategy, fraction) in zip(axs, subsets, strict=True):
-        chosen = results[
-            (results["student"] == student)
-            & (results["strategy"] == strategy)
-            & (results["fraction"] == fraction)
-        ]
         for y, objective in enumerate(objectives):
-            values = 100 * chosen[chosen["objective"] == objective][measure]
-            _draw_seeds(ax, values, y, BLUE, "o", 0.25)
+            cell = (student, strategy, fraction, objective)
+            values = 100 * theme.of_cell(results, cell)[measure]
+            _draw_seeds(ax, values, y, theme.BLUE, "o", 0.25)
             if y == 0 and len(values):
-                ax.axvline(values.mean(), color=GREY, lw=1, ls=DASHES[1], zorder=1)
-        name_rows(ax, [in_words(name) for name in objectives], 0.6)
-        title = in_words(strategy)
-        title += "" if strategy == "full" else f", {percent(fraction)} of the data"
-        ax.set_title(f"{in_words(student)}, {title}" if several else title)
-    for ax in axs[-n_columns:]:
-        ax.set_xlabel(f"{ACCURACIES[measure]} (%)")
+                ax.axvline(values.mean(), color=theme.GREY, lw=1, ls=theme.DASHES[1], zorder=1)
+        layout.name_rows(ax, [theme.in_words(name) for name in objectives], 0.6)
+        title = theme.in_words(strategy)
+        title += "" if strategy == "full" else f", {theme.percent(fraction)} of the data"
+        ax.set_title(f"{theme.in_words(student)}, {title}" if several else title)
     n_seeds = results["seed"].nunique()
     marks = [
-        mark(f"mean of {n_seeds} seeds", color=BLUE, marker="o", ms=5.5, mew=0),
-        mark("one seed", color=BLUE, marker="o", ms=2.6, mew=0),
-        mark(f"{in_words(objectives[0])}: mean", color=GREY, ls=DASHES[1], lw=1),
+        layout.mark(f"mean of {n_seeds} seeds", color=theme.BLUE, marker="o", ms=5.5, mew=0),
+        layout.mark("one seed", color=theme.BLUE, marker="o", ms=2.6, mew=0),
+        layout.mark(
+            f"{theme.in_words(objectives[0])}: mean", color=theme.GREY, ls=theme.DASHES[1], lw=1
+        ),
     ]
-    legend_in_rows(fig, marks)
+    layout.legend_in_rows(fig, marks)
     return fig
 
 
@@ -202,14 +160,13 @@ def accuracy_by_fraction(
 
     Args:
         fig: An empty figure; its height is set to what the panels need.
-        results: Accepted runs: the axes of the study, `seed`, the measure in [0, 1].
-        measure: Column that is drawn.
+        results, measure: As for `accuracy_by_strategy`.
 
     Returns: `fig`.
     Raises: ValueError for missing columns or an empty table.
     """
-    demand(results, (*AXES, "seed", measure), "results")
-    strategies = sorted(set(results["strategy"]) - {"full"}, key=sorting_key)
+    theme.demand(results, (*AXES, "seed", measure), "results")
+    strategies = sorted(set(results["strategy"]) - {"full"}, key=theme.sorting_key)
     objectives = list(dict.fromkeys(results["objective"]))
     students = list(dict.fromkeys(results["student"]))
     by = "strategy" if len(strategies) > 1 else "objective"
@@ -219,51 +176,42 @@ def accuracy_by_fraction(
         panels, names = [(s, objectives) for s in students], objectives
     looks = _fraction_looks(names, by)
     row_in = max(2.6, 0.5 + 0.14 * len(names))
-    axs = panel_grid(fig, len(panels), min(len(panels), 2), row_in, sharey=False)
+    axs = layout.panel_grid(fig, len(panels), row_in, 2, sharey=False)
     is_full = results["strategy"] == "full"
     ticks = sorted(set(results[~is_full if by == "strategy" else slice(None)]["fraction"]))
     for ax, (student, shown) in zip(axs, panels, strict=True):
         rows = results[(results["student"] == student) & results["objective"].isin(shown)]
-        ends = _draw_over_fractions(ax, rows, measure, strategies, shown, by, looks)
+        ends = _draw_over_fractions(ax, rows, measure, by, looks)
         _fraction_axis(ax, ticks)
-        title = [in_words(student)] if len(students) > 1 else []
-        title += [in_words(strategies[0])] if by == "objective" else []
-        title += [in_words(shown[0])] if by == "strategy" and len(objectives) > 1 else []
-        ax.set_title(f"{', '.join(title)}; {name_of_spread(rows)}", fontsize=TEXT_PT)
-        label_ends(ax, ends)
-    fig.supxlabel("fraction of the data (%)", fontsize=RC["axes.labelsize"])
-    fig.supylabel(f"{ACCURACIES[measure]} (%)", fontsize=RC["axes.labelsize"])
+        title = [theme.in_words(student)] if len(students) > 1 else []
+        title += [theme.in_words(strategies[0])] if by == "objective" else []
+        title += [theme.in_words(shown[0])] if by == "strategy" and len(objectives) > 1 else []
+        ax.set_title(f"{', '.join(title)}; {theme.name_of_spread(rows)}", fontsize=theme.TEXT_PT)
+        layout.label_ends(ax, ends)
+    fig.supxlabel("fraction of the data (%)", fontsize=theme.RC["axes.labelsize"])
+    fig.supylabel(f"{ACCURACIES[measure]} (%)", fontsize=theme.RC["axes.labelsize"])
     return fig
 
 
 def _fraction_looks(names: Sequence[str], by: str) -> dict[str, tuple[str, Any, str]]:
     """Colour, dash and marker of each line."""
-    if by == "objective" and len(names) <= len(OBJECTIVES):
-        pairs = zip(names, OBJECTIVES, DASHES, strict=False)
+    if by == "objective" and len(names) <= len(theme.OBJECTIVES):
+        pairs = zip(names, theme.OBJECTIVES, theme.DASHES, strict=False)
         return {name: (colour, dash, marker) for name, (colour, marker), dash in pairs}
-    looks = line_looks(names)
+    looks = theme.line_looks(names)
     return {name: (*looks[name], "o") for name in names}
 
 
 def _draw_over_fractions(
-    ax: Axes,
-    results: pd.DataFrame,
-    measure: str,
-    strategies: Sequence[str],
-    objectives: Sequence[str],
-    by: str,
-    looks: dict[str, tuple[str, Any, str]],
-) -> list[End]:
+    ax: Axes, results: pd.DataFrame, measure: str, by: str, looks: dict[str, tuple[str, Any, str]]
+) -> list[layout.End]:
     """The lines of one panel; returns where they end."""
-    ends: list[End] = []
-    for strategy, objective in ((s, o) for o in objectives for s in strategies):
-        wanted = [strategy] if by == "strategy" else [strategy, "full"]
-        rows = results[results["strategy"].isin(wanted) & (results["objective"] == objective)]
+    ends: list[layout.End] = []
+    for name, (colour, dash, marker) in looks.items():
+        rows, label = results[results[by] == name], theme.in_words(name)
         if rows.empty:
             continue
         values = 100 * rows.groupby("fraction")[measure].agg(["mean", "std"])
-        name = strategy if by == "strategy" else objective
-        (colour, dash, marker), label = looks[name], in_words(name)
         ax.errorbar(
             values.index, values["mean"], values["std"].fillna(0), color=colour, ls=dash,
             marker=marker, ms=4, capsize=2, elinewidth=0.8, label=label, clip_on=False,
@@ -272,8 +220,8 @@ def _draw_over_fractions(
     full = results[results["strategy"] == "full"]
     if by == "strategy" and len(full):
         level = 100 * full[measure].mean()
-        ax.axhline(level, color=BLACK, lw=1)
-        ends.append((level, in_words("full"), BLACK, None))
+        ax.axhline(level, color=theme.BLACK, lw=1)
+        ends.append((level, theme.in_words("full"), theme.BLACK, None))
     return ends
 
 

@@ -11,22 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kdlib.plots.layout import PANELS, End, label_ends, legend_in_rows, mark, name_rows, panel_grid
-from kdlib.plots.theme import (
-    BLACK,
-    DASHES,
-    GREY,
-    OBJECTIVES,
-    TEXT_PT,
-    demand,
-    held_axes,
-    in_words,
-    line_looks,
-    name_of_spread,
-    sorting_key,
-    value_in_words,
-    varying_axes,
-)
+from kdlib.plots import layout, theme
 from kdlib.repro.files import nearest
 from kdlib.study.evaluation import AXES
 
@@ -59,20 +44,18 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
     Raises: ValueError for missing columns, an empty table, an unknown `by`, or a cell whose seeds
         were not all evaluated at the same steps.
     """
-    demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
+    theme.demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
     ends = _draw_cells(ax, curves, "validation_accuracy", by)
     ax.set(xlabel="optimiser steps", ylabel="validation accuracy (%)")
-    ax.set_title(f"{held_axes(curves, by)}; {name_of_spread(curves)}", fontsize=TEXT_PT)
+    ax.set_title(
+        f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}", fontsize=theme.TEXT_PT
+    )
     _finish_lines(ax, ends)
     return ax
 
 
 def probe_curves(
-    ax: Axes,
-    probes: pd.DataFrame,
-    probe: str = "linear",
-    on: str = "own",
-    layer: str = "features",
+    ax: Axes, probes: pd.DataFrame, probe: str = "linear", on: str = "own", layer: str = "features"
 ) -> Axes:
     """Probe accuracy over optimiser steps, with the untrained student and the teacher as levels.
 
@@ -88,7 +71,7 @@ def probe_curves(
     Raises: ValueError for missing columns, a probe that is not there, or a cell whose seeds were
         not all probed at the same steps.
     """
-    demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
+    theme.demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
     rows = probes
     for column, wanted in (("on", on), ("layer", layer), ("probe", probe)):
         of_teacher = (column == "layer") & (rows["strategy"] == "teacher")
@@ -104,19 +87,17 @@ def probe_curves(
     for name, dash in zip(REFERENCES, ((0, (4, 2)), (0, (1, 2))), strict=True):
         reference = rows[rows["strategy"] == name]
         # One teacher is the reference of all students, the untrained network that of its student.
-        groups = reference.groupby("student") if name == "untrained" else [("", reference)]
-        for student, group in groups:
-            if group.empty:
-                continue
+        networks = reference["student" if name == "untrained" else "strategy"]
+        for student, group in reference.groupby(networks):
             level = 100 * group["accuracy"].mean()
-            ax.axhline(level, color=BLACK, ls=dash, lw=0.9, zorder=1)
-            several = name == "untrained" and reference["student"].nunique() > 1
-            label = f"{name}, {in_words(student)}" if several else name
-            ends.append((level, label, BLACK, None))
+            ax.axhline(level, color=theme.BLACK, ls=dash, lw=0.9, zorder=1)
+            several = networks.nunique() > 1
+            label = f"{name}, {theme.in_words(student)}" if several else name
+            ends.append((level, label, theme.BLACK, None))
     ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
-    title = [f"{in_words(probe)} probe", held_axes(trained, "strategy")]
+    title = [f"{theme.in_words(probe)} probe", theme.held_axes(trained, "strategy")]
     title += [f"on {on}"] * (on != "own") + [layer] * (layer != "features")
-    ax.set_title(f"{', '.join(title)}; {name_of_spread(trained)}", fontsize=TEXT_PT)
+    ax.set_title(f"{', '.join(title)}; {theme.name_of_spread(trained)}", fontsize=theme.TEXT_PT)
     _finish_lines(ax, ends)
     return ax
 
@@ -133,45 +114,45 @@ def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Fi
     Returns: `fig`, one axis per data set; a small dot is one seed, a large marker the mean.
     Raises: ValueError for missing columns, or a table without such a probe.
     """
-    demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
+    theme.demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
     rows = probes[probes["probe"] == probe]
-    demand(rows, (), f"probes, {probe}")
+    theme.demand(rows, (), f"probes, {probe}")
     trained = rows[~rows["strategy"].isin(REFERENCES)]
     trained = trained[trained["step"] == trained.groupby(list(AXES))["step"].transform("max")]
-    others = varying_axes(trained, "strategy")
+    others = theme.varying_axes(trained, "strategy")
     networks = {}  # what it is called -> its rows
     for (student,), of in rows[rows["strategy"] == "untrained"].groupby(["student"], sort=False):
         several = rows["student"].nunique() > 1
-        networks[f"untrained, {in_words(student)}" if several else "untrained"] = of
+        networks[f"untrained, {theme.in_words(student)}" if several else "untrained"] = of
     cells = trained.groupby(["strategy", *others], sort=False)
-    for key, of in sorted(cells, key=lambda cell: tuple(sorting_key(part) for part in cell[0])):
-        networks[", ".join(map(value_in_words, key))] = of
+    for key, of in sorted(cells, key=lambda cell: theme.sorting_key(cell[0])):
+        networks[", ".join(map(theme.value_in_words, key))] = of
     networks["teacher"] = rows[rows["strategy"] == "teacher"]
     places, layers = list(dict.fromkeys(rows["on"])), list(dict.fromkeys(rows["layer"]))
-    n_columns = min(len(places), PANELS)
-    axs = panel_grid(fig, len(places), n_columns, 0.21 * len(networks) + 0.4)
+    xlabel = f"test accuracy of a {theme.in_words(probe)} probe (%)"
+    axs = layout.panel_grid(fig, len(places), 0.21 * len(networks) + 0.4, xlabel=xlabel)
     shift = 0.5 / len(layers)
     for ax, place in zip(axs, places, strict=True):
         for y, of in enumerate(networks.values()):
             for i, layer in enumerate(layers):
                 here = of[(of["on"] == place) & (of["layer"] == layer)]
                 values = 100 * here.drop_duplicates(["seed", "accuracy"])["accuracy"]
-                colour, marker = OBJECTIVES[i % len(OBJECTIVES)]
+                colour, marker = theme.OBJECTIVES[i % len(theme.OBJECTIVES)]
                 at = y + shift * (i - (len(layers) - 1) / 2)
                 ax.plot(values, [at] * len(values), "o", ms=2, color=colour, alpha=0.5, mew=0)
                 if len(values):
                     ax.plot(values.mean(), at, marker, ms=4.5, color=colour, mec="white", mew=0.6)
-        name_rows(ax, list(networks), 0.6)
-        ax.set_title("own data" if place == "own" else f"on {in_words(place)}")
-    for ax in axs[-n_columns:]:
-        ax.set_xlabel(f"test accuracy of a {in_words(probe)} probe (%)")
+        layout.name_rows(ax, list(networks), 0.6)
+        ax.set_title("own data" if place == "own" else f"on {theme.in_words(place)}")
     marks = [
-        mark("last layer" if layer == "features" else layer, color=colour, marker=marker,
+        layout.mark("last layer" if layer == "features" else layer, color=colour, marker=marker,
                 ms=4.5, mew=0)
-        for layer, (colour, marker) in zip(layers, itertools.cycle(OBJECTIVES), strict=False)
+        for layer, (colour, marker) in zip(layers, itertools.cycle(theme.OBJECTIVES), strict=False)
     ]  # fmt: skip
-    few = mark(f"one seed of {trained['seed'].nunique()}", color=GREY, marker="o", ms=2, mew=0)
-    legend_in_rows(fig, [*marks, few])
+    few = layout.mark(
+        f"one seed of {trained['seed'].nunique()}", color=theme.GREY, marker="o", ms=2, mew=0
+    )
+    layout.legend_in_rows(fig, [*marks, few])
     return fig
 
 
@@ -189,10 +170,10 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
     """
     columns = [name for name, *_ in DIAGNOSTICS]
     needed = (*AXES, "seed", "step", "on", "layer", "probe", *columns)
-    demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
+    theme.demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
     last_layer = (probes["on"] == "own") & (probes["layer"] == "features")
     rows = probes[last_layer & ~probes["strategy"].isin(REFERENCES)]
-    demand(rows, (), "probes")
+    theme.demand(rows, (), "probes")
     rows = rows[rows["probe"] == rows["probe"].iloc[0]]  # they are the same in every probe's row
     levels = {
         "effective_rank": rows["effective_rank"] / rows["rank_ratio"],
@@ -203,32 +184,31 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
     for ax, (name, label, level, bound) in zip(axs.flat, DIAGNOSTICS, strict=True):
         _draw_cells(ax, rows, name, "strategy", scale=1)
         for height in sorted(set(levels[name].round(9)) if level is None else [level]):
-            ax.axhline(height, color=BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
+            ax.axhline(height, color=theme.BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
         ax.set_xlim(0, max(1, rows["step"].max()))
-        ax.set_title(f"{label}\n(dotted: {bound})", fontsize=TEXT_PT)
+        ax.set_title(f"{label}\n(dotted: {bound})", fontsize=theme.TEXT_PT)
     for ax in axs[1]:
         ax.set_xlabel("optimiser steps")
     handles, _ = axs.flat[0].get_legend_handles_labels()
-    title = f"{held_axes(rows, 'strategy')}; {name_of_spread(rows)}"
-    n_rows = legend_in_rows(
-        fig, handles, title=title, handlelength=3.5
-    )  # long enough to tell dashes apart
+    title = f"{theme.held_axes(rows, 'strategy')}; {theme.name_of_spread(rows)}"
+    # handles are long enough to tell dashes apart
+    n_rows = layout.legend_in_rows(fig, handles, title=title, handlelength=3.5)
     fig.set_figheight(4.0 + 0.2 * n_rows)
     return fig
 
 
 def _draw_cells(
     ax: Axes, table: pd.DataFrame, value: str, by: str, scale: float = 100
-) -> list[End]:
+) -> list[layout.End]:
     """One line with a band for each cell, in % or times `scale`; returns where the lines end."""
     if by not in AXES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(AXES)}")
-    looks = line_looks(table[by].unique())
+    looks = theme.line_looks(table[by].unique())
     ends = []
-    others = varying_axes(table, by)
+    others = theme.varying_axes(table, by)
     cells = table.groupby([by, *others], sort=False)
     turns = dict.fromkeys(looks, 0)
-    for key, runs in sorted(cells, key=lambda cell: tuple(sorting_key(part) for part in cell[0])):
+    for key, runs in sorted(cells, key=lambda cell: theme.sorting_key(cell[0])):
         grid = runs.pivot(index="step", columns="seed", values=value)  # (steps, S)
         if grid.isna().any(axis=None):
             raise ValueError(
@@ -237,10 +217,10 @@ def _draw_cells(
             )
         colour, dash = looks[key[0]]
         if others:
-            dash = DASHES[turns[key[0]] % len(DASHES)]
+            dash = theme.DASHES[turns[key[0]] % len(theme.DASHES)]
             turns[key[0]] += 1
         mean = scale * grid.mean(axis=1)
-        label = ", ".join(value_in_words(value) for value in key)
+        label = ", ".join(theme.value_in_words(value) for value in key)
         marker = "o" if len(mean) <= 12 else None  # few steps: show where something was measured
         ax.plot(
             mean.index, mean, color=colour, ls=dash, marker=marker, ms=2.8, label=label, zorder=3,
@@ -253,22 +233,24 @@ def _draw_cells(
     return ends
 
 
-def _finish_lines(ax: Axes, ends: Sequence[End]) -> None:
+def _finish_lines(ax: Axes, ends: Sequence[layout.End]) -> None:
     """Freeze the limits (x from 0 to the last step, y inside [0, 100]) and name the lines."""
     ax.set_xlim(0, max((step for *_, step in ends if step is not None), default=1.0))
     ax.margins(y=0.04)
     low, high = ax.get_ylim()
     ax.set_ylim(max(low, 0), min(high, 100))
-    label_ends(ax, ends)
+    layout.label_ends(ax, ends)
 
 
 def learning_curves_by_student(fig: Figure, curves: pd.DataFrame, by: str = "strategy") -> Figure:
     """`learning_curves`, a panel for each student, with its name where there are several."""
-    demand(curves, AXES, "curves")
+    theme.demand(curves, AXES, "curves")
     students = list(dict.fromkeys(curves["student"]))
-    axs = panel_grid(fig, len(students), min(len(students), 2), 2.8, sharey=False)
+    axs = layout.panel_grid(fig, len(students), 2.8, 2, sharey=False)
     for ax, student in zip(axs, students, strict=True):
         learning_curves(ax, curves[curves["student"] == student], by)
         if len(students) > 1:
-            ax.set_title(f"{in_words(student)}\n{ax.get_title(loc='left')}", fontsize=TEXT_PT)
+            ax.set_title(
+                f"{theme.in_words(student)}\n{ax.get_title(loc='left')}", fontsize=theme.TEXT_PT
+            )
     return fig

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from kdlib.plots import theme
 from kdlib.plots.layout import colour_bar, heat_map, thousands, three_ticks
-from kdlib.plots.theme import BLACK, BLUE, CORRECTNESS, DASHES, GREY, REGIONS, TEXT_PT, within
+from kdlib.plots.theme import BLACK, BLUE, CORRECTNESS, DASHES, GREY, REGIONS, TEXT_PT
 
 DENSE = 30_000  # examples; above, points cover each other and bins are drawn
 FAINTEST = 0.25  # opacity of a bin with one example
@@ -81,7 +81,7 @@ def datamap(
             "(log scale)", transform=right.transAxes, va="bottom", fontsize=TEXT_PT,
         )  # fmt: skip
         note.set_in_layout(False)
-    _draw_histograms(above, right, far_right, x, y, colour)
+    _draw_histograms((above, right, far_right), (x, y, colour))
     colour_bar(fig, bar)
     bar.yaxis.set_ticks_position("left")
     bar.yaxis.set_label_position("left")
@@ -91,15 +91,9 @@ def datamap(
     return fig
 
 
-def _draw_histograms(
-    above: Axes,
-    right: Axes,
-    far_right: Axes,
-    variability: np.ndarray,
-    confidence: np.ndarray,
-    correctness: np.ndarray,
-) -> None:
+def _draw_histograms(axs: Sequence[Axes], scores: Sequence[np.ndarray]) -> None:
     """Variability above the map, confidence and correctness right of it."""
+    (above, right, far_right), (variability, confidence, correctness) = axs, scores
     look = {"color": "#9A9A9A", "edgecolor": "white", "linewidth": 0.3}
     above.hist(variability, bins=np.linspace(0, 0.5, 41), **look)
     right.hist(confidence, bins=np.linspace(0, 1, 41), orientation="horizontal", **look)
@@ -130,10 +124,8 @@ def forming(fig: Figure, snapshots: Mapping[int, pd.DataFrame], title: str) -> F
         title: Above all panels: what it shows.
 
     Returns: `fig`, a panel for each snapshot, then the colour bar.
-    Raises: ValueError for none or more than six snapshots, or tables as in `datamap`.
+    Raises: ValueError for tables as in `datamap`.
     """
-    if not 1 <= len(snapshots) <= 6:
-        raise ValueError(f"{len(snapshots)} snapshots; expected one to six: draw some of them")
     epochs = sorted(snapshots)
     rows = 1 + (len(epochs) > 3)
     columns = -(-len(epochs) // rows)
@@ -156,11 +148,7 @@ def forming(fig: Figure, snapshots: Mapping[int, pd.DataFrame], title: str) -> F
 
 
 def against(
-    fig: Figure,
-    first: pd.DataFrame,
-    second: pd.DataFrame,
-    names: tuple[str, str],
-    title: str,
+    fig: Figure, first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str], title: str
 ) -> Figure:
     """Map against map: confidence, variability and region of the same examples in two maps, the
     first one upwards, the second one to the right.
@@ -174,11 +162,18 @@ def against(
 
     Returns: `fig`: two panels with their Spearman correlation, and the regions, where a number is
         the fraction of all examples.
-    Raises: ValueError for missing columns, ids that are not distinct or not the same, scores out
-        of their range, or an unknown region.
+    Raises: ValueError for missing columns, ids that are not the same, scores out of their range,
+        or an unknown region.
     """
-    _check_same_examples(first, second, names)
+    n_different = len(first.index.symmetric_difference(second.index))
+    if n_different:
+        raise ValueError(
+            f"{n_different} example ids differ ({len(first)} in {names[0]!r}, {len(second)} in "
+            f"{names[1]!r}); expected two maps of the same examples"
+        )
     second = second.reindex(first.index)
+    for name, table in zip(names, (first, second), strict=True):
+        _scores(table, ("confidence", "variability"), name, ("region_variability",))
     axs = fig.subplots(1, 3)
     dense = False
     for ax, score in zip(axs, ("confidence", "variability"), strict=False):
@@ -202,22 +197,6 @@ def against(
     ax.set(ylabel=f"region, {names[0]}", xlabel=f"region, {names[1]}", box_aspect=1)
     fig.suptitle(_with_density(title, len(first)) if dense else title)
     return fig
-
-
-def _check_same_examples(first: pd.DataFrame, second: pd.DataFrame, names: tuple[str, str]) -> None:
-    for name, table in zip(names, (first, second), strict=True):
-        _scores(table, ("confidence", "variability"), name, ("region_variability",))
-        if not table.index.is_unique:
-            raise ValueError(
-                f"{int(table.index.duplicated().sum())} example ids of {name!r} are there twice; "
-                "expected one row per example"
-            )
-    n_different = len(first.index.symmetric_difference(second.index))
-    if n_different:
-        raise ValueError(
-            f"{n_different} example ids differ ({len(first)} in {names[0]!r}, {len(second)} in "
-            f"{names[1]!r}); expected two maps of the same examples"
-        )
 
 
 def binned(
@@ -317,16 +296,20 @@ def _scores(
     """Variability, confidence and what comes after these as float64, checked, rounding cut off."""
     theme.demand(table, (*scores, *more), what)
     for score in scores:
-        within(table, (score,), 0, HIGHEST[score], "; run notebooks/03_datamap.ipynb again")
+        column, top = table[score], HIGHEST[score]
+        if not column.between(-1e-6, top + 1e-6).all():  # rounded to float32
+            raise ValueError(
+                f"{score} runs from {column.min():g} to {column.max():g}, "
+                f"{column.isna().sum()} are NaN; expected numbers in [0, {top:g}]; run "
+                "notebooks/03_datamap.ipynb again"
+            )
     ordered = ("variability", "confidence", *scores[2:])
     return [np.clip(table[score].to_numpy(float), 0, HIGHEST[score]) for score in ordered]
 
 
 def _regions(column: pd.Series) -> np.ndarray:
     """Regions as their place in `REGIONS`, (N,) int64."""
-    named = column.astype("category").cat
-    places = np.append(pd.Index(list(REGIONS)).get_indexer(named.categories), -1)  # -1: NaN
-    codes = places[named.codes]
+    codes = pd.Categorical(column, list(REGIONS)).codes.astype(np.int64)
     if (codes < 0).any():
         raise ValueError(
             f"unknown region {column.iloc[int(np.argmin(codes))]!r} in {column.name!r}; expected "
@@ -343,14 +326,11 @@ def _name_regions(ax: Axes, x: np.ndarray, y: np.ndarray, codes: np.ndarray) -> 
         if not inside.any():
             continue
         middle = float(np.median(x[inside])), float(np.median(y[inside]))
+        line = {"arrowstyle": "-", "lw": 0.7, "color": BLACK, "shrinkA": 1, "shrinkB": 3}
         ax.annotate(
-            f"{REGIONS[region]} ({int(inside.sum()):,})",
-            xy=middle,
-            xytext=places[region],
-            ha="right" if region == "ambiguous" else "left",
-            va="center",
-            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": BLACK, "shrinkA": 1, "shrinkB": 3},
-        )
+            f"{REGIONS[region]} ({int(inside.sum()):,})", middle, places[region], arrowprops=line,
+            ha="right" if region == "ambiguous" else "left", va="center",
+        )  # fmt: skip
         # An open ring: the points inside it stay in sight.
         ax.plot(*middle, "o", ms=6, mfc="none", mec=BLACK, mew=0.9)
 

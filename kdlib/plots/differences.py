@@ -13,29 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from kdlib.plots.layout import TALL, mark, text_width_pt
-from kdlib.plots.theme import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    RC,
-    TEXT_PT,
-    VERMILLION,
-    demand,
-    held_axes,
-    in_words,
-    sorting_key,
-    value_in_words,
-)
-from kdlib.repro.files import nearest
+from kdlib.plots import layout, theme
 from kdlib.study.evaluation import AXES
 
 VERDICT_LOOKS = {  # colour and marker
-    "better": (BLUE, "^"),
-    "worse": (VERMILLION, "v"),
-    "equivalent": (GREEN, "s"),
-    "inconclusive": (GREY, "o"),
+    "better": (theme.BLUE, "^"),
+    "worse": (theme.VERMILLION, "v"),
+    "equivalent": (theme.GREEN, "s"),
+    "inconclusive": (theme.GREY, "o"),
 }
 
 ACCURACIES = {  # column of results -> what it is called on an axis
@@ -54,18 +39,18 @@ def forest_plot_by_student(fig: Figure, comparison: pd.DataFrame, margin: float)
 
     Returns: `fig`.
     """
-    demand(comparison, (*AXES, "verdict"), "comparison")
+    theme.demand(comparison, (*AXES, "verdict"), "comparison")
     students = list(dict.fromkeys(comparison["student"]))
     rows = comparison.groupby("student").size().max()
     groups = comparison["strategy"].nunique()
-    fig.set_figheight(min(1.15 + 0.125 * rows + 0.075 * groups, TALL))
+    fig.set_figheight(min(1.15 + 0.125 * rows + 0.075 * groups, layout.TALL))
     axs = fig.subplots(1, len(students), squeeze=False)[0]
     for i, (ax, student) in enumerate(zip(axs, students, strict=True)):
         of_student = comparison[comparison["student"] == student]
         forest_plot(ax, of_student, margin, named=i == 0)
         if len(students) > 1:
-            ax.set_title(in_words(student))
-    fig.supxlabel(axs[0].get_xlabel(), fontsize=RC["axes.labelsize"])
+            ax.set_title(theme.in_words(student))
+    fig.supxlabel(axs[0].get_xlabel(), fontsize=theme.RC["axes.labelsize"])
     for ax in axs:
         ax.set_xlabel("")
     handles = [*verdict_handles(None), *_interval_handles(margin, comparison["level"].iloc[0])]
@@ -92,9 +77,9 @@ def forest_plot(ax: Axes, comparison: pd.DataFrame, margin: float, named: bool =
         says so.
     Raises: ValueError for missing columns, an empty table, or another margin than the verdicts'.
     """
-    needed = ("difference", "low", "high", "low90", "high90", "verdict", "margin", "level")
+    needed = ("difference", "low", "high", "low90", "high90", "verdict", "margin", "measure")
     against = ("against_strategy", "against_fraction", "against_objective")
-    demand(comparison, (*AXES, *against, *needed), "comparison")
+    theme.demand(comparison, (*AXES, *against, *needed), "comparison")
     if not np.allclose(comparison["margin"], margin):
         raise ValueError(
             f"margin is {margin:g} but the verdicts were reached with "
@@ -105,18 +90,18 @@ def forest_plot(ax: Axes, comparison: pd.DataFrame, margin: float, named: bool =
     for row in rows.to_dict("records"):
         _draw_difference(ax, row)
     ax.axvspan(-100 * margin, 100 * margin, color="#DDDDDD", lw=0, zorder=0)
-    ax.axvline(0, color=BLACK, lw=0.8, zorder=1)
+    ax.axvline(0, color=theme.BLACK, lw=0.8, zorder=1)
     labels = list(rows["label"])
     ax.set_yticks(list(rows["y"]), labels if named else [""] * len(labels))
     ax.tick_params(axis="y", length=0)
-    pad = max(map(text_width_pt, labels)) + 12  # strategies stand left of the row labels
+    pad = max(map(layout.text_width_pt, labels)) + 12  # strategies stand left of the row labels
     for strategy, group in rows.groupby("strategy", sort=False):
         top, bottom = group["y"].iloc[0] - 0.5, group["y"].iloc[-1] + 0.5
         if named:
             ax.annotate(
-                in_words(strategy), xy=(0, (top + bottom) / 2), xycoords=ax.get_yaxis_transform(),
-                xytext=(-pad, 0), textcoords="offset points", ha="right", va="center",
-                annotation_clip=False,
+                theme.in_words(strategy), (0, (top + bottom) / 2), (-pad, 0), annotation_clip=False,
+                xycoords=ax.get_yaxis_transform(), textcoords="offset points", ha="right",
+                va="center",
             )  # fmt: skip
         ax.axhspan(top, bottom, color="#F5F5F5", lw=0, zorder=-1)
     ax.set_ylim(rows["y"].iloc[-1] + 0.5, -0.9)
@@ -133,13 +118,13 @@ def _forest_rows(comparison: pd.DataFrame) -> pd.DataFrame:
         shown=comparison["against_fraction"].where(
             comparison["strategy"] == "full", comparison["fraction"]
         ),
-        order=comparison["strategy"].map(sorting_key),
+        order=comparison["strategy"].map(theme.sorting_key),
     ).sort_values(["order", "student", "shown", "objective"], ascending=[True, True, False, True])
     naming = [a for a in ("shown", "objective", "student") if rows[a].nunique() > 1]
     labels, heights, y = [], [], 0.0
     for _, group in rows.groupby("strategy", sort=False):
         for row in group.to_dict("records"):
-            label = ", ".join(value_in_words(row[axis]) for axis in naming)
+            label = ", ".join(theme.value_in_words(row[axis]) for axis in naming)
             across = row["against_fraction"] != row["fraction"]
             labels.append(f"against {label}" if across and label else label)
             heights.append(y)
@@ -151,9 +136,9 @@ def _forest_rows(comparison: pd.DataFrame) -> pd.DataFrame:
 def _draw_difference(ax: Axes, row: dict[str, Any]) -> None:
     y = row["y"]
     if np.isnan(row["difference"]):
-        ax.text(0, y, " no paired seeds", va="center", fontsize=TEXT_PT, color=GREY)
+        ax.text(0, y, " no paired seeds", va="center", fontsize=theme.TEXT_PT, color=theme.GREY)
         return
-    colour = VERDICT_LOOKS.get(row["verdict"], (GREY, ""))[0]
+    colour, _ = VERDICT_LOOKS[row["verdict"]]
     for ends, width in ((("low", "high"), 0.8), (("low90", "high90"), 2.2)):
         line = [100 * row[end] for end in ends]
         ax.plot(line, [y, y], color=colour, lw=width, solid_capstyle="butt")
@@ -161,19 +146,24 @@ def _draw_difference(ax: Axes, row: dict[str, Any]) -> None:
 
 
 def _difference_label(comparison: pd.DataFrame) -> str:
-    """Label of the axis: the accuracy, what is subtracted from what, and what all rows share."""
-    subtraction, held = _subtraction(comparison)
-    held = f"\n{held}" if held else ""
-    accuracy = "test accuracy"
-    if "measure" in comparison:
-        accuracy = ACCURACIES[comparison["measure"].iloc[0]].removesuffix(" at the last step")
-    return f"{accuracy}, {subtraction}, seed by seed (points){held}"
+    """Label of the axis: the accuracy, what is subtracted from what (strategies, or objectives on
+    the same subset), and what all rows share."""
+    of_strategies = (comparison["against_strategy"] != comparison["strategy"]).any()
+    by = "strategy" if of_strategies else "objective"
+    several = of_strategies or comparison["objective"].nunique() > 2
+    what = by if several else _one_of(comparison["objective"])
+    accuracy = ACCURACIES[comparison["measure"].iloc[0]].removesuffix(" at the last step")
+    words = (
+        f"{accuracy}, {what} minus {_one_of(comparison[f'against_{by}'])}, seed by seed (points)"
+    )
+    held = theme.held_axes(comparison, by)
+    return f"{words}\n{held}" if held else words
 
 
 def verdict_handles(baseline: str | None) -> list[Line2D]:
-    heading = [] if baseline is None else [mark(f"against {in_words(baseline)}:")]
+    heading = [] if baseline is None else [layout.mark(f"against {theme.in_words(baseline)}:")]
     marks = [
-        mark(name, color=colour, marker=marker, ms=4.5, mfc=_face(name))
+        layout.mark(name, color=colour, marker=marker, ms=4.5, mfc=_face(name))
         for name, (colour, marker) in VERDICT_LOOKS.items()
     ]
     return heading + marks
@@ -185,8 +175,6 @@ def _face(verdict: str) -> str:
 
 
 def verdict_mark(ax: Axes, x: float, y: float, verdict: str, **where: Any) -> None:
-    if verdict not in VERDICT_LOOKS:
-        raise ValueError(f"unknown verdict {verdict!r}; {nearest(verdict, VERDICT_LOOKS)}")
     colour, marker = VERDICT_LOOKS[verdict]
     ax.plot(
         x, y, marker, ms=4.5, color=colour, mfc=_face(verdict), clip_on=False, zorder=4, **where
@@ -197,22 +185,10 @@ def _interval_handles(margin: float, level: float) -> list[Any]:
     size = "1 point" if margin == 0.01 else f"{100 * margin:g} points"
     return [
         Patch(color="#DDDDDD", lw=0, label=f"margin, ±{size}"),
-        mark(f"{100 * level:g} % interval", color=BLACK, ls="-", lw=0.8),
-        mark("90 %", color=BLACK, ls="-", lw=2.2),
+        layout.mark(f"{100 * level:g} % interval", color=theme.BLACK, ls="-", lw=0.8),
+        layout.mark("90 %", color=theme.BLACK, ls="-", lw=2.2),
     ]
 
 
-def _subtraction(comparison: pd.DataFrame) -> tuple[str, str]:
-    """What is subtracted from what (strategies, or objectives on the same subset), and what is the
-    same in all rows."""
-    if (comparison["against_strategy"] != comparison["strategy"]).any():
-        words = f"strategy minus {_one_of(comparison['against_strategy'])}"
-        return words, held_axes(comparison, "strategy")
-    several = comparison["objective"].nunique() > 2
-    what = "objective" if several else _one_of(comparison["objective"])
-    words = f"{what} minus {_one_of(comparison['against_objective'])}"
-    return words, held_axes(comparison, "objective")
-
-
 def _one_of(names: pd.Series) -> str:
-    return " or ".join(in_words(name) for name in names.unique())
+    return " or ".join(theme.in_words(name) for name in names.unique())

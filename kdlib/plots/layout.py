@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
+from scipy.optimize import isotonic_regression
 
 from kdlib.plots.theme import BLACK, CORRECTNESS, RC, TEXT_PT, WIDE
 
@@ -24,15 +25,19 @@ End = tuple[float, str, str, float | None]
 
 
 def panel_grid(
-    fig: Figure, n_panels: int, n_columns: int, row_in: float, sharey: bool = True
+    fig: Figure, n: int, row_in: float, most: int = PANELS, sharey: bool = True, xlabel: str = ""
 ) -> list[Axes]:
-    """Panels row by row, at most so many beside each other, in a figure as high as they need."""
-    n_rows = -(-n_panels // n_columns)
+    """n panels row by row, at most so many beside each other, in a figure as high as they need; the
+    last ones have a label below."""
+    n_columns = min(n, most)
+    n_rows = -(-n // n_columns)
     fig.set_figheight(min(n_rows * row_in + 0.75, TALL))
     axs = fig.subplots(n_rows, n_columns, sharey=sharey, squeeze=False).ravel()
-    for ax in axs[n_panels:]:
+    for ax in axs[n:]:
         ax.remove()
-    return list(axs[:n_panels])
+    for ax in axs[n - n_columns : n]:
+        ax.set_xlabel(xlabel)
+    return list(axs[:n])
 
 
 def name_rows(ax: Axes, names: Sequence[str], below: float) -> None:
@@ -81,13 +86,14 @@ def label_ends(ax: Axes, ends: Sequence[End]) -> None:
         ax: The axis, its limits final.
         ends: For each line its last height, label, colour and last x (None: the end of the axis).
     """
+    if not ends:
+        return
     (first, last), (low, high) = ax.get_xlim(), ax.get_ylim()
     height_pt = 72 * ax.get_window_extent().height / ax.figure.dpi
     ends = sorted(ends, key=lambda end: end[0])
     levels = [(end[0] - low) / (high - low) for end in ends]
-    for (_, label, colour, step), level, place in zip(
-        ends, levels, spread(levels, 1.35 * TEXT_PT / height_pt), strict=True
-    ):
+    places = spread(levels, 1.35 * TEXT_PT / height_pt)
+    for (_, label, colour, step), level, place in zip(ends, levels, places, strict=True):
         start = 1.0 if step is None else (step - first) / (last - first)
         leader = {"color": colour, "lw": 0.7, "clip_on": False, "transform": ax.transAxes}
         leader |= {"scalex": False, "scaley": False}
@@ -102,7 +108,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     allow.
 
     Args:
-        heights: Wanted places, ascending.
+        heights: Wanted places, ascending, at least one.
         gap: Smallest distance of neighbours; labels that need more room than [0, 1] start at 0.
 
     Returns: Places, ascending, one per height.
@@ -110,34 +116,25 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
     >>> spread([0.2, 0.5, 0.5], gap=0.1)
     [0.2, 0.45, 0.55]
     """
-    blocks: list[list[float]] = []  # pool adjacent violators on what is left without the gaps
-    for i, height in enumerate(heights):
-        blocks.append([height - i * gap])
-        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    top = max(0.0, 1 - (len(heights) - 1) * gap)
-    free = [min(max(float(np.mean(block)), 0.0), top) for block in blocks for _ in block]
-    return [round(place + i * gap, 6) for i, place in enumerate(free)]
+    gaps = gap * np.arange(len(heights))
+    free = isotonic_regression(np.subtract(heights, gaps)).x
+    return (np.clip(free, 0, max(0.0, 1 - gaps[-1])) + gaps).round(6).tolist()
 
 
 def fitted(text: str, width_pt: float) -> str:
     """The text, or as much of its beginning as fits, and an ellipsis."""
-    text = text.replace("_", " ")
-    if text_width_pt(text) <= width_pt:
-        return text
-    while text and text_width_pt(text + "…") > width_pt:
+    text = shown = text.replace("_", " ")
+    while text and text_width_pt(shown) > width_pt:
         text = text[:-1].rstrip()
-    return text + "…"
+        shown = text + "…"
+    return shown
 
 
 @functools.lru_cache(maxsize=4096)
 def text_width_pt(text: str, size: float = TEXT_PT) -> float:
     """Width of a line of text in points, before anything is drawn."""
-    if not text.strip():
-        return 0.0
-    return (
-        TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"])).get_extents().x1
-    )
+    path = TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"]))
+    return path.get_extents().x1 if text.strip() else 0.0
 
 
 def heat_map(
@@ -145,24 +142,20 @@ def heat_map(
 ) -> mpl.image.AxesImage:
     """Cells with a text in each (row by row), black or white after the colour below it."""
     image = ax.imshow(values, cmap=colours, vmin=low, vmax=high, interpolation="nearest")
-    for (row, column), value in np.ndenumerate(values):
-        if not texts[row * values.shape[1] + column]:
-            continue
+    for ((row, column), value), text in zip(np.ndenumerate(values), texts, strict=True):
         red, green, blue, _ = image.cmap(image.norm(0 if np.isnan(value) else value))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-        ax.text(
-            column, row, texts[row * values.shape[1] + column], ha="center", va="center",
-            fontsize=TEXT_PT, color="white" if dark else BLACK,
-        )  # fmt: skip
-    for side in ("left", "bottom"):
-        ax.spines[side].set_visible(False)
+        look = {"ha": "center", "va": "center", "fontsize": TEXT_PT}
+        if text:
+            ax.text(column, row, text, color="white" if dark else BLACK, **look)
+    ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
     return image
 
 
 def three_ticks(ax: Axes, top_x: float, top_y: float) -> None:
-    ax.set_xticks((0, top_x / 2, top_x), [f"{tick:g}" for tick in (0, top_x / 2, top_x)])
-    ax.set_yticks((0, top_y / 2, top_y), [f"{tick:g}" for tick in (0, top_y / 2, top_y)])
+    for axis, top in ((ax.xaxis, top_x), (ax.yaxis, top_y)):
+        axis.set_ticks((0, top / 2, top), [f"{tick:g}" for tick in (0, top / 2, top)])
 
 
 def thousands(value: float, _: int) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.style
@@ -53,8 +53,8 @@ OTHER_COLOURS = (SKY, GREEN, BLUE, VERMILLION, PURPLE)
 REGIONS = {"easy": "easy-to-learn", "ambiguous": "ambiguous", "hard": "hard-to-learn"}
 
 # Yellow, the bright end of viridis, is lost on white paper.
-_VIRIDIS = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
-CORRECTNESS = LinearSegmentedColormap.from_list("correctness", _VIRIDIS, N=10)
+VIRIDIS = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
+CORRECTNESS = LinearSegmentedColormap.from_list("correctness", VIRIDIS, N=10)
 
 WORDS = {
     "full": "full set", "kd": "KD", "knn": "k-NN", "aum": "AUM", "el2n": "EL2N", "tdds": "TDDS",
@@ -134,22 +134,15 @@ def save_figure(fig: Figure, folder: str | Path, name: str) -> tuple[Path, Path]
             for ax in fig.axes:
                 if ax.get_subplotspec() is not None:
                     ax.set_subplotspec(ax.get_subplotspec())
-            paths.append(
-                write_atomic(
-                    Path(folder) / f"{name}.{kind}",
-                    lambda file, kind=kind, metadata=metadata: _write(fig, file, kind, metadata),
-                )
-            )
+            drawn = io.BytesIO()
+            fig.savefig(drawn, format=kind, dpi=DPI, metadata=metadata)
+            if kind == "png":
+                picture = compact_png(Image.open(drawn).convert("RGB"))
+                drawn = io.BytesIO()
+                picture.save(drawn, kind, optimize=True, dpi=(DPI, DPI))
+            path = Path(folder) / f"{name}.{kind}"
+            paths.append(write_atomic(path, lambda file, drawn=drawn: file.write(drawn.getvalue())))
     return tuple(paths)
-
-
-def _write(fig: Figure, file: BinaryIO, kind: str, metadata: dict[str, None]) -> None:
-    if kind == "pdf":
-        fig.savefig(file, format=kind, dpi=DPI, metadata=metadata)
-        return
-    drawn = io.BytesIO()
-    fig.savefig(drawn, format=kind, dpi=DPI, metadata=metadata)
-    compact_png(Image.open(drawn).convert("RGB")).save(file, "png", optimize=True, dpi=(DPI, DPI))
 
 
 def compact_png(picture: Image.Image) -> Image.Image:
@@ -196,7 +189,10 @@ def line_looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
 
 
 def sorting_key(name: Any) -> tuple:
-    """Sorting key: the full set and the regions first, the top of a score before its bottom."""
+    """Sorting key: the full set and the regions first, the top of a score before its bottom; of a
+    tuple, the keys of its parts."""
+    if isinstance(name, tuple):
+        return tuple(map(sorting_key, name))
     if not isinstance(name, str):
         return (0, name)
     known = list(STRATEGIES)
@@ -246,7 +242,7 @@ def of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataFr
 
 
 def demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
-    """Refuse a table without rows, or without one of the columns."""
+    """Refuse a table without rows, without one of the columns, or with rows of refused runs."""
     missing = [name for name in columns if name not in table]
     if missing:
         raise ValueError(
@@ -254,18 +250,8 @@ def demand(table: pd.DataFrame, columns: Iterable[str], what: str) -> None:
         )
     if table.empty:
         raise ValueError(f"the table `{what}` has no rows; there is nothing to draw")
-
-
-def within(
-    table: pd.DataFrame, columns: Iterable[str], low: float, high: float, hint: str | None = None
-) -> None:
-    """Refuse numbers out of [low, high], as far as rounding to float32 goes. Where there is a hint
-    on what to do, NaN is refused as well."""
-    for name in columns:
-        column = table[name]
-        is_nan = column.isna()
-        if not (column.between(low - 1e-6, high + 1e-6) | (is_nan & (hint is None))).all():
-            raise ValueError(
-                f"{name} runs from {column.min():g} to {column.max():g}, {int(is_nan.sum())} are "
-                f"NaN; expected numbers in [{low:g}, {high:g}]{hint or ''}"
-            )
+    if "refused" in table and table["refused"].any():
+        raise ValueError(
+            f"{table['refused'].sum()} of {len(table)} rows are refused; draw accepted rows only: "
+            f"{what}[~{what}['refused']]"
+        )

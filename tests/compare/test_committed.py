@@ -20,7 +20,6 @@ from kdlib.compare.committed import (
     write_committed,
 )
 from kdlib.repro import files
-from kdlib.repro.tables import read_parquet
 from kdlib.study.load import load_study
 from kdlib.study.yaml_text import parse_yaml
 
@@ -180,8 +179,6 @@ def test_a_table_of_another_study_another_name_or_none_is_refused(home):
     (folder / "probes.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"probes.parquet; run notebooks/06_compare.ipynb"):
         read_committed(study)
-    with pytest.raises(ValueError, match="tables are"):
-        write_committed(study, {"results": records()["results"]})
 
 
 def test_thinned_curves_keep_their_ends_their_order_and_equal_steps():
@@ -218,12 +215,3 @@ def test_a_study_of_five_hundred_runs_takes_less_than_half_a_megabyte(home):
     write_committed(study, made)
     sizes = {p.stem: p.stat().st_size for p in committed_folder(study).iterdir()}
     assert sum(sizes.values()) < 500_000, sizes
-
-
-def test_tables_hold_no_code(home):
-    study = study_with(home)
-    write_committed(study, records())
-    for path in committed_folder(study).iterdir():
-        assert b"pickle" not in path.read_bytes()
-        _, metadata = read_parquet(path, "a test")
-        assert metadata["study"] == "tiny"

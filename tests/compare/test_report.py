@@ -26,6 +26,10 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
     tables = compile_tables(study)
     text = summary(study, tables)
     assert "These runs were made on cpu (" in text
+    best, last = (tables["results"][f"test_accuracy{epoch}"] for epoch in ("_best", ""))
+    gains = 100 * (best - last).dropna()
+    line = f"{gains.mean():+.2f} points on average and {gains.max():+.2f} at most ({len(gains)} "
+    assert line in text
     assert "The same kind of processor gives the same bytes" in text
     for other, sentence in (
         ({"portable": True}, "Held to AVX2"),

@@ -7,7 +7,6 @@ from compare.test_differences import EASY, RANDOM, cell, compared
 
 from kdlib.compare.differences import COLUMNS
 from kdlib.compare.text import (
-    best_epoch_line,
     comparison_latex,
     comparison_markdown,
     escaped,
@@ -109,8 +108,3 @@ def test_every_sign_that_latex_reads_is_escaped():
     assert escaped(r"\&%$#_{}~^±a") == (
         r"\textbackslash{}\&\%\$\#\_\{\}\textasciitilde{}\textasciicircum{}$\pm$a"
     )
-
-
-def test_the_note_on_the_best_epoch_gives_its_numbers():
-    line = best_epoch_line(0.0032, 0.0092, 40)
-    assert "+0.32 points on average and +0.92 at most (40 runs)" in line

@@ -11,8 +11,6 @@ from kdlib.plots.curves import learning_curves
 from kdlib.study.evaluation import AXES
 
 MARGIN = 0.01
-
-
 ACCURACY = {"full": 0.94, "random": 0.90, "easy": 0.87, "ambiguous_corner": 0.899, "hard": 0.78}
 
 
@@ -103,6 +101,28 @@ def words(where):
 def title_of(ax):
     """The title, whichever style was on when it was set."""
     return ax.get_title(loc="left") or ax.get_title()
+
+
+def check_legible(fig):
+    """All text is at least 7 pt high, and all that is drawn lies inside the figure."""
+    with theme.style():
+        fig.draw_without_rendering()
+        extent = fig.get_tightbbox()  # inches, everything that is drawn
+    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text().strip()]
+    assert len(sizes) > 5
+    assert min(sizes) >= 7
+    assert min(extent.x0, extent.y0) >= 0
+    assert extent.x1 <= fig.get_figwidth()
+    assert extent.y1 <= fig.get_figheight()
+
+
+def check_same_files(fig, again, folder):
+    """Two figures of the same tables are saved as the same bytes."""
+    again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
+    first = theme.save_figure(fig, folder / "first", "figure")
+    second = theme.save_figure(again, folder / "second", "figure")
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def axis():

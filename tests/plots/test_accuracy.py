@@ -58,12 +58,6 @@ def test_refused_runs_are_not_drawn():
         accuracy_by_strategy(Figure(), results, comparison)
 
 
-def test_results_without_subsets_are_refused():
-    results = result_table()
-    with pytest.raises(ValueError, match="full set alone"):
-        accuracy_by_strategy(Figure(), results[results["strategy"] == "full"], compared(results))
-
-
 def test_many_objectives_stand_below_each_other_in_a_panel_for_each_subset():
     names = [f"objective{i}" for i in range(7)]
     results = pd.DataFrame(

@@ -6,15 +6,13 @@ import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from plots.example_tables import title_of, words
+from plots.example_tables import check_legible, check_same_files, title_of, words
 
 from kdlib.cartography.datamap import regions
 from kdlib.plots import theme
 from kdlib.plots.datamaps import against, binned, datamap, forming
 
 DENSE = 200_000
-
-
 FIGURES = ("datamap", "classes", "dense", "forming", "against")
 
 
@@ -79,26 +77,12 @@ def shown_bins(ax):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_all_text_is_legible_and_inside_the_figure(name, large):
-    with theme.style():
-        fig = draw(name, large)
-        fig.draw_without_rendering()
-        extent = fig.get_tightbbox()  # inches, everything that is drawn
-    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text().strip()]
-    assert len(sizes) > 5
-    assert min(sizes) >= 7
-    assert min(extent.x0, extent.y0) >= 0
-    assert extent.x1 <= fig.get_figwidth()
-    assert extent.y1 <= fig.get_figheight()
+    check_legible(draw(name, large))
 
 
 @pytest.mark.parametrize("name", FIGURES[1:])  # the classes are drawn below the first
 def test_the_same_tables_give_the_same_bytes(name, tmp_path, large):
-    again = draw(name, large)
-    again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
-    first = theme.save_figure(draw(name, large), tmp_path / "first", name)
-    second = theme.save_figure(again, tmp_path / "second", name)
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
+    check_same_files(draw(name, large), draw(name, large), tmp_path)
 
 
 def test_datamap_shows_every_example_once_in_the_colour_of_its_correctness():
@@ -278,12 +262,6 @@ def test_a_forming_map_of_many_examples_is_a_raster(large):
     assert "N = 200,000, many; density" in words(fig)  # the number is not said twice
 
 
-@pytest.mark.parametrize("n", [0, 7])
-def test_too_few_or_many_snapshots_are_refused(n):
-    with pytest.raises(ValueError, match=f"{n} snapshots; expected one to six"):
-        forming(Figure(), dict.fromkeys(range(n), map_table()), "t")
-
-
 def test_maps_against_each_other_show_correlations_and_where_regions_went():
     first, second = map_table(), map_table(seed=1)
     shuffled = second.sample(frac=1, random_state=0)
@@ -321,5 +299,3 @@ def test_maps_of_other_examples_are_refused():
     moved = table.set_axis(table.index + 2)
     with pytest.raises(ValueError, match=r"4 example ids differ \(300 in 'a', 300 in 'b'\)"):
         against(Figure(), table, moved, ("a", "b"), "t")
-    with pytest.raises(ValueError, match="1 example ids of 'b' are there twice"):
-        against(Figure(), table, pd.concat([table, table.iloc[:1]]), ("a", "b"), "t")

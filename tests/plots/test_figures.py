@@ -5,10 +5,11 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from plots.example_tables import (
     MARGIN,
     axis,
+    check_legible,
+    check_same_files,
     compared,
     curve_table,
     diagnostics_table,
@@ -56,26 +57,12 @@ def draw(name):
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_all_text_is_legible_and_inside_the_figure(name):
-    with theme.style():
-        fig = draw(name)
-        fig.draw_without_rendering()
-        extent = fig.get_tightbbox()  # inches, everything that is drawn
-    sizes = [text.get_fontsize() for text in fig.findobj(Text) if text.get_text().strip()]
-    assert len(sizes) > 5
-    assert min(sizes) >= 7
-    assert min(extent.x0, extent.y0) >= 0
-    assert extent.x1 <= fig.get_figwidth()
-    assert extent.y1 <= fig.get_figheight()
+    check_legible(draw(name))
 
 
 @pytest.mark.parametrize("name", ["accuracy", "curves", "regions"])
 def test_the_same_tables_give_the_same_bytes(name, tmp_path):
-    again = draw(name)
-    again.draw_without_rendering()  # as a notebook does that shows a figure before it is saved
-    first = theme.save_figure(draw(name), tmp_path / "first", name)
-    second = theme.save_figure(again, tmp_path / "second", name)
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
+    check_same_files(draw(name), draw(name), tmp_path)
 
 
 def test_a_legend_of_many_names_is_wrapped_and_stays_inside_the_figure():
