@@ -309,7 +309,8 @@ def _scores(
 
 def _regions(column: pd.Series) -> np.ndarray:
     """Regions as their place in `REGIONS`, (N,) int64."""
-    codes = pd.Categorical(column, list(REGIONS)).codes.astype(np.int64)
+    named = column.astype("category").cat.set_categories(list(REGIONS))
+    codes = named.cat.codes.to_numpy(np.int64)  # -1: another name or NaN
     if (codes < 0).any():
         raise ValueError(
             f"unknown region {column.iloc[int(np.argmin(codes))]!r} in {column.name!r}; expected "
