@@ -133,8 +133,10 @@ def fitted(text: str, width_pt: float) -> str:
 @functools.lru_cache(maxsize=4096)
 def text_width_pt(text: str, size: float = TEXT_PT) -> float:
     """Width of a line of text in points, before anything is drawn."""
+    if not text.strip():
+        return 0.0
     path = TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"]))
-    return path.get_extents().x1 if text.strip() else 0.0
+    return path.get_extents().x1
 
 
 def heat_map(
