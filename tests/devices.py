@@ -33,7 +33,7 @@ from kdlib.study import objectives
 from kdlib.study.models import Model
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Augment, ColourJitter, Compute, Training
-from kdlib.trainer.distributed import World, process_group, wait
+from kdlib.trainer.distributed import World, joined, wait
 from kdlib.trainer.loop import Trained, train
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.step import Step, Task
@@ -187,7 +187,7 @@ class Together(World):
 
 def share(folder: Path, device: str) -> None:
     """Be one of the processes of a training in `folder`, where images and outputs are."""
-    with process_group(device) as world:
+    with joined(device, single=True) as world:
         together = Together(world.rank, world.size, world.device)
         prepare_device(Compute(device=device))
         images = Cache(folder / "images")

@@ -57,18 +57,15 @@ def this_process(device: str) -> World:
 
 
 @contextlib.contextmanager
-def joined(device: str) -> Iterator[World]:
-    """Connect the processes that torchrun started; a process started otherwise stays alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+def joined(device: str, single: bool = False) -> Iterator[World]:
+    """Connect the processes that torchrun started; a process started otherwise stays alone.
+
+    Args:
+        single: Also connect a process of torchrun that is the only one.
+    """
+    if not single and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(device=device)
         return
-    with process_group(device) as world:
-        yield world
-
-
-@contextlib.contextmanager
-def process_group(device: str) -> Iterator[World]:
-    """Connect the processes that torchrun started, also where there is only one."""
     backend, gpu = "gloo", None
     if device.startswith("cuda"):
         backend, gpu = "nccl", torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
@@ -152,10 +149,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """A layer with the parameters and buffers of another one, and with the layers `drop` and
         `act` of timm's BatchNormAct2d."""
         synced = cls(norm.num_features, norm.eps, norm.momentum, norm.affine)
-        for name, tensor in (norm._parameters | norm._buffers).items():
-            setattr(synced, name, tensor)
-        for name, child in norm.named_children():
-            setattr(synced, name, child)
+        for name, part in (norm._parameters | norm._buffers | norm._modules).items():
+            setattr(synced, name, part)
         return synced.train(norm.training)
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -177,9 +172,8 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         variance = _Sum.apply(centred.square().sum(axes)) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
-            momentum = self.momentum
-            if momentum is None:
-                momentum = 1.0 / float(self.num_batches_tracked)
+            share = 1.0 / float(self.num_batches_tracked)
+            momentum = share if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, momentum)
             self.running_var.lerp_(variance * (n / (n - 1)), momentum)
         scaled = centred * torch.rsqrt(variance + self.eps).view(shape)
@@ -201,16 +195,9 @@ def synchronised(module: nn.Module, world: World) -> nn.Module:
 
 
 def distributed(module: nn.Module, world: World) -> nn.Module:
-    """The module under DistributedDataParallel where there are several processes."""
-    if world.alone:
-        return module
-    return nn.parallel.DistributedDataParallel(module)
-
-
-def summed_loss(loss: Tensor, world: World) -> Tensor:
-    """The loss to call `backward` on. DistributedDataParallel averages gradients, but each process
-    holds a partial sum of them: the loss is multiplied by the world size."""
-    return loss if world.alone else loss * world.size
+    """The module under DistributedDataParallel where there are several processes. It averages
+    gradients of which each process holds a partial sum: multiply the loss by the world size."""
+    return module if world.alone else nn.parallel.DistributedDataParallel(module)
 
 
 def wait(world: World) -> None:

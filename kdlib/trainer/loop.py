@@ -61,12 +61,6 @@ def checkpoint_steps(training: Training, n_steps: int) -> set[int]:
     return {round(f * n_steps) for f in training.checkpoint_fractions} | {n_steps}
 
 
-def _order_sha256(order: np.ndarray) -> str | None:
-    """Fingerprint of the first pass's order; None for the sorted one, which all seeds share."""
-    drawn = not np.array_equal(order, np.sort(order))
-    return files.sha256_array(order) if drawn else None
-
-
 def train(
     run: Run,
     task: Task,
@@ -86,39 +80,27 @@ def train(
     Raises: TrainingError for a loss that is not finite, memory that runs out, or a network that
         cannot be compiled here; StateError for a state of other settings.
     """
-    with _explaining():
-        try:
-            return _train(run, task, describe, tracker, state_every_s)
-        finally:
-            task.loader.close()
-
-
-def _train(
-    run: Run,
-    task: Task,
-    describe: str | None,
-    tracker: Tracker | None,
-    state_every_s: float | None,
-) -> Trained:
-    plan, training = task.loader.plan, task.training
+    n_steps, training = task.loader.plan.n_steps, task.training
     every = training.evaluate_every_steps or max(1, round(task.full_size / training.batch_size))
-    kept = checkpoint_steps(training, plan.n_steps)
-    loop = _Loop(run, task)
-    quiet = {} if task.world.first and describe is not None else {"disable": True}
+    kept = checkpoint_steps(training, n_steps)
     interval = STATE_EVERY_S if state_every_s is None else state_every_s
-    progress = tqdm(
-        total=plan.n_steps, initial=loop.step, desc=describe, unit="step", leave=False, **quiet
-    )
-    task.network.train()
-    saved = time.monotonic()
-    with progress:
+    bar = {"total": n_steps, "desc": describe, "unit": "step", "leave": False}
+    if not task.world.first or describe is None:
+        bar["disable"] = True
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_explaining())
+        stack.callback(task.loader.close)
+        loop = _Loop(run, task)
+        progress = stack.enter_context(tqdm(initial=loop.step, **bar))
+        task.network.train()
+        saved = time.monotonic()
         while True:
             if loop.step in kept or loop.stopped:
                 loop.keep(loop.kept_weights(), loop.step)
-            if loop.step == plan.n_steps or loop.stopped:
+            if loop.step == n_steps or loop.stopped:
                 break
             loop.advance()
-            if loop.step % every == 0 or loop.step == plan.n_steps:
+            if loop.step % every == 0 or loop.step == n_steps:
                 row = loop.measure()
                 if tracker is not None:
                     tracker.log({k: v for k, v in row.items() if k != "step"}, loop.step)
@@ -129,7 +111,7 @@ def _train(
             if time.monotonic() - saved >= interval:
                 loop.save()
                 saved = time.monotonic()
-    return loop.close()
+        return loop.close()
 
 
 @contextlib.contextmanager
@@ -138,25 +120,20 @@ def _explaining() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if (sentence := _explained(error)) is None:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        # of the CPU's allocator; of the CUDA runtime, as for pinned memory; of cuBLAS and cuDNN
+        signs = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+        if memory or any(sign in first for sign in signs):
+            sentence = "out of memory: lower training.batch_size, or raise training.accumulate"
+        elif type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
+            sentence = (
+                "torch.compile failed; on a CPU it needs a C++ compiler (g++), on a GPU a C "
+                "compiler and Python's headers: install them, or set compute.compile: false"
+            )
+        else:
             raise
-        raise TrainingError(sentence) from None
-
-
-def _explained(error: Exception) -> str | None:
-    """What to do about an error of the machine; None for other errors."""
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    # of the CPU's allocator; of the CUDA runtime, as for pinned memory; of cuBLAS and cuDNN
-    signs = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-    if memory or any(sign in first for sign in signs):
-        return f"out of memory: lower training.batch_size, or raise training.accumulate ({first})"
-    if type(error).__name__ in ("BackendCompilerFailed", "InductorError"):
-        return (
-            "torch.compile failed; on a CPU it needs a C++ compiler (g++), on a GPU a C compiler "
-            f"and Python's headers: install them, or set compute.compile: false ({first})"
-        )
-    return None
+        raise TrainingError(f"{sentence} ({first})") from None
 
 
 class _Loop:
@@ -179,9 +156,11 @@ class _Loop:
         self.ema = Ema(task.network, task.training.ema) if task.training.ema else None
         # a second network, which holds the mean of weights while it is evaluated
         self._measured = copy.deepcopy(task.network) if self.ema else task.network
+        order = task.loader.plan.order(0)
+        drawn = not np.array_equal(order, np.sort(order))  # all seeds share the sorted order
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
-            "order_sha256": _order_sha256(task.loader.plan.order(0)),
+            "order_sha256": files.sha256_array(order) if drawn else None,
         }
         self._restore()
 
@@ -194,13 +173,8 @@ class _Loop:
             self.evidence["gradient"] = self._gradient()
         if self.ema is not None:
             self.ema.update(task.network)
-        ids, labels, passes, positions = (
-            batch.example_ids, batch.labels, batch.passes, batch.positions,
-        )  # fmt: skip
-        if not task.world.alone:
-            ids, labels, passes, positions = (
-                gathered(v, task.world) for v in (ids, labels, passes, positions)
-            )
+        columns = (batch.example_ids, batch.labels, batch.passes, batch.positions)
+        ids, labels, passes, positions = (gathered(column, task.world) for column in columns)
         self.losses.append(loss)
         self.hits += int((logits.argmax(1) == labels).sum())
         ids = ids.cpu()
@@ -293,8 +267,8 @@ class _Loop:
             tensors |= {f"optimiser.{number}.{k}": v for k, v in slots.items() if v is not None}
         numbers = {key: getattr(self, key) for key in self._NUMBERS} | {
             "checkpoints": list(self.checkpoints.items()),
-            "plateau": self.plateau.numbers(),
-            "patience": self.patience.numbers(),
+            "plateau": [self.plateau.best, self.plateau.waited],
+            "patience": [self.patience.best, self.patience.waited],
         }
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.weights.items()}
@@ -311,8 +285,8 @@ class _Loop:
         for key in self._NUMBERS:
             setattr(self, key, numbers[key])
         self.checkpoints = {step: tuple(kept) for step, kept in numbers["checkpoints"]}
-        self.plateau.load(numbers["plateau"])
-        self.patience.load(numbers["patience"])
+        self.plateau.best, self.plateau.waited = numbers["plateau"]
+        self.patience.best, self.patience.waited = numbers["patience"]
         self.visits = tensors.pop("visits")
         parts: dict[str, dict] = {"learner": {}, "best": {}, "optimiser": {}, "ema": {}}
         for name, tensor in tensors.items():
@@ -342,15 +316,8 @@ class _Loop:
             self.keep(self.best_weights, self.best_step)
         metrics = pd.DataFrame(self.rows)
         if self.task.world.first:
-            path = self.run.folder / "metrics.parquet"
-            files.write_atomic(path, lambda f: metrics.to_parquet(f))
+            files.write_atomic(self.run.folder / "metrics.parquet", metrics.to_parquet)
         self.evidence["pairing"] = pairing(self.task, self.advance_one.learner)
         self.evidence["stopped_early"] = self.stopped
-        return Trained(
-            metrics,
-            self.checkpoints,
-            self.best_step,
-            self.step,
-            self.visits.numpy(),
-            self.evidence,
-        )
+        facts = self.best_step, self.step, self.visits.numpy(), self.evidence
+        return Trained(metrics, self.checkpoints, *facts)

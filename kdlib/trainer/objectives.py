@@ -171,6 +171,11 @@ def _grid(shapes: Shapes) -> str:
     return next(name for name in shapes if name.startswith("stage"))
 
 
+def _grid_projector(student: Shapes, teacher: Shapes) -> nn.Module:
+    ours, theirs = student[_grid(student)], teacher[_grid(teacher)]
+    return nn.Conv2d(ours[0], theirs[0], 1, bias=False)
+
+
 @register_for(settings.Hint)
 class HintDistiller(WeightedDistiller):
     """`feature_losses.hint` of one stage, behind a 1 x 1 convolution."""
@@ -178,12 +183,10 @@ class HintDistiller(WeightedDistiller):
     columns = ("stage",)
 
     def draw(self, student: Shapes, teacher: Shapes) -> None:
-        self._grids = _grid(student), _grid(teacher)
-        ours, theirs = self._grids
-        self.projectors[ours] = nn.Conv2d(student[ours][0], teacher[theirs][0], 1, bias=False)
+        self.projectors[_grid(student)] = _grid_projector(student, teacher)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        return feature_losses.hint(student[self._grids[0]], teacher[self._grids[1]])
+        return feature_losses.hint(student[_grid(student)], teacher[_grid(teacher)])
 
 
 @register_for(settings.Similarity)
@@ -262,10 +265,8 @@ class TokensDistiller(Distiller):
     labels_train_head_only = True
 
     def draw(self, student: Shapes, teacher: Shapes) -> None:
-        self._grids = _grid(student), _grid(teacher)
-        ours, theirs = self._grids
         (n_in,), (n_out,) = student["features"], teacher["features"]
-        self.projectors[ours] = nn.Conv2d(student[ours][0], teacher[theirs][0], 1, bias=False)
+        self.projectors[_grid(student)] = _grid_projector(student, teacher)
         self.projectors["features"] = nn.Linear(n_in, n_out)
         if self.objective.compares_views:
             self.expander = nn.Sequential(
@@ -292,7 +293,7 @@ class TokensDistiller(Distiller):
         return hard + soft
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        ours, theirs = self._grids
+        ours, theirs = _grid(student), _grid(teacher)
         cls, patches = feature_losses.tokens(
             student["features"], student[ours], teacher["features"], teacher[theirs]
         )

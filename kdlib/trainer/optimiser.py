@@ -110,11 +110,3 @@ class Patience:
             return False
         self.waited = 0
         return True
-
-    def numbers(self) -> list[float]:
-        """The state, as `load` takes it."""
-        return [self.best, self.waited]
-
-    def load(self, numbers: list[float]) -> None:
-        """Restore the state."""
-        self.best, self.waited = float(numbers[0]), int(numbers[1])

@@ -29,7 +29,7 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     if not needs_teacher(task.objective):
         return None
     every = np.arange(len(loader.plan.example_ids))
-    chosen = every[np.linspace(0, len(every) - 1, min(n, len(every))).astype(np.int64)]
+    chosen = np.linspace(0, len(every) - 1, min(n, len(every))).astype(np.int64)
     labels = loader.labels[chosen]
     teacher = loader.teacher_rows(chosen, np.zeros_like(chosen))
     by_class, shift = labels.argsort(stable=True), int(labels.bincount().max())

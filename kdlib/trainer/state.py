@@ -58,10 +58,7 @@ def read_state(
         is there is damaged.
     """
     damaged = []
-    for name in (NAME, BEFORE):
-        path = folder / name
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (folder / NAME, folder / BEFORE)):
         try:
             tensors, numbers, theirs = _read(path)
         except _DAMAGE as error:

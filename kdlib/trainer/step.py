@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from kdlib.repro.seeds import torch_seeded
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Compute, Training
 from kdlib.trainer.distiller import Distiller
-from kdlib.trainer.distributed import World, distributed, gathered, summed_loss, synchronised
+from kdlib.trainer.distributed import World, distributed, gathered, synchronised
 from kdlib.trainer.objectives import student_outputs
 from kdlib.trainer.optimiser import learning_rate, make_optimiser
 
@@ -115,7 +115,6 @@ class Step:
         self._drops = any(
             "Drop" in type(m).__name__ or getattr(m, "drop_rate", 0) for m in learner.modules()
         )
-        self._cast = task.compute.precision == "bf16"
 
     def __call__(self, batch: Batch, step: int, factor: float = 1.0) -> tuple[float, Tensor]:
         """Take step `step` on one batch.
@@ -142,8 +141,7 @@ class Step:
                         f"the loss is {value} at step {step}; lower training.lr_peak, or look at "
                         f"the batch of example ids {piece.example_ids[:4].tolist()}, ..."
                     )
-                loss = summed_loss(loss, task.world)
-                (loss if n_pieces == 1 else loss / n_pieces).backward()
+                (loss * task.world.size / n_pieces).backward()
             total += value
             parts.append(logits)
         if training.clip_norm is not None:
@@ -152,48 +150,33 @@ class Step:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
-        return total, parts[0] if n_pieces == 1 else _in_order(parts, task.world)
+        # rows of pieces, each gathered over the processes, in the order of the gathered batch
+        of_rank = zip(*(part.chunk(task.world.size) for part in parts), strict=True)
+        return total, torch.cat([rows for ranks in of_rank for rows in ranks])
 
     def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
         """(the loss of the whole batch, its detached logits)."""
-        task = self.task
-        seeded = contextlib.nullcontext()
+        task, seeded = self.task, contextlib.nullcontext()
         if self._drops:
             seeded = torch_seeded(task.seed, "dropout", step, piece, task.world.rank)
-        cast = contextlib.nullcontext()
-        if self._cast:
-            cast = torch.autocast(batch.images.device.type, torch.bfloat16)
-        with seeded, cast:
+        bf16 = task.compute.precision == "bf16"
+        with seeded, torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
             seen = (batch.images,) if batch.second is None else (batch.images, batch.second)
             projected = self._call(*seen)
-        labels, teacher = batch.labels, batch.teacher
-        if not task.world.alone:
-            projected = {k: gathered(v, task.world) for k, v in projected.items()}
-            labels = gathered(labels, task.world)
-            if teacher is not None:
-                teacher = {k: gathered(v, task.world) for k, v in teacher.items()}
-        loss = task.distiller.loss(projected, labels, teacher or {})
+        projected, teacher = (
+            {k: gathered(v, task.world) for k, v in outputs.items()}
+            for outputs in (projected, batch.teacher or {})
+        )
+        loss = task.distiller.loss(projected, gathered(batch.labels, task.world), teacher)
         return loss, projected["logits"].detach().float()
 
 
 def _pieces(batch: Batch, n: int) -> Iterator[Batch]:
     """Equal pieces of a batch, in order."""
-    if n == 1:
-        yield batch
-        return
     size = len(batch.labels) // n
     for start in range(0, size * n, size):
         rows = slice(start, start + size)
-        yield Batch(**{name: _cut(value, rows) for name, value in batch._asdict().items()})
-
-
-def _cut(value: Tensor | dict[str, Tensor] | None, rows: slice) -> Any:
-    if isinstance(value, dict):
-        return {name: tensor[rows] for name, tensor in value.items()}
-    return None if value is None else value[rows]
-
-
-def _in_order(pieces: list[Tensor], world: World) -> Tensor:
-    """Rows of pieces, each gathered over the processes, in the order of the gathered batch."""
-    of_process = [piece.chunk(world.size) for piece in pieces]
-    return torch.cat([part[rank] for rank in range(world.size) for part in of_process])
+        cut = {k: v[rows] for k, v in batch._asdict().items() if isinstance(v, Tensor)}
+        if batch.teacher is not None:
+            cut["teacher"] = {k: v[rows] for k, v in batch.teacher.items()}
+        yield batch._replace(**cut)

@@ -95,10 +95,3 @@ def test_patience_bears_so_many_evaluations_without_a_better_loss():
 def test_patience_does_not_take_a_loss_that_is_no_number_for_a_better_one():
     patience = Patience(0)
     assert patience.spent(float("nan"))
-
-
-def test_patience_goes_on_from_what_was_saved():
-    patience, other = Patience(1), Patience(1)
-    patience.spent(0.5), patience.spent(0.6)
-    other.load(patience.numbers())
-    assert other.spent(0.7)
