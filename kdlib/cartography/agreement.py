@@ -61,9 +61,7 @@ def between_runs(runs: np.ndarray) -> dict[str, float]:
     """
     correlations = rank_correlations(pd.DataFrame(np.transpose(runs)))
     pairs = correlations.to_numpy()[np.triu_indices(len(runs), 1)]
-    return {
-        "correlation": float(pairs.mean()), "low": float(pairs.min()), "high": float(pairs.max())
-    }  # fmt: skip
+    return _summary(pairs)
 
 
 def stability(runs: np.ndarray, seed: int = 0) -> pd.DataFrame:
@@ -83,13 +81,14 @@ def stability(runs: np.ndarray, seed: int = 0) -> pd.DataFrame:
         if len(groups) > MOST_DRAWS:
             chosen = generator(seed, "bootstrap", n).choice(len(groups), MOST_DRAWS, replace=False)
             groups = [groups[i] for i in sorted(chosen)]
-        values = [
-            spearman(runs[list(a)].mean(axis=0), runs[list(b)].mean(axis=0)) for a, b in groups
-        ]
-        rows.append(
-            {"n_runs": n, "correlation": np.mean(values), "low": min(values), "high": max(values)}
-        )
+        means = [[runs[list(group)].mean(axis=0) for group in pair] for pair in groups]
+        rows.append({"n_runs": n} | _summary(np.array([spearman(*pair) for pair in means])))
     return pd.DataFrame(rows)
+
+
+def _summary(correlations: np.ndarray) -> dict[str, float]:
+    extremes = {"low": float(correlations.min()), "high": float(correlations.max())}
+    return {"correlation": float(correlations.mean())} | extremes
 
 
 def _disjoint(n_runs: int, size: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:

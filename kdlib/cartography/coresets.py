@@ -184,7 +184,7 @@ def dual_beta(
     drawn = score > 0
     key = np.full(len(ties), np.inf)
     key[drawn] = np.log(-np.log1p(-uniform[drawn])) - np.log(score[drawn]) - log_density[drawn]
-    return np.sort(np.lexsort((ties, key))[:n])
+    return lowest(key, n, ties)
 
 
 def per_class(

@@ -5,24 +5,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
-from kdlib.cartography.scores import (
-    aum,
-    blocks,
-    confidence,
-    correctness,
-    dual,
-    dyn_unc,
-    el2n,
-    entropy,
-    forgetting_events,
-    forgetting_rank,
-    loss,
-    never_learned,
-    tdds,
-    trend,
-    variability,
-)
 from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the datamap
@@ -73,21 +57,21 @@ def _score_block(
 
     gold_prob, correct = read("gold_prob"), log["correct"][:, start:stop]
     columns = {
-        "confidence": confidence(gold_prob),
-        "variability": variability(gold_prob),
-        "correctness": correctness(correct),
-        "forgetting_events": forgetting_events(correct),
-        "never_learned": never_learned(correct),
-        "aum": aum(read("margin")),
-        "el2n": el2n(log["el2n"][:, start:stop], epoch=el2n_epoch),
-        "entropy": entropy(read("entropy")),
-        "loss": loss(read("loss")),
-        "trend": trend(gold_prob),
-        "dyn_unc": dyn_unc(gold_prob, window=window),
+        "confidence": scores.confidence(gold_prob),
+        "variability": scores.variability(gold_prob),
+        "correctness": scores.correctness(correct),
+        "forgetting_events": scores.forgetting_events(correct),
+        "never_learned": scores.never_learned(correct),
+        "aum": scores.aum(read("margin")),
+        "el2n": scores.el2n(log["el2n"][:, start:stop], epoch=el2n_epoch),
+        "entropy": scores.entropy(read("entropy")),
+        "loss": scores.loss(read("loss")),
+        "trend": scores.trend(gold_prob),
+        "dyn_unc": scores.dyn_unc(gold_prob, window=window),
     }
     if log.has_logits:
-        columns["tdds"] = tdds(read("logits"), window=window)
-    columns["dual"] = dual(gold_prob, window=window)
+        columns["tdds"] = scores.tdds(read("logits"), window=window)
+    columns["dual"] = scores.dual(gold_prob, window=window)
     return columns
 
 
@@ -110,7 +94,7 @@ def compute_datamap(log: DynamicsLog, *, el2n_epoch: int, window: int) -> pd.Dat
     n_values = log.n_epochs * log.n_examples * (log.n_classes if log.has_logits else 1)
     parts = [
         _score_block(log, start, stop, el2n_epoch, window)
-        for start, stop in blocks(n_values, log.n_examples)
+        for start, stop in scores.blocks(n_values, log.n_examples)
     ]
     columns = {"label": np.array(log.labels)}
     columns |= {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -134,7 +118,7 @@ def ranked(table: pd.DataFrame, score: str) -> np.ndarray:
             "forgetting_events order examples together with the column never_learned, which the "
             f"table lacks; it has {', '.join(map(str, table.columns))}: make the datamap again"
         )
-    return forgetting_rank(table[score].to_numpy(), table["never_learned"].to_numpy(bool))
+    return scores.forgetting_rank(table[score].to_numpy(), table["never_learned"].to_numpy(bool))
 
 
 def write_datamap(table: pd.DataFrame, path: Path, provenance: dict) -> Path:

@@ -33,14 +33,8 @@ def curves(suspicion: np.ndarray, wrong: np.ndarray) -> pd.DataFrame:
     false_positives, recall, _ = roc_curve(wrong, suspicion, drop_intermediate=False)
     precision = precision_recall_curve(wrong, suspicion)[0][::-1].copy()
     precision[0] = precision[1]
-    return pd.DataFrame(
-        {
-            "false_positive_rate": false_positives,
-            "true_positive_rate": recall,
-            "recall": recall,
-            "precision": precision,
-        }
-    )
+    rates = {"false_positive_rate": false_positives, "true_positive_rate": recall}
+    return pd.DataFrame(rates | {"recall": recall, "precision": precision})
 
 
 def thinned(table: pd.DataFrame) -> pd.DataFrame:
@@ -138,10 +132,7 @@ def held_out_scores(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarr
     """
     gold = probs[np.arange(len(labels)), labels]
     others = np.where(labels[:, None] == np.arange(probs.shape[1]), -np.inf, probs).max(axis=1)
-    return {
-        "held-out loss": -np.log(np.maximum(gold, 1e-12)),
-        "held-out margin": others - gold,
-    }
+    return {"held-out loss": -np.log(np.maximum(gold, 1e-12)), "held-out margin": others - gold}
 
 
 def confident_learning(probs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

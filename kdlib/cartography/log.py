@@ -54,10 +54,7 @@ class DynamicsLog:
         Raises: KeyError for a quantity that is unknown or was not recorded.
         """
         if quantity == "logits" and not self.has_logits:
-            raise KeyError(
-                f"{self.folder} holds no logits; record with `logits: true` (study key "
-                "dynamics.logits)"
-            )
+            raise KeyError(f"{self.folder} holds no logits (study key dynamics.logits: true)")
         if quantity not in (*QUANTITIES, "logits"):
             raise KeyError(f"unknown quantity {quantity!r}; {files.nearest(quantity, QUANTITIES)}")
         return self._arrays[quantity]
@@ -93,30 +90,28 @@ class DynamicsLog:
         Raises: ValueError for arguments out of range, for a folder begun with other arguments (with
             the difference; nothing is overwritten), and for cut files.
         """
-        folder = Path(folder)
-        example_ids, labels = np.asarray(example_ids), np.asarray(labels)
         _check_examples(example_ids, labels, n_classes)
         example_ids, labels = example_ids.astype(np.int64), labels.astype(np.int64)
         header = {
             "format": FORMAT,
-            "n_epochs": int(n_epochs),
+            "n_epochs": n_epochs,
             "n_examples": len(example_ids),
-            "n_classes": int(n_classes),
+            "n_classes": n_classes,
             "observed": observed,
-            "logits": bool(logits),
+            "logits": logits,
             "provenance": json.loads(files.canonical_json(provenance)),
             "examples_sha256": files.sha256_array(example_ids, labels),
         }
         _begin(folder, header)
-        for name, array in (("example_ids", example_ids), ("labels", labels)):
-            if not (folder / f"{name}.npy").exists():
-                write_npy(folder / f"{name}.npy", array)
         arrays = {"example_ids": example_ids, "labels": labels}
         for name, (dtype, shape) in _layout(header).items():
-            if not (folder / f"{name}.npy").exists():
-                _write_unrecorded(folder / f"{name}.npy", dtype, shape)
+            path = folder / f"{name}.npy"
             if name not in arrays:
-                arrays[name] = _map(folder / f"{name}.npy", dtype, shape, "r+")
+                if not path.exists():
+                    _write_unrecorded(path, dtype, shape)
+                arrays[name] = _map(path, dtype, shape, "r+")
+            elif not path.exists():
+                write_npy(path, arrays[name])
         (folder / "index.json").unlink(missing_ok=True)
         return cls(folder, header, arrays)
 
@@ -134,7 +129,6 @@ class DynamicsLog:
         Raises: FileNotFoundError when there is no finished log; ValueError for another format or
             provenance, a cut file, or (`verify`) changed bytes.
         """
-        folder = Path(folder)
         if not (folder / "index.json").exists():
             state = "an unfinished" if (folder / "header.json").exists() else "no"
             # a notebook makes nothing again whose evidence is there
@@ -189,11 +183,8 @@ class DynamicsLog:
         """
         # 82 us for B=64, C=10, 115 us for C=100 with logits kept (median of 2000 calls, one thread
         # of a 2-core x86-64 virtual machine, torch 2.15).
-        epochs, positions, labels = (
-            _integers("epochs", epochs),
-            _integers("positions", positions),
-            _integers("labels", labels),
-        )
+        named = {"epochs": epochs, "positions": positions, "labels": labels}
+        epochs, positions, labels = (_integers(*item) for item in named.items())
         logits = torch.as_tensor(logits).detach()  # no graph is built from here on
         self._check_batch(epochs, positions, logits, labels)
         if len(positions) == 0:
@@ -221,10 +212,8 @@ class DynamicsLog:
                 f"shape {tuple(logits.shape)}; expected one of each per example and "
                 f"{self.n_classes} classes"
             )
-        for name, values, end in (
-            ("epochs", epochs, self.n_epochs),
-            ("positions", positions, self.n_examples),
-        ):
+        ranges = ("epochs", epochs, self.n_epochs), ("positions", positions, self.n_examples)
+        for name, values, end in ranges:
             # As unsigned numbers negative ones are huge: one comparison covers both ends.
             if n and values.view(np.uint64).max() >= end:
                 raise ValueError(
@@ -242,9 +231,9 @@ class DynamicsLog:
 
     def flush(self) -> None:
         """Bring everything recorded so far to the disk; call before saving a checkpoint."""
-        for name in _layout(self._header):
-            if isinstance(self._arrays[name], np.memmap):
-                self._arrays[name].flush()
+        for array in self._arrays.values():
+            if isinstance(array, np.memmap):
+                array.flush()
 
     def finish(self) -> "DynamicsLog":
         """Check that every cell was recorded, write `index.json`, and return the log for reading.
@@ -252,7 +241,7 @@ class DynamicsLog:
         Raises: ValueError that counts the cells without a record; the log stays unfinished.
         """
         missing = np.zeros(self.n_epochs, dtype=np.int64)
-        for quantity in (*QUANTITIES, *(("logits",) if self.has_logits else ())):
+        for quantity in self._arrays.keys() - {"example_ids", "labels"}:
             for epoch, row in enumerate(self._arrays[quantity]):
                 first = row if row.ndim == 1 else row[:, 0]  # the logits of a cell come together
                 gaps = first < 0 if quantity == "correct" else np.isnan(first)
@@ -330,8 +319,7 @@ def _layout(header: dict) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 def _begin(folder: Path, header: dict) -> None:
     """Write the header of a new log, or refuse to go on with a log of another header."""
     if (folder / "header.json").exists():
-        lines = files.difference(header, files.read_json(folder / "header.json"))
-        if lines:
+        if lines := files.difference(header, files.read_json(folder / "header.json")):
             raise ValueError(
                 f"{folder} holds a dynamics log of other settings (key: there -> requested):\n  "
                 + "\n  ".join(lines)

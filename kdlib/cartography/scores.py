@@ -54,9 +54,7 @@ def blocks(n_values: int, n_examples: int) -> Iterable[tuple[int, int]]:
     return itertools.pairwise(n_examples * i // n_blocks for i in range(n_blocks + 1))
 
 
-def _per_example_correct(
-    correct: np.ndarray, score: Callable[[np.ndarray], np.ndarray]
-) -> np.ndarray:
+def _per_example_correct(correct: np.ndarray, score: Callable) -> np.ndarray:
     """`per_example` for 0/1 records; `score` takes a bool block."""
 
     def checked(block: np.ndarray) -> np.ndarray:
@@ -346,7 +344,6 @@ def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
     >>> tdds(logits, window=3).round(4).tolist()
     [0.0, 0.0832]
     """
-    check_fading(logits.shape[0], window, decay)
 
     def score(block: np.ndarray) -> np.ndarray:
         peak = block.max(axis=2, keepdims=True)
@@ -357,19 +354,15 @@ def tdds(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.ndarray:
     return per_example(logits, score)
 
 
-def check_fading(n_epochs: int, window: int, decay: float) -> None:
-    """Check the window and the decay of `tdds`.
-
-    Raises: ValueError for a value out of range.
-    """
-    _check_window(n_epochs, window, least=3)
-    if not 0 < decay <= 1:
-        raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
-
-
 def fading_spread(steps: np.ndarray, window: int, decay: float) -> np.ndarray:
     """The second half of `tdds`: L2 norm of the steps of each window about their mean, the windows
-    weighted into the past: (E - 1, n) -> (n,)."""
+    weighted into the past: (E - 1, n) -> (n,).
+
+    Raises: ValueError for a window or decay out of range.
+    """
+    _check_window(len(steps) + 1, window, least=3)
+    if not 0 < decay <= 1:
+        raise ValueError(f"decay is {decay}; expected a number in (0, 1]")
     n_windows = len(steps) + 2 - window
     total = np.zeros(steps.shape[1])
     for k in range(n_windows):

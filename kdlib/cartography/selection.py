@@ -43,18 +43,6 @@ NEEDS = {
 }
 
 
-def tie_break(example_ids: np.ndarray, seed: int) -> np.ndarray:
-    """A pseudo-random number per example that depends on its id and the seed only.
-
-    Args:
-        example_ids: (N,) int64.
-        seed: >= 0.
-
-    Returns: (N,) uint64, as `seeds.hashed`: distinct for distinct ids.
-    """
-    return hashed(example_ids, seed, "subset")
-
-
 def select(
     table: pd.DataFrame,
     n: int,
@@ -106,7 +94,7 @@ def select(
     table, ids = table.iloc[order], ids[order].astype(np.int64)
     features = None if features is None else finite_features(features, n_examples)[order]
     costs = _user_costs(table, rule) if isinstance(rule, UserSelection) else None
-    examples = Candidates(table, tie_break(ids, seed), features, costs)
+    examples = Candidates(table, hashed(ids, seed, "subset"), features, costs)
     if not rule.balanced:
         return ids[choose(rule, examples, n)]
     if "label" not in table.columns:
@@ -162,15 +150,6 @@ class Candidates:
         """A score, (N,) float64, with a sign such that high is hard."""
         return DIFFICULTY[name] * self.score(name)
 
-    def features_for(self, rule: Selection) -> np.ndarray:
-        """The teacher's features, (N, D) float64.
-
-        Raises: ValueError when there are none.
-        """
-        if self.features is None:
-            raise ValueError(f"{rule.kind!r} needs the teacher's features (argument `features`)")
-        return self.features
-
     def cost(self, ranking: str) -> np.ndarray:
         """What a ranking sorts by, lowest first: (N,) float64."""
         if ranking == "random":
@@ -192,7 +171,9 @@ def choose(rule: Selection, examples: Candidates, n: int) -> np.ndarray:
     Raises: ValueError for a score or features that the rule reads and that are absent; as the
         function of the rule.
     """
-    ties = examples.ties
+    ties, features = examples.ties, examples.features
+    if rule.reads_features and features is None:
+        raise ValueError(f"{rule.kind!r} needs the teacher's features (argument `features`)")
     match rule:
         case Ranking():
             return coresets.lowest(examples.cost(rule.kind), n, ties)
@@ -208,18 +189,17 @@ def choose(rule: Selection, examples: Candidates, n: int) -> np.ndarray:
             return coresets.moderate(examples.score("class_distance"), n, ties)
         case DualBeta():
             dual, confidence = examples.score("dual"), examples.score("confidence")
-            numbers = {"concentration": rule.concentration, "exponent": rule.exponent}
+            numbers = rule.model_dump(include={"concentration", "exponent"})
             return coresets.dual_beta(dual, confidence, n, ties, **numbers)
         case D2():
             difficulty = examples.difficulty(rule.score)
             difficulty -= min(difficulty.min(initial=0.0), 0.0)  # d2 takes numbers >= 0
-            names = ("neighbours", "gamma_forward", "gamma_reverse")
-            numbers = {name: getattr(rule, name) for name in names}
-            return feature_coresets.d2(difficulty, examples.features_for(rule), n, ties, **numbers)
+            numbers = rule.model_dump(include={"neighbours", "gamma_forward", "gamma_reverse"})
+            return feature_coresets.d2(difficulty, features, n, ties, **numbers)
         case KCenter():
-            return feature_coresets.k_center(examples.features_for(rule), n, ties)
+            return feature_coresets.k_center(features, n, ties)
         case Herding():
-            return feature_coresets.herding(examples.features_for(rule), n, ties)
+            return feature_coresets.herding(features, n, ties)
         case UserSelection():
             return coresets.lowest(examples.costs, n, ties)
     raise TypeError(f"no rule for {type(rule).__name__}")

@@ -10,6 +10,7 @@ from kdlib.repro import files
 from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the subset file
+FIELDS = ("strategy", "fraction", "seed", "parent", "data_fingerprint")
 MAKER = "notebooks/04_distill.ipynb"
 
 
@@ -54,26 +55,16 @@ class Subset:
         return files.sha256_array(self.example_ids)
 
     def _metadata(self) -> dict:
-        return {
-            "format": FORMAT,
-            "strategy": self.strategy,
-            "fraction": float(self.fraction),
-            "seed": int(self.seed),
-            "parent": self.parent,
-            "data_fingerprint": self.data_fingerprint,
-            "n_examples": len(self),
-            "sha256": self.sha256,
-        }
+        facts = {"format": FORMAT, "n_examples": len(self), "sha256": self.sha256}
+        return facts | {name: getattr(self, name) for name in FIELDS}
 
     def save(self, path: Path) -> Path:
         """Write the subset as parquet; a file that holds the same subset is left as it is.
 
         Raises: ValueError when the file holds another subset, with the difference, or is damaged.
         """
-        path = Path(path)
         if path.exists():
-            lines = files.difference(self._metadata(), Subset.load(path)._metadata())
-            if lines:
+            if lines := files.difference(self._metadata(), Subset.load(path)._metadata()):
                 raise ValueError(
                     f"{path} holds another subset (key: there -> to be saved):\n  "
                     + "\n  ".join(lines)
@@ -93,7 +84,6 @@ class Subset:
         Raises: FileNotFoundError; ValueError for a damaged file, another format, or a subset of
             another data set.
         """
-        path = Path(path)
         table, metadata = read_parquet(path, MAKER)
         if metadata.get("format") != FORMAT or list(table.columns) != ["example_id"]:
             raise ValueError(
@@ -103,5 +93,4 @@ class Subset:
             )
         if data_fingerprint is not None:
             check_provenance({"data_fingerprint": data_fingerprint}, metadata, path)
-        fields = ("strategy", "fraction", "seed", "parent", "data_fingerprint")
-        return cls(table["example_id"].to_numpy(), *(metadata[field] for field in fields))
+        return cls(table["example_id"].to_numpy(), *(metadata[field] for field in FIELDS))

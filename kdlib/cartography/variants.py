@@ -130,7 +130,6 @@ def tdds_absolute(logits: np.ndarray, *, window: int, decay: float = 0.9) -> np.
 
     Returns: (N,) float64 >= 0. Source: [Zhang2024].
     """
-    scores.check_fading(len(logits), window, decay)
     probs = softmax(np.asarray(logits, np.float64), axis=2) + 1e-8
     steps = np.abs(probs[1:] * np.diff(np.log(probs), axis=0)).sum(axis=2)  # (E - 1, N)
     return scores.fading_spread(steps, window, decay)
@@ -147,7 +146,6 @@ def tdds_still_window(logits: np.ndarray, *, window: int, decay: float = 0.9) ->
 
     Returns: (N,) float64 >= 0. Source: the port of TDDS in the code of [Cho2025].
     """
-    scores.check_fading(len(logits), window, decay)
     with np.errstate(invalid="ignore"):
         logs = np.log(logits[:window].astype(np.float64) + 1e-8)
     steps = np.abs(logits[1:window] * np.nan_to_num(np.diff(logs, axis=0))).sum(axis=2)

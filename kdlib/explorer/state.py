@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 
 from kdlib.cartography.datamap import ranked
-from kdlib.cartography.selection import tie_break
 from kdlib.cartography.subset import Subset
 from kdlib.explorer.selections import selection_path
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
+from kdlib.repro.seeds import hashed
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_datamap
 from kdlib.study.selections import PICKED
@@ -31,7 +31,7 @@ def drawn(table: pd.DataFrame, max_points: int) -> pd.DataFrame:
     if len(table) <= max_points:
         return table
     strata = table.groupby(["label", *REGIONS], observed=True, sort=False).ngroup().to_numpy()
-    ties = tie_break(table.index.to_numpy(), seed=0)
+    ties = hashed(table.index.to_numpy(), 0, "subset")
     order = np.lexsort((ties, strata))
     first = np.searchsorted(strata[order], strata[order])
     size = np.bincount(strata)[strata[order]]

@@ -125,7 +125,7 @@ def gathered(tensor: Tensor, world: World) -> Tensor:
 
 class _Sum(torch.autograd.Function):
     """The sum over processes; gradients are summed too, since each process holds a part of the
-    loss."""
+    loss. The differentiable `all_reduce` of torch.distributed.nn cannot be compiled."""
 
     @staticmethod
     def forward(ctx, tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loss of each kind of objective, one class per class of settings.
+"""The loss of each kind of objective.
 
 To add one: its formula in `logit_losses` or `feature_losses`, its settings in
 `kdlib.study.objectives` (a class of `AnyObjective`), and a class here, with `@register_for` and
@@ -97,66 +97,35 @@ class LabelDistiller(Distiller):
         return F.cross_entropy(widened(projected["logits"]), labels, label_smoothing=smoothing)
 
 
+@register_for(settings.KD, settings.LogitMSE, settings.DKD, settings.DIST)
 class LogitDistiller(Distiller):
-    """Compares logits, standardised where the settings say so."""
+    """Compares logits by a loss of `logit_losses`, standardised where the settings say so."""
 
     columns = ("logits",)
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        pair = student["logits"], teacher["logits"]
-        if getattr(self.objective, "standardise", False):
+        o, pair = self.objective, (student["logits"], teacher["logits"])
+        if getattr(o, "standardise", False):
             pair = standardised(pair[0]), standardised(pair[1])
-        return self.of_logits(*pair, labels)
-
-    def of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        """The distillation term of logits (B, C)."""
-        raise NotImplementedError
-
-    def total(self, hard: Tensor, soft: Tensor) -> Tensor:
-        return hard + self.objective.temperature**2 * soft
-
-
-@register_for(settings.KD)
-class KDDistiller(LogitDistiller):
-    """`logit_losses.soft_loss`, and the cross-entropy with the rest of the weight."""
-
-    def of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        return soft_loss(student, teacher, self.objective.temperature)
+        match o:
+            case settings.KD():
+                return soft_loss(*pair, o.temperature)
+            case settings.LogitMSE():
+                return logit_mse(*pair)
+            case settings.DKD():
+                target, rest = decoupled(*pair, labels, o.temperature)
+                return o.target_weight * target + o.rest_weight * rest
+            case settings.DIST():
+                inter, intra = dist_terms(*pair, o.temperature)
+                return o.inter_weight * inter + o.intra_weight * intra
+        raise TypeError(f"no term for {type(o).__name__}")
 
     def total(self, hard: Tensor, soft: Tensor) -> Tensor:
-        o = self.objective
-        return (1 - o.alpha) * hard + o.alpha * o.temperature**2 * soft
-
-
-@register_for(settings.LogitMSE)
-class LogitMSEDistiller(LogitDistiller):
-    """`logit_losses.logit_mse`, and the cross-entropy with the rest of the weight."""
-
-    def of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        return logit_mse(student, teacher)
-
-    def total(self, hard: Tensor, soft: Tensor) -> Tensor:
-        return (1 - self.objective.alpha) * hard + self.objective.alpha * soft
-
-
-@register_for(settings.DKD)
-class DKDDistiller(LogitDistiller):
-    """The two parts of `logit_losses.decoupled`."""
-
-    def of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        o = self.objective
-        target, rest = decoupled(student, teacher, labels, o.temperature)
-        return o.target_weight * target + o.rest_weight * rest
-
-
-@register_for(settings.DIST)
-class DISTDistiller(LogitDistiller):
-    """The two parts of `logit_losses.dist_terms`."""
-
-    def of_logits(self, student: Tensor, teacher: Tensor, labels: Tensor | None) -> Tensor:
-        o = self.objective
-        inter, intra = dist_terms(student, teacher, o.temperature)
-        return o.inter_weight * inter + o.intra_weight * intra
+        """With a share `alpha` the cross-entropy has the rest of the weight, without one 1."""
+        soft_weight, o = getattr(self.objective, "temperature", 1.0) ** 2, self.objective
+        if hasattr(o, "alpha"):
+            return (1 - o.alpha) * hard + o.alpha * soft_weight * soft
+        return hard + soft_weight * soft
 
 
 class WeightedDistiller(Distiller):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdlib.cartography.selection import select, tie_break
+from kdlib.cartography.selection import select
 from kdlib.dataset.plan import budget
 from kdlib.study.selections import CCS, D2, SCORES, SELECTIONS, DualBeta, Herding, Mixture, Ranking
 
@@ -247,12 +247,6 @@ def test_smaller_random_subset_lies_within_a_larger_one():
     table = table_of(50)
     small, large = (select(table, n, "random", 3) for n in (10, 25))
     assert set(small) < set(large)
-
-
-def test_tie_break_numbers_are_distinct():
-    numbers = tie_break(np.arange(200_000), seed=5)
-    assert numbers.dtype == np.uint64
-    assert len(np.unique(numbers)) == 200_000
 
 
 def test_selection_leaves_the_global_generator_alone():
