@@ -17,7 +17,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from kdlib.probes.diagnostics import check_matrix, unit_rows
-from kdlib.probes.logistic import MAX_ITERATIONS, fit_path
+from kdlib.probes.logistic import fit_path
 from kdlib.repro.seeds import generator
 
 KNN_TEMPERATURE = 0.07  # [Wu2018], sec. 3.4
@@ -118,7 +118,7 @@ def linear_probe(
         chosen, converged = grid[0], True
         if len(grid) > 1:
             chosen, converged = _choose_c(values, labels, grid, seed)
-        (fit,) = fit_path(_standardise(values, values), labels, [chosen], MAX_ITERATIONS)
+        (fit,) = fit_path(_standardise(values, values), labels, [chosen])
         predicted = fit.predict(_standardise(test.values.astype(np.float64), values))
     converged = converged and fit.converged
     return ProbeResult(
@@ -167,7 +167,7 @@ def few_shot_probe(
             rows = np.concatenate([rng.choice(m, n_shots, replace=False) for m in members])
             values = train.values[rows].astype(np.float64)
             standard = _standardise(values, values)
-            (fit,) = fit_path(standard, train.labels[rows], [FEW_SHOT_C], MAX_ITERATIONS)
+            (fit,) = fit_path(standard, train.labels[rows], [FEW_SHOT_C])
             correct.append(fit.predict(_standardise(unseen, values)) == test.labels)
             converged = converged and fit.converged
     n_correct, n_test = int(np.sum(correct)), len(test.labels)
@@ -261,7 +261,7 @@ def _choose_c(
         )
     held_out = _standardise(held_out, fitted)
     n_correct, converged = [], True
-    for fit in fit_path(_standardise(fitted, fitted), fitted_labels, grid, MAX_ITERATIONS):
+    for fit in fit_path(_standardise(fitted, fitted), fitted_labels, grid):
         n_correct.append((fit.predict(held_out) == held_out_labels).sum())
         converged = converged and fit.converged
     return grid[int(np.argmax(n_correct))], converged

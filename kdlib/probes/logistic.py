@@ -19,6 +19,7 @@ Sources:
         efficient line search. 2005. DOI 10.1137/030601880.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,9 +47,9 @@ class Fit:
     """One fitted classifier.
 
     `coefficients` (K, D) and `intercepts` (K,), float64, rows in the order of `classes` (K,) and of
-    sum zero; `objective` is the mean of the losses plus the penalty over C * N, nats; `iterations`
-    it took; `converged` whether it met `TOLERANCE` and `GAP`. The objective can lie further above
-    its minimum than `GAP`, which is compared with an estimate.
+    sum zero; `objective` is the mean of the losses plus the penalty over C * N, nats; `converged`
+    whether the fit met `TOLERANCE` and `GAP`. The objective can lie further above its minimum than
+    `GAP`, which is compared with an estimate.
     """
 
     c: float
@@ -56,7 +57,6 @@ class Fit:
     coefficients: np.ndarray
     intercepts: np.ndarray
     objective: float
-    iterations: int
     converged: bool
 
     def predict(self, values: np.ndarray) -> np.ndarray:
@@ -65,12 +65,7 @@ class Fit:
         return self.classes[scores.argmax(axis=1)]
 
 
-def fit_path(
-    values: np.ndarray,
-    labels: np.ndarray,
-    c_grid: Sequence[float],
-    max_iterations: int = MAX_ITERATIONS,
-) -> Iterator[Fit]:
+def fit_path(values: np.ndarray, labels: np.ndarray, c_grid: Sequence[float]) -> Iterator[Fit]:
     """The classifiers of a whole grid of C, from the smallest C to the largest.
 
     The minimum is that of scikit-learn's `LogisticRegression(C=c)`, whose two classes share one
@@ -81,10 +76,8 @@ def fit_path(
         values: Features, shape (N, D), finite; of about equal scale, since one C weighs them all.
         labels: shape (N,), integers; at least two different ones.
         c_grid: Inverse strengths, > 0, in any order; each is fitted once.
-        max_iterations: Of each fit; one that needs more has `converged` False.
 
-    Returns: One `Fit` for each C.
-
+    Returns: One `Fit` for each C; `converged` is False where `MAX_ITERATIONS` are too few.
     Source: [Liu1989]; the first guess is the bound of [Bohning1992] with each class's mean of
         p (1 - p) in place of 1/2; steps are accepted as in [Hager2005], sec. 4.
     """
@@ -98,12 +91,12 @@ def fit_path(
     for c in grid:
         start = None if before is None else point.weights - before
         before = point.weights
-        point, iterations, converged = _minimise(
-            problem, point, doubled / (c * len(values)), memory, start, max_iterations
-        )
-        coefficients, intercepts = problem.unrotated(point.weights)
-        objective = point.loss + problem.penalty(point.weights, doubled / (c * len(values)))
-        yield Fit(c, classes, coefficients, intercepts, objective, iterations, converged)
+        strength = doubled / (c * len(values))
+        point, converged = _minimise(problem, point, strength, memory, start)
+        coefficients = point.weights[:, :-1] @ problem.axes.T  # for the features as given
+        intercepts = point.weights[:, -1] - coefficients @ problem.mean
+        objective = point.loss + problem.penalty(point.weights, strength)
+        yield Fit(c, classes, coefficients, intercepts, objective, converged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,11 +170,6 @@ class _Problem:
         along, of_constant = gradient[:, :-1] @ self.axes.T, gradient[:, -1]
         return float(max(np.abs(along).max(), np.abs(of_constant).max()))
 
-    def unrotated(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Coefficients (K, D) and intercepts (K,) for the features as given."""
-        coefficients = weights[:, :-1] @ self.axes.T
-        return coefficients, weights[:, -1] - coefficients @ self.mean
-
 
 def _minimise(
     problem: _Problem,
@@ -189,24 +177,23 @@ def _minimise(
     strength: float,
     memory: "_Memory",
     start: np.ndarray | None,
-    max_iterations: int,
-) -> tuple[_Point, int, bool]:
+) -> tuple[_Point, bool]:
     """Minimise mean loss + strength / 2 * squared weights from a point that is known.
 
     Args:
         memory: Of the fits before; the newest steps are added.
         start: First direction to try, if it goes down.
     """
-    for iteration in range(max_iterations + 1):
+    for iteration in itertools.count():
         value = point.loss + problem.penalty(point.weights, strength)
         gradient = point.gradient + strength * problem.penalised * point.weights
         doubt = np.maximum(point.doubt, 1e-3 * point.doubt.max())[:, None]
         metric = np.maximum(doubt * problem.curvature + strength * problem.penalised, 1e-30)
         gap = 0.5 * float((gradient**2 / metric).sum())  # what a Newton step would gain
         if problem.largest(gradient) <= TOLERANCE and gap <= GAP * value:
-            return point, iteration, True
-        if iteration == max_iterations:
-            return point, iteration, False
+            return point, True
+        if iteration == MAX_ITERATIONS:
+            return point, False
         direction = start if iteration == 0 else None
         if direction is None or (direction * gradient).sum() >= 0:
             direction = memory.direction(problem, gradient, metric, strength)
@@ -216,7 +203,7 @@ def _minimise(
         following = _search(problem, point, direction, strength, value, gradient)
         if following is None:
             if not memory.n:
-                return point, iteration, False
+                return point, False
             memory.clear()
             continue
         step = following.weights - point.weights
@@ -224,7 +211,6 @@ def _minimise(
         if (step * change).sum() > 1e-12 * np.sqrt((step**2).sum() * (change**2).sum()):
             memory.add(step, change)
         point = following
-    raise AssertionError("the loop above returns")
 
 
 class _Memory:

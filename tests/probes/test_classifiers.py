@@ -139,7 +139,7 @@ def test_the_seed_decides_what_is_held_out_and_the_grid_has_no_order():
 
 
 def test_a_fit_cut_short_is_reported_without_a_warning(monkeypatch):
-    monkeypatch.setattr(classifiers, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr("kdlib.probes.logistic.MAX_ITERATIONS", 2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = linear_probe(clouds(0, 100), clouds(1, 50, "test"), GRID, seed=0)
