@@ -134,15 +134,6 @@ def test_forgetting_equals_a_slow_loop_and_counts_falls_only():
         )
 
 
-def test_never_learned_example_has_no_forgetting_events():
-    correct = np.random.default_rng(4).integers(0, 2, (3, 200))
-    never = scores_module.never_learned(correct)
-    assert 0 < never.sum() < 200
-    assert (scores_module.forgetting_events(correct)[never] == 0).all()
-    assert (scores_module.correctness(correct)[never] == 0).all()
-    assert (scores_module.correctness(correct)[~never] > 0).all()
-
-
 def test_el2n_of_several_runs_is_their_average_at_the_epoch_counted_from_one():
     runs = np.array([[[0.5, 1.0], [0.25, 0.0]], [[1.0, 0.5], [0.75, 0.5]]], dtype=np.float16)
     np.testing.assert_array_equal(scores_module.el2n(runs, epoch=1), [0.75, 0.75])

@@ -1,7 +1,5 @@
 """Strategies and ties."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -87,19 +85,6 @@ def test_forgetting_events_without_those_never_learned_order_nothing():
     table = FORGOTTEN.drop(columns="never_learned")
     with pytest.raises(ValueError, match="together with the column never_learned, which the table"):
         select(table, 1, "forgetting_events_top", seed=0)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "pole"), [("easy", (0, 1)), ("hard", (0, 0)), ("ambiguous_corner", (1, 0.5))]
-)
-def test_region_strategies_take_the_nearest_to_their_pole(strategy, pole):
-    table = table_of(200, ties=False)
-    table["variability"] /= 2
-    distance = {
-        i: math.dist((row.variability, row.confidence), pole) for i, row in table.iterrows()
-    }
-    nearest = sorted(distance, key=distance.get)[:60]
-    assert select(table, 60, strategy, seed=0).tolist() == sorted(nearest)
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,12 +232,6 @@ def test_smaller_random_subset_lies_within_a_larger_one():
     table = table_of(50)
     small, large = (select(table, n, "random", 3) for n in (10, 25))
     assert set(small) < set(large)
-
-
-def test_selection_leaves_the_global_generator_alone():
-    before = np.random.get_state()[1].copy()
-    select(table_of(20), 5, "random", 0)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
 
 
 def test_unknown_strategy_names_the_nearest():

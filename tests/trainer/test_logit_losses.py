@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kdlib.study import objectives
 from kdlib.study.objectives import KD, CrossEntropy, LabelSmoothing, LogitMSE, Objective
-from kdlib.trainer.logit_losses import decoupled, dist_terms, logit_mse, soft_loss, standardised
+from kdlib.trainer.logit_losses import decoupled, dist_terms, logit_mse, soft_loss
 from kdlib.trainer.objectives import build_distiller
 
 
@@ -189,12 +189,6 @@ def test_another_temperature_makes_standardised_logits_those_of_the_authors_code
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
-def test_standardised_logits_worked_by_hand():
-    # (0, 2, 4): mean 2, variance 8/3
-    found = standardised(torch.tensor([[0.0, 2.0, 4.0]]))
-    assert found[0].tolist() == pytest.approx([-math.sqrt(1.5), 0, math.sqrt(1.5)], abs=1e-6)
-
-
 # --- teacher and student rows belong together ----------------------------------------------------
 
 
@@ -230,38 +224,6 @@ def test_a_perfect_copy_is_the_minimum_of_the_teacher_s_term(objective):
     assert student.grad.abs().max() < 1e-9
 
 
-def test_alpha_0_is_plain_cross_entropy_in_value_and_gradient():
-    student, teacher, labels = drawn()
-    gradients = []
-    for objective in (kd(0.0, 4.0), CE):
-        leaf = student.clone().requires_grad_()
-        loss = objective_loss(objective, leaf, labels, teacher)
-        loss.backward()
-        gradients.append(leaf.grad)
-        assert loss.item() == objective_loss(CE, student, labels).item()
-    assert torch.equal(*gradients)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
-def test_a_student_equal_to_its_teacher_has_kl_0_and_no_soft_gradient(temperature):
-    _, teacher, _ = drawn()
-    for shift in (0.0, 5.0):  # the same probabilities
-        student = (teacher + shift).requires_grad_()
-        loss = soft_loss(student, teacher, temperature)
-        loss.backward()
-        assert loss.item() == pytest.approx(0, abs=1e-12)
-        assert student.grad.abs().max() < 1e-12
-
-
-@settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 10_000), temperature=st.floats(0.2, 20))
-def test_kl_is_never_negative_and_grows_when_teacher_rows_are_permuted(seed, temperature):
-    student, teacher, _ = drawn(seed)
-    assert soft_loss(student, teacher, temperature) > 0
-    rolled = teacher.roll(1, dims=0)
-    assert soft_loss(teacher, rolled, temperature) > soft_loss(teacher, teacher, temperature) + 1e-4
-
-
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.2, 20))
 def test_the_decoupled_parts_add_up_to_kl(seed, temperature):
@@ -271,14 +233,6 @@ def test_the_decoupled_parts_add_up_to_kl(seed, temperature):
     gold = F.softmax(teacher / temperature, 1)[0, labels[0]]
     whole = soft_loss(student, teacher, temperature)
     assert (target + (1 - gold) * rest).item() == pytest.approx(whole.item(), rel=1e-9, abs=1e-12)
-
-
-def test_the_loss_is_of_the_student_from_the_teacher_not_the_reverse():
-    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[5.0, 0.0]])
-    q = torch.softmax(teacher, 1)
-    expected = (q * (q.log() - math.log(0.5))).sum()
-    assert soft_loss(student, teacher, 1.0).item() == pytest.approx(expected.item(), rel=1e-6)
-    assert soft_loss(teacher, student, 1.0).item() != pytest.approx(expected.item(), rel=0.1)
 
 
 def test_temperature_squared_keeps_the_scale_of_the_gradient():
