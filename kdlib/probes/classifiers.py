@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from kdlib.probes.diagnostics import check_matrix, unit_rows
+from kdlib.probes.diagnostics import matrix, unit_rows
 from kdlib.probes.logistic import fit_path
 from kdlib.repro.seeds import generator
 
@@ -50,7 +50,7 @@ class Features:
 
     def __post_init__(self) -> None:
         where = f"features of split {self.split!r}"
-        check_matrix(self.values, where)
+        matrix(self.values, where)
         if not len(self.values) == len(self.labels) == len(self.example_ids):
             raise ValueError(
                 f"{where}: {len(self.values)} rows, {len(self.labels)} labels, "

@@ -56,8 +56,7 @@ def effective_rank(values: np.ndarray) -> float:
     >>> round(effective_rank(np.diag([3.0, 3.0, 3.0, 0.0])), 6)
     3.0
     """
-    check_matrix(values, "features")
-    singular = np.linalg.svd(np.asarray(values, np.float64), compute_uv=False)
+    singular = np.linalg.svd(matrix(values), compute_uv=False)
     if singular[0] == 0:
         return 0.0
     p = singular / singular.sum()
@@ -138,16 +137,12 @@ def mean_cosine(values: np.ndarray) -> float:
     >>> mean_cosine(np.array([[0.0, 1.0], [0.0, 3.0]]))
     -1.0
     """
-    check_matrix(values, "features")
-    n = len(values)
-    if n < 2:
-        raise ValueError("features of 1 example; expected at least 2 to make a pair")
-    centred = np.asarray(values, np.float64)
+    centred, n_pairs = matrix(values), _n_pairs(values)
     centred = centred - centred.mean(axis=0)
     # equal values less their mean leave rounding errors, whose direction means nothing
     scale = np.finfo(np.float32).eps * np.abs(values).max()
     unit = unit_rows(np.where(np.abs(centred) <= scale, 0.0, centred))
-    return float(((unit.sum(axis=0) ** 2).sum() - (unit**2).sum()) / (n * (n - 1)))
+    return float(((unit.sum(axis=0) ** 2).sum() - (unit**2).sum()) / n_pairs)
 
 
 def unit_variance(values: np.ndarray) -> float:
@@ -165,7 +160,6 @@ def unit_variance(values: np.ndarray) -> float:
     >>> unit_variance(np.array([[2.0, 0.0], [-3.0, 0.0]]))
     0.5
     """
-    check_matrix(values, "features")
     return float(unit_rows(values).var(axis=0).mean())
 
 
@@ -186,14 +180,13 @@ def alignment(values: np.ndarray, labels: np.ndarray) -> float:
     >>> alignment(np.array([[1.0, 0.0], [0.0, 2.0], [5.0, 0.0]]), np.array([0, 0, 1]))
     2.0
     """
-    check_matrix(values, "features")
+    unit = unit_rows(values)
     _, codes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     if len(labels) != len(values) or counts.max() < 2:
         raise ValueError(
             f"{len(labels)} labels, at most {counts.max()} of one class, for {len(values)} "
             "examples; expected one label each, and two examples of some class"
         )
-    unit = unit_rows(values)
     squares = (unit**2).sum(axis=1)  # 1, or 0 of zero rows
     order = np.argsort(codes, kind="stable")
     sums = np.add.reduceat(unit[order], np.cumsum(counts) - counts)  # (K, D)
@@ -219,11 +212,8 @@ def uniformity(values: np.ndarray, rows: np.ndarray | None = None) -> float:
     >>> round(uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]])), 9)
     -8.0
     """
-    check_matrix(values, "features")
     unit = unit_rows(values if rows is None else values[rows])
-    n = len(unit)
-    if n < 2:
-        raise ValueError(f"features of {n} example; expected at least 2 to make a pair")
+    n, n_pairs = len(unit), _n_pairs(unit)
     squares = (unit**2).sum(axis=1)
     total = 0.0
     for start in range(0, n, 512):
@@ -232,7 +222,14 @@ def uniformity(values: np.ndarray, rows: np.ndarray | None = None) -> float:
         near = np.exp(-SHARPNESS * np.maximum(distances, 0))
         near[np.arange(len(near)), np.arange(n)[part]] = 0  # pairs of an example with itself
         total += float(near.sum())
-    return float(np.log(total / (n * (n - 1))))
+    return float(np.log(total / n_pairs))
+
+
+def _n_pairs(values: np.ndarray) -> int:
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"features of {n} example; expected at least 2 to make a pair")
+    return n * (n - 1)
 
 
 def even_uniformity(n_features: int) -> float:
@@ -287,30 +284,26 @@ def shared(first: np.ndarray, second: np.ndarray) -> float:
     Returns: Number >= 0.
     Raises: As `linear_cka`.
     """
-    for values in (first, second):
-        check_matrix(values, "features")
-    if len(first) != len(second):
+    one, two = matrix(first), matrix(second)
+    if len(one) != len(two):
         raise ValueError(
             f"features of {len(first)} and of {len(second)} examples; expected those of the same "
             "examples in the same order"
         )
-    one = np.asarray(first, np.float64)
     one = one - one.mean(axis=0)
-    if first is second:
-        return float(((one.T @ one) ** 2).sum())
-    two = np.asarray(second, np.float64)
-    return float(((one.T @ (two - two.mean(axis=0))) ** 2).sum())
+    two = one if first is second else two - two.mean(axis=0)
+    return float(((one.T @ two) ** 2).sum())
 
 
 def unit_rows(values: np.ndarray) -> np.ndarray:
-    """Rows of norm 1, (N, D) float64; a row of zeros stays one."""
-    values = np.asarray(values, np.float64)
+    """Rows of norm 1, (N, D) float64; a row of zeros stays one. Checked as by `matrix`."""
+    values = matrix(values)
     norms = np.linalg.norm(values, axis=1, keepdims=True)
     return values / np.where(norms == 0, 1.0, norms)
 
 
-def check_matrix(values: np.ndarray, where: str) -> None:
-    """Check that features are a finite (N, D) matrix.
+def matrix(values: np.ndarray, where: str = "features") -> np.ndarray:
+    """Features as a finite (N, D) float64 matrix.
 
     Args:
         where: What the message calls them.
@@ -326,3 +319,4 @@ def check_matrix(values: np.ndarray, where: str) -> None:
             f"{np.flatnonzero(~finite.all(axis=1))[0]}; the network that made them diverged or "
             "was read wrongly: look at its training loss"
         )
+    return np.asarray(values, np.float64)

@@ -15,12 +15,14 @@ from typing import Any
 from kdlib.repro import files
 from kdlib.study.training import Tracking
 
+Sink = tuple[Callable[[Mapping[str, float], int], Any], Callable[[], Any]]
+
 
 class Tracker:
-    """Writes the metrics of one run to sinks, which have `log(row, step)` and `close()`."""
+    """Writes the metrics of one run to sinks: pairs of `log(row, step)` and `close()`."""
 
-    def __init__(self, openers: Mapping[str, Callable[[], Any]]) -> None:
-        self._sinks: dict[str, Any] = {}
+    def __init__(self, openers: Mapping[str, Callable[[], Sink]]) -> None:
+        self._sinks: dict[str, Sink] = {}
         for name, opener in openers.items():
             with self._guarded(name):
                 self._sinks[name] = opener()
@@ -29,13 +31,13 @@ class Tracker:
         """Write one evaluation's metrics to every sink."""
         for name, sink in list(self._sinks.items()):
             with self._guarded(name):
-                sink.log(row, step)
+                sink[0](row, step)
 
     def close(self) -> None:
         """Close every sink."""
         for name, sink in list(self._sinks.items()):
             with self._guarded(name):
-                sink.close()
+                sink[1]()
 
     @contextlib.contextmanager
     def _guarded(self, name: str) -> Iterator[None]:
@@ -64,51 +66,40 @@ def open_tracker(
 
     Raises: ModuleNotFoundError that says what to install.
     """
-    openers: dict[str, Callable[[], Any]] = {}
+    openers: dict[str, Callable[[], Sink]] = {}
     if tracking.tensorboard:
         _require("tensorboard", "torch.utils.tensorboard")
-        openers["TensorBoard"] = lambda: _TensorBoard(folder, resumed_step)
+        openers["TensorBoard"] = lambda: _tensorboard(folder, resumed_step)
     if tracking.wandb:
         _require("wandb", "wandb")
-        openers["Weights & Biases"] = lambda: _Wandb(tracking.project, folder, name, settings)
-    tracker = Tracker(openers)
-    try:
+        openers["Weights & Biases"] = lambda: _wandb(tracking.project, folder, name, settings)
+    with contextlib.closing(Tracker(openers)) as tracker:
         yield tracker
-    finally:
-        tracker.close()
 
 
-class _TensorBoard:
-    def __init__(self, folder: Path, resumed_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+def _tensorboard(folder: Path, resumed_step: int) -> Sink:
+    from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
+    writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resumed_step + 1)
 
-    def log(self, row: Mapping[str, float], step: int) -> None:
+    def log(row: Mapping[str, float], step: int) -> None:
         for key, value in row.items():
-            self._writer.add_scalar(key, value, step)
-        self._writer.flush()
+            writer.add_scalar(key, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
+    return log, writer.close
 
 
-class _Wandb:
-    def __init__(self, project: str, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
-        import wandb
+def _wandb(project: str, folder: Path, name: str, settings: Mapping[str, Any]) -> Sink:
+    import wandb
 
-        run_id = hashlib.sha256(f"{folder} {files.canonical_json(settings)}".encode()).hexdigest()
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            project=project, name=name, id=run_id[:16], dir=str(folder), resume="allow",
-            config=dict(settings),
-        )  # fmt: skip
-
-    def log(self, row: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(row), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    run_id = hashlib.sha256(f"{folder} {files.canonical_json(settings)}".encode()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=project, name=name, id=run_id[:16], dir=str(folder), resume="allow",
+        config=dict(settings),
+    )  # fmt: skip
+    return lambda row, step: run.log(dict(row), step=step), run.finish
 
 
 def _require(package: str, module: str) -> None:
