@@ -2,7 +2,7 @@
 
 To add one: its formula in `logit_losses` or `feature_losses`, its settings in
 `kdlib.study.objectives` (a class of `AnyObjective`), and a class here, with `@register_for` and
-these settings.
+these settings; a loss of logits may be a case of `LogitDistiller`.
 """
 
 import torch

@@ -53,7 +53,7 @@ with joined("cpu") as r:
     module = synchronised(body, r)
     call = distributed(module, r)
     optimiser = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    told = []
+    losses = []
     for step in range(6):
         share = slice(r.rank * 8 // r.size, (r.rank + 1) * 8 // r.size)
         out = gathered(call(x[step][share]), r)
@@ -63,12 +63,12 @@ with joined("cpu") as r:
         optimiser.zero_grad()
         (loss * r.size).backward()
         optimiser.step()
-        told.append(loss.item())
+        losses.append(loss.item())
         assert labels.tolist() == y[step].tolist()
     module.eval()
     found = {k: v.flatten().tolist() for k, v in module.state_dict().items()}
     shown = gathered(module(x[0][share]).detach().bfloat16(), r).float().tolist()
-    (folder / f"{r.size}-{r.rank}.json").write_text(json.dumps([told, found, shown]))
+    (folder / f"{r.size}-{r.rank}.json").write_text(json.dumps([losses, found, shown]))
 """
 
 

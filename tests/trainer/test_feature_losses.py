@@ -58,24 +58,24 @@ def built(objective: Objective, seed: int = 0, n_channels: int = 6):
     reads = teacher_columns(objective, 2)
     student, teacher = drawn(seed, n_channels), drawn(seed + 1)
     wanted = {name: student[name] for name in student_outputs(objective, 2)}
-    heard = {name: teacher[name] for name in reads}
+    of_teacher = {name: teacher[name] for name in reads}
     made = build_distiller(
         objective,
         {k: tuple(v.shape[1:]) for k, v in wanted.items()},
-        {k: tuple(v.shape[1:]) for k, v in heard.items()},
+        {k: tuple(v.shape[1:]) for k, v in of_teacher.items()},
         seed=seed,
         n_examples=100,
     ).double()
-    return made, wanted, heard
+    return made, wanted, of_teacher
 
 
-def copied(made, heard: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def copied(made, of_teacher: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a student projects whose outputs are the teacher's own."""
     projected = {"logits": F.one_hot(LABELS, CLASSES).double() * 50}
-    for name, value in heard.items():
+    for name, value in of_teacher.items():
         projected[name] = value.clone()
     if made.objective.kind == "crd":
-        projected["features"] = heard["features"] @ made.teacher_projection
+        projected["features"] = of_teacher["features"] @ made.teacher_projection
     return {k: v.requires_grad_() for k, v in projected.items()}
 
 
@@ -248,10 +248,10 @@ def test_barlow_is_its_formula_written_as_a_loop():
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
 def test_permuting_teacher_rows_raises_the_loss(objective):
-    made, _, heard = built(objective)
-    paired = made.loss(copied(made, heard), LABELS, heard)
-    swapped = {k: v.roll(1, dims=0) for k, v in heard.items()}  # to rows of other classes
-    assert made.loss(copied(made, heard), LABELS, swapped) > paired + 1e-3
+    made, _, of_teacher = built(objective)
+    paired = made.loss(copied(made, of_teacher), LABELS, of_teacher)
+    swapped = {k: v.roll(1, dims=0) for k, v in of_teacher.items()}  # to rows of other classes
+    assert made.loss(copied(made, of_teacher), LABELS, swapped) > paired + 1e-3
 
 
 @pytest.mark.parametrize("objective", [*ALL, BARLOW], ids=lambda o: f"{o.kind} {o.compares_views}")
@@ -259,17 +259,17 @@ def test_permuting_teacher_rows_raises_the_loss(objective):
 def test_the_gradient_reaches_the_student_and_only_the_student(objective, n_channels):
     if objective.kind == "attention" and n_channels == 5:
         return
-    made, student, heard = built(objective, n_channels=n_channels)
+    made, student, of_teacher = built(objective, n_channels=n_channels)
     student = {k: v.requires_grad_() for k, v in student.items()}
-    heard = {k: v.requires_grad_() for k, v in heard.items()}
+    of_teacher = {k: v.requires_grad_() for k, v in of_teacher.items()}
     second = None
     if objective.compares_views:
         second = {k: v.detach() * 1.5 + 0.1 * v.detach().flip(0) for k, v in student.items()}
-    loss = made.loss(made.project(student, second), LABELS, heard)
+    loss = made.loss(made.project(student, second), LABELS, of_teacher)
     loss.backward()
     for name, value in student.items():
         assert value.grad.flatten(1).abs().sum(1).min() > 0, name  # every example
-    for value in heard.values():
+    for value in of_teacher.values():
         assert value.grad is None
     for name, parameter in made.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
@@ -278,47 +278,47 @@ def test_the_gradient_reaches_the_student_and_only_the_student(objective, n_chan
 
 @pytest.mark.parametrize("objective", [o for o in ALL if o is not CRD], ids=lambda o: o.kind)
 def test_a_perfect_copy_is_the_minimum(objective):
-    made, _, heard = built(objective)
-    projected = copied(made, heard)
-    term = made.soft_term(projected, heard, LABELS)
+    made, _, of_teacher = built(objective)
+    projected = copied(made, of_teacher)
+    term = made.soft_term(projected, of_teacher, LABELS)
     term.backward()
     assert term.item() == pytest.approx(0, abs=1e-9)
-    for name in heard:
+    for name in of_teacher:
         if objective is not ATTENTION:  # a norm has no flat bottom
             assert projected[name].grad.abs().max() < 1e-6
         moved = projected | {name: projected[name] + 0.01 * drawn(7)[name]}
-        assert made.soft_term(moved, heard, LABELS) > term
+        assert made.soft_term(moved, of_teacher, LABELS) > term
 
 
 def test_a_contrast_is_lowest_for_the_student_s_own_row():
     """A contrast also pushes others away, so that its minimum over all student features is no
     copy; among the orders of given rows the true one is best."""
-    made, _, heard = built(CRD)
-    projected = copied(made, heard)
-    paired = made.soft_term(projected, heard, LABELS)
+    made, _, of_teacher = built(CRD)
+    projected = copied(made, of_teacher)
+    paired = made.soft_term(projected, of_teacher, LABELS)
     for shift in range(1, B):
         turned = {"features": projected["features"].roll(shift, 0)}
-        assert made.soft_term(turned, heard, LABELS) > paired
+        assert made.soft_term(turned, of_teacher, LABELS) > paired
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
 @settings(max_examples=10, deadline=None)
 @given(order=st.permutations(range(B)))
 def test_the_order_of_examples_does_not_matter(objective, order):
-    made, student, heard = built(objective)
+    made, student, of_teacher = built(objective)
     order = torch.tensor(order)
-    before = made.loss(made.project(student), LABELS, heard)
-    turned = [{k: v[order] for k, v in rows.items()} for rows in (student, heard)]
+    before = made.loss(made.project(student), LABELS, of_teacher)
+    turned = [{k: v[order] for k, v in rows.items()} for rows in (student, of_teacher)]
     after = made.loss(made.project(turned[0]), LABELS[order], turned[1])
     assert after.item() == pytest.approx(before.item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
 def test_identical_and_zero_rows_stay_finite(objective):
-    made, student, heard = built(objective)
+    made, student, of_teacher = built(objective)
     for fill in (0.0, 1.0):
         leaves = {k: torch.full_like(v, fill).requires_grad_() for k, v in student.items()}
-        same = {k: torch.full_like(v, fill) for k, v in heard.items()}
+        same = {k: torch.full_like(v, fill) for k, v in of_teacher.items()}
         loss = made.loss(made.project(leaves), LABELS, same)
         loss.backward()
         assert torch.isfinite(loss)
@@ -327,11 +327,11 @@ def test_identical_and_zero_rows_stay_finite(objective):
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
 def test_half_precision_outputs_give_a_float32_loss(objective):
-    made, student, heard = built(objective)
+    made, student, of_teacher = built(objective)
     made.float()
     student = {k: v.bfloat16() for k, v in made.project({k: v.float() for k, v in student.items()})
                .items()}  # fmt: skip
-    loss = made.loss(student, LABELS, {k: v.half() for k, v in heard.items()})
+    loss = made.loss(student, LABELS, {k: v.half() for k, v in of_teacher.items()})
     assert loss.dtype == torch.float32
 
 

@@ -25,8 +25,8 @@ def drawn(seed: int = 0, n: int = 16, n_classes: int = 5) -> tuple[torch.Tensor,
 def objective_loss(objective: Objective, student, labels, teacher=None) -> torch.Tensor:
     """The whole loss of an objective of logits."""
     shape = {"logits": (student.shape[1],)}
-    heard = {} if objective.kind in ("cross_entropy", "label_smoothing") else shape
-    made = build_distiller(objective, shape, heard, seed=0, n_examples=100)
+    of_teacher = {} if objective.kind in ("cross_entropy", "label_smoothing") else shape
+    made = build_distiller(objective, shape, of_teacher, seed=0, n_examples=100)
     return made.loss(
         made.project({"logits": student}), labels, {} if teacher is None else {"logits": teacher}
     )
@@ -80,9 +80,9 @@ def correlation(a: list[float], b: list[float]) -> float:
 
 def slow_loss(o: Objective, student, labels, teacher) -> float:
     """Loops over examples and classes, in Python floats."""
-    rows, heard = student.tolist(), teacher.tolist()
+    rows, of_teacher = student.tolist(), teacher.tolist()
     total = 0.0
-    for s, label, t in zip(rows, labels.tolist(), heard, strict=True):
+    for s, label, t in zip(rows, labels.tolist(), of_teacher, strict=True):
         hard = -math.log(softened(s)[label])
         if o.kind == "cross_entropy":
             total += hard
@@ -108,7 +108,7 @@ def slow_loss(o: Objective, student, labels, teacher) -> float:
         else:
             total += hard
     if o.kind == "dist":
-        p, q = ([softened(r, o.temperature) for r in given] for given in (rows, heard))
+        p, q = ([softened(r, o.temperature) for r in given] for given in (rows, of_teacher))
         inter = np.mean([1 - correlation(a, b) for a, b in zip(p, q, strict=True)])
         columns = zip(zip(*p, strict=True), zip(*q, strict=True), strict=True)
         intra = np.mean([1 - correlation(a, b) for a, b in columns])

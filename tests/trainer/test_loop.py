@@ -84,8 +84,8 @@ def test_the_last_step_is_measured_even_off_the_evaluation_grid(tmp_path, images
 
 
 def test_the_best_step_is_the_first_of_those_that_tie(tmp_path, images, monkeypatch):
-    told = iter([0.5, 0.9, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(told)))
+    evaluations = iter([0.5, 0.9, 0.9])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(evaluations)))
     assert train(run_in(tmp_path / "run"), small_task(images)).best_step == 10
 
 
@@ -185,9 +185,9 @@ def test_kept_weights_are_the_running_mean_of_those_of_every_step(tmp_path, imag
     seen, real = [], Step.__call__
 
     def step(self, *arguments):
-        told = real(self, *arguments)
+        taken = real(self, *arguments)
         seen.append(self.task.network.conv1.weight.detach().clone())
-        return told
+        return taken
 
     task = small_task(images, training=training)
     mean = task.network.conv1.weight.detach().clone()
@@ -228,8 +228,8 @@ def test_a_clipped_gradient_has_at_most_the_norm_asked_for(images):
 
 def test_early_stopping_ends_the_run_and_keeps_its_last_weights(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
-    told = iter([0.5, 0.6, 0.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(told), 0.5))
+    evaluations = iter([0.5, 0.6, 0.7])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(evaluations), 0.5))
     trained = train(run_in(tmp_path / "run"), small_task(images, training=training))
     assert (trained.last_step, trained.evidence["stopped_early"]) == (6, True)
     assert (tmp_path / "run" / trained.checkpoints[6][0]).exists()
@@ -240,8 +240,8 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(
         update={"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 3}
     )
-    told = iter([0.5, 0.6, 0.7, 0.8, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(told), 0.5))
+    evaluations = iter([0.5, 0.6, 0.7, 0.8, 0.9])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(evaluations), 0.5))
     metrics = train(run_in(tmp_path / "run"), small_task(images, training=training)).metrics
     # the third evaluation is one too many, and the fifth again
     assert metrics["learning_rate"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])

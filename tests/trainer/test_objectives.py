@@ -1,6 +1,5 @@
-"""`kdlib.trainer.objectives`: objectives of a study's own, from a file; all others are in
-`test_losses` and
-`test_features`."""
+"""`kdlib.trainer.objectives`: objectives from a user's file; all others are in
+`test_logit_losses` and `test_feature_losses`."""
 
 import hashlib
 import shutil
@@ -117,12 +116,12 @@ def test_changed_missing_and_wrong_code_is_refused_with_what_to_do(home):
             own(code=name)
     with pytest.raises(ValueError, match="expected logits, features, stage1"):
         own(reads=["logit"])
-    for code, told in (
+    for code, message in (
         ("1 / 0", r"mine\.py cannot be run: ZeroDivisionError"),
         ("def los(): pass", "has no function `loss`"),
     ):
         (home / "mine.py").write_text(code)
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             distiller(own())
     (home / "mine.py").write_text("def loss(student, teacher, labels): return student['logits']")
     made = distiller(own(options=None))

@@ -87,9 +87,9 @@ def test_a_running_mean_goes_on_from_what_was_saved():
 
 def test_patience_bears_so_many_evaluations_without_a_better_loss():
     patience = Patience(2)
-    told = [patience.spent(loss) for loss in (1.0, 0.9, 0.9, 0.95, 0.91, 0.9, 0.9, 0.9)]
+    spent = [patience.spent(loss) for loss in (1.0, 0.9, 0.9, 0.95, 0.91, 0.9, 0.9, 0.9)]
     #       best, best, 1, 2, spent; then 1, 2, spent again
-    assert told == [False, False, False, False, True, False, False, True]
+    assert spent == [False, False, False, False, True, False, False, True]
 
 
 def test_patience_does_not_take_a_loss_that_is_no_number_for_a_better_one():

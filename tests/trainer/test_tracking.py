@@ -68,8 +68,10 @@ def test_switched_off_nothing_is_imported_or_written(tmp_path):
         "tracker = t.__enter__(); tracker.log({'loss': 1.0}, 1); t.__exit__(None, None, None); "
         "print([m for m in ('wandb', 'tensorboard', 'torch') if m in sys.modules])"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.strip() == "[]"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert finished.stdout.strip() == "[]"
     assert list(tmp_path.iterdir()) == []
 
 
