@@ -141,6 +141,7 @@ class Step:
                         f"the loss is {value} at step {step}; lower training.lr_peak, or look at "
                         f"the batch of example ids {piece.example_ids[:4].tolist()}, ..."
                     )
+                # times the number of processes, by which DistributedDataParallel divides
                 (loss * task.world.size / n_pieces).backward()
             total += value
             parts.append(logits)
