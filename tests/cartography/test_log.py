@@ -111,46 +111,6 @@ def test_adding_a_constant_to_the_logits_changes_nothing(tmp_path):
         np.testing.assert_allclose(first, second, atol=1e-3, err_msg=quantity)
 
 
-def train(folder):
-    """Three epochs of a small network with BatchNorm and dropout; returns its weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        rng = np.random.default_rng(0)
-        images = torch.as_tensor(rng.normal(size=(24, 6)), dtype=torch.float32)
-        labels = rng.integers(0, 3, 24)
-        network = torch.nn.Sequential(
-            torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5),
-            torch.nn.ReLU(), torch.nn.Linear(8, 3),
-        )  # fmt: skip
-        optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
-        log = None
-        if folder is not None:
-            log = DynamicsLog.create(
-                folder, np.arange(24), labels, n_epochs=3, n_classes=3, observed="train",
-                logits=True, provenance={},
-            )  # fmt: skip
-        for epoch in range(3):
-            for positions in np.random.default_rng(epoch).permutation(24).reshape(3, 8):
-                logits, gold = network(images[positions]), torch.as_tensor(labels[positions])
-                value = torch.nn.functional.cross_entropy(logits, gold)
-                if log is not None:
-                    epochs = torch.full((8,), epoch)
-                    log.record(epochs, torch.as_tensor(positions), logits, gold)
-                optimiser.zero_grad()
-                value.backward()
-                optimiser.step()
-        if log is not None:
-            log.finish()
-        return {"state": torch.get_rng_state(), **network.state_dict()}
-
-
-def test_recording_is_invisible_to_training(tmp_path):
-    before = np.random.get_state()[1].copy()
-    without, recorded = train(None), train(tmp_path / "log")
-    assert all(torch.equal(without[name], recorded[name]) for name in without)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
-
-
 def test_interrupted_and_resumed_log_has_the_same_bytes(tmp_path):
     finished(tmp_path / "whole")
     log = create(tmp_path / "parts")
