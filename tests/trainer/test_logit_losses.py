@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from kdlib.study import objectives
 from kdlib.study.objectives import KD, CrossEntropy, LabelSmoothing, LogitMSE, Objective
-from kdlib.trainer.logit_losses import decoupled, dist_terms, logit_mse, soft_loss
+from kdlib.trainer.logit_losses import (
+    decoupled,
+    dist_terms,
+    logit_mse,
+    soft_loss,
+    standardised,
+)
 from kdlib.trainer.objectives import build_distiller
 
 
