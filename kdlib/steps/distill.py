@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.cartography.selection import select
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
-from kdlib.dataset.plan import Plan, budget, fixed_shards, shards_in_fraction
+from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
 from kdlib.models.base import Network
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
@@ -20,7 +20,7 @@ from kdlib.steps.datamap import open_datamap
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
 from kdlib.steps.teacher_outputs import teacher_features
-from kdlib.steps.training import TrainingInputs, finish_run, plan_run, train_run
+from kdlib.steps.training import finish_run, train_run
 from kdlib.study.cells import Cell
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
@@ -81,38 +81,38 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         several processes.
     Raises: CheckError when a check fails; the run is then not finished.
     """
-    device = prepare_device(study.compute)
+    prepare_device(study.compute)
     subset = make_subset(study, images, cell, seed)
     objective, teacher = study.objectives[cell.objective], None
     fingerprints = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
         teacher = open_stored_teacher(study, images, objective, subset, seed)
         fingerprints["teacher_outputs"] = teacher.outputs.fingerprint
-    settings = {"step": student_settings(study, cell, seed), "inputs": fingerprints}
+    settings = {"step": _settings(study, cell, seed), "inputs": fingerprints}
     folder = student_folder(study, cell, seed)
-    if launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed):
-        return read_evidence(folder)
-    world = this_process(study.compute.device)
-    with open_shared_run(study, folder, settings) as run:
+    launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed)
+    world, n_shards = this_process(study.compute.device), None
+    if cell.strategy == "random_shards":
+        size = images.train.shard_size
+        n_shards = shards_in_fraction(subset.example_ids, size, cell.fraction)
+    with open_shared_run(study, folder, settings, world) as run:
         if run.finished:
-            return read_evidence(run.folder)
+            return read_evidence(folder)
         if world.first:
-            subset.save(run.folder / "subset.parquet")
-        model = study.students[cell.student].model
-        inputs = TrainingInputs(
-            images=images,
-            network=network_for(images, model, derive(seed, "init"), device),
-            training=study.training,
-            plan=_plan(study, images, cell, subset, seed),
-            seed=seed,
+            subset.save(folder / "subset.parquet")
+        evidence = train_run(
+            run,
+            study,
+            images,
+            new_student(study, images, cell, seed),
+            study.training,
+            subset.example_ids,
+            seed,
+            f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}",
             objective=objective,
             teacher=teacher,
-            observed=study.dynamics.observed,
-            compute=study.compute,
-            world=world,
+            shards_per_pass=n_shards,
         )
-        describe = f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}"
-        evidence = train_run(run, inputs, describe, study.tracking)
         if evidence is None:
             return None
         evidence |= {"cell": dict(cell.items()), "teacher": teacher and teacher.card}
@@ -125,15 +125,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         return finish_run(run, study, images, "distill", evidence, checks.STUDENT)
 
 
-def _plan(study: Study, images: Images, cell: Cell, subset: Subset, seed: int) -> Plan:
-    n_shards, ids = None, subset.example_ids
-    if cell.strategy == "random_shards":
-        n_shards = shards_in_fraction(ids, images.train.shard_size, cell.fraction)
-    return plan_run(images, study.training, ids, seed, n_shards)
-
-
-def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
-    """The settings of one student's run."""
+def _settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
     return study.step_settings("distill", cell) | {"seed": seed}
 
 
@@ -142,8 +134,7 @@ def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
 
     Raises: FileNotFoundError when it is not finished; ValueError when the study has changed since.
     """
-    settings = student_settings(study, cell, seed)
-    return read_evidence(student_folder(study, cell, seed), settings)
+    return read_evidence(student_folder(study, cell, seed), _settings(study, cell, seed))
 
 
 def student_folder(study: Study, cell: Cell, seed: int) -> Path:

@@ -11,7 +11,7 @@ from kdlib.repro import files, processor
 from kdlib.repro.run import Run, open_run
 from kdlib.study.study import Study
 from kdlib.study.training import Compute
-from kdlib.trainer.distributed import launch, this_process, wait
+from kdlib.trainer.distributed import World, launch, this_process, wait
 
 
 def prepare_device(compute: Compute) -> str:
@@ -35,9 +35,10 @@ def prepare_device(compute: Compute) -> str:
 
 
 @contextlib.contextmanager
-def open_shared_run(study: Study, folder: Path, settings: dict[str, Any]) -> Iterator[Run]:
+def open_shared_run(
+    study: Study, folder: Path, settings: dict[str, Any], world: World
+) -> Iterator[Run]:
     """The run, opened and locked by the first of the processes that share it."""
-    world = this_process(study.compute.device)
     if world.first:
         with open_run(study.runs, folder, settings) as run:
             wait(world)
@@ -49,16 +50,16 @@ def open_shared_run(study: Study, folder: Path, settings: dict[str, Any]) -> Ite
 
 def launch_run(
     study: Study, folder: Path, settings: dict[str, Any], step: str, **point: Any
-) -> bool:
+) -> None:
     """Make an unfinished run by several processes under torchrun, when the study asks for several
-    and this process is not one of them; whether they were started.
+    and this process is not one of them.
 
     Raises: RuntimeError when one of them fails (it has printed its error), or when there are fewer
         GPUs than processes.
     """
     alone = this_process(study.compute.device).alone
     if study.compute.processes == 1 or not alone or Run(folder, settings).finished:
-        return False
+        return
     if study.compute.device.startswith("cuda"):
         n_processes, n_gpus = study.compute.processes, torch.cuda.device_count()
         if n_processes > n_gpus:
@@ -68,7 +69,6 @@ def launch_run(
             )
     arguments = [str(x) for pair in point.items() for x in (f"--{pair[0]}", pair[1])]
     launch(["kdlib", "step", step, str(write_study(study)), *arguments], study.compute.processes)
-    return True
 
 
 def write_study(study: Study) -> Path:

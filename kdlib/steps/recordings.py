@@ -9,22 +9,22 @@ import numpy as np
 import pandas as pd
 import torch
 
-from kdlib.cartography.log import DynamicsLog, begin_log
+from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
+from kdlib.models.base import Network
 from kdlib.models.evaluation import all_outputs
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
-from kdlib.repro.run import Run, open_run, read_evidence, read_table
+from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
-from kdlib.steps.checkpoints import keep_epoch, load_checked, load_epoch
+from kdlib.steps.checkpoints import load_checked, load_epoch
 from kdlib.steps.datamap import gradients
 from kdlib.steps.processes import prepare_device
-from kdlib.steps.training import TrainingInputs, finish_run, plan_run, train_run
+from kdlib.steps.training import finish_run, train_run
 from kdlib.study.base import StudyError
 from kdlib.study.selections import ExtraRecordings
 from kdlib.study.study import Study
-from kdlib.study.training import Training
 from kdlib.trainer.distributed import World
 
 
@@ -68,12 +68,8 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
         "observed": study.dynamics.observed if kind != "fold" else None,
         "logits": study.dynamics.logits and kind == "seed",
         "compute": study.step_settings("record")["compute"] | {"processes": 1},
-        "training": _training(study).model_dump(mode="json"),
+        "training": (asked.training or study.recorded_training).model_dump(mode="json"),
     }
-
-
-def _training(study: Study) -> Training:
-    return study.recordings.training or study.recorded_training
 
 
 def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:
@@ -92,84 +88,55 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
         known = ", ".join("/".join(run) for run in asked) or "none (study: recordings)"
         raise StudyError(f"no recording {model}/{part} in this study; it has {known}")
     device = prepare_device(study.compute)
-    step_settings = recording_settings(study, model, part)
-    settings = {"step": step_settings, "inputs": images.fingerprints}
-    with open_run(study.runs, recording_folder(study, model, part), settings) as run:
+    settings, (kind, number) = recording_settings(study, model, part), part.split("=")
+    folder = recording_folder(study, model, part)
+    inputs = {"step": settings, "inputs": images.fingerprints}
+    with open_run(study.runs, folder, inputs) as run:
         if run.finished:
-            return read_evidence(run.folder)
-        inputs = _inputs(study, images, model, part, run, device)
-        evidence = train_run(run, inputs, f"{model} {part}", study.tracking)
-        if inputs.log is not None:
-            inputs.log.finish()
-        if (epoch := step_settings["gradient_epoch"]) is not None:
-            load_epoch(inputs.network, run.folder, evidence, epoch)
-            table = _gradient_table(inputs, device)
-            path = write_parquet(run.folder / "gradients.parquet", table, {"epoch": epoch})
+            return read_evidence(folder)
+        ids, n_more = images.train_ids, 0
+        if kind == "fold":
+            ids = ids[fold_of(ids, study.recordings.folds) != int(number)]
+        labels = images.train.read("labels", ids)
+        if kind == "threshold":
+            pretending = threshold_samples(ids, images.n_classes, int(number))
+            labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
+        asked = {name: settings[name] for name in ("gradient_epoch", "logits")}
+        seed, network_settings = settings["seed"], study.recordings.models[model]
+        network = network_for(images, network_settings, derive(seed, "init"), device, n_more)
+        evidence = train_run(
+            run,
+            study,
+            images,
+            network,
+            study.recordings.training or study.recorded_training,
+            ids,
+            seed,
+            f"{model} {part}",
+            labels=labels,
+            dynamics=study.dynamics.model_copy(update=asked) if kind != "fold" else None,
+            world=World(device=device),
+        )
+        if (epoch := settings["gradient_epoch"]) is not None:
+            load_epoch(network, folder, evidence, epoch)
+            norms = gradients(images, network, ids, device)
+            table = dict(zip(("grand", "grand_last"), norms, strict=True))
+            table = pd.DataFrame(table, pd.Index(ids, name="example_id"))
+            path = write_parquet(folder / "gradients.parquet", table, {"epoch": epoch})
             evidence["gradients_sha256"] = files.sha256_file(path)
-        if part.startswith("fold="):
+        if kind == "fold":
             last = evidence["checkpoints"]["last"]
-            load_checked(inputs.network, run.folder, last["file"], last["weights_sha256"])
-            table, fold = _held_out_table(inputs, device), int(part.removeprefix("fold="))
-            path = write_parquet(run.folder / "held_out.parquet", table, {"fold": fold})
+            load_checked(network, folder, last["file"], last["weights_sha256"])
+            table = _held_out(images, network, np.setdiff1d(images.train_ids, ids), device)
+            path = write_parquet(folder / "held_out.parquet", table, {"fold": int(number)})
             evidence["held_out_sha256"] = files.sha256_file(path)
         return finish_run(run, study, images, "record", evidence, checks.RUN)
 
 
-def _inputs(
-    study: Study, images: Images, model: str, part: str, run: Run, device: str
-) -> TrainingInputs:
-    """The training of one recording: all examples, or those of the other folds, or labels of which
-    some are of one more class."""
-    (kind, number), asked = part.split("="), recording_settings(study, model, part)
-    ids, n_more, log = images.train_ids, 0, None
-    if kind == "fold":
-        ids = ids[fold_of(ids, study.recordings.folds) != int(number)]
-    labels = images.train.read("labels", ids)
-    if kind == "threshold":
-        pretending = threshold_samples(ids, images.n_classes, int(number))
-        labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
-    training, seed = _training(study), asked["seed"]
-    plan = plan_run(images, training, ids, seed)
-    if kind != "fold":
-        log = begin_log(
-            run.folder / "dynamics",
-            images,
-            plan,
-            observed=study.dynamics.observed,
-            logits=asked["logits"],
-            labels=labels,
-            n_classes=images.n_classes + n_more,
-            settings=run.settings_sha256,
-        )
-    return TrainingInputs(
-        images=images,
-        network=network_for(
-            images, study.recordings.models[model], derive(seed, "init"), device, n_more
-        ),
-        training=keep_epoch(training, plan, asked["gradient_epoch"]),
-        plan=plan,
-        seed=seed,
-        labels=labels,
-        log=log,
-        observed=study.dynamics.observed,
-        compute=study.compute,
-        world=World(device=device),
-    )
-
-
-def _gradient_table(inputs: TrainingInputs, device: str) -> pd.DataFrame:
-    ids = inputs.plan.example_ids
-    norms = gradients(inputs.images, inputs.network, ids, device)
-    table = dict(zip(("grand", "grand_last"), norms, strict=True))
-    return pd.DataFrame(table, pd.Index(ids, name="example_id"))
-
-
-def _held_out_table(inputs: TrainingInputs, device: str) -> pd.DataFrame:
+def _held_out(images: Images, network: Network, ids: np.ndarray, device: str) -> pd.DataFrame:
     """Probabilities of each class for the training images that were left out."""
-    images = inputs.images
-    ids = np.setdiff1d(images.train_ids, inputs.plan.example_ids)
     pixels = torch.from_numpy(images.train.read("images", ids)).to(device)
-    (logits,) = all_outputs(inputs.network, images.pixels, pixels, ("logits",))
+    (logits,) = all_outputs(network, images.pixels, pixels, ("logits",))
     probs = torch.softmax(logits.double(), 1).cpu().numpy()
     columns = [f"p{c}" for c in range(images.n_classes)]
     return pd.DataFrame(probs, pd.Index(ids, name="example_id"), columns)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kdlib.cache.shards import Cache
-from kdlib.cartography.log import DynamicsLog
+from kdlib.cartography.log import DynamicsLog, begin_log
 from kdlib.dataset.batch import View
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader
@@ -18,8 +18,9 @@ from kdlib.models.outputs import Replay, stored_accuracy
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import PURPOSES, derive
-from kdlib.steps.checkpoints import measure_checkpoints
+from kdlib.steps.checkpoints import keep_epoch, measure_checkpoints
 from kdlib.study.objectives import CrossEntropy, Objective
+from kdlib.study.selections import Dynamics
 from kdlib.study.study import Study
 from kdlib.study.training import Compute, Tracking, Training
 from kdlib.trainer.distiller import Distiller
@@ -84,12 +85,12 @@ def replay(study: Study) -> Replay | None:
     return Replay(outputs.views, study.training.augment, derive(outputs.seed, "augment"))
 
 
-def plan_run(
+def _plan(
     images: Images,
     training: Training,
     example_ids: np.ndarray,
     seed: int,
-    shards_per_pass: int | None = None,
+    shards_per_pass: int | None,
 ) -> Plan:
     """The order of a run's examples; an epoch of drawn shards has their mean number of examples."""
     n, size = len(example_ids), images.train.shard_size
@@ -114,12 +115,20 @@ def build_task(inputs: TrainingInputs, cls: type[Distiller] | None = None) -> Ta
         cls: Of the loss, instead of the objective's class.
     """
     images, network, objective = inputs.images, inputs.network, inputs.objective
-    loader = _open_loader(inputs)
-    wanted = student_outputs(objective, network.n_stages)
+    teacher = inputs.teacher
+    reads = teacher_columns(objective, teacher.card["n_stages"] if teacher else 0)
+    # without the axis of views; of logits the cache may hold the largest alone
+    shapes = {
+        name: (images.n_classes,)
+        if name == "logits"
+        else tuple(teacher.outputs.layout(name)[1][1:])
+        for name in (reads if teacher else ())
+    }
+    loader = _open_loader(inputs, reads)
     distiller = build_distiller(
         objective,
-        network.output_shapes(images.image_shape, wanted),
-        _teacher_shapes(inputs),
+        network.output_shapes(images.image_shape, student_outputs(objective, network.n_stages)),
+        shapes,
         seed=inputs.seed,
         n_examples=len(inputs.plan.example_ids),
         cls=cls,
@@ -142,23 +151,7 @@ def build_task(inputs: TrainingInputs, cls: type[Distiller] | None = None) -> Ta
     )
 
 
-def _reads(inputs: TrainingInputs) -> tuple[str, ...]:
-    n_stages = inputs.teacher.card["n_stages"] if inputs.teacher else 0
-    return teacher_columns(inputs.objective, n_stages)
-
-
-def _teacher_shapes(inputs: TrainingInputs) -> dict[str, tuple[int, ...]]:
-    """Shapes of the teacher outputs that the objective reads, without the axis of views; of logits
-    the cache may hold the largest alone."""
-    return {
-        name: (inputs.images.n_classes,)
-        if name == "logits"
-        else tuple(inputs.teacher.outputs.layout(name)[1][1:])
-        for name in (_reads(inputs) if inputs.teacher else ())
-    }
-
-
-def _open_loader(inputs: TrainingInputs) -> Loader:
+def _open_loader(inputs: TrainingInputs, reads: tuple[str, ...]) -> Loader:
     images, teacher, seed, world = inputs.images, inputs.teacher, inputs.seed, inputs.world
     augment = inputs.training.augment
     view, second = View(augment, derive(seed, "augment"), images.pixels), None
@@ -172,7 +165,7 @@ def _open_loader(inputs: TrainingInputs) -> Loader:
         images.train,
         view=view,
         teacher=teacher and teacher.outputs,
-        reads=_reads(inputs),
+        reads=reads,
         second=second,
         labels=inputs.labels,
         device=world.device,
@@ -184,31 +177,72 @@ def _open_loader(inputs: TrainingInputs) -> Loader:
 
 
 def train_run(
-    run: Run, inputs: TrainingInputs, describe: str, tracking: Tracking
+    run: Run,
+    study: Study,
+    images: Images,
+    network: Network,
+    training: Training,
+    example_ids: np.ndarray,
+    seed: int,
+    describe: str,
+    *,
+    objective: Objective = CROSS_ENTROPY,
+    teacher: StoredTeacher | None = None,
+    shards_per_pass: int | None = None,
+    labels: np.ndarray | None = None,
+    dynamics: Dynamics | None = None,
+    world: World | None = None,
 ) -> dict[str, Any] | None:
     """Train, evaluate the last and the best checkpoint on the test split, and collect the evidence.
 
+    Args:
+        network, seed, objective, teacher, labels: As of `TrainingInputs`.
+        shards_per_pass: How many shards each pass draws; None reads all.
+        dynamics: What is recorded of the training, in `dynamics` of the run's folder.
+        world: The processes that share each batch; None: all that torchrun started.
+
     Returns: The evidence; None on all but the first of several processes.
-    Raises: CacheError when a shard of images, labels or teacher outputs has changed.
+    Raises: CacheError when a shard of images, labels or teacher outputs has changed; ValueError
+        for dynamics with gradients of an epoch beyond the training's end.
     """
-    images, first = inputs.images, inputs.world.first
-    if first:  # once a run: 0.3 s per GB on two cores
-        teacher = [inputs.teacher.outputs] if inputs.teacher else []
-        for cache in (images.train, images.test, *teacher):
+    world, log = world or this_process(study.compute.device), None
+    plan = _plan(images, training, example_ids, seed, shards_per_pass)
+    if dynamics is not None:
+        training = keep_epoch(training, plan, dynamics.gradient_epoch)
+        if world.first:
+            log = begin_log(
+                run.folder / "dynamics",
+                images,
+                plan,
+                observed=dynamics.observed,
+                logits=dynamics.logits,
+                labels=labels,
+                n_classes=network.n_classes,
+                settings=run.settings_sha256,
+            )
+    inputs = TrainingInputs(
+        images, network, training, plan, seed, objective, teacher, labels, log,
+        study.dynamics.observed, study.compute, world,
+    )  # fmt: skip
+    if world.first:  # once a run: 0.3 s per GB on two cores
+        for cache in (images.train, images.test, *([teacher.outputs] if teacher else [])):
             cache.verify()
     task = build_task(inputs)
+    tracking = study.tracking if world.first else Tracking()
     with open_tracker(
-        tracking if first else Tracking(), run.folder, describe, run.settings, saved_step(run.state)
+        tracking, run.folder, describe, run.settings, saved_step(run.state)
     ) as tracker:
         trained = train(run, task, describe, tracker)
-    if not first:
+    if not world.first:
         return None
+    if log is not None:
+        log.finish()
     evidence = training_evidence(inputs, trained)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
     if "logits" in task.distiller.reads:  # read past the loader, to compare with what it returned
-        stored = stored_accuracy(inputs.teacher.outputs, images.train, inputs.plan.example_ids)
+        stored = stored_accuracy(teacher.outputs, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": stored}
-    checkpoints = measure_checkpoints(run.folder, task.network, images, trained)
+    checkpoints = measure_checkpoints(run.folder, network, images, trained)
     return evidence | {"checkpoints": checkpoints}
 
 
