@@ -40,9 +40,11 @@ import yaml
 
 from kdlib.cache.info import build_caches
 from kdlib.repro import files
-from kdlib.steps import commands
+from kdlib.steps.distill import open_student
 from kdlib.study.cells import Cell
 from kdlib.study.load import load_study
+from kdlib.study.objectives import needs_teacher
+from kdlib.study.selections import SHARD_POLICIES
 from kdlib.study.study import Study
 
 MOST_BYTES = 16 * 2**20  # of the tar
@@ -103,9 +105,33 @@ def balanced(
     if len(seeds) < 2:
         seeds = list(study.seeds[:2])
         strategies = [n for n in strategies if all(complete(n, s) for s in seeds)]
-    needed = {study.compare.baseline, *study.probe.strategy} - {"full"}
-    there = needed <= set(strategies) and all(complete("full", s) for s in seeds)
+    asked = {study.compare.baseline, *study.probe.strategy} - {"full"}
+    there = asked <= set(strategies) and all(complete("full", s) for s in seeds)
     return (seeds, strategies) if there and len(strategies) > 1 else None
+
+
+def finished(study: Study) -> set[Point]:
+    """The cells and seeds whose students are finished and were made with the settings the study has
+    now."""
+    students = set()
+    for cell in study.cells():
+        for seed in study.seeds:
+            with contextlib.suppress(FileNotFoundError, KeyError, ValueError):
+                open_student(study, cell, seed)
+                students.add((cell, seed))
+    return students
+
+
+def needed(study: Study, cell: Cell) -> str:
+    """The last of the steps `cache`, `teacher` and `datamap` that must be made before a student of
+    this cell."""
+    drawn = cell.strategy in ("full", *SHARD_POLICIES)
+    if not drawn:
+        rule = study.selection(cell.strategy)
+        drawn = rule.kind == "random" and not rule.balanced
+    if not drawn:
+        return "datamap"
+    return "teacher" if needs_teacher(study.objectives[cell.objective]) else "cache"
 
 
 class Process:
@@ -217,7 +243,7 @@ class Campaign:
             n_workers: Students at once.
         """
         waiting, n_done = ordered(self.study), 0
-        done = commands.finished(self.study) if self.study.runs.exists() else set()
+        done = finished(self.study) if self.study.runs.exists() else set()
         waiting = [point for point in waiting if point not in done]
         path, points = str(self.path), ("--points", "-")
         whole = "cache,teacher,datamap,distill"
@@ -265,7 +291,7 @@ class Campaign:
     def _possible(self, point: Point) -> bool:
         """Whether what a student needs is made; before the map is there, of the first two seeds."""
         early = "datamap" in self.made or point[1] in self.study.seeds[:2]
-        return early and commands.needed(self.study, point[0]) in self.made
+        return early and needed(self.study, point[0]) in self.made
 
     def _probe_if_possible(self, done: set[Point]) -> None:
         """Probe beside the students as soon as it is clear of which seeds: of the first two when
@@ -292,7 +318,7 @@ class Campaign:
 
     def compare(self) -> Path | None:
         """Compare what is complete, in the time that is left; the file of the study compared."""
-        done = commands.finished(self.study)
+        done = finished(self.study)
         found = balanced(self.study, done, self.failed)
         if found is None:
             self.tell({"step": "compare", "error": "no two seeds are complete: no comparison"})

@@ -104,7 +104,7 @@ def _record(arguments: argparse.Namespace) -> int:
 def _step(arguments: argparse.Namespace) -> int:
     """Make steps of a study, alone or, of teachers and students, as one of several processes; print
     a line of JSON for each."""
-    from kdlib.steps.commands import run_steps
+    from kdlib.steps.step_command import run_steps
     from kdlib.trainer.distributed import joined
 
     study, code = load_study(arguments.study), 0
@@ -118,7 +118,7 @@ def _step(arguments: argparse.Namespace) -> int:
 
 def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell, int]]:
     """The cells and seeds of `step distill`: of a file, of standard input, or one cell."""
-    from kdlib.steps.commands import read_points
+    from kdlib.steps.step_command import read_points
 
     if arguments.points == "-":
         yield from read_points(iter(sys.stdin.readline, ""), study)  # each line as it comes

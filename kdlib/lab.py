@@ -29,16 +29,14 @@ from kdlib.models.evaluation import evaluate
 from kdlib.repro.files import nearest
 from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.steps.cache import cache_images, open_images, split_table
-from kdlib.steps.columns import meanings
-from kdlib.steps.compare import compile_tables, open_tables
+from kdlib.steps.compare import compile_tables, finish_tables, open_tables
 from kdlib.steps.datamap import make_datamap
+from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, meanings, step_of
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.noise import noise_tables
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.recordings import record_all, recording_table
 from kdlib.steps.scores import score_tables
-from kdlib.steps.shown import FIGURES, TEXTS, Picture, Text, describe, draw, step_of
-from kdlib.steps.tables import finish_tables
 from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.teacher_outputs import open_stored
 from kdlib.study.cells import Cell
@@ -221,9 +219,7 @@ class Lab:
             `controls` and `ledger`; and `curves`, `probes`, `costs`.
         Raises: FileNotFoundError for probes that are not there yet.
         """
-        tables = compile_tables(self.study)
-        finish_tables(self.study, "compare", tables)
-        return self._keep("compare", tables)
+        return self._keep("compare", compile_tables(self.study))
 
     def record(self) -> pd.DataFrame:
         """Train and record what the study's `recordings` name. Returns: One row each."""
@@ -231,17 +227,14 @@ class Lab:
 
     def scores(self) -> Tables:
         """Step 07: how scores agree with each other, from seed to seed and between networks."""
-        tables = score_tables(self.study, self.images)
-        finish_tables(self.study, "scores", tables)
-        return self._keep("scores", tables)
+        return self._keep("scores", score_tables(self.study, self.images))
 
     def noise(self) -> Tables:
         """Step 08: how well scores find training labels that are wrong."""
-        tables = noise_tables(self.study, self.images)
-        finish_tables(self.study, "noise", tables)
-        return self._keep("noise", tables)
+        return self._keep("noise", noise_tables(self.study, self.images))
 
     def _keep(self, step: str, tables: Tables) -> Tables:
+        finish_tables(self.study, step, tables)
         self._tables[step] = tables
         self._figures.pop(step, None)
         return tables

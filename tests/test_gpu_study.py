@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import TINY
+from tiny import TINY, tiny_study
 from torch.nn import functional
 
 from kdlib.compare.committed import read_committed
 from kdlib.compare.comparisons import comparisons
 from kdlib.models.networks import build_network
+from kdlib.steps.distill import student_folder
 from kdlib.study.load import load_study
 
 ROOT = Path(__file__).parents[1]
@@ -201,3 +202,28 @@ def test_every_tensor_of_their_networks_has_a_gradient_in_the_first_step(name):
         network = build_network(model, n_classes=10, image_shape=(3, 8, 8), seed=0)
         functional.cross_entropy(network(images), torch.arange(4)).backward()
         assert all(p.grad.norm() > 0 for p in network.parameters())
+
+
+def test_finished_students_are_those_of_the_settings_of_now(gpu_study, lab):
+    study = load_study("params/tiny.yaml")
+    every = {(cell, seed) for cell in study.cells() for seed in study.seeds}
+    assert gpu_study.finished(study) == every
+    cell = study.cell(strategy="easy")
+    (student_folder(study, cell, 1) / "evidence.json").unlink()
+    assert gpu_study.finished(study) == every - {(cell, 1)}
+    assert gpu_study.finished(tiny_study(lab, training__steps=61)) == set()
+
+
+def test_what_a_student_needs_follows_from_its_subset_and_objective(gpu_study, lab):
+    study = load_study("params/tiny.yaml")
+    found = {(c.strategy, c.objective): gpu_study.needed(study, c) for c in study.cells()}
+    assert found == {
+        ("full", "kd"): "teacher", ("full", "plain"): "cache",
+        ("random", "kd"): "teacher", ("random", "plain"): "cache",
+        ("easy", "kd"): "datamap", ("easy", "plain"): "datamap",
+    }  # fmt: skip
+    assert (
+        gpu_study.needed(study, study.cell(strategy="random_shards", objective="plain")) == "cache"
+    )
+    balanced = study.cell(strategy="random_balanced", objective="plain")
+    assert gpu_study.needed(study, balanced) == "datamap"  # it reads the labels there

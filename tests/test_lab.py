@@ -16,7 +16,7 @@ from kdlib import open_study
 from kdlib.lab import Lab
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
-from kdlib.steps.columns import meanings
+from kdlib.steps.display import meanings
 from kdlib.steps.distill import make_subset
 from kdlib.study.base import StudyError
 

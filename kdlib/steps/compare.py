@@ -25,10 +25,9 @@ from kdlib.compare.comparisons import (
     with_untrained,
 )
 from kdlib.repro import checks, files
-from kdlib.repro.run import read_evidence, read_metrics
+from kdlib.repro.run import Run, read_evidence, read_metrics
 from kdlib.steps.distill import open_student, outcome, student_folder
 from kdlib.steps.probe import open_probes, probe_folder
-from kdlib.steps.tables import write_tables
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
@@ -246,8 +245,8 @@ def _cost(evidence: dict[str, Any]) -> dict[str, Any]:
 
 
 def compile_tables(study: Study) -> Tables:
-    """All tables of a study from its runs, written to `runs/<study>/compare/` as parquet; those
-    from which all others follow are written to `figures/<study>/tables/` too, to be committed.
+    """All tables of a study from its runs; those from which all others follow are written to
+    `figures/<study>/tables/`, to be committed.
 
     Returns: `results`, `curves`, `probes` and `costs`, and what `comparisons` makes of them.
     Raises: checks.CheckError when no row is left to compare.
@@ -263,8 +262,28 @@ def compile_tables(study: Study) -> Tables:
         "probes": probed.drop(columns=hashes),  # `results` has those of the last step
         "costs": costs(study),
     }
-    tables = comparisons(study, write_committed(study, records))
-    return write_tables(study, "compare", tables)
+    return comparisons(study, write_committed(study, records))
+
+
+def finish_tables(study: Study, step: str, tables: Tables) -> dict[str, Any]:
+    """Write each table of step `compare`, `scores` or `noise` to
+    `runs/<study>/<step>/<name>.parquet`, then the evidence, which marks the step finished: their
+    hashes, and of `compare` how many runs there are and how many were accepted.
+
+    Returns: The evidence.
+    """
+    folder, hashes = study.runs / step, {}
+    for name, table in tables.items():
+        path = folder / f"{name}.parquet"
+        files.write_atomic(path, lambda file, table=table: table.to_parquet(file))
+        hashes[name] = files.sha256_file(path)
+    settings = {"step": study.step_settings(step), "inputs": hashes}
+    files.write_json(folder / "settings.json", settings)
+    evidence = {"step": step, "study": study.name}
+    if step == "compare":
+        refused = tables["results"]["refused"]
+        evidence |= {"n_runs": len(refused), "n_accepted": int((~refused).sum())}
+    return Run(folder, settings).finish(evidence)
 
 
 def open_tables(study: Study) -> tuple[Tables, str]:

@@ -10,7 +10,6 @@ from kdlib.compare.text import table, write_text
 from kdlib.dataset.images import Images
 from kdlib.steps.recordings import open_held_out, open_log, recordings_of, threshold_samples
 from kdlib.steps.scores import recorded_scores
-from kdlib.steps.tables import write_tables
 from kdlib.study.base import StudyError
 from kdlib.study.selections import DIFFICULTY
 from kdlib.study.study import Study
@@ -69,7 +68,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
     for seed in study.recordings.seeds:
         log = open_log(study, images, model, f"seed={seed}")
         epochs.append(label_noise.over_epochs(log, wrong))
-    tables = {
+    return {
         "detectors": pd.DataFrame(rows).sort_values("auroc", ascending=False, ignore_index=True),
         "curves": pd.concat(curves, ignore_index=True),
         "over_epochs": pd.concat(epochs).groupby(["detector", "epoch"], as_index=False).mean(),
@@ -78,8 +77,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
             columns=["rule", "flagged", "precision", "recall"],
         ),
         "labels": pd.DataFrame({"wrong": [int(wrong.sum())], "n_examples": [len(wrong)]}),
-    }  # fmt: skip
-    return write_tables(study, "noise", tables)
+    }
 
 
 def _below_threshold(study: Study, images: Images) -> np.ndarray:

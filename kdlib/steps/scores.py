@@ -18,7 +18,6 @@ from kdlib.compare.comparisons import Tables
 from kdlib.compare.text import table, write_text
 from kdlib.dataset.images import Images
 from kdlib.steps.recordings import open_gradients, open_log, recordings_of
-from kdlib.steps.tables import write_tables
 from kdlib.study.selections import SCORES
 from kdlib.study.study import Study
 
@@ -95,7 +94,7 @@ def score_tables(study: Study, images: Images) -> Tables:
                 row = {"model": one, "other": other, "score": name}
                 between.append(row | {"correlation": spearman(*means)})
     tables["models"] = pd.DataFrame(between, columns=["model", "other", "score", "correlation"])
-    return write_tables(study, "scores", tables)
+    return tables
 
 
 def describe_scores(study: Study, tables: Tables) -> str:

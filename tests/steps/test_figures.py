@@ -5,9 +5,8 @@ import shutil
 from tiny import files_below, tiny_study
 
 from kdlib.__main__ import main
-from kdlib.steps.compare import compile_tables
+from kdlib.steps.compare import compile_tables, finish_tables
 from kdlib.steps.figures import draw_datamap, redraw_comparison
-from kdlib.steps.tables import finish_tables
 
 
 def test_figures_are_drawn_from_the_records_and_are_the_same_bytes_twice(lab):

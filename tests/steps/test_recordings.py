@@ -10,10 +10,10 @@ from kdlib.__main__ import main
 from kdlib.cartography.scores import aum
 from kdlib.steps import recordings
 from kdlib.steps.cache import cache_images
+from kdlib.steps.compare import finish_tables
 from kdlib.steps.figures import draw_noise, draw_scores, redraw_recordings
 from kdlib.steps.noise import describe_noise, noise_tables
 from kdlib.steps.scores import describe_scores, recorded_scores, score_tables
-from kdlib.steps.tables import finish_tables
 from kdlib.study.base import StudyError
 from kdlib.study.load import load_study
 from kdlib.study.study import Study

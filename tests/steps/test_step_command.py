@@ -1,4 +1,4 @@
-"""`kdlib.steps`: steps without notebooks make what the notebooks make, and say so in rows."""
+"""`kdlib.steps.step_command`: steps without notebooks make what the notebooks make."""
 
 import io
 import json
@@ -7,30 +7,28 @@ import pytest
 
 from kdlib.cache.shards import CacheError
 from kdlib.repro.run import read_evidence
-from kdlib.steps import cache, commands
+from kdlib.steps import cache, step_command
 from kdlib.steps.distill import open_student, student_folder
 from kdlib.study.base import StudyError
 from kdlib.study.load import load_study
-
-from tiny import tiny_study  # isort: skip
 
 
 def test_points_name_cells_and_seeds_and_leave_axes_out(lab):
     study = load_study("params/tiny.yaml")
     lines = ['{"strategy": "easy", "objective": "plain", "seed": 1}\n', "\n", '{"seed": 0}\n']
-    (easy, one), (first, zero) = commands.read_points(lines, study)
+    (easy, one), (first, zero) = step_command.read_points(lines, study)
     assert (easy.strategy, easy.objective, easy.fraction, one) == ("easy", "plain", 0.33, 1)
     assert (first, zero) == (study.cell(), 0)
     with pytest.raises(ValueError, match=r"is no point; expected \{\"seed\": 0"):
-        list(commands.read_points(['{"strategy": "easy"}'], study))
+        list(step_command.read_points(['{"strategy": "easy"}'], study))
     with pytest.raises(StudyError, match="unknown strategy 'eazy'"):
-        list(commands.read_points(['{"strategy": "eazy", "seed": 0}'], study))
+        list(step_command.read_points(['{"strategy": "eazy", "seed": 0}'], study))
 
 
 def test_points_are_read_one_by_one_as_they_come(lab):
     study = load_study("params/tiny.yaml")
     lines = iter(['{"seed": 0}', '{"seed": 1}'])
-    points = commands.read_points(lines, study)
+    points = step_command.read_points(lines, study)
     assert next(points)[1] == 0
     assert next(lines) == '{"seed": 1}'  # nothing was read ahead
 
@@ -41,7 +39,7 @@ def test_a_student_that_fails_is_told_and_the_next_one_is_trained(lab):
     folder = student_folder(study, cell, 0)
     (folder / "evidence.json").unlink()
     (folder / "subset.parquet").write_bytes(b"damaged")
-    bad, good = commands.distill(study, [(cell, 0), (cell, 1)])
+    bad, good = step_command.distill(study, [(cell, 0), (cell, 1)])
     assert (bad["seed"], good["seed"]) == (0, 1)
     assert "subset.parquet" in bad["error"]
     assert "test_accuracy" not in bad
@@ -54,31 +52,6 @@ def test_a_student_that_fails_is_told_and_the_next_one_is_trained(lab):
     assert good["seconds"] >= 0
 
 
-def test_finished_students_are_those_of_the_settings_of_now(lab):
-    study = load_study("params/tiny.yaml")
-    every = {(cell, seed) for cell in study.cells() for seed in study.seeds}
-    assert commands.finished(study) == every
-    cell = study.cell(strategy="easy")
-    (student_folder(study, cell, 1) / "evidence.json").unlink()
-    assert commands.finished(study) == every - {(cell, 1)}
-    assert commands.finished(tiny_study(lab, training__steps=61)) == set()
-
-
-def test_what_a_student_needs_follows_from_its_subset_and_objective(lab):
-    study = load_study("params/tiny.yaml")
-    found = {(c.strategy, c.objective): commands.needed(study, c) for c in study.cells()}
-    assert found == {
-        ("full", "kd"): "teacher", ("full", "plain"): "cache",
-        ("random", "kd"): "teacher", ("random", "plain"): "cache",
-        ("easy", "kd"): "datamap", ("easy", "plain"): "datamap",
-    }  # fmt: skip
-    assert (
-        commands.needed(study, study.cell(strategy="random_shards", objective="plain")) == "cache"
-    )
-    balanced = study.cell(strategy="random_balanced", objective="plain")
-    assert commands.needed(study, balanced) == "datamap"  # it reads the labels there
-
-
 def test_a_built_cache_needs_no_data_set(lab, monkeypatch):
     def absent(*_):
         raise AssertionError("the data set was opened")
@@ -86,7 +59,8 @@ def test_a_built_cache_needs_no_data_set(lab, monkeypatch):
     monkeypatch.setattr(cache, "open_source", absent)
     study = load_study("params/tiny.yaml")
     (study.runs / "cache" / "evidence.json").rename(lab / "before.json")
-    assert commands.cache(study, built=True) == {"n_train": 1100, "n_test": 500}
+    [row] = step_command.run_steps(study, ["cache"], [], built=True)
+    assert (row["step"], row["n_train"], row["n_test"]) == ("cache", 1100, 500)
     made, before = read_evidence(study.runs / "cache"), json.loads(
         (lab / "before.json").read_text()
     )  # fmt: skip
@@ -94,7 +68,7 @@ def test_a_built_cache_needs_no_data_set(lab, monkeypatch):
     assert [made[key] for key in same] == [before[key] for key in same]
     (study.cache / "train" / "index.json").unlink()
     with pytest.raises(CacheError, match="no cache"):
-        commands.cache(study, built=True)
+        list(step_command.run_steps(study, ["cache"], [], built=True))
 
 
 def test_steps_by_the_command_line_print_a_row_each(lab, monkeypatch, capsys):
