@@ -15,7 +15,6 @@ import pandas as pd
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.models.networks import network_for
 from kdlib.probes import diagnostics
-from kdlib.probes.classifiers import Features
 from kdlib.probes.features import labelled_features
 from kdlib.repro import checks, files
 from kdlib.repro.run import open_run, read_evidence, read_table
@@ -48,31 +47,26 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     Raises: CheckError when features are collapsed, or a trained probe lies below the random
         initialisation's: both say that something is wrong with the features, not with the subset.
     """
-    device = prepare_device(study.compute)
+    device, folder = prepare_device(study.compute), probe_folder(study, cell)
     evidences = {s: open_student(study, cell, s) for s in study.seeds}
     teacher = open_teacher(study)
     others = {name: other_examples(data) for name, data in study.probe.others.items()}
+    inputs = {
+        "students": {str(s): e["checkpoints"]["last"] for s, e in evidences.items()},
+        "series": {str(s): e["series"] for s, e in evidences.items()},
+        "teacher": teacher["outputs"],
+    }
     settings = {
         "step": study.step_settings("probe", cell),
-        "inputs": images.fingerprints
-        | {"students": {str(s): e["checkpoints"]["last"] for s, e in evidences.items()}}
-        | {"series": {str(s): e["series"] for s, e in evidences.items()}}
-        | {"teacher": teacher["outputs"]}
-        | ({"others": _fingerprints(others)} if others else {}),
+        "inputs": images.fingerprints | inputs | _named_fingerprints(others),
     }
-    folder = probe_folder(study, cell)
     with open_run(study.runs, folder, settings) as run:
         if not run.finished:
             further = (cache for examples in others.values() for cache, _ in examples)
             for cache in (images.train, images.test, *further):
                 cache.verify()
-            pair = _teacher_pair(study, images, teacher)
-            table = pd.DataFrame(
-                [*_probe_students(
-                    study, images, cell, evidences, pair[0], teacher["outputs"], others, device
-                 ),
-                 *_probe_teacher(study, images, cell, pair, teacher["outputs"], others, device)]
-            )  # fmt: skip
+            probing = _Probing(study, images, cell, teacher, others, device)
+            table = pd.DataFrame([*probing.students(evidences), *probing.teacher()])
             write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
             evidence = _probe_evidence(table, images) | {
                 "step": "probe",
@@ -106,109 +100,103 @@ def _fingerprints(others: dict[str, Examples]) -> dict[str, list[str]]:
     }
 
 
-def _probe_students(
-    study: Study,
-    images: Images,
-    cell: Cell,
-    evidences: dict[int, dict],
-    teacher: Features,
-    outputs: dict[str, str],
-    others: dict[str, Examples],
-    device: str,
-) -> Iterator[dict[str, Any]]:
-    network = network_for(images, study.students[cell.student].model, 0, device)
-    norm = diagnostics.shared(teacher.values, teacher.values)
-    places = {STUDY_DATA: probe_examples(images)} | others
-    inputs = images.fingerprints | {"teacher": outputs}
-    inputs |= {"others": _fingerprints(others)} if others else {}
-
-    def rows(evidence: dict, seed: int, step: str) -> Iterator[dict[str, Any]]:
-        weights = load_step(network, student_folder(study, cell, seed), evidence, step)
-        for on, examples in places.items():
-            yield from probe_network(
-                on, examples, network, weights, images.pixels, images.image_shape, study.probe,
-                (teacher.values, norm) if on == STUDY_DATA else None,
-            )  # fmt: skip
-
-    for seed, evidence in evidences.items():
-        untrained = evidence["initialisation"]["weights_sha256"]
-        for step in evidence["series"]:
-            row = dict(cell.items()) | {"seed": seed, "step": int(step)}
-            make = partial(rows, evidence, seed, step)
-            if step == "0":  # the same network in every cell
-                make = partial(_once, study, inputs | {"weights": untrained}, make, device)
-            yield from (row | more for more in make())
+def _named_fingerprints(others: dict[str, Examples]) -> dict[str, Any]:
+    return {"others": _fingerprints(others)} if others else {}
 
 
-def _teacher_pair(
-    study: Study, images: Images, teacher: dict[str, Any]
-) -> tuple[Features, Features]:
-    train, test = (
-        labelled_features(
-            cache, ids, teacher_features(study, cache, ids), teacher["weights_sha256"]
-        )
-        for cache, ids in probe_examples(images)
-    )
-    return train, test
+class _Probing:
+    """Probes of one cell: of its students' checkpoints, and of the teacher.
 
-
-def _probe_teacher(
-    study: Study,
-    images: Images,
-    cell: Cell,
-    pair: tuple[Features, Features],
-    outputs: dict[str, str],
-    others: dict[str, Examples],
-    device: str,
-) -> Iterator[dict[str, Any]]:
-    """The teacher's rows: of its stored features, and of other data."""
-    row = dict(cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
-    inputs = {"weights": pair[0].weights_sha256, "outputs": outputs}
-    rows = _once(
-        study, inputs | images.fingerprints,
-        lambda: probe_pair({"on": STUDY_DATA, "layer": LAST}, *pair, study.probe), device,
-    )  # fmt: skip
-    for name, examples in others.items():
-        rows += _once(
-            study, inputs | _fingerprints({name: examples}),
-            partial(_teacher_elsewhere, study, images, name, examples, device), device,
-        )  # fmt: skip
-    yield from (row | more for more in rows)
-
-
-def _teacher_elsewhere(
-    study: Study, images: Images, name: str, examples: Examples, device: str
-) -> Iterator[dict[str, Any]]:
-    """Probes of the teacher's features on another data set."""
-    folder = teacher_folder(study)
-    evidence = read_evidence(folder)
-    network = load_teacher(study, images, device, folder, evidence)
-    weights = evidence["teacher"]["weights_sha256"]
-    last = study.probe.model_copy(update={"layers": (LAST,)})
-    yield from probe_network(
-        name, examples, network, weights, teacher_pixels(study, images), images.image_shape, last
-    )
-
-
-def _once(
-    study: Study,
-    inputs: dict[str, Any],
-    make: Callable[[], Iterator[dict[str, Any]]],
-    device: str,
-) -> list[dict[str, Any]]:
-    """Rows of a network that is the same in many cells, computed for the first of them.
-
-    Args:
-        inputs: All that determines the rows, beside the study's settings of probes.
+    Attributes:
+        card: The teacher's.
+        others: Examples of other data sets, by name.
+        pair: The teacher's stored features of the study's training and test examples.
     """
-    asked, folder = study.step_settings("probe"), study.runs / "probe" / "once"
-    path = folder / files.fingerprint(inputs)[:12] / "probes.parquet"
-    with open_run(study.runs, path.parent, {"step": asked, "inputs": inputs}) as run:
-        if not run.finished:
-            write_parquet(path, pd.DataFrame(make()), {"settings": run.settings_sha256})
-            sha256 = files.sha256_file(path)
-            run.finish({"step": "probe", "study": study.name, "table_sha256": sha256}, device)
-    return read_table(path, asked, MAKER).to_dict("records")
+
+    def __init__(
+        self,
+        study: Study,
+        images: Images,
+        cell: Cell,
+        card: dict[str, Any],
+        others: dict[str, Examples],
+        device: str,
+    ) -> None:
+        self.study, self.images, self.cell = study, images, cell
+        self.card, self.others, self.device = card, others, device
+        self.pair = [
+            labelled_features(
+                cache, ids, teacher_features(study, cache, ids), card["weights_sha256"]
+            )
+            for cache, ids in probe_examples(images)
+        ]
+
+    def students(self, evidences: dict[int, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The rows of every checkpoint of the seeds' runs."""
+        study, images, cell = self.study, self.images, self.cell
+        network = network_for(images, study.students[cell.student].model, 0, self.device)
+        teacher = self.pair[0].values
+        teacher = teacher, diagnostics.shared(teacher, teacher)
+        places = {STUDY_DATA: probe_examples(images)} | self.others
+        inputs = images.fingerprints | {"teacher": self.card["outputs"]}
+        inputs |= _named_fingerprints(self.others)
+
+        def rows(evidence: dict, seed: int, step: str) -> Iterator[dict[str, Any]]:
+            weights = load_step(network, student_folder(study, cell, seed), evidence, step)
+            for on, examples in places.items():
+                yield from probe_network(
+                    on, examples, network, weights, images.pixels, images.image_shape, study.probe,
+                    teacher if on == STUDY_DATA else None,
+                )  # fmt: skip
+
+        for seed, evidence in evidences.items():
+            untrained = {"weights": evidence["initialisation"]["weights_sha256"]}
+            for step in evidence["series"]:
+                row = dict(cell.items()) | {"seed": seed, "step": int(step)}
+                make = partial(rows, evidence, seed, step)
+                if step == "0":  # the same network in every cell
+                    make = partial(self._once, inputs | untrained, make)
+                yield from (row | more for more in make())
+
+    def teacher(self) -> Iterator[dict[str, Any]]:
+        """The teacher's rows: of its stored features, and of other data."""
+        row = dict(self.cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
+        inputs = {"weights": self.pair[0].weights_sha256, "outputs": self.card["outputs"]}
+        place = {"on": STUDY_DATA, "layer": LAST}
+        make = partial(probe_pair, place, *self.pair, self.study.probe)
+        rows = self._once(inputs | self.images.fingerprints, make)
+        for name, examples in self.others.items():
+            make = partial(self._teacher_elsewhere, name, examples)
+            rows += self._once(inputs | _fingerprints({name: examples}), make)
+        yield from (row | more for more in rows)
+
+    def _teacher_elsewhere(self, name: str, examples: Examples) -> Iterator[dict[str, Any]]:
+        """Probes of the teacher's features on another data set."""
+        study, images, folder = self.study, self.images, teacher_folder(self.study)
+        network = load_teacher(study, images, self.device, folder, read_evidence(folder))
+        last = study.probe.model_copy(update={"layers": (LAST,)})
+        yield from probe_network(
+            name, examples, network, self.pair[0].weights_sha256, teacher_pixels(study, images),
+            images.image_shape, last,
+        )  # fmt: skip
+
+    def _once(
+        self, inputs: dict[str, Any], make: Callable[[], Iterator[dict[str, Any]]]
+    ) -> list[dict[str, Any]]:
+        """Rows of a network that is the same in many cells, computed for the first of them.
+
+        Args:
+            inputs: All that determines the rows, beside the study's settings of probes.
+        """
+        study, asked = self.study, self.study.step_settings("probe")
+        path = study.runs / "probe" / "once" / files.fingerprint(inputs)[:12] / "probes.parquet"
+        with open_run(study.runs, path.parent, {"step": asked, "inputs": inputs}) as run:
+            if not run.finished:
+                write_parquet(path, pd.DataFrame(make()), {"settings": run.settings_sha256})
+                evidence = {"step": "probe", "study": study.name}
+                evidence["table_sha256"] = files.sha256_file(path)
+                run.finish(evidence, self.device)
+        return read_table(path, asked, MAKER).to_dict("records")
 
 
 def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:

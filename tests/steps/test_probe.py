@@ -160,10 +160,10 @@ def test_seeds_that_stop_early_are_each_judged_at_their_last_step(probed):
 
 def test_the_teacher_is_probed_again_when_its_outputs_are_others(probed, monkeypatch):
     study, images, cell, _ = _probed(probed)
-    pair = probe._teacher_pair(study, images, open_teacher(study))
+    card = open_teacher(study) | {"outputs": {"train": "new"}}
     monkeypatch.setattr(probe, "probe_pair", lambda *_: iter([{"accuracy": 0.5}]))
-    rows = list(probe._probe_teacher(study, images, cell, pair, {"train": "new"}, {}, "cpu"))
-    assert rows[0]["accuracy"] == 0.5
+    [row] = probe._Probing(study, images, cell, card, {}, "cpu").teacher()
+    assert row["accuracy"] == 0.5
 
 
 def test_features_of_the_same_weights_give_the_same_bytes_again(probed):
