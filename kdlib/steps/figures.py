@@ -15,7 +15,6 @@ from kdlib.cartography.scores import confidence, correctness, variability
 from kdlib.cartography.variants import SAME_NAME
 from kdlib.compare.committed import is_committed
 from kdlib.compare.comparisons import Tables
-from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan, fixed_shards
 from kdlib.plots import theme
@@ -39,9 +38,10 @@ from kdlib.plots.theme import WIDE, save_figures
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import open_tables
 from kdlib.steps.datamap import open_datamap
-from kdlib.steps.noise import DETECTORS, describe_noise, noise_tables, suspects
+from kdlib.steps.display import FIGURES, TEXTS
+from kdlib.steps.noise import DETECTORS, noise_tables, suspects
 from kdlib.steps.recordings import open_log
-from kdlib.steps.scores import describe_scores, score_tables
+from kdlib.steps.scores import score_tables
 from kdlib.study.evaluation import AXES, MEASURES
 from kdlib.study.study import Study
 
@@ -77,13 +77,9 @@ def _snapshots(log: DynamicsLog) -> dict[int, pd.DataFrame]:
     snapshots = {}
     for epoch in np.unique(np.geomspace(min(2, log.n_epochs), log.n_epochs, 6).round()).astype(int):
         gold_prob, correct = log["gold_prob"][:epoch], log["correct"][:epoch]
-        snapshots[int(epoch)] = pd.DataFrame(
-            {
-                "confidence": confidence(gold_prob),
-                "variability": variability(gold_prob),
-                "correctness": correctness(correct),
-            }
-        )
+        scores = confidence(gold_prob), variability(gold_prob), correctness(correct)
+        columns = ("confidence", "variability", "correctness")
+        snapshots[int(epoch)] = pd.DataFrame(dict(zip(columns, scores, strict=True)))
     return snapshots
 
 
@@ -110,21 +106,20 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
     n_shards, size, n_drawn, batch_size, n_batches = 122, 2048, 25, 64, 100_000
+
+    def visits(ids: np.ndarray, shards_per_pass: int | None = None) -> np.ndarray:
+        plan = Plan(ids, batch_size, n_batches, 0, shard_size=size, shards_per_pass=shards_per_pass)
+        return plan.shard_visits()
+
     ids = np.arange(n_shards * size)
-    fixed_ids = fixed_shards(ids, size, n_drawn, seed=0)
-    fixed = np.zeros(n_shards)
-    plan = Plan(fixed_ids, batch_size, n_batches, 0, shard_size=size)
-    fixed[np.unique(fixed_ids // size)] = plan.shard_visits()
-    random = Plan(ids, batch_size, n_batches, 0, shard_size=size, shards_per_pass=n_drawn)
-    visits = {
-        "all": Plan(ids, batch_size, n_batches, 0, shard_size=size).shard_visits(),
-        "fixed": fixed,
-        f"random, {n_drawn} a pass": random.shard_visits(),
-    }
+    fixed_ids, fixed = fixed_shards(ids, size, n_drawn, seed=0), np.zeros(n_shards)
+    fixed[np.unique(fixed_ids // size)] = visits(fixed_ids)
+    random = visits(ids, n_drawn)
+    by_policy = {"all": visits(ids), "fixed": fixed, f"random, {n_drawn} a pass": random}
     with theme.style():
         fig = Figure(figsize=(WIDE, 3.6))
         title = f"{n_batches:,} batches of {batch_size} from {n_shards} shards of {size:,} images"
-        shard_visits(fig, visits, title)
+        shard_visits(fig, by_policy, title)
     return save_figures({"shard_visits": fig}, study.figures)
 
 
@@ -255,16 +250,13 @@ def draw_scores(study: Study, images: Images, tables: Tables) -> dict[str, Path]
         stability(figures["stability"].subplots(), rows)
         if len(models) > 1:
             figures["map_against"] = Figure(figsize=(WIDE, 2.55))
-            part = f"seed={study.recordings.seeds[0]}"
-            pair = [_recorded_map(study, images, model, part) for model in models[:2]]
+            part, pair = f"seed={study.recordings.seeds[0]}", []
+            for model in models[:2]:
+                log, asked = open_log(study, images, model, part), study.dynamics
+                pair.append(compute_datamap(log, el2n_epoch=asked.el2n_epoch, window=asked.window))
             title = f"{study.name}, {part.replace('=', ' ')}, N = {len(pair[0]):,}"
             against(figures["map_against"], *pair, tuple(models[:2]), title)
     return save_figures(figures, study.figures)
-
-
-def _recorded_map(study: Study, images: Images, model: str, part: str) -> pd.DataFrame:
-    log = open_log(study, images, model, part)
-    return compute_datamap(log, el2n_epoch=study.dynamics.el2n_epoch, window=study.dynamics.window)
 
 
 def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Path]:
@@ -272,19 +264,17 @@ def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Path]:
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
-    shown = [n for n in (*DETECTORS, "cleanlab") if n in set(tables["detectors"]["detector"])]
-    curves = tables["curves"][tables["curves"]["detector"].isin(shown)]
-    over = tables["over_epochs"]
+    shown = (*DETECTORS, "cleanlab")
+    curves, summary, over = (
+        tables[name][tables[name]["detector"].isin(shown)]
+        for name in ("curves", "detectors", "over_epochs")
+    )
     counts = tables["labels"].iloc[0]
-    figures = {}
     with theme.style():
-        figures["detectors"] = Figure(figsize=(WIDE, 3.0))
-        summary = tables["detectors"][tables["detectors"]["detector"].isin(shown)]
-        detectors(
-            figures["detectors"], curves, summary, over[over["detector"].isin(shown)],
-            noise_rate=counts["wrong"] / counts["n_examples"],
-        )  # fmt: skip
-        figures["suspects"] = Figure(figsize=(WIDE, 2.4))
+        heights = {"detectors": 3.0, "suspects": 2.4}
+        figures = {name: Figure(figsize=(WIDE, height)) for name, height in heights.items()}
+        noise_rate = counts["wrong"] / counts["n_examples"]
+        detectors(figures["detectors"], curves, summary, over, noise_rate=noise_rate)
         region_grid(figures["suspects"], *suspects(study, images))
     return save_figures(figures, study.figures)
 
@@ -301,31 +291,24 @@ def redraw(study: Study) -> None:
         of_comparison, origin = redraw_comparison(study)
         print(f"{study.name}: the comparison is drawn from {origin}")
         drawn |= of_comparison
-        if (
-            study.shares is None
-        ):  # else images and datamap, and their figures, are the other study's
+        if study.shares is None:  # else images and datamap, and their figures, are of the other
             drawn |= draw_shard_visits(study)
             if _is_finished(study, "datamap"):
                 drawn |= draw_datamap(study)
             else:
-                missing += ["datamap", "forming", "regions"]
+                missing += FIGURES["datamap"]
     print(f"{', '.join(drawn)} drawn in {study.figures}")
-    if study.recordings is not None and not _is_finished(study, "scores"):
-        missing.append("those of notebook 07")
-    if (
-        study.recordings is not None
-        and study.data.relabel is not None
-        and not _is_finished(study, "noise")
-    ):
-        missing.append("those of notebook 08")
+    wrong_labels = study.recordings and study.data.relabel
+    for number, step, asked in (("07", "scores", study.recordings), ("08", "noise", wrong_labels)):
+        if asked and not _is_finished(study, step):
+            missing.append(f"those of notebook {number}")
     if missing:
         print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
 
 
 def drawable(study: Study) -> bool:
     """Whether a study has committed tables, or records of a step that draws."""
-    steps = ("compare", "scores", "noise")
-    return is_committed(study) or any(_is_finished(study, step) for step in steps)
+    return is_committed(study) or any(_is_finished(study, step) for step in TEXTS)
 
 
 def redraw_comparison(study: Study) -> tuple[dict[str, Path], str]:
@@ -337,8 +320,8 @@ def redraw_comparison(study: Study) -> tuple[dict[str, Path], str]:
     """
     tables, origin = open_tables(study)
     drawn = draw_comparison(study, tables)
-    for write in (summary, objective_table, comparison_texts, ledger_text):
-        write(study, tables)
+    for describe in TEXTS["compare"].values():
+        describe(study, tables)
     return drawn, origin
 
 
@@ -348,15 +331,14 @@ def redraw_recordings(study: Study) -> dict[str, Path]:
     Raises: FileNotFoundError and ValueError for recordings that are gone or of another study.
     """
     drawn: dict[str, Path] = {}
-    for step, compute, draw, describe in (
-        ("scores", score_tables, draw_scores, describe_scores),
-        ("noise", noise_tables, draw_noise, describe_noise),
-    ):
+    compute = {"scores": (score_tables, draw_scores), "noise": (noise_tables, draw_noise)}
+    for step, (tables_of, draw) in compute.items():
         if _is_finished(study, step):
             images = open_images(study)
-            tables = compute(study, images)
+            tables = tables_of(study, images)
             drawn |= draw(study, images, tables)
-            describe(study, tables)
+            for describe in TEXTS[step].values():
+                describe(study, tables)
     return drawn
 
 

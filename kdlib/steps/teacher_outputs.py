@@ -8,7 +8,6 @@ import numpy as np
 from kdlib.cache.outputs import open_outputs
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.images import Images, probe_examples
-from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.models.outputs import store_outputs, stored_accuracy, verify_outputs
 from kdlib.models.weights import weights_fingerprint
@@ -36,16 +35,9 @@ def store_all_outputs(
 ) -> dict[str, Any]:
     """Store a teacher's outputs in the folder of its run; returns its card, with the accuracy of
     the stored outputs."""
-    teacher, pixels = teacher_settings(study, name), teacher_pixels(study, images, name)
-    stored = {
-        split: _store(study, network, pixels, cache, folder / f"outputs-{split}", device, name=name)
-        for split, cache in (("train", images.train), ("test", images.test))
-    }
-    outputs = {split: cache.fingerprint for split, cache in stored.items()}
-    if replay(study) is not None:
-        place = folder / f"outputs-{REPLAYED}"
-        replayed = _store(study, network, pixels, images.train, place, device, name=name)
-        outputs[REPLAYED] = replayed.fingerprint
+    teacher = teacher_settings(study, name)
+    kinds = ("train", "test") if replay(study) is None else ("train", "test", REPLAYED)
+    stored = {which: _store(study, images, network, name, folder, which, device) for which in kinds}
     return _measured(study, images, network.n_classes, stored) | {
         "name": name or "teacher",
         "claimed": teacher.expected_accuracy,
@@ -53,7 +45,7 @@ def store_all_outputs(
         "split": "test",
         "weights_sha256": weights_fingerprint(network),
         "n_stages": network.n_stages,
-        "outputs": outputs,
+        "outputs": {which: cache.fingerprint for which, cache in stored.items()},
         "trained_here": isinstance(teacher, TrainedTeacher),
         "trained_on": teacher.trained_on,
     }
@@ -93,44 +85,50 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
         )
     device = prepare_device(study.compute)
     network = teacher_network(study, images, device)
-    pixels = teacher_pixels(study, images)
     kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
-    folders = [outputs_folder(study, kind) for kind in kinds]
-    return [_store(study, network, pixels, images.train, f, device, part) for f in folders]
+    place = teacher_folder(study)
+    return [_store(study, images, network, None, place, which, device, part) for which in kinds]
 
 
 def _store(
     study: Study,
+    images: Images,
     network: Network,
-    pixels: Pixels,
-    images: Cache,
+    name: str | None,
     folder: Path,
+    which: str,
     device: str,
     part: tuple[int, int] | None = None,
-    name: str | None = None,
 ) -> Cache:
-    """Store a teacher's outputs of one split or of the replayed views, and verify a sample."""
-    replayed = folder.name == f"outputs-{REPLAYED}"
-    views = replay(study) if replayed else None
+    """Store a teacher's outputs for one split or for the replayed views, and verify a sample.
+
+    Args:
+        folder: Of its run.
+        which: `train`, `test` or `REPLAYED`, which is of the training images.
+    """
+    views = replay(study)
+    cache = images.test if which == "test" else images.train
+    pixels, place = teacher_pixels(study, images, name), folder / f"outputs-{which}"
     wanted = ["logits"] if network.n_classes else []
-    if not replayed:  # for the probes
+    if which != REPLAYED:  # for the probes
         wanted.append("features")
-    if replayed or (images.header["split"] == "train" and replay(study) is None):
+    if which == REPLAYED or (which == "train" and views is None):
         for objective in study.objectives.values():
             if objective.teacher == name:
                 wanted += teacher_columns(objective, network.n_stages)
+    views = views if which == REPLAYED else None
     stored = store_outputs(
         network,
         pixels,
-        images,
-        folder,
+        cache,
+        place,
         device,
         replay=views,
         top_k=study.teacher.outputs.top_k,
         wanted=tuple(dict.fromkeys(wanted)),
-        part=part or study.data.part_of(images.header["split"]),
+        part=part or study.data.part_of(cache.header["split"]),
     )
-    verify_outputs(network, pixels, images, stored, views)
+    verify_outputs(network, pixels, cache, stored, views)
     return stored
 
 
@@ -143,20 +141,15 @@ def restore_outputs(
     device: str,
 ) -> None:
     """Store those outputs of a finished teacher again that were removed as damaged."""
-    gone = []
+    network = None
     for which in evidence["teacher"]["outputs"]:
         try:
             part = study.data.part_of("test" if which == "test" else "train")
             Cache(folder / f"outputs-{which}", part=part)
         except CacheError:
-            gone.append(which)
-    if not gone:
-        return
-    network = load_teacher(study, images, device, folder, evidence, name)
-    pixels = teacher_pixels(study, images, name)
-    for which in gone:
-        of = images.test if which == "test" else images.train
-        _store(study, network, pixels, of, folder / f"outputs-{which}", device, name=name)
+            if network is None:
+                network = load_teacher(study, images, device, folder, evidence, name)
+            _store(study, images, network, name, folder, which, device)
 
 
 def open_teacher(study: Study, name: str | None = None) -> dict[str, Any]:
