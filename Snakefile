@@ -22,6 +22,9 @@ NOTEBOOKS = Path(workflow.basedir) / "notebooks"
 RUNS = os.path.relpath(study.runs)
 UPSTREAM = os.path.relpath(study.upstream.runs)  # images, teacher and datamap may be shared
 TEACHERS = [n for n, t in study.teachers.items() if not t.of_subset]
+CACHE, TEACHER, DATAMAP = (
+    f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")
+)
 FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]
 SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
@@ -41,6 +44,7 @@ LOG = " > {log.text:q} 2>&1"
 # What a job asks of a cluster beside its threads; memory and time are the profile's (profiles/slurm).
 GPUS = study.compute.processes if study.compute.device.startswith("cuda") else 0
 
+PROBES = [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()]
 RECORDED = [f"model={m}/{part}" for m, part in (study.recordings.runs() if study.recordings else [])]
 RECORDINGS = [f"{RUNS}/recorded/{run}/evidence.json" for run in RECORDED]
 QUESTIONS = [f"{RUNS}/scores/evidence.json"] if study.recordings else []
@@ -69,8 +73,10 @@ def settings(step):
     return of
 
 
-def notebook(name):
-    return ancient(str(NOTEBOOKS / name))
+def notebook(name, changes=False):
+    """A notebook as input; `changes`: the step is made again when it changes."""
+    path = str(NOTEBOOKS / name)
+    return path if changes else ancient(path)
 
 
 def students(cells):
@@ -95,45 +101,47 @@ rule all:
     input:
         f"{RUNS}/compare/evidence.json",
         students(study.cells()),
-        [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
+        PROBES,
         QUESTIONS,
 
 
-rule cache:
-    input:
-        notebook=notebook("01_cache.ipynb"),
-    output:
-        update(f"{UPSTREAM}/cache/evidence.json"),
-    log:
-        notebook=f"{UPSTREAM}/cache/01_cache.ipynb",
-        text=f"{UPSTREAM}/cache/01_cache.log",
-    params:
-        settings=settings("cache"),
-    shell:
-        PAPERMILL + LOG
+# Steps of one notebook and no parameter but the study: what each waits for, and how many processes
+# with the study's threads, and GPUs, it has. All can be asked for by name: `snakemake scores`.
+for step, folder, name, waits, processes in (
+    ("cache", UPSTREAM, "01_cache", [], 0),
+    ("teacher", UPSTREAM, "02_teacher", [CACHE], study.compute.processes),
+    ("datamap", UPSTREAM, "03_datamap", [TEACHER], 1),
+    ("compare", RUNS, "06_compare", [DATAMAP, students(study.cells()), PROBES], 0),
+    ("scores", RUNS, "07_scores", RECORDINGS, 0),
+    ("noise", RUNS, "08_noise", RECORDINGS, 0),
+    ("audit", RUNS, "09_audit", [CACHE], 1),
+):
+    of_tables = step in ("compare", "scores", "noise")  # made anew of runs
+    evidence = f"{folder}/{step}/evidence.json"
 
-
-rule teacher:
-    input:
-        f"{UPSTREAM}/cache/evidence.json",
-        notebook=notebook("02_teacher.ipynb"),
-    output:
-        update(f"{UPSTREAM}/teacher/evidence.json"),
-    log:
-        notebook=f"{UPSTREAM}/teacher/02_teacher.ipynb",
-        text=f"{UPSTREAM}/teacher/02_teacher.log",
-    params:
-        settings=settings("teacher"),
-    threads: study.compute.threads * study.compute.processes
-    resources:
-        gpu=GPUS,
-    shell:
-        PAPERMILL + LOG
+    rule:
+        name:
+            step
+        input:
+            waits,
+            notebook=notebook(f"{name}.ipynb", changes=step == "compare"),
+        output:
+            evidence if of_tables else update(evidence),
+        log:
+            notebook=f"{folder}/{step}/{name}.ipynb",
+            text=f"{folder}/{step}/{name}.log",
+        params:
+            settings=settings(step),
+        threads: study.compute.threads * processes or 1
+        resources:
+            gpu=min(GPUS, processes),
+        shell:
+            PAPERMILL + LOG
 
 
 rule further_teacher:
     input:
-        f"{UPSTREAM}/cache/evidence.json",
+        CACHE,
     output:
         update(f"{RUNS}/teachers/{{teacher}}/evidence.json"),
     log:
@@ -147,27 +155,9 @@ rule further_teacher:
         "python -m kdlib step teacher {STUDY:q} --teacher {wildcards.teacher:q}" + LOG
 
 
-rule datamap:
-    input:
-        f"{UPSTREAM}/teacher/evidence.json",
-        notebook=notebook("03_datamap.ipynb"),
-    output:
-        update(f"{UPSTREAM}/datamap/evidence.json"),
-    log:
-        notebook=f"{UPSTREAM}/datamap/03_datamap.ipynb",
-        text=f"{UPSTREAM}/datamap/03_datamap.log",
-    params:
-        settings=settings("datamap"),
-    threads: study.compute.threads
-    resources:
-        gpu=min(GPUS, 1),
-    shell:
-        PAPERMILL + LOG
-
-
 rule record:
     input:
-        f"{UPSTREAM}/cache/evidence.json",
+        CACHE,
     output:
         update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     log:
@@ -181,60 +171,11 @@ rule record:
         "python -m kdlib record {STUDY:q} --model {wildcards.model:q} --part {wildcards.part:q}" + LOG
 
 
-# Can be asked for by name, without the students: `snakemake scores`.
-rule scores:
-    input:
-        RECORDINGS,
-        notebook=notebook("07_scores.ipynb"),
-    output:
-        f"{RUNS}/scores/evidence.json",
-    log:
-        notebook=f"{RUNS}/scores/07_scores.ipynb",
-        text=f"{RUNS}/scores/07_scores.log",
-    params:
-        settings=settings("scores"),
-    shell:
-        PAPERMILL + LOG
-
-
-rule noise:
-    input:
-        RECORDINGS,
-        notebook=notebook("08_noise.ipynb"),
-    output:
-        f"{RUNS}/noise/evidence.json",
-    log:
-        notebook=f"{RUNS}/noise/08_noise.ipynb",
-        text=f"{RUNS}/noise/08_noise.log",
-    params:
-        settings=settings("noise"),
-    shell:
-        PAPERMILL + LOG
-
-
-rule audit:
-    input:
-        f"{UPSTREAM}/cache/evidence.json",
-        notebook=notebook("09_audit.ipynb"),
-    output:
-        update(f"{RUNS}/audit/evidence.json"),
-    log:
-        notebook=f"{RUNS}/audit/09_audit.ipynb",
-        text=f"{RUNS}/audit/09_audit.log",
-    params:
-        settings=settings("audit"),
-    threads: study.compute.threads
-    resources:
-        gpu=min(GPUS, 1),
-    shell:
-        PAPERMILL + LOG
-
-
 rule distill:
     input:
-        f"{UPSTREAM}/teacher/evidence.json",
+        TEACHER,
         FURTHER,
-        f"{UPSTREAM}/datamap/evidence.json",
+        DATAMAP,
         notebook=notebook("04_distill.ipynb"),
     output:
         update(
@@ -272,20 +213,3 @@ rule probe:
         gpu=min(GPUS, 1),
     shell:
         PAPERMILL + AXES + " -p objective {wildcards.objective:q}" + LOG
-
-
-rule compare:
-    input:
-        f"{UPSTREAM}/datamap/evidence.json",
-        students(study.cells()),
-        [f"{RUNS}/probe/{cell.path}/evidence.json" for cell in study.probed_cells()],
-        notebook=str(NOTEBOOKS / "06_compare.ipynb"),
-    output:
-        f"{RUNS}/compare/evidence.json",
-    log:
-        notebook=f"{RUNS}/compare/06_compare.ipynb",
-        text=f"{RUNS}/compare/06_compare.log",
-    params:
-        settings=settings("compare"),
-    shell:
-        PAPERMILL + LOG
