@@ -23,7 +23,7 @@ def measure_checkpoints(
     measured: dict[int, dict[str, Any]] = {}
     for step in dict.fromkeys((trained.last_step, trained.best_step)):
         file, weights_sha256 = trained.checkpoints[step]
-        load_checked(network, folder, file, weights_sha256)
+        _load(network, folder / file, weights_sha256)
         loss, accuracy = evaluate(network, images.pixels, *test)
         measured[step] = {
             "step": step,
@@ -58,31 +58,29 @@ def _end_of_epoch(epoch: int, steps_of_epoch: float) -> int:
     return round(epoch * steps_of_epoch)
 
 
-def load_epoch(network: Network, folder: Path, evidence: dict[str, Any], epoch: int) -> str:
+def load_epoch(network: Network, folder: Path, evidence: dict[str, Any], epoch: int) -> None:
     """Load the weights that `keep_epoch` kept; as `load_step`."""
-    step = _end_of_epoch(epoch, evidence["epochs_in_steps"])
-    return load_step(network, folder, evidence, step)
+    load_step(network, folder, evidence, _end_of_epoch(epoch, evidence["epochs_in_steps"]))
+
+
+def load_last(network: Network, folder: Path, evidence: dict[str, Any]) -> None:
+    """Load the weights of the last step of a run; as `load_step`."""
+    load_step(network, folder, evidence, evidence["checkpoints"]["last"]["step"])
 
 
 def load_step(network: Network, folder: Path, evidence: dict[str, Any], step: int | str) -> str:
-    """Load the weights of a checkpoint of a finished run; as `load_checked`."""
-    known = evidence.get("series_sha256", {})  # runs of format 1 have none
-    return load_checked(network, folder, evidence["series"][str(step)], known.get(str(step)))
+    """Load the weights of a checkpoint of a run; returns their fingerprint.
 
-
-def load_checked(network: Network, folder: Path, file: str, weights_sha256: str | None) -> str:
-    """Load the weights of a run into a network.
-
-    Args:
-        weights_sha256: Their fingerprint when they were written; None where it was not recorded.
-
-    Returns: Their fingerprint.
     Raises: ValueError for weights that were changed.
     """
-    loaded = load_weights(network, folder / file)
-    if weights_sha256 not in (None, loaded):
+    file, expected = (evidence[name][str(step)] for name in ("series", "series_sha256"))
+    return _load(network, folder / file, expected)
+
+
+def _load(network: Network, path: Path, weights_sha256: str) -> str:
+    if load_weights(network, path) != weights_sha256:
         raise ValueError(
-            f"{folder / file} was changed after it was written; delete {folder} and run the "
-            "notebook that makes it again"
+            f"{path} was changed after it was written; delete {path.parent} and run the notebook "
+            "that makes it again"
         )
-    return loaded
+    return weights_sha256

@@ -218,27 +218,22 @@ def costs(study: Study) -> pd.DataFrame:
         folders[f"teacher {name}"] = [path.parent for path in paths]
     rows = []
     for what, of_step in folders.items():
-        runs = [_cost(e) for e in map(_finished, of_step) if e is not None]
+        runs = list(filter(None, map(_cost, of_step)))
         if runs:
             total = {key: sum(run[key] for run in runs) for key in ("wall_s", "steps")}
             rows.append({"what": what} | no_cell | runs[0] | total)
     for cell in study.cells():
         for seed in study.seeds:
-            evidence = _finished(student_folder(study, cell, seed))
-            if evidence is not None:
-                row = {"what": "student"} | dict(cell.items()) | {"seed": seed}
-                rows.append(row | _cost(evidence))
+            if cost := _cost(student_folder(study, cell, seed)):
+                rows.append({"what": "student"} | dict(cell.items()) | {"seed": seed} | cost)
     return pd.DataFrame(rows)
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def _cost(folder: Path) -> dict[str, Any] | None:
     try:
-        return read_evidence(folder)
+        evidence = read_evidence(folder)
     except (FileNotFoundError, ValueError):  # missing, or a refused run
         return None
-
-
-def _cost(evidence: dict[str, Any]) -> dict[str, Any]:
     made, recorded = evidence["made"], evidence.get("budget", {}).get("recorded", {})
     circumstances = {key: str(made[key]) for key in CIRCUMSTANCES}
     return {"wall_s": made["wall_s"], "steps": recorded.get("steps", 0)} | circumstances

@@ -15,7 +15,7 @@ from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
-from kdlib.steps.checkpoints import load_checked
+from kdlib.steps.checkpoints import load_last
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
@@ -179,8 +179,6 @@ def student_network(study: Study, images: Images, cell: Cell, seed: int) -> Netw
 
     Raises: As `open_student`; ValueError for weights that were changed.
     """
-    last = open_student(study, cell, seed)["checkpoints"]["last"]
-    network = new_student(study, images, cell, seed)
-    folder = student_folder(study, cell, seed)
-    load_checked(network, folder, last["file"], last["weights_sha256"])
+    evidence, network = open_student(study, cell, seed), new_student(study, images, cell, seed)
+    load_last(network, student_folder(study, cell, seed), evidence)
     return network.eval()

@@ -18,7 +18,7 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
-from kdlib.steps.checkpoints import load_checked, load_epoch
+from kdlib.steps.checkpoints import load_epoch, load_last
 from kdlib.steps.datamap import gradients
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.training import finish_run, train_run
@@ -125,8 +125,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
             path = write_parquet(folder / "gradients.parquet", table, {"epoch": epoch})
             evidence["gradients_sha256"] = files.sha256_file(path)
         if kind == "fold":
-            last = evidence["checkpoints"]["last"]
-            load_checked(network, folder, last["file"], last["weights_sha256"])
+            load_last(network, folder, evidence)
             table = _held_out(images, network, np.setdiff1d(images.train_ids, ids), device)
             path = write_parquet(folder / "held_out.parquet", table, {"fold": int(number)})
             evidence["held_out_sha256"] = files.sha256_file(path)
@@ -190,11 +189,15 @@ def open_gradients(study: Study, model: str, part: str) -> pd.DataFrame | None:
 
     Raises: FileNotFoundError and ValueError as `open_log`; ValueError for a table that was changed.
     """
-    settings = recording_settings(study, model, part)
-    if settings["gradient_epoch"] is None:
+    if recording_settings(study, model, part)["gradient_epoch"] is None:
         return None
-    path = recording_folder(study, model, part) / "gradients.parquet"
-    return read_table(path, settings, f"recording {model}/{part}", "gradients_sha256")
+    return _read(study, model, part, "gradients")
+
+
+def _read(study: Study, model: str, part: str, name: str) -> pd.DataFrame:
+    path = recording_folder(study, model, part) / f"{name}.parquet"
+    settings = recording_settings(study, model, part)
+    return read_table(path, settings, f"recording {model}/{part}", f"{name}_sha256")
 
 
 def open_held_out(study: Study, images: Images) -> pd.DataFrame:
@@ -206,12 +209,8 @@ def open_held_out(study: Study, images: Images) -> pd.DataFrame:
         those of this study's images, or were changed.
     """
     model = next(iter(study.recordings.models))
-    parts = []
-    for fold in range(1, study.recordings.folds + 1):
-        part = f"fold={fold}"
-        path = recording_folder(study, model, part) / "held_out.parquet"
-        settings, maker = recording_settings(study, model, part), f"recording {model}/{part}"
-        parts.append(read_table(path, settings, maker, "held_out_sha256"))
+    folds = range(1, study.recordings.folds + 1)
+    parts = [_read(study, model, f"fold={fold}", "held_out") for fold in folds]
     whole = pd.concat(parts).sort_index()
     if not np.array_equal(whole.index, images.train_ids):
         raise ValueError("the folds do not make up this study's training images; record them again")

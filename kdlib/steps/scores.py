@@ -1,5 +1,6 @@
 """Step 07: how far scores agree between scores, runs and models, from a study's recordings."""
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -85,14 +86,11 @@ def score_tables(study: Study, images: Images) -> Tables:
                 per_n += [row | r for r in stability(values).to_dict("records")]
     tables["runs"], tables["stability"] = pd.DataFrame(per_run), pd.DataFrame(per_n)
     between = []
-    models = list(scores)
-    for i, one in enumerate(models):
-        for other in models[i + 1 :]:
-            shared = [n for n in names if n in next(iter(scores[other].values()))]
-            for name in shared:
-                means = [_of_each(scores[m], name).mean(axis=0) for m in (one, other)]
-                row = {"model": one, "other": other, "score": name}
-                between.append(row | {"correlation": spearman(*means)})
+    for pair in itertools.combinations(scores, 2):
+        for name in names:
+            if all(name in next(iter(scores[model].values())) for model in pair):
+                means = [_of_each(scores[model], name).mean(axis=0) for model in pair]
+                between.append((*pair, name, spearman(*means)))
     tables["models"] = pd.DataFrame(between, columns=["model", "other", "score", "correlation"])
     return tables
 

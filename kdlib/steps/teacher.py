@@ -9,10 +9,10 @@ import pandas as pd
 from kdlib.cache.outputs import open_outputs
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
-from kdlib.models.weights import load_weights
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
+from kdlib.steps.checkpoints import load_last
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher_network import (
     recorded_network,
@@ -128,7 +128,7 @@ def _make(
         if not world.first:
             return None
         if evidence:
-            load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
+            load_last(network, folder, evidence)
         if subset is not None:
             evidence["subset"] |= {"sha256": subset.sha256, "strategy": subset.strategy}
         evidence["teacher"] = store_all_outputs(study, images, network, name, folder, device)
