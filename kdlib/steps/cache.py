@@ -68,11 +68,13 @@ def open_images(study: Study) -> Images:
 
 def split_table(images: Images) -> pd.DataFrame:
     """One row per split: number of images, their shape (C, H, W), and the folder of their cache."""
-    splits = {"train": images.train_ids, "validation": images.validation_ids}
-    splits["test"] = images.test.example_ids
+    splits = (
+        ("train", images.train_ids, images.train),
+        ("validation", images.validation_ids, images.train),
+        ("test", images.test.example_ids, images.test),
+    )
     rows = {
         split: {"images": len(ids), "shape": images.image_shape, "folder": str(cache.folder)}
-        for split, ids in splits.items()
-        for cache in [images.test if split == "test" else images.train]
+        for split, ids, cache in splits
     }
     return pd.DataFrame.from_dict(rows, orient="index")

@@ -11,19 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.committed import (
-    committed_folder,
-    is_committed,
-    read_committed,
-    write_committed,
-)
-from kdlib.compare.comparisons import (
-    PROBED,
-    Tables,
-    comparisons,
-    rerun_command,
-    with_untrained,
-)
+from kdlib.compare.committed import committed_folder, is_committed, read_committed, write_committed
+from kdlib.compare.comparisons import PROBED, Tables, comparisons, rerun_command, with_untrained
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run, read_evidence, read_metrics
 from kdlib.steps.distill import open_student, outcome, student_folder

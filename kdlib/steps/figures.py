@@ -18,11 +18,7 @@ from kdlib.compare.comparisons import Tables
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan, fixed_shards
 from kdlib.plots import theme
-from kdlib.plots.accuracy import (
-    accuracy_by_fraction,
-    accuracy_by_objective,
-    accuracy_by_strategy,
-)
+from kdlib.plots.accuracy import accuracy_by_fraction, accuracy_by_objective, accuracy_by_strategy
 from kdlib.plots.curves import (
     REFERENCES,
     diagnostics,

@@ -143,11 +143,9 @@ class _Probing:
 
         def rows(evidence: dict, seed: int, step: str) -> Iterator[dict[str, Any]]:
             weights = load_step(network, student_folder(study, cell, seed), evidence, step)
-            for on, examples in places.items():
-                yield from probe_network(
-                    on, examples, network, weights, images.pixels, images.image_shape, study.probe,
-                    teacher if on == STUDY_DATA else None,
-                )  # fmt: skip
+            yield from probe_network(
+                places, network, weights, images.pixels, images.image_shape, study.probe, teacher
+            )
 
         for seed, evidence in evidences.items():
             untrained = {"weights": evidence["initialisation"]["weights_sha256"]}
@@ -176,7 +174,7 @@ class _Probing:
         network = load_teacher(study, images, self.device, folder, read_evidence(folder))
         last = study.probe.model_copy(update={"layers": (LAST,)})
         yield from probe_network(
-            name, examples, network, self.pair[0].weights_sha256, teacher_pixels(study, images),
+            {name: examples}, network, self.pair[0].weights_sha256, teacher_pixels(study, images),
             images.image_shape, last,
         )  # fmt: skip
 

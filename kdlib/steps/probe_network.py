@@ -36,8 +36,7 @@ STUDY_DATA, LAST = "own", "features"  # values of the columns `on` and `layer` t
 
 
 def probe_network(
-    on: str,
-    examples: Examples,
+    places: dict[str, Examples],
     network: Network,
     weights: str,
     pixels: Pixels,
@@ -45,16 +44,18 @@ def probe_network(
     settings: Probe,
     teacher: tuple[np.ndarray, float] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of every layer of one network on one data set, in one pass over each split."""
-    device, pair = next(network.parameters()).device, []
-    for cache, ids in examples:
-        raw = torch.from_numpy(cache.read("images", ids)).to(device)
-        layers = layer_features(network, pixels, raw, image_shape, settings.layers)
-        pair.append({k: labelled_features(cache, ids, v, weights) for k, v in layers.items()})
-    for layer in settings.layers:
-        yield from probe_pair(
-            {"on": on, "layer": layer}, pair[0][layer], pair[1][layer], settings, teacher
-        )
+    """The rows of every layer of one network on each data set, in one pass over each split; on the
+    study's own compared with the teacher."""
+    device = next(network.parameters()).device
+    for on, examples in places.items():
+        pair, beside = [], teacher if on == STUDY_DATA else None
+        for cache, ids in examples:
+            raw = torch.from_numpy(cache.read("images", ids)).to(device)
+            layers = layer_features(network, pixels, raw, image_shape, settings.layers)
+            pair.append({k: labelled_features(cache, ids, v, weights) for k, v in layers.items()})
+        for layer in settings.layers:
+            row = {"on": on, "layer": layer}
+            yield from probe_pair(row, pair[0][layer], pair[1][layer], settings, beside)
 
 
 def probe_pair(
@@ -150,12 +151,10 @@ def probe_weights(
     weights = load_weights(network, path)
     places = {STUDY_DATA: probe_examples(images)}
     places |= {name: other_examples(data) for name, data in study.probe.others.items()}
-    rows = []
-    for on, examples in places.items():
-        rows += probe_network(
-            on, examples, network, weights, pixels or images.pixels, images.image_shape, study.probe
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    shown = pixels or images.pixels
+    return pd.DataFrame(
+        probe_network(places, network, weights, shown, images.image_shape, study.probe)
+    )
 
 
 def probe_text(probes: pd.DataFrame) -> str:

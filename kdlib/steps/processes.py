@@ -24,12 +24,12 @@ def prepare_device(compute: Compute) -> str:
     torch.set_num_threads(compute.threads)
     if compute.portable:
         processor.hold()
-    if compute.device.startswith("cuda") and not torch.cuda.is_available():
-        raise RuntimeError(
-            f"the study asks for {compute.device}, but torch sees no GPU here; set compute.device: "
-            "cpu in the study, or run it where a GPU is"
-        )
     if compute.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                f"the study asks for {compute.device}, but torch sees no GPU here; set "
+                "compute.device: cpu in the study, or run it where a GPU is"
+            )
         processor.hold_gpu()
     return this_process(compute.device).device
 

@@ -21,12 +21,7 @@ from kdlib.steps.teacher_network import (
     teacher_settings,
     weights_file,
 )
-from kdlib.steps.teacher_outputs import (
-    REPLAYED,
-    open_teacher,
-    restore_outputs,
-    store_all_outputs,
-)
+from kdlib.steps.teacher_outputs import REPLAYED, open_teacher, restore_outputs, store_all_outputs
 from kdlib.steps.training import StoredTeacher, finish_run, replay, train_run
 from kdlib.study.models import LoadedTeacher, TrainedTeacher
 from kdlib.study.objectives import Objective

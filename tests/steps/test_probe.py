@@ -131,11 +131,11 @@ def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probe
     seen, real = [], probe.probe_network
     monkeypatch.setattr(probe, "load_teacher", None)  # its rows are there
     monkeypatch.setattr(
-        probe, "probe_network", lambda *given: seen.append(given[3]) or real(*given)
+        probe, "probe_network", lambda *given: seen.append(given[2]) or real(*given)
     )
     other = study.probed_cells()[1]
     again = probe.probe_cell(study, images, other)
-    assert len(seen) == 2 * 2 * 2  # seeds, steps after 0, data
+    assert len(seen) == 2 * 2  # seeds, steps after 0
     at_start = [t[t["step"] == 0]["weights_sha256"].unique().tolist() for t in (table, again)]
     assert at_start[0] == at_start[1]
     assert not set(at_start[0]) & set(seen)
