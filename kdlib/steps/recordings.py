@@ -101,7 +101,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
         if kind == "threshold":
             pretending = threshold_samples(ids, images.n_classes, int(number))
             labels[np.isin(ids, pretending)], n_more = images.n_classes, 1
-        asked = {name: settings[name] for name in ("gradient_epoch", "logits")}
+        kept = {name: settings[name] for name in ("gradient_epoch", "logits")}
         seed, network_settings = settings["seed"], study.recordings.models[model]
         network = network_for(images, network_settings, derive(seed, "init"), device, n_more)
         evidence = train_run(
@@ -114,7 +114,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
             seed,
             f"{model} {part}",
             labels=labels,
-            dynamics=study.dynamics.model_copy(update=asked) if kind != "fold" else None,
+            dynamics=study.dynamics.model_copy(update=kept) if kind != "fold" else None,
             world=World(device=device),
         )
         if (epoch := settings["gradient_epoch"]) is not None:

@@ -67,8 +67,8 @@ def _make(study: Study, step: str, teacher: str | None, built: bool) -> Row | No
         return {"n_examples": len(make_datamap(study, images))}
     if step == "probe":
         return {"n_cells": len([probe_cell(study, images, c) for c in study.probed_cells()])}
-    made = make_one_teacher(study, images, teacher) if teacher else make_teacher(study, images)
-    return None if made is None else {"test_accuracy": made["teacher"]["measured"]}
+    evidence = make_one_teacher(study, images, teacher) if teacher else make_teacher(study, images)
+    return None if evidence is None else {"test_accuracy": evidence["teacher"]["measured"]}
 
 
 def read_points(lines: Iterable[str], study: Study) -> Iterator[tuple[Cell, int]]:

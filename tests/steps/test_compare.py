@@ -36,10 +36,10 @@ def test_a_row_with_another_budget_is_refused_and_shown(lab):
     assert "steps: 60 -> 156" in refused["reason"].iloc[0]
     full = tables["strategies"].query("strategy == 'full' and objective == 'kd'").iloc[0]
     assert (full["n_seeds"], full["n_refused"]) == (1, 1)
-    told = (
+    message = (
         f"{refused['run'].item()} ({100 * refused['test_accuracy'].item():.1f} %, which enters no"
     )
-    assert f"- refused: {told} mean): budget: " in summary(study, tables)
+    assert f"- refused: {message} mean): budget: " in summary(study, tables)
 
 
 def test_a_number_without_its_checkpoint_is_refused(lab):
@@ -82,32 +82,32 @@ def test_rows_made_before_the_study_was_changed_are_refused(lab):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"data__split_seed": 3}, "split_seed: 0 -> 3"),
         ({"teacher__seed": 7}, "teacher.seed: 0 -> 7"),
     ],
 )
-def test_a_table_is_of_the_images_and_the_teacher_the_study_has_now(lab, changes, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_table_is_of_the_images_and_the_teacher_the_study_has_now(lab, changes, message):
+    with pytest.raises(ValueError, match=message):
         results(tiny_study(lab, **changes))
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda e: e["data"].update(split="of another seed"), "images"),
         (lambda e: e["teacher"].update(weights_sha256="0" * 64), "teacher outputs"),
         (lambda e: e["subset"].update(parent_datamap="0" * 64), "datamap"),
     ],
 )
-def test_rows_of_another_study_s_making_are_refused(lab, change, told):
+def test_rows_of_another_study_s_making_are_refused(lab, change, message):
     study = tiny_study(lab)
     folder = student_folder(study, study.cell(strategy="easy", objective="kd"), 0)
     forge(folder, change)
     table = results(study)
     reason = table[table["refused"]]["reason"].item()
-    assert f"made from another study's {told}: run notebook 04 again" in reason
+    assert f"made from another study's {message}: run notebook 04 again" in reason
 
 
 def test_a_missing_run_is_refused_and_named(lab):

@@ -132,7 +132,7 @@ def test_rules_of_their_own_train_on_exactly_their_budget(lab, strategy):
         assert subset.sha256 == easy.sha256
 
 
-TAUGHT = {
+OBJECTIVES = {
     "mse": {"kind": "mse", "alpha": 0.1},
     "dkd": {"kind": "dkd", "target_weight": 1.0, "rest_weight": 2.0, "temperature": 2.0},
     "dist": {"kind": "dist", "inter_weight": 1.0, "intra_weight": 1.0, "temperature": 1.0},
@@ -148,33 +148,33 @@ TAUGHT = {
 
 
 @pytest.fixture(scope="module")
-def taught(made, tmp_path_factory):
+def objectives_lab(made, tmp_path_factory):
     """A workspace whose teacher has stored all that any objective reads, in two replayed views."""
-    lab = tmp_path_factory.mktemp("taught")
+    lab = tmp_path_factory.mktemp("objectives_lab")
     shutil.copytree(made / "cache", lab / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(lab))
-        study = _taught(lab)
+        study = _study(lab)
         teacher.make_teacher(study, cache_images(study))
     return lab
 
 
-def _taught(lab, **changes):
-    names = ["plain", *TAUGHT]
+def _study(lab, **changes):
+    names = ["plain", *OBJECTIVES]
     return tiny_study(
-        lab, objectives={"plain": {"kind": "cross_entropy"}} | TAUGHT, axes__objective=names,
+        lab, objectives={"plain": {"kind": "cross_entropy"}} | OBJECTIVES, axes__objective=names,
         probe__objective=["plain"], teacher__outputs={"views": 2},
         training={"steps": 40, "batch_size": 64, "lr_peak": 0.05, "augment": {"crop_padding": 1}},
         **changes,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", TAUGHT)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_trains_a_student_that_passes_every_tripwire(
-    taught, monkeypatch, objective
+    objectives_lab, monkeypatch, objective
 ):
-    monkeypatch.setenv("KDLIB_HOME", str(taught))
-    study = _taught(taught)
+    monkeypatch.setenv("KDLIB_HOME", str(objectives_lab))
+    study = _study(objectives_lab)
     cell = study.cell(strategy="full", objective=objective)
     evidence = distill.train_student(study, open_images(study), cell, 0)
     assert all(check["passed"] for check in evidence["checks"])

@@ -40,10 +40,10 @@ def test_a_clone_without_runs_redraws_the_same_bytes_from_the_committed_tables(
             path.unlink()
     monkeypatch.setattr("sys.argv", ["kdlib", "figures"])  # all studies that have tables
     assert main() == 0
-    told = capsys.readouterr().out
-    assert "tiny: the comparison is drawn from its committed tables" in told
-    assert "not drawn, since their records are not in" in told
-    assert "datamap, forming, regions" in told
+    printed = capsys.readouterr().out
+    assert "tiny: the comparison is drawn from its committed tables" in printed
+    assert "not drawn, since their records are not in" in printed
+    assert "datamap, forming, regions" in printed
     assert files_below(study.figures) == first
 
 
@@ -55,10 +55,10 @@ def test_changed_or_foreign_tables_draw_nothing_and_stop_no_other_study(lab, mon
     shutil.rmtree(study.runs)
     monkeypatch.setattr("sys.argv", ["kdlib", "figures"])
     assert main() == 1
-    told = capsys.readouterr()
-    assert "tiny: the comparison is drawn from its committed tables" in told.out
-    assert "twin.yaml: ValueError" in told.err
-    assert "study: tiny -> twin" in told.err
+    printed = capsys.readouterr()
+    assert "tiny: the comparison is drawn from its committed tables" in printed.out
+    assert "twin.yaml: ValueError" in printed.err
+    assert "study: tiny -> twin" in printed.err
     path = study.figures / "tables" / "results.parquet"
     path.write_bytes(path.read_bytes().replace(b"tiny", b"tiney"[:4], 1)[:-1])
     before = (study.figures / "summary.md").read_bytes()

@@ -121,8 +121,8 @@ def test_wrong_labels_are_found_better_than_by_chance(study, made):
     assert found.loc["held-out loss", "auroc"] > 0.75
     assert found.loc["aum", "n_runs"] == 2
     assert set(tables["rules"]["rule"]) == {"cleanlab: label issues", "AUM below threshold samples"}
-    told = describe_noise(study, tables)
-    assert f"{tables['labels']['wrong'][0]:,} of 1,100" in told
+    text = describe_noise(study, tables)
+    assert f"{tables['labels']['wrong'][0]:,} of 1,100" in text
     drawn = draw_noise(study, made[2], tables)
     assert all(path.stat().st_size > 5_000 for path in drawn.values())
 

@@ -33,7 +33,7 @@ def test_points_are_read_one_by_one_as_they_come(lab):
     assert next(lines) == '{"seed": 1}'  # nothing was read ahead
 
 
-def test_a_student_that_fails_is_told_and_the_next_one_is_trained(lab):
+def test_a_student_that_fails_is_reported_and_the_next_one_is_trained(lab):
     study = load_study("params/tiny.yaml")
     cell = study.cell(strategy="easy", objective="kd")
     folder = student_folder(study, cell, 0)

@@ -129,7 +129,7 @@ OWN = {
 }
 
 
-def _taught_study(lab, **own):
+def _study_of_two_teachers(lab, **own):
     objectives = {
         "kd": {"kind": "kd", "alpha": 0.5, "temperature": 2.0},
         "plain": {"kind": "cross_entropy"},
@@ -144,8 +144,8 @@ def _taught_study(lab, **own):
     return load_study(path)
 
 
-def test_students_of_a_further_teacher_hear_that_one(lab, monkeypatch, capsys):
-    study = _taught_study(lab)
+def test_students_of_a_further_teacher_learn_from_that_one(lab, monkeypatch, capsys):
+    study = _study_of_two_teachers(lab)
     images = open_images(study)
     with pytest.raises(FileNotFoundError, match=r"teachers/other holds no finished run"):
         student(study, images, objective="other")
@@ -159,18 +159,18 @@ def test_students_of_a_further_teacher_hear_that_one(lab, monkeypatch, capsys):
     assert main() == 0
     teacher_module.make_teacher(study, images)
     assert read_evidence(teacher_folder(study)) == before
-    _, heard = student(study, images, objective="other")
+    _, further = student(study, images, objective="other")
     _, usual = student(study, images, objective="kd")
     card = open_teacher(study, "other")
-    assert heard["teacher"] == card
+    assert further["teacher"] == card
     assert usual["teacher"] == open_teacher(study)
     assert card["weights_sha256"] != usual["teacher"]["weights_sha256"]
-    assert heard["initialisation"] == usual["initialisation"]
-    assert heard["checkpoints"]["last"] != usual["checkpoints"]["last"]
+    assert further["initialisation"] == usual["initialisation"]
+    assert further["checkpoints"]["last"] != usual["checkpoints"]["last"]
 
 
 def test_a_teacher_of_the_subset_alone_has_seen_nothing_else(lab):
-    study = _taught_study(lab, learns_from="subset")
+    study = _study_of_two_teachers(lab, learns_from="subset")
     images = open_images(study)
     teacher_module.make_teacher(study, images)
     assert not (study.runs / "teachers").exists()  # there is one for each subset

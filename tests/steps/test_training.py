@@ -174,8 +174,8 @@ def test_two_processes_make_the_study_one_makes(lab):
     ones = [shutil.copytree(one, lab / f"one{i}") for i, one in enumerate(ones)]
     study = tiny_study(lab, compute={"processes": 2})
     twos = [study.runs / "teacher", student_folder(study, cell, 0)]
-    told = [make_teacher(study, images), train_student(study, images, cell, 0)]
-    for one, two, evidence in zip(ones, twos, told, strict=True):
+    evidences = [make_teacher(study, images), train_student(study, images, cell, 0)]
+    for one, two, evidence in zip(ones, twos, evidences, strict=True):
         wanted = read_evidence(one)
         assert all(check["passed"] for check in evidence["checks"])
         for key in ("budget", "coverage", "initialisation", "order_sha256", "seeds"):
