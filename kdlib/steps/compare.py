@@ -4,6 +4,7 @@ A run that fails a check stays in the table as refused, with the reason.
 """
 
 import functools
+import itertools
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -48,24 +49,23 @@ def results(study: Study) -> pd.DataFrame:
     evidences: dict[Cell, list[tuple[int, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
     reference: dict[str, Any] | None = None
     probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
-    for cell in study.cells():
-        for seed in study.seeds:
-            folder = student_folder(study, cell, seed)
-            row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
-            row["command"] = rerun_command(study, cell)
-            try:
-                evidence = open_student(study, cell, seed)
-                settings = files.read_json(folder / "settings.json")
-                reference = reference or settings
-                row |= _measured(evidence)
-                reasons = _reasons(folder, evidence, settings, reference)
-                reasons += inputs.changed(cell, evidence)
-                cell_probes = probed.get(cell, f"{cell.path} is not probed")
-                reasons += _add_probes(row, cell_probes, study.compare.measure)
-                evidences[cell].append((len(rows), evidence))
-            except (FileNotFoundError, KeyError, ValueError) as error:
-                reasons = [str(error)]
-            rows.append(row | {"reason": "; ".join(reasons)})
+    for cell, seed in itertools.product(study.cells(), study.seeds):
+        folder = student_folder(study, cell, seed)
+        row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
+        row["command"] = rerun_command(study, cell)
+        try:
+            evidence = open_student(study, cell, seed)
+            settings = files.read_json(folder / "settings.json")
+            reference = reference or settings
+            row |= _measured(evidence)
+            reasons = _reasons(folder, evidence, settings, reference)
+            reasons += inputs.changed(cell, evidence)
+            cell_probes = probed.get(cell, f"{cell.path} is not probed")
+            reasons += _add_probes(row, cell_probes, study.compare.measure)
+            evidences[cell].append((len(rows), evidence))
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            reasons = [str(error)]
+        rows.append(row | {"reason": "; ".join(reasons)})
     for of_cell in evidences.values():
         verdicts = checks.distinct_seeds([evidence for _, evidence in of_cell])
         for (index, _), check in zip(of_cell, verdicts, strict=True):
@@ -132,9 +132,7 @@ def _last_probes(study: Study, cell: Cell) -> pd.DataFrame | str:
     try:
         evidence = read_evidence(probe_folder(study, cell))
         outcomes = checks.run_all(checks.PROBE, evidence)
-        if failed := [f"{check.name}: {check.sentence}" for check in outcomes if not check.passed]:
-            return "; ".join(failed)
-        return open_probes(study, cell)
+        return "; ".join(_failed(outcomes)) or open_probes(study, cell)
     except (FileNotFoundError, KeyError, ValueError) as error:
         return str(error)
 
@@ -165,10 +163,14 @@ def _reasons(folder: Path, evidence: dict, settings: dict, reference: dict) -> l
     """Reasons to refuse a run: failed checks, and settings that differ beside the axes."""
     outcomes = checks.run_all(checks.STUDENT, evidence)
     outcomes.append(checks.checkpoint_hashes(folder, evidence))
-    reasons = [f"{check.name}: {check.sentence}" for check in outcomes if not check.passed]
+    reasons = _failed(outcomes)
     if lines := checks.differing(settings, reference, FACTORS):
         reasons.append(f"differs from the other runs in {', '.join(lines)}")
     return reasons
+
+
+def _failed(outcomes: list[checks.Check]) -> list[str]:
+    return [f"{check.name}: {check.sentence}" for check in outcomes if not check.passed]
 
 
 def curves(study: Study, table: pd.DataFrame) -> pd.DataFrame:
@@ -211,10 +213,9 @@ def costs(study: Study) -> pd.DataFrame:
         if runs:
             total = {key: sum(run[key] for run in runs) for key in ("wall_s", "steps")}
             rows.append({"what": what} | no_cell | runs[0] | total)
-    for cell in study.cells():
-        for seed in study.seeds:
-            if cost := _cost(student_folder(study, cell, seed)):
-                rows.append({"what": "student"} | dict(cell.items()) | {"seed": seed} | cost)
+    for cell, seed in itertools.product(study.cells(), study.seeds):
+        if cost := _cost(student_folder(study, cell, seed)):
+            rows.append({"what": "student"} | dict(cell.items()) | {"seed": seed} | cost)
     return pd.DataFrame(rows)
 
 
