@@ -2,18 +2,12 @@
 
 import numpy as np
 import torch
+from dataset.test_views import BOTH, images_of
 from scipy import stats
 
 from kdlib.dataset.views import ONE, augment, draw
 from kdlib.repro.seeds import counter_hash, torch_seeded
 from kdlib.study.training import Augment, ColourJitter, ResizedCrop
-
-BOTH = Augment(crop_padding=2, flip=True)
-
-
-def images_of(n: int, shape: tuple[int, int, int] = (3, 5, 6), seed: int = 0) -> torch.Tensor:
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.integers(1, 256, (n, *shape), np.uint8))
 
 
 def test_boxes_are_distributed_as_torchvision_s():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from dataset.test_views import images_of
 
 from kdlib.cache.build import build_images
 from kdlib.cache.sources import array_source
@@ -10,11 +11,6 @@ from kdlib.dataset.pixels import Pixels, pixel_statistics
 
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
 PIXELS = Pixels(MEAN, STD)
-
-
-def images_of(n: int, shape: tuple[int, int, int] = (3, 5, 6), seed: int = 0) -> torch.Tensor:
-    rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.integers(1, 256, (n, *shape), np.uint8))
 
 
 def test_normalised_pixels_are_numpy_s():
