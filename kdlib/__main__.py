@@ -1,8 +1,8 @@
 """Command line: `python -m kdlib study | figures | findings | schema | record | step | probe |
-cache`.
+cache`."""
 
-Commands import what they need when they run, so that help and errors come at once.
-"""
+# Commands import what they need when they run, so that help and errors come at once. The docstring
+# of a command's function is its help; the function returns the exit code, or None for 0.
 
 import argparse
 import json
@@ -26,8 +26,8 @@ PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "
           "--summary", "-S"}  # fmt: skip
 
 
-def _study(arguments: argparse.Namespace) -> int:
-    """Run a study's pipeline, then print the sentences of its summary, or what failed."""
+def _study(arguments: argparse.Namespace) -> int | None:
+    """Run a study, or a step of it such as `scores`; further options go to snakemake."""
     from kdlib.steps.pipeline import failures, run_pipeline
 
     study, options = load_study(arguments.study), arguments.further
@@ -36,27 +36,23 @@ def _study(arguments: argparse.Namespace) -> int:
     )
     if code:
         failed = failures(study.runs)
-        reason = f"{len(failed)} step(s) failed:"
+        lines = [f"{len(failed)} step(s) failed:", *(f"  {p}\n    {why}" for p, why in failed)]
         if not failed:  # a job that is killed writes nothing
-            reason = (
+            lines = [
                 "No notebook holds an error: jobs were killed, or ran out of time or memory; the "
                 "reason is printed above."
-            )
-        print(f"\nThe study is not complete. {reason}", file=sys.stderr)
-        for path, message in failed:
-            print(f"  {path}\n    {message}", file=sys.stderr)
-        print("What is finished is kept; run the same command again to go on.", file=sys.stderr)
+            ]
+        lines += ["What is finished is kept; run the same command again to go on."]
+        print("\nThe study is not complete.", "\n".join(lines), file=sys.stderr)
         return code
     if arguments.step is None and not PARTLY & {option.split("=")[0] for option in options}:
         lines = (study.figures / "summary.md").read_text().splitlines()
         print(*[line for line in lines if not line.startswith("|")], sep="\n")
     print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
-    return 0
 
 
 def _figures(arguments: argparse.Namespace) -> int:
-    """Redraw every figure of a study from its records, or from its committed tables; of all studies
-    that have either, when none is named."""
+    """Redraw all figures, from the run records or from committed tables."""
     from kdlib.steps.figures import drawable, redraw
 
     if arguments.study != "all":
@@ -75,35 +71,31 @@ def _figures(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _findings(arguments: argparse.Namespace) -> int:
+def _findings(arguments: argparse.Namespace) -> None:
     """Print the findings of the studies whose tables are committed."""
     from kdlib.compare.findings import findings
 
     print(*findings(), sep="\n")
-    return 0
 
 
-def _schema(arguments: argparse.Namespace) -> int:
-    """Write what is generated from the schema of a study."""
+def _schema(arguments: argparse.Namespace) -> None:
+    """Write the schema of study files for editors, and docs/studies.md."""
     from kdlib.study.schema import write
 
     print(*write(), sep="\n")
-    return 0
 
 
-def _record(arguments: argparse.Namespace) -> int:
-    """Make one further recording of a study's images."""
+def _record(arguments: argparse.Namespace) -> None:
+    """Make one further recording (study: recordings)."""
     from kdlib.steps.cache import open_images
     from kdlib.steps.recordings import record
 
     study = load_study(arguments.study)
     record(study, open_images(study), arguments.model, arguments.part)
-    return 0
 
 
 def _step(arguments: argparse.Namespace) -> int:
-    """Make steps of a study, alone or, of teachers and students, as one of several processes; print
-    a line of JSON for each."""
+    """Make steps of a study without notebooks; teachers and students also under torchrun."""
     from kdlib.steps.step_command import run_steps
     from kdlib.trainer.distributed import joined
 
@@ -111,7 +103,7 @@ def _step(arguments: argparse.Namespace) -> int:
     with joined(study.compute.device):
         points = _points(arguments, study)
         for row in run_steps(study, arguments.step, points, arguments.teacher, arguments.built):
-            print(json.dumps(row), flush=True)
+            print(json.dumps(row), flush=True)  # a line for each step
             code = max(code, int("error" in row))
     return code
 
@@ -139,8 +131,8 @@ def _named_steps(text: str) -> list[str]:
     return text.split(",")
 
 
-def _probe(arguments: argparse.Namespace) -> int:
-    """Probe a weight file from outside on a study's images."""
+def _probe(arguments: argparse.Namespace) -> None:
+    """Probe a weight file from outside, print a table."""
     from pydantic import ValidationError
 
     from kdlib.dataset.pixels import Pixels
@@ -162,19 +154,17 @@ def _probe(arguments: argparse.Namespace) -> int:
         pixels = Pixels(arguments.mean, arguments.std, study.compute.channels_last)
     probes = probe_weights(study, open_images(study), model, arguments.weights, pixels)
     print(probe_text(probes))
-    return 0
 
 
-def _cache_build(arguments: argparse.Namespace) -> int:
+def _cache_build(arguments: argparse.Namespace) -> None:
     """Build the image cache of a study, or a part of it."""
     from kdlib.cache.info import build_caches
 
     study = load_study(arguments.study)
     build_caches(study, arguments.split, arguments.part, arguments.workers)
-    return 0
 
 
-def _cache_outputs(arguments: argparse.Namespace) -> int:
+def _cache_outputs(arguments: argparse.Namespace) -> None:
     """Store a part of a loaded teacher's outputs."""
     from kdlib.cache.info import state
     from kdlib.cache.shards import Cache
@@ -184,20 +174,18 @@ def _cache_outputs(arguments: argparse.Namespace) -> int:
     study = load_study(arguments.study)
     for stored in store_part(study, open_images(study), parse_part(arguments.part)):
         print(state(Cache(stored.folder)))  # all parts that are there
-    return 0
 
 
-def _cache_info(arguments: argparse.Namespace) -> int:
-    """Print what caches hold and what they miss."""
+def _cache_info(arguments: argparse.Namespace) -> None:
+    """Print what caches hold, and what is missing."""
     from kdlib.cache.info import describe, find_caches
 
     for folder in (folder for path in arguments.path for folder in find_caches(path)):
         print(describe(folder))
-    return 0
 
 
 def _cache_verify(arguments: argparse.Namespace) -> int:
-    """Compare every byte of caches with their checksums."""
+    """Compare every byte with the checksums."""
     from kdlib.cache.info import find_caches, verify_cache
 
     whole = True
@@ -208,9 +196,11 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
     return 0 if whole else 1
 
 
-def _command(commands: Any, name: str, run: Any, help: str, study: str = "") -> Any:
-    """The parser of a command; with `study`, its first argument is a study file, described so."""
-    parser = commands.add_parser(name, help=help)
+def _command(commands: Any, name: str, run: Any, study: str = "") -> Any:
+    """The parser of a command, whose help is what its function says; with `study`, its first
+    argument is a study file, described so."""
+    about = run.__doc__.rstrip(".")
+    parser = commands.add_parser(name, help=about[0].lower() + about[1:])
     parser.set_defaults(run=run)
     if study:
         parser.add_argument("study", help=f"study file, such as {study}")
@@ -219,26 +209,20 @@ def _command(commands: Any, name: str, run: Any, help: str, study: str = "") -> 
 
 def _add_commands(commands: Any) -> None:
     digits = "params/digits.yaml"
-    text = "run a study, or a step of it such as `scores`; further options go to snakemake"
-    study = _command(commands, "study", _study, text, digits)
+    study = _command(commands, "study", _study, digits)
     study.add_argument("step", nargs="?", choices=STEPS, help="only this, without the students")
     study.add_argument("--cores", type=int, help="at once; 2 where no profile is given")
     study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
-    text = "redraw all figures, from the run records or from committed tables"
-    figures = _command(commands, "figures", _figures, text)
     text = f"study file, such as {digits}; without one, all studies that have either"
+    figures = _command(commands, "figures", _figures)
     figures.add_argument("study", nargs="?", default="all", help=text)
-    text = "the findings of the studies whose tables are committed"
-    _command(commands, "findings", _findings, text)
-    text = "write the schema of study files for editors, and docs/studies.md"
-    _command(commands, "schema", _schema, text)
-    text = "make one further recording (study: recordings)"
-    record = _command(commands, "record", _record, text, digits)
+    _command(commands, "findings", _findings)
+    _command(commands, "schema", _schema)
+    record = _command(commands, "record", _record, digits)
     record.add_argument("--model", required=True, help="one of recordings.models")
     record.add_argument("--part", required=True, help="seed=S, fold=K or threshold=K")
-    _add_step(commands)
-    text = "probe a weight file from outside, print a table"
-    probe = _command(commands, "probe", _probe, text, "params/cifar10.yaml: images and settings")
+    _add_step(_command(commands, "step", _step))
+    probe = _command(commands, "probe", _probe, "params/cifar10.yaml: images and settings")
     probe.add_argument("--weights", type=Path, required=True, help="safetensors or a checkpoint")
     probe.add_argument("--model", required=True, help="network of the weights, as in a study")
     probe.add_argument("--options", type=json.loads, default={}, help="its options, as JSON")
@@ -250,19 +234,14 @@ def _add_commands(commands: Any) -> None:
     _add_cache(commands.add_parser("cache", help=text).add_subparsers(required=True))
 
 
-def _add_step(commands: Any) -> None:
-    text = "make steps of a study without notebooks; teachers and students also under torchrun"
-    step = commands.add_parser("step", help=text)
-    step.set_defaults(run=_step)
+def _add_step(step: Any) -> None:
     text = f"one of {', '.join(STEP_COMMANDS)}, or several separated by commas"
     step.add_argument("step", type=_named_steps, help=text)
     step.add_argument("study", help="study file, such as params/digits.yaml")
     for axis in AXES:
         step.add_argument(f"--{axis}", type=float if axis == "fraction" else str)
     step.add_argument("--seed", type=int, action="append", help="0; given twice, one after another")
-    text = (
-        'of distill: a file of lines {"strategy": "easy", ..., "seed": 0}; - reads standard input'
-    )
+    text = 'of distill: a file of lines {"strategy": "easy", ..., "seed": 0}; - is standard input'
     step.add_argument("--points", metavar="FILE", help=text)
     step.add_argument("--teacher", help="of teacher: only this one of the study's `teachers`")
     text = "of cache: it is there (unpacked, say); do not open the data set"
@@ -270,16 +249,14 @@ def _add_step(commands: Any) -> None:
 
 
 def _add_cache(commands: Any) -> None:
-    text = "build the image cache of a study, or a part of it"
-    build = _command(commands, "build", _cache_build, text, "params/digits.yaml")
+    build = _command(commands, "build", _cache_build, "params/digits.yaml")
     build.add_argument("--split", choices=("train", "test"), help="with --part: train, else both")
     build.add_argument("--part", metavar="I/K", help="only the i-th of k equal runs of shards")
     build.add_argument("--workers", type=int, help="processes that decode images")
-    text = "store a part of a loaded teacher's outputs"
-    outputs = _command(commands, "outputs", _cache_outputs, text, "params/cifar10.yaml")
+    outputs = _command(commands, "outputs", _cache_outputs, "params/cifar10.yaml")
     outputs.add_argument("--part", metavar="I/K", required=True, help="the i-th of k equal runs")
-    info = _command(commands, "info", _cache_info, "what caches hold, and what is missing")
-    verify = _command(commands, "verify", _cache_verify, "compare every byte with the checksums")
+    info = _command(commands, "info", _cache_info)
+    verify = _command(commands, "verify", _cache_verify)
     for parser in (info, verify):
         parser.add_argument("path", nargs="+", help="folder of a cache or of caches, or study file")
     text = "make what is damaged an unfinished build"
@@ -295,7 +272,7 @@ def main() -> int:
         parser.error(f"unknown arguments: {' '.join(further)}")
     arguments.further = further  # options of Snakemake
     try:
-        return arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdlib.repro.files import nearest
 from kdlib.study.base import StudyError, known
 from kdlib.study.consistency import check_strategy
 from kdlib.study.evaluation import AXES
@@ -76,28 +75,26 @@ def cell_at(study: "Study", **axes: str | float) -> Cell:
     Raises: StudyError for an unknown axis or value. A fraction off the study's axis is allowed: it
         makes a run beside the study's.
     """
-    for axis in axes:
-        if axis not in AXES:
-            raise StudyError(f"unknown axis {axis!r}; {nearest(axis, AXES)}")
     values = {
         axis: axes.get(axis) if axes.get(axis) is not None else getattr(study.axes, axis)[0]
         for axis in AXES
     }
     try:
+        for axis in axes:
+            known(axis, AXES, "axis")
         check_strategy(str(values["strategy"]), study.selections)
         known(values["student"], study.students, "student")
         known(values["objective"], study.objectives, "objective")
     except ValueError as error:
         raise StudyError(str(error)) from None
     fixed = fraction_of(study, values["strategy"])
-    if fixed is not None:
-        values["fraction"] = fixed
+    given = values["fraction"] if fixed is None else fixed
     try:
-        fraction = float(values["fraction"])
+        fraction = float(given)
     except (TypeError, ValueError):
         fraction = math.nan
     if not 0 < fraction <= 1:
-        raise StudyError(f"fraction is {values['fraction']!r}; expected a number in (0, 1]")
+        raise StudyError(f"fraction is {given!r}; expected a number in (0, 1]")
     return Cell(values["student"], values["strategy"], fraction, values["objective"])
 
 

@@ -8,16 +8,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from kdlib.study.base import (
-    Count,
-    Distinct,
-    Name,
-    NonNegative,
-    Positive,
-    Settings,
-    Share,
-    matching,
-)
+from kdlib.study.base import Count, Distinct, Name, NonNegative, Positive, Settings, Share, matching
 from kdlib.study.user_code import UserCode
 
 

@@ -22,12 +22,7 @@ HONEST = {
     },
     "subset": {"n_examples": 30},
     "gradient": {"norm": 0.7, "tensors": 8, "tensors_without": 0},
-    "pairing": {
-        "paired": 0.2,
-        "permuted": 1.4,
-        "teacher_accuracy": 0.97,
-        "stored_accuracy": 0.97,
-    },
+    "pairing": {"paired": 0.2, "permuted": 1.4, "teacher_accuracy": 0.97, "stored_accuracy": 0.97},
     "teacher": {
         "claimed": 0.95,
         "tolerance": 0.01,

@@ -181,10 +181,7 @@ IMPOSSIBLE = {
     "teacher.seed": (False, "seed: Input should be a valid integer"),
     "seeds": ([0, 1.5], "seeds.1: Input should be a valid integer"),
     "objectives.a/b": ({"kind": "cross_entropy"}, "'a/b' is not allowed here; expected letters"),
-    "students.wide ": (
-        {"model": {"name": "tiny_cnn"}},
-        "'wide ' is not allowed",
-    ),
+    "students.wide ": ({"model": {"name": "tiny_cnn"}}, "'wide ' is not allowed"),
 }
 
 

@@ -207,22 +207,13 @@ def test_an_objective_takes_the_numbers_of_its_kind_and_no_others():
     ("value", "message"),
     [
         ({"kind": "esy"}, r"selections\.mixed: unknown kind 'esy'; did you mean 'easy'"),
-        (
-            {"kind": "easy", "cutoff": 0.1},
-            "mixed: unknown key 'cutoff'; known: balanced, kind",
-        ),
+        ({"kind": "easy", "cutoff": 0.1}, "mixed: unknown key 'cutoff'; known: balanced, kind"),
         ({"kind": "ccs", "shares": {"easy": 1.0}}, "unknown key 'shares'; known: balanced, cutoff"),
         ({"kind": "ccs", "score": "trend"}, r"selections\.mixed\.score: unknown value 'trend'"),
         ({"kind": "mixture"}, r"selections\.mixed\.shares: Field required"),
         ({"kind": "mixture", "shares": {"easy": 0.5, "hard": 0.4}}, "sum to 1"),
-        (
-            {"kind": "mixture", "shares": {"easy": 1.5, "hard": -0.5}},
-            r"hard: Input should be gr",
-        ),
-        (
-            {"kind": "mixture", "shares": {"ccs": 1.0}},
-            r"shares\.ccs: unknown value 'ccs'",
-        ),
+        ({"kind": "mixture", "shares": {"easy": 1.5, "hard": -0.5}}, r"hard: Input should be gr"),
+        ({"kind": "mixture", "shares": {"ccs": 1.0}}, r"shares\.ccs: unknown value 'ccs'"),
     ],
 )
 def test_a_selection_that_cannot_be_meant_is_refused(value, message):

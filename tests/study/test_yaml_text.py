@@ -20,10 +20,7 @@ from kdlib.study.yaml_text import parse_yaml
     "text", ["seeds: [0, 1]\nseeds: [2, 3]", "data: {source: digits, source: mnist}"]
 )
 def test_a_key_given_twice_is_refused(write, text):
-    with pytest.raises(
-        StudyError,
-        match=r"key '\w+' is given twice.*\n.*line \d",
-    ):
+    with pytest.raises(StudyError, match=r"key '\w+' is given twice.*\n.*line \d"):
         load_study(write(text))
 
 
