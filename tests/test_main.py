@@ -148,7 +148,7 @@ def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monk
     assert found["unfinished"] == "journal-00000-00002.jsonl: 1 of 2 shards made"
 
 
-def test_info_of_an_unfinished_cache_says_that_it_has_no_fingerprint_yet(study, run):
+def test_an_unfinished_cache_has_no_fingerprint_yet_and_cannot_be_verified(study, run):
     run("cache", "build", "params/tiny.yaml", "--split", "test")
     (study.cache / "test" / "labels-00001.npy").unlink()
     repair(study.cache / "test")
@@ -156,6 +156,9 @@ def test_info_of_an_unfinished_cache_says_that_it_has_no_fingerprint_yet(study, 
     assert found["fingerprint"] == "none yet"
     assert found["missing"] == "shards 0-1 (examples 0-499)"
     assert found["unfinished"] == "journal.jsonl: 1 of 2 shards made"
+    code, told, complaint = run("cache", "verify", study.cache / "test")
+    assert (code, told) == (1, "")
+    assert "holds an unfinished build" in complaint
 
 
 def test_many_gaps_are_counted(tmp_path, run):
@@ -273,15 +276,6 @@ def test_an_error_is_one_sentence_and_exit_code_1(study, run, arguments, complai
     assert (code, told) == (1, "")
     assert complained.startswith(complaint)
     assert complained.count("\n") == 1
-
-
-def test_verify_of_an_unfinished_cache_says_so(study, run):
-    run("cache", "build", "params/tiny.yaml", "--split", "test")
-    (study.cache / "test" / "labels-00001.npy").unlink()
-    repair(study.cache / "test")
-    code, told, complaint = run("cache", "verify", study.cache / "test")
-    assert (code, told) == (1, "")
-    assert "holds an unfinished build" in complaint
 
 
 def test_a_cache_of_other_images_is_refused_and_kept(study, run):
