@@ -27,7 +27,10 @@ class IpcEngine(NBClientEngine):
 
         Raises: ValueError for a parameter that the notebook's parameters cell does not set.
         """
-        _check_parameters(nb_man.nb)
+        cells = [c for c in nb_man.nb.cells if "parameters" in c.metadata.get("tags", ())]
+        if cells:
+            given = nb_man.nb.metadata.get("papermill", {}).get("parameters", {})
+            refuse_unknown(given, set().union(*(assigned(cell.source) for cell in cells)))
         # a cluster's $TMPDIR can be too long a path for a socket
         place = None if len(os.fsencode(tempfile.gettempdir())) <= LONGEST else "/tmp"
         with tempfile.TemporaryDirectory(prefix="kernel-", dir=place) as folder:
@@ -35,10 +38,3 @@ class IpcEngine(NBClientEngine):
             sockets = {"transport": "ipc", "ip": os.path.join(folder, "socket")}
             config = Config({"KernelManager": sockets})
             super().execute_managed_notebook(nb_man, kernel_name, config=config, **options)
-
-
-def _check_parameters(notebook: Any) -> None:
-    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
-    if cells:
-        given = notebook.metadata.get("papermill", {}).get("parameters", {})
-        refuse_unknown(given, set().union(*(assigned(cell.source) for cell in cells)))

@@ -40,7 +40,7 @@ def study(home: Path, monkeypatch: pytest.MonkeyPatch) -> Study:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
-    """A function that runs one command: its exit code, and what it prints and complains."""
+    """A function that runs one command: its exit code, and what it prints, and its errors."""
 
     def running(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["kdlib", *map(str, arguments)])
@@ -60,9 +60,9 @@ def lines(text: str) -> dict[str, str]:
 
 
 def test_a_study_s_image_caches_are_built_and_said_to_be_whole(study, run):
-    code, told, complaint = run("cache", "build", "params/tiny.yaml")
-    assert (code, complaint) == (0, "")
-    assert told == (
+    code, output, errors = run("cache", "build", "params/tiny.yaml")
+    assert (code, errors) == (0, "")
+    assert output == (
         f"{study.cache}/train: whole, 1,297 examples in 5 shards\n"
         f"{study.cache}/test: whole, 500 examples in 2 shards\n"
     )
@@ -71,8 +71,8 @@ def test_a_study_s_image_caches_are_built_and_said_to_be_whole(study, run):
 
 def test_parts_are_built_one_by_one_and_what_is_missing_is_said(study, run):
     command = ("cache", "build", "params/tiny.yaml", "--part")
-    code, told, _ = run(*command, "1/2")
-    assert (code, told) == (
+    code, output, _ = run(*command, "1/2")
+    assert (code, output) == (
         0,
         f"{study.cache}/train: 2 of 5 shards, 600 of 1,297 examples; missing: "
         "shards 2-4 (examples 600-1,296)\n",
@@ -94,9 +94,9 @@ def test_parts_are_built_one_by_one_and_what_is_missing_is_said(study, run):
 def test_a_study_that_asks_for_a_part_gets_that_part_alone(study, run):
     text = Path("params/tiny.yaml").read_text()
     Path("params/part.yaml").write_text(text.replace("data:\n", "data:\n  part: 3/5\n", 1))
-    code, told, _ = run("cache", "build", "params/part.yaml")
+    code, output, _ = run("cache", "build", "params/part.yaml")
     assert code == 0
-    assert told.splitlines() == [
+    assert output.splitlines() == [
         f"{study.cache}/train: 1 of 5 shards, 300 of 1,297 examples; missing: "
         "shards 0-1 (examples 0-599), shards 3-4 (examples 900-1,296)",
         f"{study.cache}/test: whole, 500 examples in 2 shards",
@@ -105,16 +105,16 @@ def test_a_study_that_asks_for_a_part_gets_that_part_alone(study, run):
 
 def test_info_says_what_a_cache_holds(study, run):
     run("cache", "build", "params/tiny.yaml", "--split", "train")
-    code, told, complaint = run("cache", "info", study.cache / "train")
-    assert (code, complaint) == (0, "")
+    code, output, errors = run("cache", "info", study.cache / "train")
+    assert (code, errors) == (0, "")
     folder = study.cache / "train"
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert told.splitlines()[0] == str(folder)
-    assert told.splitlines()[3:5] == [
+    assert output.splitlines()[0] == str(folder)
+    assert output.splitlines()[3:5] == [
         "  columns      images uint8 (1, 8, 8)",
         "               labels int64 ()",
     ]
-    found = lines(told)
+    found = lines(output)
     assert found["holds"] == "images, digits, train"
     assert found["examples"] == "1,297"
     assert found["shards"] == "5 of up to 300 examples"
@@ -137,11 +137,11 @@ def test_info_says_which_parts_are_there_and_how_far_others_are(study, run, monk
 
     with monkeypatch.context() as patched:
         patched.setattr(Job, "write", stopping)
-        code, _, complaint = run("cache", "build", "params/tiny.yaml", "--part", "1/2")
+        code, _, errors = run("cache", "build", "params/tiny.yaml", "--part", "1/2")
     assert code == 130
-    assert complaint == "stopped; what is finished is kept: run the same again to go on\n"
-    code, told, _ = run("cache", "info", "params/tiny.yaml")
-    found = lines(told)
+    assert errors == "stopped; what is finished is kept: run the same again to go on\n"
+    code, output, _ = run("cache", "info", "params/tiny.yaml")
+    found = lines(output)
     assert code == 0
     assert found["part"] == "index-00002-00003.json: shard 2 (examples 600-899)"
     assert found["missing"] == "shards 0-1 (examples 0-599), shards 3-4 (examples 900-1,296)"
@@ -156,9 +156,9 @@ def test_an_unfinished_cache_has_no_fingerprint_yet_and_cannot_be_verified(study
     assert found["fingerprint"] == "none yet"
     assert found["missing"] == "shards 0-1 (examples 0-499)"
     assert found["unfinished"] == "journal.jsonl: 1 of 2 shards made"
-    code, told, complaint = run("cache", "verify", study.cache / "test")
-    assert (code, told) == (1, "")
-    assert "holds an unfinished build" in complaint
+    code, output, errors = run("cache", "verify", study.cache / "test")
+    assert (code, output) == (1, "")
+    assert "holds an unfinished build" in errors
 
 
 def test_many_gaps_are_counted(tmp_path, run):
@@ -189,11 +189,11 @@ def test_a_study_and_a_folder_of_caches_mean_all_their_caches(study, run):
         lambda span: {"logits": make_labels(span)["labels"]}, n_examples=9, shard_size=4,
     )  # fmt: skip
     (study.runs / "teacher" / "outputs-test").mkdir()  # not built yet
-    _, told, _ = run("cache", "info", "params/tiny.yaml")
-    folders = [line for line in told.splitlines() if not line.startswith(" ")]
+    _, output, _ = run("cache", "info", "params/tiny.yaml")
+    folders = [line for line in output.splitlines() if not line.startswith(" ")]
     assert folders == [str(study.cache / "train"), str(study.cache / "test"), str(outputs)]
-    _, told, _ = run("cache", "info", study.cache, outputs)
-    folders = [line for line in told.splitlines() if not line.startswith(" ")]
+    _, output, _ = run("cache", "info", study.cache, outputs)
+    folders = [line for line in output.splitlines() if not line.startswith(" ")]
     assert folders == [str(study.cache / "test"), str(study.cache / "train"), str(outputs)]
 
 
@@ -207,27 +207,27 @@ def test_the_data_sets_of_probes_are_built_and_found_with_the_study_s_own(study,
     assert len(list(home.glob("cache/digits-*/test"))) == 1  # what was asked for, and no more
     assert run("cache", "build", "params/tiny.yaml")[0] == 0
     assert len(list(home.glob("cache/digits-*/train"))) == 2
-    _, told, _ = run("cache", "info", "params/tiny.yaml")
-    assert len([line for line in told.splitlines() if not line.startswith(" ")]) == 4
+    _, output, _ = run("cache", "info", "params/tiny.yaml")
+    assert len([line for line in output.splitlines() if not line.startswith(" ")]) == 4
 
 
 def test_verify_reads_every_byte_and_names_what_is_damaged(study, run):
     run("cache", "build", "params/tiny.yaml")
-    code, told, complaint = run("cache", "verify", "params/tiny.yaml")
-    assert (code, complaint) == (0, "")
-    assert re.fullmatch(r".*train: 10 files, 94\.\d\d kB, whole \(\d+\.\d\d GB/s\)\n.*\n", told)
+    code, output, errors = run("cache", "verify", "params/tiny.yaml")
+    assert (code, errors) == (0, "")
+    assert re.fullmatch(r".*train: 10 files, 94\.\d\d kB, whole \(\d+\.\d\d GB/s\)\n.*\n", output)
     path = study.cache / "train" / "images-00003.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\7")
     (study.cache / "train" / "labels-00004.npy").unlink()
-    code, told, _ = run("cache", "verify", "params/tiny.yaml")
+    code, output, _ = run("cache", "verify", "params/tiny.yaml")
     assert code == 1
-    assert re.match(r".*train: 2 of 10 files damaged or missing \(\d+\.\d\d GB/s\)\n", told)
-    assert told.splitlines()[1:4] == [
+    assert re.match(r".*train: 2 of 10 files damaged or missing \(\d+\.\d\d GB/s\)\n", output)
+    assert output.splitlines()[1:4] == [
         "  images-00003.npy",
         "  labels-00004.npy",
         "run this again with --repair: it keeps what is whole",
     ]
-    assert "test: 4 files" in told.splitlines()[4]  # the other caches are verified all the same
+    assert "test: 4 files" in output.splitlines()[4]  # the other caches are verified all the same
 
 
 def test_repair_keeps_what_is_whole_and_says_how_to_make_the_rest(study, run):
@@ -235,9 +235,9 @@ def test_repair_keeps_what_is_whole_and_says_how_to_make_the_rest(study, run):
     folder = study.cache / "test"
     pristine = {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
     (folder / "labels-00000.npy").write_bytes(b"")
-    code, told, _ = run("cache", "verify", "--repair", "params/tiny.yaml")
+    code, output, _ = run("cache", "verify", "--repair", "params/tiny.yaml")
     assert code == 1
-    assert told.splitlines()[-1] == (
+    assert output.splitlines()[-1] == (
         "whole shards are kept; run `python -m kdlib cache build params/tiny.yaml` to make the "
         "others"
     )
@@ -249,14 +249,14 @@ def test_repair_keeps_what_is_whole_and_says_how_to_make_the_rest(study, run):
 def test_an_index_that_cannot_be_trusted_fails_and_the_others_are_verified(study, run):
     run("cache", "build", "params/tiny.yaml")
     (study.cache / "train" / "index.json").write_text("{}")
-    code, told, complaint = run("cache", "verify", "params/tiny.yaml")
+    code, output, errors = run("cache", "verify", "params/tiny.yaml")
     assert code == 1
-    assert re.fullmatch(r"CacheError: .*train/index\.json has format None; .*\n", complaint)
-    assert re.match(r".*test: 4 files, .* whole", told)
+    assert re.fullmatch(r"CacheError: .*train/index\.json has format None; .*\n", errors)
+    assert re.match(r".*test: 4 files, .* whole", output)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    ("arguments", "expected"),
     [
         (["build", "params/none.yaml"], "FileNotFoundError: no study file 'params/none.yaml'; "),
         (["build", "params/tiny.yaml", "--part", "3/2"], "ValueError: part is '3/2'; expected i/k"),
@@ -271,20 +271,20 @@ def test_an_index_that_cannot_be_trusted_fails_and_the_others_are_verified(study
         (["verify", "nowhere"], "FileNotFoundError: nowhere is neither a cache folder nor a study"),
     ],
 )
-def test_an_error_is_one_sentence_and_exit_code_1(study, run, arguments, complaint):
-    code, told, complained = run("cache", *arguments)
-    assert (code, told) == (1, "")
-    assert complained.startswith(complaint)
-    assert complained.count("\n") == 1
+def test_an_error_is_one_sentence_and_exit_code_1(study, run, arguments, expected):
+    code, output, errors = run("cache", *arguments)
+    assert (code, output) == (1, "")
+    assert errors.startswith(expected)
+    assert errors.count("\n") == 1
 
 
 def test_a_cache_of_other_images_is_refused_and_kept(study, run):
     run("cache", "build", "params/tiny.yaml", "--split", "test")
     shutil.copytree(study.cache / "test", study.cache / "train")
     before = {path.name: path.read_bytes() for path in (study.cache / "train").iterdir()}
-    code, _, complaint = run("cache", "build", "params/tiny.yaml")
+    code, _, errors = run("cache", "build", "params/tiny.yaml")
     assert code == 1
-    assert re.match(r"CacheError: .*was made of something else .*split: test -> train", complaint)
+    assert re.match(r"CacheError: .*was made of something else .*split: test -> train", errors)
     assert {p.name: p.read_bytes() for p in (study.cache / "train").iterdir()} == before
 
 
@@ -302,9 +302,9 @@ def test_help_comes_without_torch(home, command):
 
 
 def test_an_unknown_option_is_refused(study, run):
-    code, _, complaint = run("cache", "build", "params/tiny.yaml", "--force")
+    code, _, errors = run("cache", "build", "params/tiny.yaml", "--force")
     assert code == 2
-    assert "unknown arguments: --force" in complaint
+    assert "unknown arguments: --force" in errors
     assert not files.workspace().joinpath("cache").exists()
 
 
@@ -317,7 +317,7 @@ def test_an_unknown_option_is_refused(study, run):
         (["--profile", "mine", "--cores", "1"], ["--profile", "mine", "--cores", "1"]),
     ],
 )
-def test_cores_are_two_unless_told_or_left_to_a_profile(study, run, monkeypatch, asked, passed_on):
+def test_cores_are_two_unless_given_or_left_to_a_profile(study, run, monkeypatch, asked, passed_on):
     commands = []
 
     class Stopped:
@@ -351,16 +351,16 @@ OPTIONS = ("--options", '{"width": 6}')
 
 def test_probe_prints_a_table_of_weights_from_outside(run: Run, weights: Path):
     command = ("probe", "params/tiny.yaml", "--weights", weights, "--model", "tiny_cnn", *OPTIONS)
-    code, told, complaint = run(*command, "--layers", "features", "stage1", "--few-shot", "2")
-    assert (code, complaint) == (0, "")
-    assert "| on | layer | D | linear | knn | few_shot_2 |" in told
-    found = re.search(r"\| own \| features \| 12 \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|", told)
+    code, output, errors = run(*command, "--layers", "features", "stage1", "--few-shot", "2")
+    assert (code, errors) == (0, "")
+    assert "| on | layer | D | linear | knn | few_shot_2 |" in output
+    found = re.search(r"\| own \| features \| 12 \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|", output)
     assert all(10 < float(accuracy) <= 100 for accuracy in found.groups())
-    assert "| own | stage1 | 6 |" in told
-    assert "effective rank (isotropic)" in told
+    assert "| own | stage1 | 6 |" in output
+    assert "effective rank (isotropic)" in output
     other = run(*command, "--mean", "0", "--std", "0.02")
     assert other[0] == 0
-    assert other[1] != told
+    assert other[1] != output
 
 
 @pytest.mark.parametrize(
@@ -375,21 +375,21 @@ def test_probe_prints_a_table_of_weights_from_outside(run: Run, weights: Path):
 )
 def test_probe_refuses_foreign_weights_in_one_sentence(run: Run, weights: Path, changes, said):
     options = {"--weights": weights, "--model": "tiny_cnn", "--options": OPTIONS[1]} | changes
-    code, told, complaint = run(
+    code, output, errors = run(
         "probe", "params/tiny.yaml", *(part for pair in options.items() for part in pair)
     )
-    assert (code, told) == (1, "")
-    assert re.search(said, complaint)
-    assert complaint.count("\n") == 1
+    assert (code, output) == (1, "")
+    assert re.search(said, errors)
+    assert errors.count("\n") == 1
 
 
 def test_a_pipeline_whose_jobs_were_killed_says_that_no_notebook_knows_why(study, run, monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
     monkeypatch.setattr("kdlib.steps.pipeline.wait", lambda process: 1)
-    code, _, complaint = run("study", "params/tiny.yaml")
+    code, _, errors = run("study", "params/tiny.yaml")
     assert code == 1
-    assert "The study is not complete. No notebook holds an error: jobs were killed" in complaint
-    assert "run the same command again to go on" in complaint
+    assert "The study is not complete. No notebook holds an error: jobs were killed" in errors
+    assert "run the same command again to go on" in errors
 
 
 def test_failed_notebooks_are_listed_with_their_error(study):

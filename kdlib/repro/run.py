@@ -135,16 +135,12 @@ def _whole(path: Path) -> dict[str, Any]:
     """
     evidence = files.read_json(path)
     if evidence.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {evidence.get('format')}; expected {FORMAT}: delete it and run the "
-            "notebook that makes it again"
-        )
-    if not files.is_sealed(evidence) or "settings_sha256" not in evidence:
-        raise ValueError(
-            f"{path} was changed after it was written; delete it and run the notebook that makes "
-            "it again"
-        )
-    return evidence
+        fault = f"has format {evidence.get('format')}; expected {FORMAT}"
+    elif not files.is_sealed(evidence) or "settings_sha256" not in evidence:
+        fault = "was changed after it was written"
+    else:
+        return evidence
+    raise ValueError(f"{path} {fault}: delete it and run the notebook that makes it again")
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,15 @@ START, END = "<!-- keys -->", "<!-- /keys -->"
 def file_schema() -> dict[str, Any]:
     """JSON schema of one file. A file that names a `base` may leave out any key, and `null` takes
     one away, so that no key is required and each may be null."""
-    schema = _relaxed(Study.model_json_schema())
+    schema = json.loads(json.dumps(Study.model_json_schema()), object_hook=_relaxed)
     schema["properties"] = {"base": BASE} | schema["properties"]
     del schema["properties"]["name"]
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | schema
 
 
-def _relaxed(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_relaxed(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {k: _relaxed(v) for k, v in schema.items() if k not in ("required", "discriminator")}
+def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
+    """One object of the schema, whose inner objects are relaxed already."""
+    kept = {k: v for k, v in schema.items() if k not in ("required", "discriminator")}
     for key in ("properties", "patternProperties"):
         if isinstance(kept.get(key), dict):
             kept[key] = {name: _nullable(value) for name, value in kept[key].items()}
@@ -73,7 +69,8 @@ def _collect(
     """The classes of settings in the order in which a study names them, and where."""
     for key, content in schema["properties"].items():
         place = f"{path}.{key}{'' if _named(content) is None else '.<name>'}".lstrip(".")
-        for name in dict.fromkeys(_references(content)):
+        references = re.findall(r'"\$ref": "#/\$defs/(\w+)"', json.dumps(content))
+        for name in dict.fromkeys(references):
             known = places.setdefault(name, [])
             if place not in known:
                 known.append(place)
@@ -87,18 +84,6 @@ def _named(schema: dict[str, Any]) -> dict[str, Any] | None:
     return next(iter(schema.get("patternProperties", {}).values()), None) or schema.get(
         "additionalProperties"
     )
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        if "$ref" in schema:
-            yield schema["$ref"].rpartition("/")[2]
-        for key, part in schema.items():
-            if key != "discriminator":
-                yield from _references(part)
-    elif isinstance(schema, list):
-        for part in schema:
-            yield from _references(part)
 
 
 def _table(schema: dict[str, Any]) -> str:

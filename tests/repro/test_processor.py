@@ -32,42 +32,44 @@ def _python(code, **environment):
 
 @has_avx2
 def test_a_held_process_computes_with_avx2_whatever_the_processor_can_do():
-    told = _python("from kdlib.repro import processor; processor.hold(); print(processor.name())")
-    assert told.strip().endswith(", AVX2")
+    printed = _python(
+        "from kdlib.repro import processor; processor.hold(); print(processor.name())"
+    )
+    assert printed.strip().endswith(", AVX2")
 
 
 @has_avx2
 def test_a_process_that_has_computed_with_other_instructions_is_refused():
     code = "import torch; torch.ones(64).exp(); from kdlib.repro import processor; processor.hold()"
-    told = _python(code, ATEN_CPU_CAPABILITY="default")
-    assert "torch computes with DEFAULT here; expected AVX2: restart this process" in told
+    printed = _python(code, ATEN_CPU_CAPABILITY="default")
+    assert "torch computes with DEFAULT here; expected AVX2: restart this process" in printed
 
 
 def test_numpy_of_a_child_takes_nothing_newer():
     child = "from numpy._core._multiarray_umath import __cpu_features__ as f; print(f)"
-    told = _python(
+    printed = _python(
         "from kdlib.repro import processor; import subprocess, sys; processor.hold_children(); "
         f"subprocess.run([sys.executable, '-W', 'error', '-c', {child!r}], check=True)"
     )
     for name in processor.LIBRARIES["NPY_DISABLE_CPU_FEATURES"].split():
-        assert f"'{name}': False" in told
+        assert f"'{name}': False" in printed
 
 
 @pytest.mark.parametrize(
-    ("other", "told"),
+    ("other", "printed"),
     [
         ({"precision": "bf16"}, "portable: true and precision: bf16 exclude each other"),
         ({"device": "cuda"}, "portable: true and device: cuda exclude each other"),
         ({"compile": True}, "portable: true and compile: True exclude each other"),
     ],
 )
-def test_what_is_of_one_machine_is_not_portable(home, other, told):
-    with pytest.raises(StudyError, match=told):
+def test_what_is_of_one_machine_is_not_portable(home, other, printed):
+    with pytest.raises(StudyError, match=printed):
         tiny_study(home, compute={"portable": True} | other)
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "told"),
+    ("section", "values", "printed"),
     [
         (
             "training",
@@ -87,9 +89,9 @@ def test_what_is_of_one_machine_is_not_portable(home, other, told):
         ),
     ],
 )
-def test_roots_that_differ_between_processors_are_not_portable(home, section, values, told):
-    told = rf"compute\.portable: true cannot be kept with .*{told}.*square roots"
-    with pytest.raises(StudyError, match=told):
+def test_roots_that_differ_between_processors_are_not_portable(home, section, values, printed):
+    printed = rf"compute\.portable: true cannot be kept with .*{printed}.*square roots"
+    with pytest.raises(StudyError, match=printed):
         tiny_study(home, compute={"portable": True}, **{section: values})
 
 

@@ -57,15 +57,15 @@ def test_an_own_selection_cannot_change_the_datamap(home):
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         ("return table['confidence'][:2]", r"shape \(2,\).*finite number for each of 6"),
         ("return table['confidence'] / 0 * 0", "finite: False"),
     ],
 )
-def test_costs_that_are_none_are_refused(home, body, told):
+def test_costs_that_are_none_are_refused(home, body, message):
     (home / "mine.py").write_text(f"def cost(table):\n    {body}")
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         select(table(), 3, rule(options=None), 0)
 
 
