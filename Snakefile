@@ -134,7 +134,7 @@ for step, folder, name, waits, processes in (
             settings=settings(step),
         threads: study.compute.threads * processes or 1
         resources:
-            gpu=min(GPUS, processes),
+            **({"gpu": min(GPUS, processes)} if processes else {}),
         shell:
             PAPERMILL + LOG
 
