@@ -114,10 +114,12 @@ def attention_map(grid: Tensor) -> Tensor:
     Args:
         grid: (B, C, H, W) float.
 
-    Returns: (B, H, W), values >= 0; zeros where the whole grid is zero.
+    Returns: (B, H, W), float32 at least, values >= 0; zeros where the whole grid is zero.
     Source: [Zagoruyko2017], sec. 3.1, with p = 2.
     """
-    energy = grid.square().mean(1)
+    # its squares would lose bits in bfloat16, and the map is part of a loss
+    wide = grid.float() if grid.dtype in (torch.float16, torch.bfloat16) else grid
+    energy = wide.square().mean(1)
     return F.normalize(energy.flatten(1), dim=1).view_as(energy)
 
 
