@@ -206,12 +206,41 @@ def test_a_new_seed_leaves_the_finished_ones_as_they_are(home):
     assert (folder / "seed=2" / "evidence.json").exists(), process.stderr
 
 
-def test_a_failing_run_is_listed_stops_no_other_and_is_mended_by_the_next_call(done, home):
-    broken = home / "runs/tiny/distill/student=tiny/strategy=easy/fraction=0.33/objective=kd/seed=1"
-    other = home / "runs/tiny/distill/student=tiny/strategy=random/fraction=0.33/objective=plain"
-    shutil.rmtree(other)
-    (broken / "evidence.json").unlink()
-    (broken / "state").mkdir()
+def _stop(home, how, there):
+    """Start the pipeline, and signal it and all its processes when `there()` is."""
+    process = subprocess.Popen(
+        _command(home), env=_environment(home), start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        # a shell that runs these tests in the background has them ignore Ctrl-C, children included
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline and process.poll() is None and not there():
+        time.sleep(0.05)
+    assert process.poll() is None, "it had ended before the signal"
+    os.killpg(process.pid, how)
+    assert process.wait(timeout=300) != 0
+
+
+def test_a_study_that_is_killed_stopped_and_fails_ends_with_the_same_bytes(done, home):
+    runs, study = home / "runs" / "tiny", load_study(home / STUDY)
+    shutil.rmtree(runs / "distill")
+    shutil.rmtree(runs / "datamap")
+
+    def finished():
+        return len(list(runs.glob("distill/**/evidence.json")))
+
+    _stop(home, signal.SIGKILL, lambda: list(runs.glob("distill/**/subset.parquet")))
+    before = finished()
+    _stop(home, signal.SIGINT, lambda: finished() > before)  # Ctrl-C
+    assert finished() < len(study.cells()) * len(study.seeds)
+
+    # a failing run is listed, stops no other, and is mended by the next call
+    broken = runs / "distill/student=tiny/strategy=easy/fraction=0.33/objective=kd/seed=1"
+    other = runs / "distill/student=tiny/strategy=random/fraction=0.33/objective=plain"
+    shutil.rmtree(other, ignore_errors=True)
+    shutil.rmtree(broken, ignore_errors=True)
+    (broken / "state").mkdir(parents=True)
     (broken / "state" / "state.safetensors").write_bytes(b"not a training state")
     process = _run(home)
     assert process.returncode != 0
@@ -221,30 +250,6 @@ def test_a_failing_run_is_listed_stops_no_other_and_is_mended_by_the_next_call(d
     assert (other / "seed=1" / "evidence.json").exists()
     assert (broken.parent / "seed=0" / "evidence.json").exists()
     (broken / "state" / "state.safetensors").unlink()
-    assert _run(home).returncode == 0
-    assert _results(home) == _results(done[0])
-
-
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_stopped_study_goes_on_and_ends_with_the_same_bytes(done, home, how):
-    shutil.rmtree(home / "runs" / "tiny" / "distill")
-    shutil.rmtree(home / "runs" / "tiny" / "datamap")
-    process = subprocess.Popen(
-        _command(home), env=_environment(home), start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        # a shell that runs these tests in the background has them ignore Ctrl-C, children included
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(
-        home.glob("runs/tiny/distill/**/subset.parquet")
-    ):
-        time.sleep(0.05)
-    os.killpg(process.pid, how)
-    assert process.wait(timeout=60) != 0
-    study = load_study(home / STUDY)
-    finished = list(home.glob("runs/tiny/distill/**/evidence.json"))
-    assert len(finished) < len(study.cells()) * len(study.seeds), "it had ended before the signal"
     again = _run(home)
     assert again.returncode == 0, again.stderr
     assert _results(home) == _results(done[0])
