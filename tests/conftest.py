@@ -75,24 +75,6 @@ def make_images(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache
 
 
 @pytest.fixture(scope="session")
-def prepare_datamap() -> Callable[[Path], Study]:
-    """A function that does steps 01 to 03 of the tiny study in a workspace."""
-
-    def make(home: Path) -> Study:
-        (home / "params").mkdir()
-        shutil.copy(TINY, home / "params")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("KDLIB_HOME", str(home))
-            study = load_study("params/tiny.yaml")
-            images = cache_images(study)
-            make_teacher(study, images)
-            make_datamap(study, images)
-        return study
-
-    return make
-
-
-@pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the whole tiny study has run, without notebooks; made once, whichever of
     the processes that share the tests comes first."""
@@ -115,6 +97,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             probe_cell(study, images, cell)
         done.touch()
     return home
+
+
+@pytest.fixture(scope="session")
+def prepare_datamap(made: Path) -> Callable[[Path], Study]:
+    """A function that copies steps 01 to 03 of it into a workspace."""
+
+    def copy(home: Path) -> Study:
+        (home / "params").mkdir()
+        shutil.copy(TINY, home / "params")
+        shutil.copytree(made / "cache", home / "cache")
+        for step in ("cache", "teacher", "datamap"):
+            shutil.copytree(made / "runs" / "tiny" / step, home / "runs" / "tiny" / step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KDLIB_HOME", str(home))
+            return load_study("params/tiny.yaml")
+
+    return copy
 
 
 @pytest.fixture

@@ -5,20 +5,20 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
-from papermill.iorw import load_notebook_node
-from papermill.parameterize import parameterize_notebook
 
-from kdlib.papermill_engine import IpcEngine
 from kdlib.repro import files
+from kdlib.steps.cache import cache_images
 from kdlib.study import evaluation
+from kdlib.study.base import StudyError
+from kdlib.study.load import load_study
 from kdlib.study.selections import STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
@@ -143,8 +143,7 @@ def _papermill(home, name, *options):
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+    assert done.returncode == 0, done.stderr
 
 
 def _as_in_jupyterlab(home, name, monkeypatch, **values):
@@ -178,11 +177,30 @@ def test_command_line_and_jupyterlab_give_the_same_bytes(home, tmp_path, monkeyp
         assert (home / name).read_bytes() == (other / name).read_bytes(), name
 
 
-def test_the_interactive_datamap_is_a_figure_where_there_is_no_browser(home):
-    _papermill(home, "03_datamap")
-    text = (home / "elsewhere" / "out.ipynb").read_text()
-    assert "No widgets can be shown here" in text
-    assert "widget-view" not in text
+def _by_engine(folder, path, **parameters):
+    """Run a notebook in a folder with the pipeline's engine; what it leaves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return papermill.execute_notebook(
+            path, None, parameters, engine_name="ipc", progress_bar=False
+        )
+
+
+def _by_exec(home, name, monkeypatch, **parameters):
+    """Run the code of a notebook here, without a kernel."""
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    names = {}
+    for cell in _code(nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)):
+        exec(cell.source, names)
+        names |= parameters if "parameters" in cell.metadata.get("tags", ()) else {}
+
+
+def test_the_interactive_datamap_is_a_figure_where_there_is_no_browser(home, monkeypatch):
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    done = _by_engine(home, FOLDER / "03_datamap.ipynb", study="params/tiny.yaml")
+    [shown] = [cell.outputs for cell in _code(done) if "explore" in cell.source]
+    assert "No widgets can be shown here, so this is the still map" in shown[0].text
+    assert [sorted(one.data) for one in shown[1:]] == [["image/png", "text/plain"]]
 
 
 def test_wrong_labels_are_looked_for_in_a_study_that_has_some(home, monkeypatch):
@@ -191,47 +209,41 @@ def test_wrong_labels_are_looked_for_in_a_study_that_has_some(home, monkeypatch)
         "axes: {strategy: [random, easy]}\n"
         "recordings: {models: {wide: null}, folds: 2, threshold_samples: true}\n"
     )
-    _as_in_jupyterlab(home, "01_cache", monkeypatch, study="params/wrong.yaml")
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    cache_images(load_study("params/wrong.yaml"))
     notebook = _as_in_jupyterlab(home, "08_noise", monkeypatch, study="params/wrong.yaml")
     assert "AUM below threshold samples" in str([cell.outputs for cell in _code(notebook)])
     assert (home / "runs" / "wrong" / "noise" / "evidence.json").is_file()
     assert (home / "figures" / "wrong" / "detectors.pdf").is_file()
 
 
-def test_an_unknown_parameter_is_refused_with_the_nearest_known_name(home):
-    with pytest.raises(RuntimeError, match="no parameter 'stratgy'; did you mean 'strategy'"):
-        _papermill(home, "04_distill", "-p", "stratgy", "easy")
-
-
-def test_the_engine_refuses_an_unknown_parameter_before_a_kernel_starts():
-    notebook = load_notebook_node(str(FOLDER / "04_distill.ipynb"))
-    asked = {"study": "params/tiny.yaml", "stratgy": "easy"}
-    notebook = parameterize_notebook(notebook, asked, kernel_name="python3", language="python")
+def test_an_unknown_parameter_is_refused_before_a_kernel_starts(home, monkeypatch):
+    monkeypatch.setattr(AsyncKernelManager, "start_kernel", None)
     with pytest.raises(ValueError, match="no parameter 'stratgy'; did you mean 'strategy'"):
-        IpcEngine.execute_managed_notebook(SimpleNamespace(nb=notebook), "no such kernel")
+        _by_engine(home, FOLDER / "04_distill.ipynb", study="params/tiny.yaml", stratgy="easy")
 
 
 def test_an_unknown_value_is_refused_with_the_nearest_known_one(home, monkeypatch):
-    with pytest.raises(CellExecutionError, match="unknown strategy 'eazy'; did you mean 'easy'"):
-        _as_in_jupyterlab(
-            home, "04_distill", monkeypatch, study="params/tiny.yaml", strategy="eazy"
-        )
+    with pytest.raises(StudyError, match="unknown strategy 'eazy'; did you mean 'easy'"):
+        _by_exec(home, "04_distill", monkeypatch, study="params/tiny.yaml", strategy="eazy")
 
 
 def test_a_notebook_before_its_time_names_the_step_that_is_missing(tmp_path, monkeypatch):
     study = str(files.workspace() / "params" / "tiny.yaml")
-    with pytest.raises(CellExecutionError, match="holds no finished run; run the notebook"):
-        _as_in_jupyterlab(tmp_path, "04_distill", monkeypatch, study=study)
+    with pytest.raises(FileNotFoundError, match="holds no finished run; run the notebook"):
+        _by_exec(tmp_path, "04_distill", monkeypatch, study=study)
 
 
-def test_a_kernel_starts_where_the_path_of_temporary_files_is_too_long_for_a_socket(tmp_path):
+def test_a_kernel_starts_where_the_path_of_temporary_files_is_too_long_for_a_socket(
+    tmp_path, monkeypatch
+):
     long = tmp_path / ("job-" * 30)
     long.mkdir()
     cell = nbformat.v4.new_code_cell("print(6 * 7)")
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "in.ipynb")
-    command = [sys.executable, "-m", "papermill", "--engine", "ipc", "in.ipynb", "out.ipynb"]
-    environment = os.environ | {"TMPDIR": str(long)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "42" in nbformat.read(tmp_path / "out.ipynb", as_version=4).cells[0].outputs[0].text
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # asked for anew
+    assert tempfile.gettempdir() == str(long)
+    done = _by_engine(tmp_path, tmp_path / "in.ipynb")
+    assert "42" in done.cells[-1].outputs[0].text

@@ -1,13 +1,14 @@
-"""The app appears where a person sees the cell, else the datamap as a picture."""
+"""The app appears where a person sees the cell, else the datamap as a picture.
+
+A notebook that runs without a person is `test_notebooks.py`'s.
+"""
 
 import json
 import os
 import subprocess
 import sys
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 from PIL import Image
 
 from kdlib.explorer import app as app_module
@@ -45,20 +46,6 @@ def test_plain_python_can_explore_without_importing_widgets(study):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "still map" in done.stdout, done.stderr
     assert done.stdout.endswith("[]\n")
-
-
-def test_a_notebook_run_without_a_person_holds_the_still_map(study, made):
-    cell = nbformat.v4.new_code_cell(
-        "from kdlib.explorer import explore\nfrom kdlib.study import load_study\n"
-        "explore(load_study('params/tiny.yaml'))"
-    )
-    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
-    NotebookClient(notebook, timeout=120).execute(cwd=str(made))
-    outputs = notebook.cells[0].outputs
-    data = [o["data"] for o in outputs if "data" in o]
-    assert "still map" in outputs[0]["text"]
-    assert [sorted(d) for d in data] == [["image/png", "text/plain"]]
 
 
 @pytest.mark.parametrize(
