@@ -5,12 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from kdlib.compare.committed import read_committed
+from kdlib.compare.comparisons import comparisons
+from kdlib.study.load import load_study
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -32,11 +37,17 @@ def _rows(folder):
     return [json.loads(line) for line in lines]
 
 
-def test_a_dry_run_leaves_the_rows_of_every_part(tmp_path):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory):
+    """The folder of a dry run of every part, and its process."""
+    out = tmp_path_factory.mktemp("dry") / "out"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), "--dry"]
     command += ["--minutes", "60"]  # however busy this machine is
-    done = subprocess.run(command, capture_output=True, text=True)
+    return out, subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_dry_run_leaves_the_rows_of_every_part(dry):
+    out, done = dry
     told, rows = done.stdout + done.stderr, _rows(out)
     found = {part: [r for r in rows if r["part"] == part] for part in ("facts", "right", "fast")}
     ends = {row["part"]: row["state"] for row in rows if row["row"] == "part"}
@@ -63,6 +74,51 @@ def test_a_dry_run_leaves_the_rows_of_every_part(tmp_path):
     summary = (out / "summary.md").read_text()
     assert "over 16 MiB" not in summary
     assert "| kdlib, stored teacher |" in summary
+
+
+def test_a_miniature_comes_home_as_tables_of_the_complete_seeds(dry, tmp_path, monkeypatch):
+    # 3 strategies with the full set, 2 objectives, 2 seeds, and one student of the third seed
+    folder = dry[0] / "study"
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    with tarfile.open(folder / "study.tar.gz") as tar:
+        packed = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}
+    assert (folder / "errors.log").read_text() == ""
+    by_step = {}
+    for row in rows:
+        assert "error" not in row
+        by_step.setdefault(row["step"], []).append(row)
+    assert [row["n"] for row in by_step["unpacked"]] == [1297, 500]
+    assert [row["seed"] for row in by_step["distill"]] == [0, 1, *[0] * 5, *[1] * 5, 2]
+    assert all({"seconds", "test_accuracy", "elapsed"} <= set(r) for r in by_step["distill"])
+    assert by_step["stopped"][0]["finished"] == 13
+    assert by_step["stopped"][0]["killed"] == 1
+    assert by_step["compare"][0]["n_accepted"] == by_step["compare"][0]["n_runs"] == 12
+    assert by_step["comparing"][0]["seeds"] == [0, 1]
+
+    assert not [name for name in packed if "weights" in name or "outputs" in name]
+    evidence = [name for name in packed if name.endswith("evidence.json") and "distill" in name]
+    assert len(evidence) == 13  # and nothing of the one that was killed
+    assert "runs/dry/datamap/datamap.parquet" in packed
+    card = json.loads(packed["runs/dry/teacher/evidence.json"])["teacher"]
+    assert card["measured"] == by_step["teacher"][0]["test_accuracy"]
+
+    home = tmp_path / "home"
+    for name, content in packed.items():
+        if name.startswith(("params/", "figures/")):
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_bytes(content)
+    monkeypatch.setenv("KDLIB_HOME", str(home))
+    study = load_study("params/dry.yaml")
+    assert study.seeds == (0, 1)
+    tables = comparisons(study, read_committed(study))
+    assert len(tables["results"]) == 12
+    assert not tables["results"]["refused"].any()
+    assert set(tables["strategies"]["n_seeds"]) == {2}
+    accuracies = {
+        (r["strategy"], r["objective"], r["seed"]): r["test_accuracy"] for r in by_step["distill"]
+    }
+    for row in tables["results"].itertuples():
+        assert accuracies[row.strategy, row.objective, row.seed] == row.test_accuracy
 
 
 def _part(gpu, name, code):
