@@ -80,7 +80,7 @@ from kdlib.trainer import loop
 from kdlib.trainer.step import Step
 
 PIPED = 0.08  # of the kills, of the whole pipeline
-QUICK = ("evidence of a student", "training state")
+QUICK = {"flips": "evidence of a student", "truncations": "training state"}
 STATE_EVERY_S = 0.05  # of a training: more states, and so more moments to be killed at
 TORN = 3  # damaged files of a kind that are mended as their sentence says, and made again
 
@@ -887,7 +887,7 @@ def campaign(shop: Shop, kills: int, seed: int, only: list[str], quick: bool) ->
             if not quick:
                 yield kill(shop, step, n, rng)
             elif step.name == "distillation":
-                yield kill(shop, step, 2, rng)
+                yield kill(shop, step, 1, rng)
         loop.STATE_EVERY_S = 20.0
     if "pipeline" in only and not quick:
         yield kill_pipeline(shop, max(2, piped), rng)
@@ -896,7 +896,7 @@ def campaign(shop: Shop, kills: int, seed: int, only: list[str], quick: bool) ->
             for kind in KINDS:
                 if not quick:
                     yield damage(shop, kind, how, n, rng)
-                elif kind.name in QUICK:
+                elif kind.name == QUICK[name]:
                     yield damage(shop, kind, how, 1, rng)
     if "disk" in only:
         for step, make in FILLED:
@@ -907,7 +907,7 @@ def campaign(shop: Shop, kills: int, seed: int, only: list[str], quick: bool) ->
     if "hostile" in only:
         yield be_hostile(shop, hostile.CASES[::20] if quick else hostile.CASES)
     if "studies" in only:
-        yield fuzz(50 if quick else 600, seed, shop.folder)
+        yield fuzz(20 if quick else 600, seed, shop.folder)
 
 
 def total(rows: list[Row]) -> Row:
