@@ -10,17 +10,17 @@ from kdlib.study.load import load_study
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory, prepare_datamap):
+def workspace(tmp_path_factory, prepare_datamap):
     """A workspace in which steps 01 to 03 of the tiny study are done."""
-    home = tmp_path_factory.mktemp("made")
+    home = tmp_path_factory.mktemp("workspace")
     prepare_datamap(home)
     return home
 
 
 @pytest.fixture
-def study(made, monkeypatch):
+def study(workspace, monkeypatch):
     """The tiny study, without saved selections."""
-    monkeypatch.setenv("KDLIB_HOME", str(made))
+    monkeypatch.setenv("KDLIB_HOME", str(workspace))
     study = load_study("params/tiny.yaml")
     yield study
     shutil.rmtree(study.runs / "selections", ignore_errors=True)

@@ -195,7 +195,7 @@ def test_saving_and_restoring_by_the_buttons(app):
     assert app.controls.name.value == "first"
 
 
-def test_two_maps_are_brushed_together(study, made):
+def test_two_maps_are_brushed_together(study, workspace):
     first = open_datamap(study, open_images(study))
     other = first.iloc[100:].assign(confidence=1 - first["confidence"].iloc[100:])
     app = App(Explorer(study, against=other))
@@ -209,10 +209,10 @@ def test_two_maps_are_brushed_together(study, made):
     assert len(right.widget.filter) == (other["label"] == 3).sum()
 
 
-def test_another_study_of_the_same_images_can_stand_beside(study, made):
+def test_another_study_of_the_same_images_can_stand_beside(study, workspace):
     content = parse_yaml(TINY.read_text())
     content["data"] |= {"n_validation": 297, "shard_size": 400, "relabel": {"noise": 0.1}}
-    path = made / "params" / "fewer.yaml"
+    path = workspace / "params" / "fewer.yaml"
     path.write_text(yaml.safe_dump(content))
     fewer = load_study(path)
     images = cache_images(fewer)

@@ -68,8 +68,8 @@ def test_nothing_is_not_saved(state):
     assert saved_selections(state.study) == []
 
 
-def test_the_map_of_a_study_that_shares_another_one_s_is_walked_in(study, made):
-    path = made / "params" / "sharing.yaml"
+def test_the_map_of_a_study_that_shares_another_one_s_is_walked_in(study, workspace):
+    path = workspace / "params" / "sharing.yaml"
     path.write_text(yaml.safe_dump({"base": "tiny.yaml", "shares": "tiny.yaml"}))
     sharing = load_study(path)
     assert still_map(sharing).is_file()

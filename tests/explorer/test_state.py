@@ -148,10 +148,10 @@ def test_small_images_are_enlarged_without_smoothing_and_large_ones_shrunk(tmp_p
     assert back(rng.integers(0, 256, (3, 200, 100), np.uint8)).shape == (96, 48, 3)
 
 
-def test_a_map_of_other_images_or_without_scores_is_refused(study, made):
+def test_a_map_of_other_images_or_without_scores_is_refused(study, workspace):
     content = parse_yaml(TINY.read_text())
     content["data"]["n_train"] = 1000
-    path = made / "params" / "other.yaml"
+    path = workspace / "params" / "other.yaml"
     path.write_text(yaml.safe_dump(content))
     other = load_study(path)
     cache_images(other)
