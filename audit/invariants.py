@@ -64,7 +64,7 @@ INVARIANTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("B", "train and test features are of the same weights; no probe below its floor", (
         _test("steps/probe", "test_features_of_an_untrained_network_are_refused"),
         _test("probes/classifiers", "all_probes_refuse_features_that_do_not_belong_together"),
-        _test("repro/checks", "each_lie_is_stopped_by_its_tripwire_alone"),
+        _test("repro/checks", "each_lie_is_stopped_by_its_check_alone"),
     )),
     ("B", "permuting teacher rows raises the loss, the gradient reaches the student, a copy is the "
      "minimum", (

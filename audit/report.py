@@ -14,8 +14,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from audit.bench import Bench, Exhibit
 from audit.invariants import INVARIANTS
+from audit.small_study import Exhibit, SmallStudy
 from audit.study_a import DEFECTS_A
 from audit.study_b import DEFECTS_B
 from kdlib.compare.committed import read_committed
@@ -42,7 +42,7 @@ STUDENTS = {
     "mobilenet_v2_035": "MobileNetV2 x0.35",
 }
 
-DEFECTS = (*DEFECTS_A, *DEFECTS_B)
+DEFECTS = dict.fromkeys(DEFECTS_A, "A") | dict.fromkeys(DEFECTS_B, "B")
 
 
 def make(study: Study, images: Images) -> pd.DataFrame:
@@ -50,28 +50,32 @@ def make(study: Study, images: Images) -> pd.DataFrame:
 
     Returns: One row per exhibit, its fields as columns.
     """
+    fields = [field.name for field in dataclasses.fields(Exhibit)]
     settings = {"step": study.step_settings("audit"), "inputs": images.fingerprints}
+    settings |= {"fields": fields}  # a table of other columns is made again
     folder = study.runs / "audit"
     with open_run(study.runs, folder, settings) as run:
         if not run.finished:
             prepare_device(study.compute.model_copy(update={"device": "cpu"}))  # small trainings
-            table = pd.DataFrame([dataclasses.asdict(e) for e in exhibits(images)])
-            write_parquet(folder / "exhibits.parquet", table, {"settings": run.settings_sha256})
+            write_parquet(
+                folder / "exhibits.parquet", exhibits(images), {"settings": run.settings_sha256}
+            )
             sha256 = files.sha256_file(folder / "exhibits.parquet")
             run.finish({"step": "audit", "study": study.name, "table_sha256": sha256})
     return open_exhibits(study)
 
 
-def exhibits(images: Images) -> list[Exhibit]:
-    """Each defect made again, in a temporary folder."""
-    results = []
+def exhibits(images: Images) -> pd.DataFrame:
+    """Each defect made again, in a temporary folder: its study, what happened there, and the fields
+    of its exhibit."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(images, Path(folder))
-        for defect in DEFECTS:
-            exhibit = defect(bench)
-            sentence = " ".join(exhibit.sentence.replace(folder, "...").split())
-            results.append(dataclasses.replace(exhibit, sentence=sentence))
-    return results
+        small = SmallStudy(images, Path(folder))
+        for defect, study in DEFECTS.items():
+            row = dataclasses.asdict(defect(small))
+            row["sentence"] = " ".join(row["sentence"].replace(folder, "...").split())
+            rows.append({"study": study, "happened": " ".join(defect.__doc__.split()), **row})
+    return pd.DataFrame(rows)
 
 
 def open_exhibits(study: Study) -> pd.DataFrame:
@@ -164,11 +168,13 @@ def describe_exhibits(table: pd.DataFrame) -> str:
     for row in table.to_dict("records"):
         caught = "yes" if row["caught"] and row["quiet"] else "**no**"
         numbers = f"{100 * row['defect']:.1f}", f"{100 * row['honest']:.1f}"
-        check = f"`{row['tripwire']}`"
+        check = ", ".join(
+            f"`{name}`" if name.startswith("kdlib.") else name for name in row["check"].split(", ")
+        )
         rows.append((row["study"], row["name"], row["measure"], *numbers, check, caught))
         messages.append(f"- **{row['name']}** ({row['study']}). {row['happened']} "
                         f"{check}: {_cut(row['sentence'])}")  # fmt: skip
-    head = ("study", "defect", "what both numbers are", "with it", "without", "tripwire", "caught")
+    head = ("study", "defect", "what both numbers are", "with it", "without", "check", "caught")
     parts = [markdown_table(head, rows, "lllrr"), "", "## What the checks print", "", *messages]
     return "\n".join(parts)
 
@@ -194,8 +200,8 @@ def write(study: Study, table: pd.DataFrame) -> Path:
     parts = [
         f"# {study.name}: what the two earlier studies measured",
         f"{n} defects of two earlier studies (A: subsets by training dynamics; B: features over "
-        f"fixed or random shards), made again in miniature on {study.data.source}; a tripwire "
-        f"catches {caught} of {n} and lets the honest number pass. All numbers are in %.",
+        f"fixed or random shards), made again in miniature on {study.data.source}. Checks catch "
+        f"{caught} of {n} and let the number without the defect pass. All numbers are in %.",
         describe_exhibits(table),
         "## What study A printed",
         describe_published(),
@@ -212,13 +218,13 @@ def draw_defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
     Args:
         ax: The axis.
         exhibits: One row per defect, drawn from top to bottom: `study`, `name`, `measure`,
-            `defect` and `honest` (shares in [0, 1]), `tripwire`, and whether it was `caught`.
+            `defect` and `honest` (shares in [0, 1]), `check`, and whether it was `caught`.
         title: Above the rows.
 
     Returns: `ax`, its x axis in %.
     Raises: ValueError for missing columns, an empty table, or numbers that are no shares.
     """
-    columns = ("study", "name", "measure", "defect", "honest", "tripwire", "caught")
+    columns = ("study", "name", "measure", "defect", "honest", "check", "caught")
     theme.demand(exhibits, columns, "exhibits")
     numbers = 100 * exhibits[["defect", "honest"]].to_numpy()
     if not ((numbers >= 0) & (numbers <= 100)).all():
@@ -242,7 +248,7 @@ def draw_defects(ax: Axes, exhibits: pd.DataFrame, title: str = "") -> Axes:
         handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, columnspacing=0.8,
         handletextpad=0.2, borderaxespad=0.1, borderpad=0.1,
     )  # fmt: skip
-    _note(ax, "tripwire", 1, top, (65, 2), ha="left", va="bottom", fontweight="bold")
+    _note(ax, "check", 1, top, (65, 2), ha="left", va="bottom", fontweight="bold")
     _note(ax, title, 0, top, (-7, 2), ha="right", va="bottom", fontweight="bold")
     return ax
 
@@ -257,7 +263,7 @@ def _draw_defect(ax: Axes, y: float, row: pd.Series) -> None:
     _note(ax, row["measure"], 0, y, (-7, -0.5), ha="right", va="top", color=GREY)
     _note(ax, f"{wrong:.1f}", 1, y, (30, 0), ha="right", va="center", color=VERMILLION)
     _note(ax, f"{honest:.1f}", 1, y, (57, 0), ha="right", va="center", color=BLUE)
-    checks = "\n".join(row["tripwire"].split(", "))
+    checks = re.sub(r"\bkdlib\.\w+\.", "", row["check"]).replace(", ", "\n")
     checks = checks if row["caught"] else f"not caught by\n{checks}"
     _note(ax, checks, 1, y, (65, 0), ha="left", va="center", linespacing=1.05)
 

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 import torch
 
-from audit.bench import BRIEF, SEEDS, THIRD, Bench, Exhibit, judged, mean, refused
+from audit.small_study import BRIEF, SEEDS, THIRD, Exhibit, SmallStudy, judged, mean, named, refused
 from audit.study_a_results import (
     ACCURACY,
     best_on_test,
@@ -29,18 +29,16 @@ from kdlib.study.selections import Mixture
 from kdlib.trainer.step import Step, Task
 
 
-def ignored_subset(bench: Bench) -> Exhibit:
-    """A `random third` that trains on everything, at equal epochs."""
+def ignored_subset(small: SmallStudy) -> Exhibit:
+    """A guard forgot the probability of the random subset, so that the baseline of a third
+    trained on all images; that random wins rests on it."""
     wrong, honest = [], []
     for seed in SEEDS:
-        honest.append(bench.known("random", seed))
+        honest.append(small.known("random", seed))
         declared = honest[-1].plan  # wrong: the loader forgot this plan
-        wrong.append(dataclasses.replace(bench.known("full", seed), plan=declared))
+        wrong.append(dataclasses.replace(small.known("full", seed), plan=declared))
     return Exhibit(
-        study="A",
         name="a random third that was the full set",
-        happened="A guard forgot the probability of the random subset, so that the baseline of a "
-        "third trained on all images; that random wins rests on it.",
         measure=f"{ACCURACY} of a random third",
         defect=mean([fit.accuracy for fit in wrong]),
         honest=mean([fit.accuracy for fit in honest]),
@@ -65,19 +63,20 @@ def _wrong_recording(task: Task) -> None:
                 task.network(task.pixels.prepare(loader.raw(np.arange(n))))
 
 
-def frozen_statistics(bench: Bench) -> Exhibit:
-    """Recording that ends BatchNorm's training after the first epoch."""
+def frozen_statistics(small: SmallStudy) -> Exhibit:
+    """The callback that recorded dynamics called eval() and never undid it: from the second
+    epoch on BatchNorm was frozen in every recorded run, the teacher's included."""
     wrong, honest, same, differ = [], [], [], []
     sentence = ""
     for seed in SEEDS[:2]:
-        plan = bench.plan(bench.ids, seed, GENTLE)
-        plain = bench.fit(bench.task(plan, seed, training=GENTLE))
-        log = bench.log(plan, "eval")
-        recorded = bench.fit(bench.task(plan, seed, training=GENTLE, log=log, observed="eval"))
+        plan = small.plan(small.ids, seed, GENTLE)
+        plain = small.fit(small.task(plan, seed, training=GENTLE))
+        log = small.log(plan, "eval")
+        recorded = small.fit(small.task(plan, seed, training=GENTLE, log=log, observed="eval"))
         log.finish()
-        task = bench.task(plan, seed, training=GENTLE)
+        task = small.task(plan, seed, training=GENTLE)
         _wrong_recording(task)
-        wrong.append(bench.accuracy(task.network))
+        wrong.append(small.accuracy(task.network))
         honest.append(recorded.accuracy)
         unrecorded, ours, theirs = (
             weights_fingerprint(network)[:12]
@@ -90,24 +89,22 @@ def frozen_statistics(bench: Bench) -> Exhibit:
             f"recorded by kdlib {ours}"
         )
     return Exhibit(
-        study="A",
         name="recording that froze BatchNorm",
-        happened="The callback that recorded dynamics called eval() and never undid it: from the "
-        "second epoch on BatchNorm was frozen in every recorded run, the teacher's included.",
         measure=f"{ACCURACY} of the recorded network",
         defect=mean(wrong),
         honest=mean(honest),
-        tripwire="weights fingerprint",
+        check=named(weights_fingerprint),
         sentence=sentence,
         caught=all(differ),
         quiet=all(same),
     )
 
 
-def one_seed(bench: Bench) -> Exhibit:
-    """Three requested seeds, each overwritten by the teacher's."""
-    honest = [bench.known("random", seed) for seed in SEEDS]
-    same = bench.known("random", 0)  # wrong: whatever was requested
+def one_seed(small: SmallStudy) -> Exhibit:
+    """Every seed and split was overwritten by the teacher's, so that three replicates were one
+    training three times."""
+    honest = [small.known("random", seed) for seed in SEEDS]
+    same = small.known("random", 0)  # wrong: whatever was requested
     evidences = [fit.evidence for fit in honest]
     forged = [
         same.evidence | {"seeds": evidence["seeds"] | {"requested": seed}}
@@ -115,42 +112,37 @@ def one_seed(bench: Bench) -> Exhibit:
     ]
     outcomes = checks.distinct_seeds(forged)
     return Exhibit(
-        study="A",
         name="three seeds that were one",
-        happened="Every seed and split was overwritten by the teacher's, so that three replicates "
-        "were one training three times.",
         measure=f"s.d. of {ACCURACY} over seeds",
         defect=float(np.std([same.accuracy for _ in SEEDS], ddof=1)),
         honest=float(np.std([fit.accuracy for fit in honest], ddof=1)),
-        tripwire="checks.distinct_seeds",
+        check=named(checks.distinct_seeds),
         sentence=f"seed {SEEDS[0]} {outcomes[0].sentence}",
         caught=not any(check.passed for check in outcomes),
         quiet=all(check.passed for check in checks.distinct_seeds(evidences)),
     )
 
 
-def unsaved_subset(bench: Bench) -> Exhibit:
-    """A random subset drawn before the seed is set, and never saved."""
-    n = budget(len(bench.ids), THIRD)
+def unsaved_subset(small: SmallStudy) -> Exhibit:
+    """Random subsets were drawn before seeding and never saved: the same seed meant another
+    subset each time."""
+    n = budget(len(small.ids), THIRD)
     # wrong: what the generator happens to hold; two sessions are two states
-    drawn = [np.sort(generator(s, "subset").choice(bench.ids, n, replace=False)) for s in (11, 12)]
-    ours = [bench.third("random", 0) for _ in range(2)]
+    drawn = [np.sort(generator(s, "subset").choice(small.ids, n, replace=False)) for s in (11, 12)]
+    ours = [small.third("random", 0) for _ in range(2)]
 
     def saved(ids: np.ndarray) -> Subset:
-        return Subset(ids, "random", THIRD, 0, None, files.fingerprint(bench.images.fingerprints))
+        return Subset(ids, "random", THIRD, 0, None, files.fingerprint(small.images.fingerprints))
 
-    path = saved(drawn[0]).save(bench.place() / "subset.parquet")
+    path = saved(drawn[0]).save(small.place() / "subset.parquet")
     sentence = refused(lambda: saved(drawn[1]).save(path))
-    again = saved(ours[0]).save(bench.place() / "subset.parquet")
+    again = saved(ours[0]).save(small.place() / "subset.parquet")
     return Exhibit(
-        study="A",
         name="subsets drawn before the seed was set",
-        happened="Random subsets were drawn before seeding and never saved: the same seed meant "
-        "another subset each time.",
         measure="examples that two draws of one seed share",
         defect=len(np.intersect1d(*drawn)) / n,
         honest=len(np.intersect1d(*ours)) / n,
-        tripwire="selection.Subset.save",
+        check=named(Subset.save),
         sentence=sentence,
         caught=bool(sentence),
         quiet=not refused(lambda: saved(ours[1]).save(again)),
@@ -162,46 +154,43 @@ def _size_evidence(n_declared: int, ids: np.ndarray) -> checks.Evidence:
     return {"budget": {"declared": declared, "recorded": {"unique_examples": len(ids)}}}
 
 
-def overlapping_union(bench: Bench) -> Exhibit:
-    """A mixture of two regions as the union of their ids."""
-    n, table = budget(len(bench.ids), THIRD), bench.table
+def overlapping_union(small: SmallStudy) -> Exhibit:
+    """Mixtures were unions of overlapping regions, so that rows of one table had subsets of
+    different size."""
+    n, table = budget(len(small.ids), THIRD), small.table
     halves = {"ambiguous": n - n // 2, "hard": n // 2}
     # wrong: what both regions hold counts once
     union = np.unique(np.concatenate([select(table, m, s, 0) for s, m in halves.items()]))
     rule = Mixture(shares={"ambiguous": 0.5, "hard": 0.5})
     mixed = select(table, n, rule, 0)
     return Exhibit(
-        study="A",
         name="a union of regions that overlap",
-        happened="Mixtures were unions of overlapping regions, so that rows of one table had "
-        "subsets of different size.",
         measure="size of a third, half ambiguous, half hard",
-        defect=len(union) / len(bench.ids),
-        honest=len(mixed) / len(bench.ids),
+        defect=len(union) / len(small.ids),
+        honest=len(mixed) / len(small.ids),
         **judged((checks.budget,), _size_evidence(n, union), _size_evidence(n, mixed)),
     )
 
 
-def slice_of_minus_zero(bench: Bench) -> Exhibit:
-    """The last n of a ranking as a slice from -n, with n = 0."""
-    n, order = 0, bench.table["confidence"].sort_values(kind="stable").index.to_numpy()
+def slice_of_minus_zero(small: SmallStudy) -> Exhibit:
+    """The top n of a ranking was its slice from -n: a share of nothing selected the whole data
+    set."""
+    n, order = 0, small.table["confidence"].sort_values(kind="stable").index.to_numpy()
     wrong = order[-n:]  # wrong: -0 is 0
-    ours = select(bench.table, n, "confidence_top", 0)
+    ours = select(small.table, n, "confidence_top", 0)
     return Exhibit(
-        study="A",
         name="a slice of -0 that took everything",
-        happened="The top n of a ranking was its slice from -n: a share of nothing selected the "
-        "whole data set.",
         measure="size of an empty part of a mixture",
-        defect=len(wrong) / len(bench.ids),
-        honest=len(ours) / len(bench.ids),
+        defect=len(wrong) / len(small.ids),
+        honest=len(ours) / len(small.ids),
         **judged((checks.budget,), _size_evidence(n, wrong), _size_evidence(n, ours)),
     )
 
 
-def ties_in_order(bench: Bench) -> Exhibit:
-    """The most often correct third, of a data set that is sorted by class."""
-    n, table = budget(len(bench.ids), THIRD), bench.table
+def ties_in_order(small: SmallStudy) -> Exhibit:
+    """Most images are right in every epoch: which of them are the top third was decided by
+    their place in the data set."""
+    n, table = budget(len(small.ids), THIRD), small.table
     by_class = table.sort_values(["label", "confidence"], kind="stable")
     shuffled = by_class.iloc[generator(0, "order").permutation(len(by_class))]
 
@@ -215,14 +204,11 @@ def ties_in_order(bench: Bench) -> Exhibit:
 
     shares = [len(np.intersect1d(rule(by_class), rule(shuffled))) / n for rule in (wrong, ours)]
     return Exhibit(
-        study="A",
         name="ties cut in the order of the data set",
-        happened="Most images are right in every epoch: which of them are the top third was "
-        "decided by their place in the data set.",
         measure=f"{ACCURACY}, data set sorted by class",
-        defect=mean([bench.student(wrong(by_class), seed).accuracy for seed in SEEDS]),
-        honest=mean([bench.student(ours(by_class), seed).accuracy for seed in SEEDS]),
-        tripwire="a permuted data set",
+        defect=mean([small.student(wrong(by_class), seed).accuracy for seed in SEEDS]),
+        honest=mean([small.student(ours(by_class), seed).accuracy for seed in SEEDS]),
+        check="a permuted data set",
         sentence=f"the data set permuted, {shares[0]:.0%} of the selection is the same; of "
         f"kdlib's, whose ties are drawn by seed and id, {shares[1]:.0%}",
         caught=shares[0] < 1,
@@ -230,29 +216,27 @@ def ties_in_order(bench: Bench) -> Exhibit:
     )
 
 
-def keyed_by_position(bench: Bench) -> Exhibit:
-    """Scores found by their position in a subset instead of the example's id."""
-    n, table = budget(len(bench.ids), THIRD), bench.table
+def keyed_by_position(small: SmallStudy) -> Exhibit:
+    """Dynamics were keyed by the position in a subset: after another split, every score
+    belonged to another image."""
+    n, table = budget(len(small.ids), THIRD), small.table
     easiest = select(table, n, "easy", 0)
-    places = np.searchsorted(bench.ids, easiest)  # wrong: positions, taken for ids
-    log = bench.teacher[1]
-    fresh = bench.log(bench.plan(bench.ids, 0))
+    places = np.searchsorted(small.ids, easiest)  # wrong: positions, taken for ids
+    log = small.teacher[1]
+    fresh = small.log(small.plan(small.ids, 0))
     rng = generator(0, "order")
-    logits = rng.normal(size=(len(places), bench.images.n_classes)).astype(np.float32)
-    epochs, labels = np.zeros(len(places), np.int64), bench.labels(places)
+    logits = rng.normal(size=(len(places), small.images.n_classes)).astype(np.float32)
+    epochs, labels = np.zeros(len(places), np.int64), small.labels(places)
     sentence = refused(lambda: fresh.record(epochs, places, logits, labels))
     honest = refused(lambda: fresh.record(epochs, places, logits, log.labels[places]))
-    other = bench.images.fingerprints | {"split": "another"}
+    other = small.images.fingerprints | {"split": "another"}
     split = refused(lambda: DynamicsLog.open(log.folder, other))
     return Exhibit(
-        study="A",
         name="dynamics keyed by position",
-        happened="Dynamics were keyed by the position in a subset: after another split, every "
-        "score belonged to another image.",
         measure="examples of the easiest third that are easy",
         defect=float(np.isin(places, easiest).mean()),
-        honest=float(np.isin(bench.ids[np.searchsorted(bench.ids, easiest)], easiest).mean()),
-        tripwire="DynamicsLog.record, DynamicsLog.open",
+        honest=float(np.isin(small.ids[np.searchsorted(small.ids, easiest)], easiest).mean()),
+        check=named(DynamicsLog.record, DynamicsLog.open),
         sentence=f"{sentence}; of another split: {split}",
         caught=bool(sentence) and bool(split),
         quiet=not honest,

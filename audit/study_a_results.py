@@ -7,7 +7,7 @@ import shutil
 
 from torch import Tensor
 
-from audit.bench import BRIEF, SEEDS, Bench, Exhibit, judged, mean
+from audit.small_study import BRIEF, SEEDS, Exhibit, SmallStudy, judged, mean, named
 from kdlib.models.evaluation import accuracy, all_outputs, evaluate
 from kdlib.repro import checks, files
 from kdlib.study import objectives
@@ -25,11 +25,12 @@ def _wrong_accuracy(logits: Tensor, labels: Tensor, batch_size: int = 64) -> flo
     return mean([float(right[:end].mean()) for end in ends])
 
 
-def prefix_accuracy(bench: Bench) -> Exhibit:
-    """Test accuracy as the mean of the accuracies of all prefixes of the test set."""
-    network = bench.known("random", 0).task.network
-    images, labels = bench.test
-    (logits,) = all_outputs(network, bench.images.pixels, images, ("logits",))
+def prefix_accuracy(small: SmallStudy) -> Exhibit:
+    """Test accuracy was logged as the mean over batches of the accuracy so far: the first
+    images counted more than the last ones."""
+    network = small.known("random", 0).task.network
+    images, labels = small.test
+    (logits,) = all_outputs(network, small.images.pixels, images, ("logits",))
     # an order that a test set may have as well: the images that are right first
     right = (logits.argmax(1) == labels).long()
     order = right.argsort(descending=True, stable=True)
@@ -39,14 +40,11 @@ def prefix_accuracy(bench: Bench) -> Exhibit:
     }
     (wrong, sorted_wrong), (ours, sorted_ours) = accuracies.values()
     return Exhibit(
-        study="A",
         name="the mean of prefix accuracies",
-        happened="Test accuracy was logged as the mean over batches of the accuracy so far: "
-        "the first images counted more than the last ones.",
         measure=f"{ACCURACY} of one network",
         defect=wrong,
         honest=ours,
-        tripwire="evaluation.accuracy",
+        check=named(accuracy),
         sentence=f"the same logits, the right ones first: {wrong:.1%} becomes {sorted_wrong:.1%}; "
         f"counts summed and divided once, {ours:.1%} stays {sorted_ours:.1%}",
         caught=wrong != sorted_wrong,
@@ -57,24 +55,22 @@ def prefix_accuracy(bench: Bench) -> Exhibit:
 RESTLESS = BRIEF.model_copy(update={"schedule": "constant"})
 
 
-def best_on_test(bench: Bench) -> Exhibit:
-    """The best epoch, chosen on the test set, reported as the result."""
+def best_on_test(small: SmallStudy) -> Exhibit:
+    """What a table called the result was the best epoch of the set it was measured on."""
     best, last = [], []
     for seed in (*SEEDS, 3, 4):
-        task = bench.task(bench.plan(bench.third("random", seed), seed), seed, training=RESTLESS)
+        task = small.task(small.plan(small.third("random", seed), seed), seed, training=RESTLESS)
         step, seen = Step(task), []
         for k in range(task.loader.plan.n_steps):
             task.network.train()
             step(task.loader.batch(k), k)
             if k % 5 == 4 or k == task.loader.plan.n_steps - 1:
-                seen.append(bench.accuracy(task.network))
+                seen.append(small.accuracy(task.network))
         best.append(max(seen))  # wrong: the test set chose
         last.append(seen[-1])
     chosen = {"overlap": 0, "teacher_overlap": 0, "steers": None}
     return Exhibit(
-        study="A",
         name="the best epoch, chosen on test",
-        happened="What a table called the result was the best epoch of the set it was measured on.",
         measure=f"{ACCURACY}, mean of 5 seeds",
         defect=mean(best),
         honest=mean(last),
@@ -86,11 +82,12 @@ def best_on_test(bench: Bench) -> Exhibit:
     )
 
 
-def last_called_best(bench: Bench) -> Exhibit:
-    """The number of the best epoch beside the weights of the last one."""
+def last_called_best(small: SmallStudy) -> Exhibit:
+    """Numbers of the best epoch stood beside the weights of the last one, and the best of a
+    glob became the teacher."""
     training = RESTLESS.model_copy(update={"evaluate_every_steps": 5})
     for seed in range(10):
-        fit = bench.student(bench.third("random", seed), seed, training=training)
+        fit = small.student(small.third("random", seed), seed, training=training)
         if fit.trained.best_step != fit.trained.last_step:
             break
     entries = {}
@@ -103,27 +100,25 @@ def last_called_best(bench: Bench) -> Exhibit:
     shutil.copy(last, best)  # wrong: only the last weights were ever kept
     after = checks.checkpoint_hashes(fit.folder, evidence)
     rows = fit.trained.metrics["validation_accuracy"]
-    validation = evaluate(fit.task.network, bench.images.pixels, *fit.task.validation)[1]
+    validation = evaluate(fit.task.network, small.images.pixels, *fit.task.validation)[1]
     return Exhibit(
-        study="A",
         name="last weights called best",
-        happened="Numbers of the best epoch stood beside the weights of the last one, and the "
-        "best of a glob became the teacher.",
         measure="validation accuracy told of the kept weights",
         defect=float(rows.max()),
         honest=validation,
-        tripwire="checks.checkpoint_hashes",
+        check=named(checks.checkpoint_hashes),
         sentence=after.sentence,
         caught=not after.passed,
         quiet=before.passed,
     )
 
 
-def no_plain_student(bench: Bench) -> Exhibit:
-    """What the subset does, credited to the teacher."""
-    taught = [bench.known("random", seed, KD).accuracy for seed in SEEDS]
+def no_plain_student(small: SmallStudy) -> Exhibit:
+    """No subset was trained on without distillation: what the subset does was credited to the
+    teacher."""
+    taught = [small.known("random", seed, KD).accuracy for seed in SEEDS]
     plain, elsewhere = (
-        [bench.known(strategy, seed).accuracy for seed in SEEDS] for strategy in ("random", "easy")
+        [small.known(strategy, seed).accuracy for seed in SEEDS] for strategy in ("random", "easy")
     )
 
     def settings(strategy: str, objective: Objective) -> dict:
@@ -135,30 +130,25 @@ def no_plain_student(bench: Bench) -> Exhibit:
         for strategy in ("easy", "random")
     ]
     return Exhibit(
-        study="A",
         name="no student without the teacher",
-        happened="No subset was trained on without distillation: what the subset does was "
-        "credited to the teacher.",
         measure="points credited to the teacher",
         defect=mean(taught) - mean(elsewhere),  # wrong: another subset
         honest=mean(taught) - mean(plain),
-        tripwire="checks.differing",
+        check=named(checks.differing),
         sentence="differs from the other runs in " + ", ".join(pairs[0]),
         caught=bool(pairs[0]),
         quiet=not pairs[1],
     )
 
 
-def stopped_early(bench: Bench) -> Exhibit:
-    """Early stopping left on in a comparison of equal budgets."""
-    honest = bench.known("random", 0)
+def stopped_early(small: SmallStudy) -> Exhibit:
+    """Early stopping was left on and unknown arguments were dropped in silence: runs of one
+    table had different budgets."""
+    honest = small.known("random", 0)
     eager = RESTLESS.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
-    wrong = bench.fit(bench.task(honest.plan, 0, training=eager))
+    wrong = small.fit(small.task(honest.plan, 0, training=eager))
     return Exhibit(
-        study="A",
         name="early stopping left on",
-        happened="Early stopping was left on and unknown arguments were dropped in silence: runs "
-        "of one table had different budgets.",
         measure="steps taken, of those declared",
         defect=wrong.trained.last_step / wrong.plan.n_steps,
         honest=honest.trained.last_step / honest.plan.n_steps,

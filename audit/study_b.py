@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from audit.bench import BRIEF, C_GRID, Bench, Exhibit, judged, mean, refused
+from audit.small_study import BRIEF, C_GRID, Exhibit, SmallStudy, judged, mean, named, refused
 from audit.study_b_runs import biased_shards, keyed_by_pixels, resumed_elsewhere, seed_plus_epoch
 from kdlib.probes.classifiers import Features, linear_probe
 from kdlib.probes.diagnostics import collapse
@@ -20,21 +20,22 @@ from kdlib.repro import checks
 from kdlib.repro.seeds import generator, torch_seeded
 from kdlib.study.objectives import Tokens
 from kdlib.study.training import Augment
-from kdlib.trainer.feature_losses import barlow, resized
+from kdlib.trainer.feature_losses import barlow, resized, two_views
 from kdlib.trainer.objectives import TokensDistiller
 from kdlib.trainer.step import Learner
 
 TOKENS = Tokens(cls_weight=1.0, patch_weight=1.0)
 
 
-def stale_features(bench: Bench) -> Exhibit:
-    """Test features extracted once, with the untrained student, and probed at every checkpoint."""
-    network = bench.network(0)
-    untrained = bench.features(network, "test")
-    floor = bench.probed(network)
-    network = bench.known("full", 0).task.network
-    train_features = bench.features(network, "train")
-    fresh = bench.features(network, "test")
+def stale_features(small: SmallStudy) -> Exhibit:
+    """Test features were extracted once, before training, and reused for every checkpoint:
+    trained 11.9 %, untrained 36.9 %, and weeks of work on an artefact."""
+    network = small.network(0)
+    untrained = small.features(network, "test")
+    floor = small.probed(network)
+    network = small.known("full", 0).task.network
+    train_features = small.features(network, "train")
+    fresh = small.features(network, "test")
     # wrong: features that do not know their weights
     forged = Features(
         untrained.values, untrained.labels, untrained.example_ids, "test", fresh.weights_sha256
@@ -42,20 +43,17 @@ def stale_features(bench: Bench) -> Exhibit:
     wrong = linear_probe(train_features, forged, C_GRID, 0).accuracy
     ours = linear_probe(train_features, fresh, C_GRID, 0).accuracy
     sentence = refused(lambda: linear_probe(train_features, untrained, C_GRID, 0))
-    slack = 2 * math.sqrt(floor * (1 - floor) / len(bench.test_ids))  # as notebook 05's
+    slack = 2 * math.sqrt(floor * (1 - floor) / len(small.test_ids))  # as notebook 05's
     (wrong_passed, reason), (honest_passed, _) = (
         checks.probe_floor({"floor": {"trained": accuracy, "untrained": floor, "slack": slack}})
         for accuracy in (wrong, ours)
     )
     return Exhibit(
-        study="B",
         name="test features of the untrained student",
-        happened="Test features were extracted once, before training, and reused for every "
-        "checkpoint: trained 11.9 %, untrained 36.9 %, and weeks of work on an artefact.",
         measure=f"probe of the trained student (untrained: {100 * floor:.1f} %)",
         defect=wrong,
         honest=ours,
-        tripwire="probe.linear_probe, checks.probe_floor",
+        check=named(linear_probe, checks.probe_floor),
         sentence=f"{reason}; {sentence}",
         caught=bool(sentence) and not wrong_passed,
         quiet=honest_passed,
@@ -71,36 +69,35 @@ class _WrongNorms(TokensDistiller):
         return (norms[0] - norms[1]).square().mean()  # wrong: 1 - 1
 
 
-def norms_of_unit_vectors(bench: Bench) -> Exhibit:
-    """A feature loss that is 0 whatever the student does."""
+def norms_of_unit_vectors(small: SmallStudy) -> Exhibit:
+    """Features were brought to norm 1 and their squared norms compared: the loss was 0 and no
+    gradient reached the student."""
     still = BRIEF.model_copy(update={"weight_decay": 0.0, "epochs": 5})
     fits = [
-        bench.student(bench.ids, 0, objective=TOKENS, training=still, distiller=distiller)
+        small.student(small.ids, 0, objective=TOKENS, training=still, distiller=distiller)
         for distiller in (_WrongNorms, None)
     ]
     wrong, honest = (fit.evidence for fit in fits)
     return Exhibit(
-        study="B",
         name="squared norms of unit vectors",
-        happened="Features were brought to norm 1 and their squared norms compared: the loss was "
-        "0 and no gradient reached the student.",
         measure="probe of the distilled student",
-        defect=bench.probed(fits[0].task.network),
-        honest=bench.probed(fits[1].task.network),
+        defect=small.probed(fits[0].task.network),
+        honest=small.probed(fits[1].task.network),
         **judged((checks.pairing,), wrong, honest),
     )
 
 
-def projector_of_the_teacher(bench: Bench) -> Exhibit:
-    """A trainable projector before the target."""
-    network, read = bench.network(0), bench.outputs.read
-    teacher = torch.from_numpy(read("features", bench.ids)[:, 0]).float()
+def projector_of_the_teacher(small: SmallStudy) -> Exhibit:
+    """The projector stood on the teacher's side and was trained with the student: the target
+    itself moved towards what costs nothing."""
+    network, read = small.network(0), small.outputs.read
+    teacher = torch.from_numpy(read("features", small.ids)[:, 0]).float()
     with torch_seeded(0, "projector"):
         projector = nn.Linear(teacher.shape[1], network.n_features)
     trained = [*network.parameters(), *projector.parameters()]
     optimiser = torch.optim.SGD(trained, lr=0.4, momentum=0.9)
-    plan = bench.plan(bench.ids, 0, BRIEF.model_copy(update={"epochs": 5}))
-    loader = bench.loader(plan, 0)
+    plan = small.plan(small.ids, 0, BRIEF.model_copy(update={"epochs": 5}))
+    loader = small.loader(plan, 0)
     network.train()
     with torch.no_grad():
         before = projector(teacher).std(0).mean()
@@ -115,21 +112,18 @@ def projector_of_the_teacher(bench: Bench) -> Exhibit:
         after = projector(teacher).std(0).mean()
     moved = sum(float(p.grad.norm()) > 0 for p in projector.parameters())
     # ours: the same question to the objective that a student of features minimises
-    task = bench.task(bench.plan(bench.ids, 0), 0, objective=TOKENS)
+    task = small.task(small.plan(small.ids, 0), 0, objective=TOKENS)
     learner, batch = Learner(task.network, task.distiller, TOKENS), task.loader.batch(0)
     targets = {name: rows.requires_grad_() for name, rows in batch.teacher.items()}
     task.distiller.loss(learner(batch.images), batch.labels, targets).backward()
     reached = sum(rows.grad is not None for rows in targets.values())
-    again = torch.from_numpy(read("features", bench.ids)[:, 0]).float()
+    again = torch.from_numpy(read("features", small.ids)[:, 0]).float()
     return Exhibit(
-        study="B",
         name="a trainable projector of the teacher",
-        happened="The projector stood on the teacher's side and was trained with the student: the "
-        "target itself moved towards what costs nothing.",
         measure="spread of the target, of that before training",
         defect=float(after / before),
         honest=float(again.std(0).mean() / teacher.std(0).mean()),
-        tripwire="gradient before the target",
+        check="gradient before the target",
         sentence=f"the gradient reaches {moved} tensors before the target; in kdlib's objective of "
         f"features {reached} of {len(targets)}",
         caught=moved > 0,
@@ -142,8 +136,9 @@ def _wrong_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:
     return grid.flatten(2)[:, :, : size[0] * size[1]].unflatten(2, size)
 
 
-def truncated_patches(bench: Bench) -> Exhibit:
-    """256 teacher patches cut to the first 36."""
+def truncated_patches(small: SmallStudy) -> Exhibit:
+    """The teacher's 16x16 patches were cut to the first 36 to meet the student's 6x6 grid: the
+    top 2.25 rows of the image were all that was taught."""
     kept_by = {}
     for bring in (_wrong_grid, resized):
         kept = []
@@ -151,38 +146,36 @@ def truncated_patches(bench: Bench) -> Exhibit:
             for left in (0, 1):
                 grid = torch.zeros(1, 1, 16, 16)
                 grid[:, :, 8 * top : 8 * top + 8, 8 * left : 8 * left + 8] = 1.0
-                small = bring(grid, (6, 6))
-                inside = small[:, :, 3 * top : 3 * top + 3, 3 * left : 3 * left + 3]
+                resized_grid = bring(grid, (6, 6))
+                inside = resized_grid[:, :, 3 * top : 3 * top + 3, 3 * left : 3 * left + 3]
                 kept.append(float(inside.sum()) / 9)
         kept_by[bring] = kept
     wrong, ours = kept_by.values()
     places = ("top left", "top right", "bottom left", "bottom right")
     lost = [place for place, kept in zip(places, wrong, strict=True) if kept < 0.99]
     return Exhibit(
-        study="B",
         name="patches truncated, not resized",
-        happened="The teacher's 16x16 patches were cut to the first 36 to meet the student's 6x6 "
-        "grid: the top 2.25 rows of the image were all that was taught.",
         measure="brightness of a quadrant that stays in it",
         defect=mean(wrong),
         honest=mean(ours),
-        tripwire="a bright quadrant",
+        check="a bright quadrant",
         sentence=f"a quadrant that is 1 and the rest 0, brought to 6x6: {', '.join(lost)} left "
-        f"their place; by features.resized {sum(k < 0.99 for k in ours)} did",
+        f"their place; by {named(resized)} {sum(k < 0.99 for k in ours)} did",
         caught=bool(lost),
         quiet=min(ours) > 0.99,
     )
 
 
-def identical_views(bench: Bench) -> Exhibit:
-    """Two views that collation made one."""
-    network = bench.network(0)
+def identical_views(small: SmallStudy) -> Exhibit:
+    """After collation both views were the same one, and Barlow Twins compared each image with
+    itself."""
+    network = small.network(0)
     training = BRIEF.model_copy(update={"augment": Augment(crop_padding=1)})
-    plan = bench.plan(bench.ids, 0, training)
+    plan = small.plan(small.ids, 0, training)
     network.train()
     with torch.no_grad():
         first, second = (
-            network.features(bench.loader(plan, seed, training).batch(0).images) for seed in (0, 1)
+            network.features(small.loader(plan, seed, training).batch(0).images) for seed in (0, 1)
         )
 
     def agreement(one: Tensor, other: Tensor) -> float:
@@ -192,22 +185,20 @@ def identical_views(bench: Bench) -> Exhibit:
 
     sentence = refused(lambda: barlow(first, first))
     return Exhibit(
-        study="B",
         name="two views that were one",
-        happened="After collation both views were the same one, and Barlow Twins compared each "
-        "image with itself.",
         measure="correlation of two views, untrained student",
         defect=agreement(first, first),
         honest=agreement(first, second),
-        tripwire="features.two_views",
+        check=named(two_views),
         sentence=sentence,
         caught=bool(sentence),
         quiet=not refused(lambda: barlow(first, second)),
     )
 
 
-def alarm_out_of_reach(bench: Bench) -> Exhibit:
-    """A collapse alarm whose threshold no features can pass."""
+def alarm_out_of_reach(small: SmallStudy) -> Exhibit:
+    """The collapse alarm rang below a variance of 0.01, and unit vectors of 384 features have
+    at most 1/384 of it."""
     n_features, threshold = 384, 0.01
     rng = generator(0, "probe")
     wrong, ours = [], []
@@ -218,14 +209,11 @@ def alarm_out_of_reach(bench: Bench) -> Exhibit:
         ours.append(collapse(unit.astype(np.float32)).collapsed)
     constant = np.repeat(unit[:1], len(unit), axis=0).astype(np.float32)
     return Exhibit(
-        study="B",
         name="an alarm that always rang",
-        happened="The collapse alarm rang below a variance of 0.01, and unit vectors of 384 "
-        "features have at most 1/384 of it.",
         measure="isotropic random features called collapsed",
         defect=mean(wrong),
         honest=mean(ours),
-        tripwire="diagnostics.collapse",
+        check=named(collapse),
         sentence=f"the largest variance that unit vectors of {n_features} features can have is "
         f"{1 / n_features:.4f}, below the alarm's {threshold}; effective rank calls "
         f"{sum(ours)} of {len(ours)} isotropic draws collapsed, and constant features "
@@ -235,8 +223,8 @@ def alarm_out_of_reach(bench: Bench) -> Exhibit:
     )
 
 
-def c_chosen_on_test(bench: Bench) -> Exhibit:
-    """The probe's C chosen on the test features, with labels that mean nothing."""
+def c_chosen_on_test(small: SmallStudy) -> Exhibit:
+    """The probe's regularisation was chosen by the accuracy that was then reported."""
     rng, grid = generator(0, "labels"), (1e-3, 3e-2, 1.0)
     chosen_on_test, ours, moved, held = [], [], [], []
 
@@ -259,26 +247,25 @@ def c_chosen_on_test(bench: Bench) -> Exhibit:
         moved.append(picks[0][0] != picks[1][0])
         held.append(picks[0][2] == picks[1][2])
     return Exhibit(
-        study="B",
         name="C chosen on the test set",
-        happened="The probe's regularisation was chosen by the accuracy that was then reported.",
         measure="probe of two classes of noise (chance: 50 %)",
         defect=mean(chosen_on_test),
         honest=mean(ours),
-        tripwire="other test labels",
+        check="other test labels",
         sentence=f"with test labels drawn anew, C changes in {sum(moved)} of {len(moved)} draws; "
-        f"that of probe.linear_probe in {sum(not h for h in held)}",
+        f"that of {named(linear_probe)} in {sum(not h for h in held)}",
         caught=any(moved),
         quiet=all(held),
     )
 
 
-def fixed_c(bench: Bench) -> Exhibit:
-    """C = 1 on features of norm 1."""
+def fixed_c(small: SmallStudy) -> Exhibit:
+    """The probe's C was fixed at 1 on features of norm 1, which is strong regularisation: what
+    it measured was the norm."""
     from sklearn.linear_model import LogisticRegression
 
-    network = bench.network(0)
-    pair = [bench.features(network, split) for split in ("train", "test")]
+    network = small.network(0)
+    pair = [small.features(network, split) for split in ("train", "test")]
 
     def wrong(scale: float) -> float:
         unit = [f.values / np.linalg.norm(f.values, axis=1, keepdims=True) * scale for f in pair]
@@ -294,16 +281,13 @@ def fixed_c(bench: Bench) -> Exhibit:
 
     (once, scaled), (our_once, our_scaled) = ((rule(1.0), rule(16.0)) for rule in (wrong, ours))
     return Exhibit(
-        study="B",
         name="C = 1 on unit vectors",
-        happened="The probe's C was fixed at 1 on features of norm 1, which is strong "
-        "regularisation: what it measured was the norm.",
         measure="probe of the untrained student",
         defect=once,
         honest=our_once,
-        tripwire="features times 16",
+        check="features times 16",
         sentence=f"the same features times 16: {once:.1%} becomes {scaled:.1%}; by "
-        f"probe.linear_probe, which standardises and chooses C, {our_once:.1%} stays "
+        f"{named(linear_probe)}, which standardises and chooses C, {our_once:.1%} stays "
         f"{our_scaled:.1%}",
         caught=once != scaled,
         quiet=our_once == our_scaled,

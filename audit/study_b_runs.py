@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from audit.bench import BRIEF, Bench, Exhibit, judged, mean, refused
+from audit.small_study import BRIEF, Exhibit, SmallStudy, judged, mean, named, refused
 from kdlib.cache.outputs import open_outputs
 from kdlib.dataset.plan import Plan
 from kdlib.models.weights import weights_fingerprint
@@ -19,6 +19,7 @@ from kdlib.repro.seeds import generator
 from kdlib.study.objectives import Hint
 from kdlib.study.training import Augment
 from kdlib.trainer.loop import train
+from kdlib.trainer.state import read_state
 from kdlib.trainer.step import Step
 from kdlib.trainer.tracking import Tracker
 
@@ -44,8 +45,9 @@ def visits_cut_short(n_passes: int) -> np.ndarray:
     return counts
 
 
-def biased_shards(bench: Bench) -> Exhibit:
-    """25 of 122 shards a pass, sorted, cut after 500 of 800 batches: at the size of that study."""
+def biased_shards(small: SmallStudy) -> Exhibit:
+    """25 shards hold 800 batches, and a pass ended after 500: sorted shards at the end of the
+    list were hardly ever read."""
     plan = drawn_shards(200)
     wrong, planned, ids = visits_cut_short(200), plan.visits(), plan.example_ids
     evidence = [
@@ -58,10 +60,7 @@ def biased_shards(bench: Bench) -> Exhibit:
     ]
     last = slice(-(N_SHARDS // 3) * SHARD_SIZE, None)
     return Exhibit(
-        study="B",
         name="shards sorted and cut short",
-        happened="25 shards hold 800 batches, and a pass ended after 500: sorted shards at the "
-        "end of the list were hardly ever read.",
         measure="samples from the last third of the shards",
         defect=float(wrong[last].sum() / wrong.sum()),
         honest=float(planned[last].sum() / planned.sum()),
@@ -69,8 +68,9 @@ def biased_shards(bench: Bench) -> Exhibit:
     )
 
 
-def seed_plus_epoch(bench: Bench) -> Exhibit:
-    """Shards drawn by a generator seeded with seed + epoch."""
+def seed_plus_epoch(small: SmallStudy) -> Exhibit:
+    """Each epoch was seeded with seed + epoch on the global generator: two replicates drew the
+    same shards, one epoch apart."""
     n_epochs, pair = 100, (42, 43)
 
     def wrong(seed: int, epoch: int) -> bytes:
@@ -85,14 +85,11 @@ def seed_plus_epoch(bench: Bench) -> Exhibit:
         shared.append(len(one & other) / n_epochs)
     defect, honest = shared
     return Exhibit(
-        study="B",
         name="seed + epoch",
-        happened="Each epoch was seeded with seed + epoch on the global generator: two replicates "
-        "drew the same shards, one epoch apart.",
         measure="draws that seeds 42 and 43 share, 100 epochs",
         defect=defect,
         honest=honest,
-        tripwire="seeds.generator",
+        check=named(generator),
         sentence=f"the hash of seed, purpose and epoch gives {honest:.0%} shared draws instead of "
         f"{defect:.0%}",
         caught=defect > 0,
@@ -100,35 +97,33 @@ def seed_plus_epoch(bench: Bench) -> Exhibit:
     )
 
 
-def keyed_by_pixels(bench: Bench) -> Exhibit:
-    """A teacher cache keyed by the md5 of an augmented batch."""
+def keyed_by_pixels(small: SmallStudy) -> Exhibit:
+    """Teacher outputs were kept under the md5 of an augmented batch: the key never came again,
+    and named no teacher."""
     training = BRIEF.model_copy(update={"augment": Augment(crop_padding=1), "epochs": 2})
-    plan = bench.plan(bench.ids, 0, training)
-    loader = bench.loader(plan, 0, training)
+    plan = small.plan(small.ids, 0, training)
+    loader = small.loader(plan, 0, training)
     known: set[str] = set()
-    stored, hits, complete, n = set(bench.outputs.example_ids.tolist()), 0, 0, 0
+    stored, hits, complete, n = set(small.outputs.example_ids.tolist()), 0, 0, 0
     for k in range(plan.n_steps):
         batch = loader.batch(k)
         # wrong: no two views are the same, and no key says whose outputs they are
         key = hashlib.md5(batch.images.numpy().tobytes(), usedforsecurity=False).hexdigest()
-        if k * plan.batch_size >= len(bench.ids):
+        if k * plan.batch_size >= len(small.ids):
             n += 1
             hits += key in known
             complete += set(batch.example_ids.tolist()) <= stored
         known.add(key)
-    other = weights_fingerprint(bench.network(1))
-    images, folder = bench.images.train, bench.outputs.folder
+    other = weights_fingerprint(small.network(1))
+    images, folder = small.images.train, small.outputs.folder
     sentence = refused(lambda: open_outputs(folder, images, other))
-    mine = weights_fingerprint(bench.teacher[0])
+    mine = weights_fingerprint(small.teacher[0])
     return Exhibit(
-        study="B",
         name="a teacher cache keyed by pixels",
-        happened="Teacher outputs were kept under the md5 of an augmented batch: the key never "
-        "came again, and named no teacher.",
         measure="batches of the second pass that are found",
         defect=hits / n,
         honest=complete / n,
-        tripwire="teacher.open_outputs",
+        check=named(open_outputs),
         sentence=sentence,
         caught=bool(sentence) and hits == 0,
         quiet=not refused(lambda: open_outputs(folder, images, mine)),
@@ -151,35 +146,36 @@ class _Killer(Tracker):
             raise _Killed
 
 
-def resumed_elsewhere(bench: Bench) -> Exhibit:
-    """A resume that draws the projector anew and skips the rest of the epoch."""
+def resumed_elsewhere(small: SmallStudy) -> Exhibit:
+    """A resumed run drew its projector anew, skipped the rest of the epoch, and could take
+    another experiment's file."""
     hint = Hint(weight=1.0)
     training = BRIEF.model_copy(update={"evaluate_every_steps": 5, "epochs": 4})
-    plan = bench.plan(bench.ids, 0, training)
+    plan = small.plan(small.ids, 0, training)
     options = {"training": training, "objective": hint}
-    whole = bench.fit(bench.task(plan, 0, **options))
-    folder, settings = bench.place(), {}
+    whole = small.fit(small.task(plan, 0, **options))
+    folder, settings = small.place(), {}
     try:
-        task = bench.task(plan, 0, **options)
+        task = small.task(plan, 0, **options)
         train(Run(folder, settings), task, None, _Killer(at=25), state_every_s=0.0)
     except _Killed:
         pass
     before = task.network.state_dict()
     other = refused(
-        lambda: train(Run(folder, {"experiment": "another"}), bench.task(plan, 0, **options), None)
+        lambda: train(Run(folder, {"experiment": "another"}), small.task(plan, 0, **options), None)
     )
-    resumed = bench.fit(bench.task(plan, 0, **options), folder=folder)
+    resumed = small.fit(small.task(plan, 0, **options), folder=folder)
     # wrong: the network's weights alone, from the beginning of the next pass
-    task = bench.task(plan, 0, **options)
+    task = small.task(plan, 0, **options)
     task.network.load_state_dict(before)
     step, at = Step(task), 25
     task.network.train()
-    start = -(-at * plan.batch_size // len(bench.ids)) * len(bench.ids)
-    late = Plan(bench.ids, plan.batch_size, plan.n_steps + 50, 0)
-    visits = np.zeros(bench.images.train.n_examples, np.int64)
+    start = -(-at * plan.batch_size // len(small.ids)) * len(small.ids)
+    late = Plan(small.ids, plan.batch_size, plan.n_steps + 50, 0)
+    visits = np.zeros(small.images.train.n_examples, np.int64)
     for k in range(at):
-        np.add.at(visits, bench.ids[plan.at(k)[1]], 1)
-    loader = bench.loader(late, 0, training, teacher=bench.outputs, reads=("stage1",))
+        np.add.at(visits, small.ids[plan.at(k)[1]], 1)
+    loader = small.loader(late, 0, training, teacher=small.outputs, reads=("stage1",))
     for k in range(at, plan.n_steps):
         where = -(-start // plan.batch_size) + k - at
         batch = loader.batch(where)
@@ -193,18 +189,15 @@ def resumed_elsewhere(bench: Bench) -> Exhibit:
         mean([float(torch.equal(v, final[0][k])) for k, v in state.items()]) for state in final[1:]
     ]
     wrong = whole.evidence | {
-        "coverage": checks.coverage_evidence(visits, bench.ids, plan.visits())
+        "coverage": checks.coverage_evidence(visits, small.ids, plan.visits())
     }
     result = judged((checks.coverage,), wrong, resumed.evidence)
-    result["tripwire"] += ", states.read_state"
+    result["check"] += ", " + named(read_state)
     result["sentence"] += "; of another experiment: " + other
     result["caught"] &= bool(other)
     result["quiet"] &= same[0] == 1.0
     return Exhibit(
-        study="B",
         name="a resume that went elsewhere",
-        happened="A resumed run drew its projector anew, skipped the rest of the epoch, and could "
-        "take another experiment's file.",
         measure="tensors equal to the uninterrupted run's",
         defect=same[1],
         honest=same[0],

@@ -294,7 +294,7 @@ def test_norms_of_gradients_are_the_true_ones(images, device):
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU)], indirect=True)
-def test_a_study_runs_on_a_gpu_and_its_tripwires_pass(tmp_path, monkeypatch, device):
+def test_a_study_runs_on_a_gpu_and_its_checks_pass(tmp_path, monkeypatch, device):
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
     compute = {"device": device, "precision": "bf16", "images": "mapped"}
     study = tiny_study(tmp_path, compute=compute)

@@ -10,6 +10,7 @@ from kdlib.plots import theme
 
 
 def exhibit_table():
+    budget, saved = "kdlib.repro.checks.budget", "kdlib.cartography.subset.Subset.save"
     return pd.DataFrame(
         {
             "study": ["A", "A", "B"],
@@ -17,13 +18,13 @@ def exhibit_table():
             "measure": ["test accuracy of a random third", "draws that are shared", "tensors"],
             "defect": [0.94, 1.0, 0.0],
             "honest": [0.85, 0.0, 1.0],
-            "tripwire": ["checks.budget, checks.coverage", "checks.gradient", "states.read_state"],
+            "check": [f"{budget}, {budget}", "other test labels", saved],
             "caught": [True, True, False],
         }
     )
 
 
-def test_defects_stand_beside_honest_numbers_with_their_tripwires():
+def test_defects_stand_beside_honest_numbers_with_their_checks():
     table = exhibit_table()
     ax = draw_defects(Figure().subplots(), table, "title")
     marks = {
@@ -38,8 +39,9 @@ def test_defects_stand_beside_honest_numbers_with_their_tripwires():
         assert f"{row.study}  {row.name}" in texts
         assert row.measure in texts
         assert f"{100 * row.defect:.1f}" in texts
-    assert "checks.budget\nchecks.coverage" in texts
-    assert "not caught by\nstates.read_state" in texts
+    assert "checks.budget\nchecks.budget" in texts
+    assert "other test labels" in texts
+    assert "not caught by\nsubset.Subset.save" in texts
     assert sum("not caught" in text for text in texts) == 1
     assert ax.get_xlabel() == "what each row measures (%)"
     with pytest.raises(ValueError, match=r"expected \[0, 100\]"):

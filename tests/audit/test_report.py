@@ -2,8 +2,8 @@
 invariant has its test."""
 
 import ast
-import dataclasses
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -17,8 +17,8 @@ from planning import planned
 from tiny import ROOT
 
 from audit import report
-from audit.bench import Bench, judged, refused
 from audit.invariants import INVARIANTS
+from audit.small_study import SmallStudy, judged, refused
 from audit.study_a import keyed_by_position, overlapping_union, unsaved_subset
 from audit.study_b import identical_views, keyed_by_pixels, seed_plus_epoch, truncated_patches
 from kdlib.compare.committed import write_committed
@@ -130,8 +130,8 @@ def test_a_changed_table_is_refused(study):
 
 def test_exhibits_made_again_elsewhere_have_the_numbers_of_the_notebook(study, images, monkeypatch):
     first = report.open_exhibits(study).set_index("name")
-    monkeypatch.setattr(report, "DEFECTS", QUICK)
-    again = pd.DataFrame(map(dataclasses.asdict, report.exhibits(images))).set_index("name")
+    monkeypatch.setattr(report, "DEFECTS", {defect: report.DEFECTS[defect] for defect in QUICK})
+    again = report.exhibits(images).set_index("name")
     assert len(again) == len(QUICK)
     for table in (first, again):  # folders are numbered as they are needed
         table["sentence"] = table["sentence"].str.replace(r"\.\.\./\d+/", ".../", regex=True)
@@ -141,22 +141,23 @@ def test_exhibits_made_again_elsewhere_have_the_numbers_of_the_notebook(study, i
 def test_exhibits_leave_the_global_generator_and_the_study_alone(made, images, tmp_path):
     before = np.random.get_state()[1].copy()
     files_before = sorted(made.rglob("*"))
-    bench = Bench(images, tmp_path)
+    small = SmallStudy(images, tmp_path)
     for defect in (seed_plus_epoch, identical_views):
-        defect(bench)
+        defect(small)
     assert np.array_equal(np.random.get_state()[1], before)
     assert sorted(made.rglob("*")) == files_before
 
 
-def test_a_tripwire_that_sleeps_or_always_speaks_is_seen():
+def test_a_check_that_sleeps_or_always_speaks_is_seen():
     honest = {"gradient": {"norm": 1.0, "tensors": 2, "tensors_without": 0}}
     wrong = {"gradient": {"norm": 0.0, "tensors": 2, "tensors_without": 2}}
     told = judged((checks.gradient,), wrong, honest)
-    assert (told["caught"], told["quiet"], told["tripwire"]) == (True, True, "checks.gradient")
+    assert (told["caught"], told["quiet"]) == (True, True)
+    assert told["check"] == "kdlib.repro.checks.gradient"
     assert "2 of 2 parameter tensors got none" in told["sentence"]
     assert not judged((checks.gradient,), honest, honest)["caught"]
     assert not judged((checks.gradient,), wrong, wrong)["quiet"]
-    # one of two tripwires that speaks is not both
+    # one of two checks that speaks is not both
     both = (checks.gradient, checks.same_weights)
     same = {"probes": [{"train_weights": "a", "test_weights": "a"}]}
     assert not judged(both, wrong | same, honest | same)["caught"]
@@ -187,6 +188,32 @@ def test_figure_and_text_are_redrawn_from_the_table_to_the_same_bytes(study):
     report.write(study, table)
     assert set(report.draw(study, table)) == {"audit"}
     assert {name: files.sha256_file(study.figures / name) for name in names} == before
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+A_NAME = re.compile(r"\b[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+NO_NAME = re.compile(r"\.(?:md|yaml|csv|parquet|ipynb)$|^s\.d$")
+
+
+def test_every_name_that_the_audit_prints_can_be_imported(study):
+    table = report.open_exhibits(study)
+    names = set(re.findall(r"\bkdlib(?:\.\w+)+", report.describe_exhibits(table)))
+    assert names >= {"kdlib.repro.checks.budget", "kdlib.cartography.subset.Subset.save"}
+    for name in names:
+        assert callable(pkgutil.resolve_name(name)), name
+    for check in {name for cell in table["check"] for name in cell.split(", ")}:
+        assert check in names or "." not in check
+
+
+def test_the_audit_s_texts_write_no_dotted_name_by_hand():
+    """Names come from the functions themselves (`named`), so that a function that moves is named by
+    its new place."""
+    for path in sorted((ROOT / "audit").glob("*.py")):
+        texts = [n.value for n in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(n, ast.Constant) and isinstance(n.value, str)]  # fmt: skip
+        for name in {name for text in texts for name in A_NAME.findall(text)}:
+            assert NO_NAME.search(name) or pkgutil.resolve_name(name), f"{path.name}: {name}"
 
 
 # --- what they printed ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Each tripwire lets honest evidence pass and stops the lie it is there for."""
+"""Each check lets honest evidence pass and stops the lie it is there for."""
 
 import copy
 
@@ -55,7 +55,7 @@ def _broken(*path_and_value):
     return evidence
 
 
-def test_honest_evidence_passes_every_tripwire():
+def test_honest_evidence_passes_every_check():
     assert all(check["passed"] for check in checks.demand(ALL, HONEST))
 
 
@@ -94,7 +94,7 @@ def test_honest_evidence_passes_every_tripwire():
         (_broken("collapse", "ratio", 0.05), "not_collapsed", "effective rank is 5.0%"),
     ],
 )  # fmt: skip
-def test_each_lie_is_stopped_by_its_tripwire_alone(evidence, name, sentence):
+def test_each_lie_is_stopped_by_its_check_alone(evidence, name, sentence):
     with pytest.raises(checks.CheckError, match=sentence) as stopped:
         checks.demand(ALL, evidence)
     assert [line.split(":")[0].strip() for line in str(stopped.value).splitlines()[1:]] == [name]

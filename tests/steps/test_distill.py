@@ -170,7 +170,7 @@ def _study(lab, **changes):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_every_objective_trains_a_student_that_passes_every_tripwire(
+def test_every_objective_trains_a_student_that_passes_every_check(
     objectives_lab, monkeypatch, objective
 ):
     monkeypatch.setenv("KDLIB_HOME", str(objectives_lab))

@@ -1,4 +1,4 @@
-"""Probes of a study: rows, tripwires, what is done once, and weights from outside."""
+"""Probes of a study: rows, checks, what is done once, and weights from outside."""
 
 import shutil
 
@@ -116,7 +116,7 @@ def test_probes_of_layers_and_of_other_data_stand_in_rows_of_their_own(probed):
     assert set(rows["weights_sha256"]) == {evidence["weights_sha256"]}
 
 
-def test_the_tripwires_judge_the_study_s_own_data_and_the_last_layer(probed):
+def test_the_checks_judge_the_study_s_own_data_and_the_last_layer(probed):
     _, images, _, table = _probed(probed)
     before = probe._probe_evidence(table, images)
     elsewhere = (table["on"] != "own") | (table["layer"] != "features")

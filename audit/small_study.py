@@ -1,4 +1,4 @@
-"""What the defects are reproduced with: small trainings on a study's images, and the record of one
+"""What the defects are made again with: small trainings on a study's images, and the record of one
 defect."""
 
 from collections.abc import Callable, Sequence
@@ -57,43 +57,44 @@ class Exhibit:
     """One defect of an earlier study, reproduced in miniature.
 
     Attributes:
-        study: `A` or `B`.
         name: In a few words.
-        happened: What went wrong there, in one sentence.
         measure: What both numbers are, shares in [0, 1] or their differences.
         defect: The number that the defect gives.
         honest: The number without it.
-        tripwire: The check of kdlib that catches it.
+        check: What catches it: functions of kdlib as `named` gives them, or a procedure in words.
         sentence: The message of that check.
         caught: Whether the check fails on the defect.
         quiet: Whether the check passes on the honest number.
     """
 
-    study: str
     name: str
-    happened: str
     measure: str
     defect: float
     honest: float
-    tripwire: str
+    check: str
     sentence: str
     caught: bool
     quiet: bool
 
 
+def named(*functions: Callable) -> str:
+    """The names under which functions are imported."""
+    return ", ".join(f"{f.__module__}.{f.__qualname__}" for f in functions)
+
+
 def judged(
-    tripwires: Sequence[Callable[[checks.Evidence], checks.Check]],
+    wanted: Sequence[Callable[[checks.Evidence], checks.Check]],
     defect: checks.Evidence,
     honest: checks.Evidence,
 ) -> dict[str, Any]:
     """The outcome of checks on the evidence with the defect and without it: the last fields of an
     exhibit. The defect is caught when all checks fail on it."""
-    failed = [check for check in checks.run_all(tripwires, defect) if not check.passed]
+    failed = [check for check in checks.run_all(wanted, defect) if not check.passed]
     return {
-        "tripwire": ", ".join(f"checks.{wire.__name__}" for wire in tripwires),
+        "check": named(*wanted),
         "sentence": "; ".join(check.sentence for check in failed),
-        "caught": len(failed) == len(tripwires),
-        "quiet": all(check.passed for check in checks.run_all(tripwires, honest)),
+        "caught": len(failed) == len(wanted),
+        "quiet": all(check.passed for check in checks.run_all(wanted, honest)),
     }
 
 
@@ -134,8 +135,8 @@ class Fit:
         return training_evidence(inputs, self.trained)
 
 
-class Bench:
-    """A study's images, a small recorded teacher, and trainings beside it.
+class SmallStudy:
+    """Some of a study's images, a recorded teacher, and students, each trained in a second or two.
 
     Attributes:
         ids: (N,) int64, sorted: the training examples.
