@@ -83,7 +83,7 @@ def named(*functions: Callable) -> str:
 
 
 def judged(
-    wanted: Sequence[Callable[[checks.Evidence], checks.Check]],
+    wanted: Sequence[Callable[[checks.Evidence], checks.Outcome]],
     defect: checks.Evidence,
     honest: checks.Evidence,
 ) -> dict[str, Any]:

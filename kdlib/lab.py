@@ -48,13 +48,13 @@ from kdlib.study.study import Study
 Name, Share = str | None, float | None
 
 
-def open_study(study: str | Path = "params/digits.yaml", **axes: str | float) -> "Lab":
+def open_study(study: str | Path = "params/digits.yaml", **axes: str | float | None) -> "Lab":
     """Read a study file, and print its absolute path.
 
     Args:
         study: The file: absolute, else relative to the current folder, else to the workspace.
         axes: `student`, `strategy`, `fraction`, `objective` of the calls that name none. As in the
-            parameters cell of a notebook, an empty string or 0 leaves an axis open.
+            parameters cell of a notebook, None leaves an axis open.
 
     Raises: ValueError for a papermill parameter that this notebook does not have, for a study or a
         value that is not valid; FileNotFoundError that lists the studies there are.
@@ -63,7 +63,7 @@ def open_study(study: str | Path = "params/digits.yaml", **axes: str | float) ->
     if shell is not None:
         check_history(shell.user_ns.get("In", ()))
     path = study_file(study)
-    lab = Lab(load_study(path), **{a: v for a, v in axes.items() if v not in ("", 0, None)})
+    lab = Lab(load_study(path), **{a: v for a, v in axes.items() if v is not None})
     print(f"study {lab.study.name}: {path}")
     return lab
 

@@ -69,13 +69,17 @@ def test_a_study_is_looked_for_here_and_then_in_the_workspace(lab, tmp_path_fact
 
 def test_an_axis_left_open_has_the_first_value_of_the_study(lab):
     tiny_study(lab)
-    usual = open_study("params/tiny.yaml", strategy="", fraction=0.0, objective=None)
+    usual = open_study("params/tiny.yaml", strategy=None, fraction=None, objective=None)
     assert usual.cell() == usual.study.cell()
     chosen = open_study("params/tiny.yaml", strategy="easy", objective="plain")
     assert chosen.cell() == chosen.study.cell(strategy="easy", objective="plain")
     assert chosen.cell(strategy="random") == chosen.study.cell(strategy="random", objective="plain")
     with pytest.raises(StudyError, match="unknown strategy 'eazy'; did you mean 'easy'"):
         open_study("params/tiny.yaml", strategy="eazy")
+    for axis, values in (("strategy", ("", 0, False)), ("fraction", ("", 0, 0.0, False, True))):
+        for value in values:
+            with pytest.raises(StudyError, match=f"{axis}.* '?{value}'?; (known|expected)"):
+                open_study("params/tiny.yaml", **{axis: value})
 
 
 def test_every_column_of_the_tables_shown_has_a_meaning(tiny_lab):

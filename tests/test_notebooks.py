@@ -162,6 +162,21 @@ def _as_in_jupyterlab(home, name, monkeypatch, **values):
     return notebook
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-p", "fraction", "0"), r"fraction is 0; expected a number in \(0, 1\]"),
+        (("-p", "fraction", "true"), "fraction is 'true'; expected a number"),
+        (("-y", "fraction: true"), "fraction is True; expected a number"),
+        (("-p", "strategy", ""), "unknown strategy ''; known: "),
+        (("-y", "objective: false"), "unknown objective False; known: "),
+    ],
+)
+def test_a_value_that_is_given_and_empty_is_refused(home, options, message):
+    with pytest.raises(RuntimeError, match=message):
+        _papermill(home, "04_distill", *options)
+
+
 def test_command_line_and_jupyterlab_give_the_same_bytes(home, tmp_path, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(home, other)

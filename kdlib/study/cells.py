@@ -79,6 +79,7 @@ def cell_at(study: "Study", **axes: str | float) -> Cell:
         axis: axes.get(axis) if axes.get(axis) is not None else getattr(study.axes, axis)[0]
         for axis in AXES
     }
+    fraction = _fraction(values["fraction"])
     try:
         for axis in axes:
             known(axis, AXES, "axis")
@@ -88,14 +89,24 @@ def cell_at(study: "Study", **axes: str | float) -> Cell:
     except ValueError as error:
         raise StudyError(str(error)) from None
     fixed = fraction_of(study, values["strategy"])
-    given = values["fraction"] if fixed is None else fixed
+    fraction = fraction if fixed is None else fixed
+    return Cell(values["student"], values["strategy"], fraction, values["objective"])
+
+
+def _fraction(value: object) -> float:
+    """The value as a number in (0, 1].
+
+    Raises: StudyError for another value, `True` among them.
+    """
     try:
-        fraction = float(given)
+        fraction = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         fraction = math.nan
     if not 0 < fraction <= 1:
-        raise StudyError(f"fraction is {given!r}; expected a number in (0, 1]")
-    return Cell(values["student"], values["strategy"], fraction, values["objective"])
+        raise StudyError(
+            f"fraction is {value!r}; expected a number in (0, 1], or none for the study's first"
+        )
+    return fraction
 
 
 def fraction_of(study: "Study", strategy: str) -> float | None:

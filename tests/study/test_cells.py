@@ -57,6 +57,19 @@ def test_a_cell_takes_the_first_value_of_an_axis_that_is_not_given():
         ({"strategy": "eazy"}, "unknown strategy 'eazy'; did you mean 'easy'"),
         ({"objective": "kdd"}, "unknown objective 'kdd'; did you mean 'kd'"),
         ({"fraction": 0.0}, r"fraction is 0\.0; expected a number in \(0, 1\]"),
+        ({"fraction": 0}, r"fraction is 0; expected a number in \(0, 1\]"),
+        ({"fraction": 0, "strategy": "full"}, "fraction is 0; expected"),
+        ({"fraction": True}, "fraction is True; expected"),
+        ({"fraction": False}, "fraction is False; expected"),
+        ({"fraction": ""}, "fraction is ''; expected"),
+        ({"student": ""}, "unknown student ''; known: "),
+        ({"strategy": ""}, "unknown strategy ''; known: "),
+        ({"objective": ""}, "unknown objective ''; known: "),
+        *(
+            ({axis: value}, f"unknown {axis} '?{value}'?; (known|did)")
+            for axis in ("student", "strategy", "objective")
+            for value in (0, 0.0, False, True)
+        ),
         ({"fraction": 1.1}, "fraction is 1.1; expected"),
         ({"fraction": math.nan}, "fraction is nan; expected"),
         ({"fraction": "a third"}, "fraction is 'a third'; expected"),
