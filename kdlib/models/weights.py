@@ -2,8 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,6 +16,11 @@ from torch import Tensor, nn
 from kdlib.repro import files
 
 CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
+# What wrappers, compilation and trainers put before the names of a network's weights.
+PREFIXES = (
+    "module", "_orig_mod", "model", "network", "net", "student", "teacher", "ema", "backbone",
+)  # fmt: skip
+BODY = "body."  # before the names of a network of timm
 
 
 def weights_fingerprint(network: nn.Module | Mapping[str, Tensor]) -> str:
@@ -60,60 +68,163 @@ def load_weights(network: nn.Module, path: Path) -> str:
     """Read a weight file into a network, whose weights it must hold exactly.
 
     A file is safetensors, or a PyTorch checkpoint of tensors (.pt, .pth, .ckpt, .bin, .tar), read
-    with `weights_only`. A `state_dict`, `model_state_dict`, `model` or `net` inside it is
-    unwrapped, and the prefix `module.` of DistributedDataParallel removed. BatchNorm counters
-    `num_batches_tracked` may be missing; they become 0.
+    with `weights_only`. The state dict may lie in a mapping (`{"model": ..., "epoch": 3}`), its
+    names may all begin with `module.`, `_orig_mod.` or another of `PREFIXES`, its floats may have
+    another precision, and BatchNorm's counters `num_batches_tracked` may be missing; they become 0.
+    A printed line says which of these was the case.
 
     Returns: The fingerprint of the loaded weights.
-    Raises: FileNotFoundError; ValueError for a file that is cut, holds more than tensors, or whose
-        keys, shapes or dtypes are not the network's. The network is then unchanged.
+    Raises: FileNotFoundError; ValueError for a file that is cut, holds more than tensors, holds the
+        network's names more than once, or whose names, shapes or types are not the network's. The
+        network is then unchanged.
     """
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no weight file {path}; give the path of a .safetensors file, absolute or "
             "inside the data folder (KDLIB_DATA)"
         )
-    loaded = _checkpoint(path) if path.suffix in CHECKPOINTS else _safetensors(path)
+    is_checkpoint = path.suffix.lower() in CHECKPOINTS
+    content = _checkpoint(path) if is_checkpoint else _safetensors(path)
     expected = network.state_dict()
-    for key in expected.keys() - loaded.keys():
-        if key.endswith("num_batches_tracked"):
-            loaded[key] = torch.zeros_like(expected[key], device="cpu")
+    names = [key for _, state in _states(content) for key in state]
+    # timm's own files do not know that the network here is the body of another
+    wrapped = all(key.startswith(BODY) for key in expected)
+    inner = BODY if wrapped and not any(BODY in key for key in names) else ""
+    expected = {key.removeprefix(inner): value for key, value in expected.items()}
+    place, state = _only_state(content, expected, path)
+    prefix, loaded = _without_prefix(state, expected, path)
+    notes = [f"took `{place}`"] if place else []
+    notes += [f"removed the prefix {prefix}"] if prefix else []
+    notes += [f"added the prefix {inner}"] if inner else []
+    cast = [k for k in loaded.keys() & expected.keys() if _other_float(loaded[k], expected[k])]
+    if cast:
+        kinds = ", ".join(sorted({str(loaded[k].dtype).removeprefix("torch.") for k in cast}))
+        notes.append(f"converted {len(cast)} from {kinds}")
+        loaded |= {key: loaded[key].to(expected[key].dtype) for key in cast}
+    counters = [k for k in expected.keys() - loaded.keys() if k.endswith("num_batches_tracked")]
+    notes += [f"set {len(counters)} missing counters of BatchNorm to 0"] if counters else []
+    loaded |= {key: torch.zeros_like(expected[key], device="cpu") for key in counters}
+    _demand_fit(network, expected, loaded, path)
+    network.load_state_dict({inner + key: value for key, value in loaded.items()})
+    if notes:
+        print(f"{path}: read {len(state)} tensors; {'; '.join(notes)}")
+    return weights_fingerprint(network)
+
+
+def _only_state(
+    content: Any, expected: Mapping[str, Tensor], path: Path
+) -> tuple[str, dict[str, Tensor]]:
+    """The one mapping in a file that has names of the network, and its place there."""
+    states = list(_states(content))
+    fitting = [s for s in states if any(_bare(key, expected) in expected for key in s[1])]
+    if len(candidates := fitting or states) > 1:
+        places = ", ".join(f"`{place}`" if place else "the top" for place, _ in candidates)
+        raise ValueError(
+            f"{path} holds tensors by name at {len(candidates)} places: {places}; expected one: "
+            "save the state_dict that is meant as a file of its own"
+        )
+    place, state = candidates[0] if candidates else ("", {})
+    beside = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if not candidates or beside:
+        held = f"tensors beside {', '.join(map(repr, beside[:3]))}" if beside else "no tensors"
+        raise ValueError(
+            f"{path} holds {held} ({type(content).__name__}); expected tensors by name: save the "
+            "network's state_dict alone"
+        )
+    return place, dict(state)
+
+
+def _states(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The mappings in a file that have tensors by name, each with its place: `a.b` is
+    content["a"]["b"]."""
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        return
+    if any(isinstance(value, Tensor) for value in content.values()):
+        yield place, content
+    for key, value in content.items() if depth else ():
+        yield from _states(value, f"{place}.{key}".removeprefix("."), depth - 1)
+
+
+def _bare(key: str, expected: Mapping[str, Tensor]) -> str:
+    """A name without the prefixes of wrappers, where the network has the name that is left."""
+    name = key
+    while name not in expected and name.partition(".")[0] in PREFIXES:
+        name = name.partition(".")[2]
+    return name if name in expected else key
+
+
+def _without_prefix(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], path: Path
+) -> tuple[str, dict[str, Tensor]]:
+    """The prefix that all names of the network have in a file, and the tensors without it."""
+    bare = {key: _bare(key, expected) for key in state}
+    prefixes = Counter(key.removesuffix(name) for key, name in bare.items() if name in expected)
+    if len(prefixes) > 1:
+        found = ", ".join(f"{n} with {p or 'no prefix'}" for p, n in sorted(prefixes.items()))
+        raise ValueError(
+            f"{path} holds names of this network with different prefixes: {found}; expected one "
+            "set of names: save the state_dict that is meant as a file of its own"
+        )
+    return next(iter(prefixes), ""), {bare[key]: value for key, value in state.items()}
+
+
+def _other_float(value: Tensor, like: Tensor) -> bool:
+    return value.dtype != like.dtype and value.is_floating_point() and like.is_floating_point()
+
+
+def _demand_fit(
+    network: nn.Module, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path
+) -> None:
     ours, theirs = (
         {key: f"{v.dtype} {tuple(v.shape)}" for key, v in state.items()}
         for state in (expected, loaded)
     )
     faults = files.difference(ours, theirs)
-    if faults:
-        raise ValueError(
-            f"{path} does not fit this {type(network).__name__}; in {len(faults)} keys the file "
-            f"differs (file -> network): {', '.join(faults[:6])}{', ...' * (len(faults) > 6)}; "
-            "name the model that these weights are of"
-        )
-    network.load_state_dict(loaded)
-    return weights_fingerprint(network)
+    if not faults:
+        return
+    remedy = "name the model, with its options, that these weights are of"
+    wrong = [key for key in ours if ours[key] != theirs.get(key)]
+    if ours.keys() == theirs.keys() and (n_classes := getattr(network, "n_classes", 0)):
+        rows = {tuple(loaded[k].shape[:1]) for k in wrong if expected[k].shape[:1] == (n_classes,)}
+        tails = all(loaded[k].shape[1:] == expected[k].shape[1:] for k in wrong)
+        if tails and len(rows) == 1 and len(wrong) <= 2:  # the last layer's weight and bias
+            remedy = (
+                f"these are weights for {rows.pop()[0]} classes, and this study has {n_classes}: "
+                "train the network on the study's classes (teacher.training), or give weights that "
+                "were"
+            )
+    raise ValueError(
+        f"{path} does not fit this {type(network).__name__}; in {len(faults)} keys the file "
+        f"differs (file -> network): {', '.join(faults[:6])}{', ...' * (len(faults) > 6)}; {remedy}"
+    )
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path)
-    except SafetensorError as error:
+    except SafetensorError:
+        with open(path, "rb") as file:
+            begins = file.read(2)
+        if begins in (b"PK", b"\x80\x02"):  # an archive or a pickle of torch.save
+            what = f"it begins as a PyTorch checkpoint: rename it to {path.stem}.pt if it is one"
+        else:
+            what = f"cut or damaged, {path.stat().st_size:,} bytes: copy it again"
         raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); copy it again if it was cut; a "
-            f"PyTorch checkpoint is recognised by its suffix ({', '.join(CHECKPOINTS)})"
+            f"{path} is not a whole safetensors file ({what}); a PyTorch checkpoint is recognised "
+            f"by its suffix ({', '.join(CHECKPOINTS)})"
         ) from None
 
 
-def _checkpoint(path: Path) -> dict[str, Tensor]:
+def _checkpoint(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, which torch does not name
+        # torch's text advises to load it with code, and is not passed on
+        kinds = re.findall(r"(?:GLOBAL|global:?) `?([a-zA-Z_][\w.]*\.\w+)", str(error))
+        names = f" ({', '.join(dict.fromkeys(kinds))})" if kinds else ""
         raise ValueError(
-            f"{path} is cut, or holds more than tensors, which could execute code and is not read "
-            f"({files.one_line(error)}); save its state_dict alone, or as safetensors"
+            f"{path} is cut, or holds more than tensors{names}, which could execute code and is "
+            f"not read ({path.stat().st_size:,} bytes, {type(error).__name__}); copy it again if "
+            "it was cut; else save its state_dict alone, or as safetensors, with the program that "
+            "made it"
         ) from None
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected tensors by name")
-    return {key.removeprefix("module."): value for key, value in content.items()}

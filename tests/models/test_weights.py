@@ -141,8 +141,11 @@ def test_a_checkpoint_of_more_than_tensors_is_refused_and_runs_nothing(kind, sav
         kept.write_bytes(kept.read_bytes()[:-40])
     if kind == "pickle":
         kept.write_bytes(pickle.dumps(bomb))
-    with pytest.raises(ValueError, match=r"w\.pth (is cut, or holds more than tensors|holds dict)"):
+    with pytest.raises(
+        ValueError, match=r"w\.pth (is cut, or holds more than tensors|holds no tensors \(dict\))"
+    ) as refused:
         load_weights(network, kept)
+    assert "weights_only" not in str(refused.value)  # torch advises to execute the file's code
     assert not (tmp_path / "exploded").exists()
     assert weights_fingerprint(network) == fingerprint
 
@@ -157,8 +160,8 @@ def test_a_checkpoint_of_more_than_tensors_is_refused_and_runs_nothing(kind, sav
             r"linear\.bias: torch\.float32 \(3,\) -> torch\.float32 \(10,\)",
         ),
         (
-            lambda s: s.update({"linear.bias": s["linear.bias"].half()}),
-            r"linear\.bias: torch\.float16 \(10,\) -> torch\.float32 \(10,\)",
+            lambda s: s.update({"linear.bias": s["linear.bias"].long()}),
+            r"linear\.bias: torch\.int64 \(10,\) -> torch\.float32 \(10,\)",
         ),
     ],
 )
@@ -186,6 +189,98 @@ def test_a_foreign_architecture_is_refused_in_a_short_message(saved):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no weight file .*none\.safetensors"):
         load_weights(build("tiny_cnn"), tmp_path / "none.safetensors")
+
+
+def _under(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+def _half(state):
+    return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (dict, ""),
+        (lambda s: _under("module.", s), "read 14 tensors; removed the prefix module."),
+        (lambda s: _under("_orig_mod.module.", s), "; removed the prefix _orig_mod.module."),
+        (
+            lambda s: {"state_dict": _under("model.", s), "epoch": 3, "best": torch.tensor(0.9)},
+            "took `state_dict`; removed the prefix model.",
+        ),
+        (lambda s: {"nets": {"student": s}, "optimiser": {"state": {0: s}}}, "took `nets.student`"),
+        (
+            lambda s: {"model_state": s, "ema": {"decay": torch.ones(1)}},
+            "read 14 tensors; took `model_state`",
+        ),
+        (_half, "read 14 tensors; converted 12 from float16"),
+        (
+            lambda s: {k: v for k, v in s.items() if "num_batches" not in k},
+            "read 12 tensors; set 2 missing counters of BatchNorm to 0",
+        ),
+    ],
+)
+def test_what_is_changed_on_reading_is_said_in_one_line(content, line, saved, tmp_path, capsys):
+    network, _, fingerprint = saved
+    torch.save(content(network.state_dict()), tmp_path / "w.pt")
+    other = build("tiny_cnn", (1, 8, 8), seed=9)
+    found = load_weights(other, tmp_path / "w.pt")
+    said = capsys.readouterr().out
+    assert line in said
+    assert said.count("\n") == bool(line)
+    assert (found == fingerprint) == ("float16" not in line and "BatchNorm" not in line)
+    x = images((1, 8, 8))
+    torch.testing.assert_close(other.eval()(x), network.eval()(x), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda s: s | _under("module.", s), "14 with no prefix, 14 with module.;"),
+        (
+            lambda s: _under("student.", s) | {"teacher.linear.bias": s["linear.bias"]},
+            "14 with student., 1 with teacher.;",
+        ),
+        (lambda s: {"model": s, "ema": s}, "at 2 places: `model`, `ema`;"),
+        (lambda s: s | {"state_dict": s}, "at 2 places: the top, `state_dict`;"),
+    ],
+)
+def test_a_file_with_the_weights_of_two_networks_is_refused(content, message, saved, tmp_path):
+    network, _, fingerprint = saved
+    torch.save(content(network.state_dict()), tmp_path / "w.pt")
+    other = build("tiny_cnn", (1, 8, 8), seed=9)
+    with pytest.raises(
+        ValueError, match=f"w.pt holds .*{message} expected one.*save the state_dict"
+    ):
+        load_weights(other, tmp_path / "w.pt")
+    torch.save(network.state_dict(), tmp_path / "w.pt")  # as the message says
+    assert load_weights(other, tmp_path / "w.pt") == fingerprint
+
+
+def test_weights_for_another_number_of_classes_are_named_as_such(tmp_path):
+    three = build("tiny_cnn", (1, 8, 8), n_classes=3)
+    save_weights(three, tmp_path / "w.safetensors", {})
+    with pytest.raises(ValueError, match="weights for 3 classes, and this study has 10: train"):
+        load_weights(build("tiny_cnn", (1, 8, 8)), tmp_path / "w.safetensors")
+
+
+def test_a_checkpoint_named_safetensors_is_read_after_the_renaming_that_is_asked_for(
+    saved, tmp_path
+):
+    network, path, fingerprint = saved
+    torch.save(network.state_dict(), path)
+    with pytest.raises(ValueError, match=r"begins as a PyTorch checkpoint: rename it to w\.pt"):
+        load_weights(network, path)
+    assert load_weights(network, path.rename(tmp_path / "w.pt")) == fingerprint
+
+
+def test_a_file_of_timm_fits_timm_s_network(tmp_path, capsys):
+    network = build("timm/resnet10t", (3, 16, 16))
+    torch.save(network.body.state_dict(), tmp_path / "w.pt")
+    other = build("timm/resnet10t", (3, 16, 16), seed=4)
+    assert load_weights(other, tmp_path / "w.pt") == weights_fingerprint(network)
+    assert "added the prefix body." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n_bytes", [0, 40, 300])
