@@ -7,7 +7,8 @@ STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 LONG := tests/test_pipeline.py tests/test_slurm.py tests/explorer/test_browser.py \
-  tests/test_benchmarks_gpu.py tests/test_notebooks.py tests/audit/test_report.py tests/test_faults.py
+  tests/test_benchmarks_gpu.py tests/test_notebooks.py tests/audit/test_report.py tests/test_faults.py \
+  tests/test_golden.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Each notebook starts two processes. Without compiled modules, which uv does not install and some
 # containers do not keep, they start in twice the time.
