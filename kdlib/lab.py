@@ -28,7 +28,13 @@ from kdlib.models.base import Network
 from kdlib.models.evaluation import evaluate
 from kdlib.repro.files import nearest
 from kdlib.repro.run import read_evidence, read_metrics
-from kdlib.steps.cache import cache_images, open_images, split_table
+from kdlib.steps.cache import (
+    cache_images,
+    cache_sentences,
+    open_duplicates,
+    open_images,
+    split_table,
+)
 from kdlib.steps.compare import compile_tables, finish_tables, open_tables
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, meanings, step_of
@@ -97,9 +103,15 @@ class Lab:
         return self.study.cell(**self._point | given)
 
     def cache(self) -> pd.DataFrame:
-        """Step 01: cache the images. Returns: One row per split."""
+        """Step 01: cache the images, and print what was checked. Returns: One row per split."""
         self.images = cache_images(self.study)
+        print(*cache_sentences(self.study), sep="\n")
         return split_table(self.images)
+
+    def duplicates(self) -> pd.DataFrame:
+        """The images whose pixels occur more than once. Returns: One row per image: `group`, equal
+        for the same pixels, `split`, `example_id`, `label`."""
+        return open_duplicates(self.study)
 
     def teacher(self) -> pd.DataFrame:
         """Step 02: train or load the teachers, store their outputs. Returns: One row each."""

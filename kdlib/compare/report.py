@@ -43,6 +43,8 @@ def summary(study: Study, tables: Tables) -> str:
         f"{MEASURED[measure]}. {_best_epoch(study, tables)}",
         "",
     ]
+    if "duplicates" in results:  # since 2026-11
+        lines += [f"Duplicates: {results['duplicates'].iloc[0]}.", ""]
     if versions > 1:
         lines += [f"The runs were made by {versions} versions of the code.", ""]
     for row in refused.to_dict("records"):
@@ -56,6 +58,7 @@ def summary(study: Study, tables: Tables) -> str:
         if len(sentences) > LARGEST:
             lines.append(f"- The other {len(sentences) - LARGEST} comparisons are in the table.")
         lines += ["", comparison_markdown(tables[name]), ""]
+    lines += _distinct(tables)
     lines += ["## The command that makes a cell again", "", _where_again(study, results), ""]
     commands = [
         (
@@ -83,6 +86,32 @@ def _best_epoch(study: Study, tables: Tables) -> str:
         f"{gains.max():+.2f} at most ({count(len(gains), 'run')}): it is shown beside the last "
         "step, and verdicts rest on the last step."
     )
+
+
+def _distinct(tables: Tables) -> list[str]:
+    """Accuracy on the test images whose pixels occur only once, beside that on all of them; nothing
+    where the two are the same or the tables are from before it was measured."""
+    accepted = tables["results"].query("not refused")
+    both = ["test_accuracy", "test_accuracy_distinct"]
+    if both[1] not in accepted or not (accepted[both[0]] - accepted[both[1]]).abs().gt(0).any():
+        return []
+    rows = []
+    for axes, runs in accepted.groupby(list(AXES), sort=False):
+        whole, distinct = (100 * runs[column].mean() for column in both)
+        student, strategy, fraction, objective = axes
+        cells = (f"{whole:.2f}", f"{distinct:.2f}", f"{distinct - whole:+.2f}")
+        rows.append((student, objective, f"{100 * fraction:.4g} %", strategy, *cells))
+    head = ("student", "objective", "fraction", "strategy", "all (%)", "distinct (%)", "points")
+    return [
+        "## On test images that occur once",
+        "",
+        "A test image whose pixels occur again, in either split, can be classified by memory. Mean "
+        "accuracy of the last step over seeds, on all test images and without those; verdicts rest "
+        "on all.",
+        "",
+        table(head, rows, "llrlrrr"),
+        "",
+    ]
 
 
 def _where_again(study: Study, results: pd.DataFrame) -> str:

@@ -2,8 +2,8 @@
 
 Each check is a function from the evidence to whether it passed, and a sentence. Checks run where
 the number is made (a failure stops the notebook) and again when a table is compiled (a failure
-refuses the row and gives the reason). To add one: a function here, listed in `TEACHER`, `RUN`,
-`STUDENT` or `PROBE`; what it reads goes into the evidence of the step.
+refuses the row and gives the reason). To add one: a function here, listed in `CACHE`, `TEACHER`,
+`RUN`, `STUDENT` or `PROBE`; what it reads goes into the evidence of the step.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kdlib.repro import files
+from kdlib.repro.splits import agree, duplicates
 
 # Teacher terms are float64. Those of a loss that ignores the teacher differ by rounding, by 1e-33
 # measured (2026-11), in either direction.
@@ -134,6 +135,7 @@ def not_collapsed(evidence: Evidence) -> Outcome:
     return ratio >= least, sentence
 
 
+CACHE = (agree, duplicates)
 TEACHER = (teacher_card,)
 RUN = (budget, coverage, gradient, untouched_test)  # every training
 STUDENT = (*RUN, pairing, teacher_card)

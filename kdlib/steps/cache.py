@@ -1,16 +1,25 @@
 """Step 01: a study's cached images, their split, and the pixel statistics."""
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
+from kdlib.cache.agreement import agreement, open_sources
 from kdlib.cache.build import build_images
+from kdlib.cache.duplicates import count_duplicates, find_duplicates
 from kdlib.cache.shards import Cache
-from kdlib.cache.study_source import open_source
+from kdlib.cache.sources import SPLITS
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels, pixel_statistics
 from kdlib.dataset.plan import split_ids
-from kdlib.repro import processor
-from kdlib.repro.run import open_run, read_evidence
+from kdlib.repro import checks, files, processor
+from kdlib.repro.run import open_run, read_evidence, read_table
+from kdlib.repro.tables import write_parquet
 from kdlib.study.study import Study
+
+DUPLICATES = "duplicates.parquet"  # in the folder of step 01's run
 
 
 def cache_images(study: Study, built: bool = False) -> Images:
@@ -20,27 +29,79 @@ def cache_images(study: Study, built: bool = False) -> Images:
         built: The caches are whole already (unpacked, say), and their source is not opened.
     """
     _ask_for_portable(study)
-    study, caches = study.upstream, {}
-    for split in ("train", "test"):
-        folder, part = study.cache / split, study.data.part_of(split)
+    study, data = study.upstream, study.data
+    sources, caches = {} if built else open_sources(data), {}
+    for split in SPLITS:
+        folder, part = study.cache / split, data.part_of(split)
         if built:
             caches[split] = Cache(folder, part=part)
         else:
-            source = open_source(study.data, split)
-            caches[split] = build_images(source, folder, study.data.shard_size, part)
+            caches[split] = build_images(sources[split], folder, data.shard_size, part)
         caches[split].verify()
-    train_ids, _ = split_ids(
-        caches["train"].example_ids, study.data.n_validation, study.data.split_seed
-    )
+    ids = split_ids(caches["train"].example_ids, data.n_validation, data.split_seed)
     settings = {
         "step": study.step_settings("cache"),
         "inputs": {split: cache.fingerprint for split, cache in caches.items()},
     }
     with open_run(study.runs, study.runs / "cache", settings) as run:
-        if not run.finished:
-            mean, std = pixel_statistics(caches["train"], train_ids)
-            run.finish({"step": "cache", "study": study.name, "mean": mean, "std": std})
+        if not run.finished or not (run.folder / DUPLICATES).is_file():
+            evidence = {"step": "cache", "study": study.name}
+            evidence |= _checked(study, caches, *ids, run.folder / DUPLICATES)
+            mean, std = pixel_statistics(caches["train"], ids[0])
+            run.finish(evidence | {"mean": mean, "std": std})
     return open_images(study)
+
+
+def _checked(
+    study: Study,
+    caches: dict[str, Cache],
+    train_ids: np.ndarray,
+    validation_ids: np.ndarray,
+    path: Path,
+) -> dict[str, Any]:
+    """Compare the two splits, and write the table of duplicates, which is there for the reader also
+    when a check fails.
+
+    Returns: Evidence: `agree`, `duplicates`, `duplicates_sha256` and `checks`.
+    Raises: checks.CheckError with a sentence for each fault.
+    """
+    evidence = {"agree": agreement(study.data, caches, train_ids, validation_ids)}
+    table = find_duplicates(caches["train"], caches["test"], validation_ids)
+    write_parquet(path, table, {"inputs": {s: c.fingerprint for s, c in caches.items()}})
+    n_images = evidence["agree"]["n_images"]
+    evidence["duplicates"] = count_duplicates(
+        table, n_images["train"], n_images["test"], study.data.duplicates
+    )
+    evidence["duplicates_sha256"] = files.sha256_file(path)
+    try:
+        return evidence | {"checks": checks.demand(checks.CACHE, evidence)}
+    except checks.CheckError as error:
+        raise checks.CheckError(
+            f"{error}\n  Once the images are changed, delete {study.cache}, which holds them as "
+            "they were, and run the same again"
+        ) from None
+
+
+def open_duplicates(study: Study) -> pd.DataFrame:
+    """The images of step 01 whose pixels occur more than once, as of `find_duplicates`.
+
+    Raises: FileNotFoundError or ValueError that names notebook 01 when it has not run or the table
+        was changed.
+    """
+    study = study.upstream
+    return read_table(
+        study.runs / "cache" / DUPLICATES,
+        study.step_settings("cache"),
+        "notebooks/01_cache.ipynb",
+        "duplicates_sha256",
+    )
+
+
+def cache_sentences(study: Study) -> list[str]:
+    """What step 01 checked, a sentence each."""
+    study = study.upstream
+    evidence = read_evidence(study.runs / "cache", study.step_settings("cache"))
+    return [f"{check['name']}: {check['sentence']}" for check in evidence["checks"]]
 
 
 def _ask_for_portable(study: Study) -> None:

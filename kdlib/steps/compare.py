@@ -41,7 +41,8 @@ def results(study: Study) -> pd.DataFrame:
         `best_step` of the best epoch, `linear_accuracy` and `knn_accuracy` of the last step's
         probes; the budget, recorded (`steps samples unique_examples`), `declared_...`, and its kind
         (`budget`); `refused`, `reason`; `run`, its folder, and `command`, which makes it again;
-        hashes of its inputs and its weights; device and versions. Accuracies are in [0, 1], NaN
+        hashes of its inputs and its weights; device and versions; `duplicates`, what step 01 says
+        of images with the same pixels, the same in all rows. Accuracies are in [0, 1], NaN
         where there is no evidence, and at the best epoch also where the teacher was trained on the
         images it was chosen on.
     """
@@ -52,7 +53,7 @@ def results(study: Study) -> pd.DataFrame:
     for cell, seed in itertools.product(study.cells(), study.seeds):
         folder = student_folder(study, cell, seed)
         row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
-        row["command"] = rerun_command(study, cell)
+        row |= {"command": rerun_command(study, cell), "duplicates": inputs.duplicates}
         try:
             evidence = open_student(study, cell, seed)
             settings = files.read_json(folder / "settings.json")
@@ -85,7 +86,9 @@ class _Inputs:
 
     def __init__(self, study: Study) -> None:
         up = study.upstream
-        read_evidence(up.runs / "cache", up.step_settings("cache"))  # refuses a changed split
+        cache = read_evidence(up.runs / "cache", up.step_settings("cache"))  # refuses another split
+        outcomes = checks.run_all(checks.CACHE, cache)
+        self.faults, self.duplicates = _failed(outcomes), outcomes[-1].sentence
         upstream = {
             step: read_evidence(up.runs / step, up.step_settings(step))
             for step in ("teacher", "datamap")
@@ -106,7 +109,8 @@ class _Inputs:
         if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
             changed.append("datamap")
         names = ", ".join(changed)
-        return [f"made from another study's {names}: run notebook 04 again"] if changed else []
+        reasons = [f"made from another study's {names}: run notebook 04 again"] if changed else []
+        return self.faults + reasons
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:

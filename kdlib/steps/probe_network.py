@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from threadpoolctl import threadpool_limits
 
+from kdlib.cache.agreement import open_sources
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
-from kdlib.cache.study_source import open_source
 from kdlib.compare.text import table
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
@@ -114,15 +114,14 @@ def _diagnostics(
 def other_examples(data: Data) -> Examples:
     """The kept training examples and the test examples of another data set, cached on first use.
 
-    Raises: ValueError for images without labels; whatever opening the source raises.
+    Raises: ValueError for images without labels; checks.CheckError for splits that do not belong
+        together; whatever opening the source raises.
     """
     folder, caches = cache_folder(data), []
     with files.locked(folder.parent / f".{folder.name}.lock"):  # cells are probed side by side
-        for split in ("train", "test"):
+        for split, source in open_sources(data).items():
             part = data.part_of(split)
-            caches.append(
-                build_images(open_source(data, split), folder / split, data.shard_size, part)
-            )
+            caches.append(build_images(source, folder / split, data.shard_size, part))
     train, test = caches
     if not train.header["class_names"]:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from kdlib.repro.files import data_root, fingerprint, workspace
-from kdlib.study.base import Count, Fraction, ImageSize, Seed, Settings
+from kdlib.study.base import Count, Fraction, ImageSize, Seed, Settings, Share
 
 
 class HuggingFace(Settings):
@@ -87,6 +87,9 @@ class Data(Settings):
     split_seed: Seed = 0
     shard_size: Count = 2048
     """Examples per shard of the cache."""
+    duplicates: Share | None = None
+    """The largest share of test images whose pixels are also in the training split, and of images
+    whose pixels have another label elsewhere; beyond it step 01 stops. 0.01 unless given."""
     part: str = "1/1"
     """`i/k`: learn from the i-th of k equal runs of shards of the training split."""
 
@@ -112,7 +115,7 @@ class Data(Settings):
 
 def cache_folder(data: Data) -> Path:
     """Folder of the cache of these images; studies that ask for the same images share it."""
-    content = data.model_dump(exclude={"n_validation", "split_seed", "part"})
+    content = data.model_dump(exclude={"n_validation", "split_seed", "duplicates", "part"})
     if content["relabel"] is None:  # caches of before there was the key keep their names
         del content["relabel"]
     return workspace() / "cache" / f"{data.source}-{fingerprint(content)[:8]}"

@@ -50,6 +50,37 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
             assert f"`{row['command']}`" in text
 
 
+def test_the_summary_says_what_is_known_of_duplicates(lab):
+    study = tiny_study(lab)
+    tables = compile_tables(study)
+    assert "Duplicates: no two of 1,797 images have the same pixels." in summary(study, tables)
+    assert "occur once" not in summary(study, tables)
+    for distinct, shown in ((0.0, False), (0.125, True)):
+        measured = tables["results"].assign(
+            test_accuracy_distinct=tables["results"]["test_accuracy"] - distinct
+        )
+        text = summary(study, tables | {"results": measured})
+        assert ("## On test images that occur once" in text) is shown
+        mean = (
+            100 * measured.query("strategy == 'easy' & objective == 'kd'")["test_accuracy"].mean()
+        )
+        row = f"| tiny | kd | 33 % | easy | {mean:.2f} | {mean - 12.5:.2f} | -12.50 |"
+        assert (row in text) is shown
+    older = tables["results"].drop(columns="duplicates")  # as committed before it was known
+    assert "Duplicates" not in summary(study, tables | {"results": older})
+
+
+def test_runs_on_images_that_fail_a_check_are_refused(lab):
+    study = tiny_study(lab)
+    forge(
+        study.runs / "cache",
+        lambda e: e["duplicates"]["pairs"].update(across=9) or e["duplicates"].update(crossing=9),
+    )
+    table = results(study)
+    assert table["refused"].all()
+    assert table["reason"].str.contains("duplicates: ").all()
+
+
 def test_the_ledger_charges_what_the_study_recorded(lab):
     study = tiny_study(lab)
     tables = compile_tables(study)
