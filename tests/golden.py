@@ -47,20 +47,15 @@ ASIDE = {
 Table = dict[str, dict[str, Any]]  # row -> column -> value
 
 
-def made(home: Path, package: Path | None = None) -> dict[str, Table]:
-    """Make the study in a process that computes with AVX2 alone, and read its numbers.
-
-    Args:
-        home: An empty workspace.
-        package: Folder of another kdlib than the one that is imported here.
-    """
+def made(home: Path) -> dict[str, Table]:
+    """Make the study in an empty workspace, in a process that computes with AVX2 alone, and read
+    its numbers."""
     study = load_study(STUDY)
     points = [dict(cell.items()) | {"seed": s} for cell in study.cells() for s in study.seeds]
     told = subprocess.run(
         [sys.executable, "-m", "kdlib", "step", STEPS, str(STUDY), "--points", "-"],
         input="\n".join(map(json.dumps, points)), capture_output=True, text=True, cwd=home,
-        env=os.environ | KERNELS | LIBRARIES | {"KDLIB_HOME": str(home), "TQDM_DISABLE": "1"}
-        | ({"PYTHONPATH": str(package)} if package else {}),
+        env=os.environ | KERNELS | LIBRARIES | {"KDLIB_HOME": str(home), "TQDM_DISABLE": "1"},
     )  # fmt: skip
     if told.returncode:
         raise RuntimeError(f"the golden study was not made:\n{told.stdout}\n{told.stderr}")
