@@ -38,10 +38,10 @@ KEYS = {
     "strategies": AGAINST,
     "objectives": AGAINST,
 }
-# Circumstances, and hashes of settings and files, which change without a number
+# Circumstances, sentences, and hashes of settings and files, which change without a number
 ASIDE = {
     "run", "command", "reason", "device", "threads", "git_commit", "code_sha256", "versions",
-    "settings_sha256", "checkpoint_sha256",
+    "settings_sha256", "checkpoint_sha256", "duplicates",
 }  # fmt: skip
 
 Table = dict[str, dict[str, Any]]  # row -> column -> value
