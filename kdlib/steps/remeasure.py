@@ -1,0 +1,161 @@
+"""Accuracies measured again when a table is compiled, by code of their own.
+
+The pixel statistics, the normalisation, the loop over the test images and the count of right
+answers stand here a second time, on the files of the cache; the network alone is built by the
+library. What was measured is kept by the fingerprints of weights, images and statistics, so that a
+table compiled again measures only what is new.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from kdlib.models.networks import network_for
+from kdlib.repro import files
+from kdlib.repro.run import read_evidence
+from kdlib.steps.cache import open_images
+from kdlib.steps.distill import student_folder
+from kdlib.steps.processes import prepare_device
+from kdlib.steps.recount import Recount, Shards
+from kdlib.steps.teacher_network import teacher_folder, teacher_network
+from kdlib.study.cells import Cell
+from kdlib.study.study import Study
+
+BATCH = 1000  # images in memory at once
+VERSION = 1  # of what is kept; a measurement by an earlier version is made again
+TEACHER_SLACK = 0.001  # share of test images on which half precision may change the class
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """What measuring a student again gave.
+
+    Attributes:
+        distinct: Accuracy of `last` on test images whose pixels occur only once, in [0, 1].
+        reasons: Why its record does not stand; empty where it does.
+    """
+
+    distinct: float
+    reasons: list[str]
+
+
+def pixel_statistics(shards: Shards, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, pixels in [0, 1]: (C,) float64 each."""
+    n, total, squares = 0, 0.0, 0.0
+    for part in np.array_split(ids, math.ceil(len(ids) / BATCH)):
+        pixels = shards.rows("images", part) / 255  # (B, C, H, W)
+        n += pixels.size // pixels.shape[1]
+        total, squares = total + pixels.sum((0, 2, 3)), squares + (pixels**2).sum((0, 2, 3))
+    std = np.sqrt(np.maximum(squares / n - (total / n) ** 2, 0))
+    return total / n, np.where(std > 1e-6, std, 1.0)
+
+
+class Remeasure:
+    """The test accuracy of checkpoints, measured again; kept in `runs/<study>/measured.json`."""
+
+    def __init__(self, study: Study, recount: Recount) -> None:
+        self.study, self.recount = study, recount
+        self.device = prepare_device(study.compute)
+        self.images = open_images(study)
+        self.mean, self.std = pixel_statistics(recount.train, recount.train_ids)
+        self._path = study.runs / "measured.json"
+        self._kept = files.read_json(self._path) if self._path.exists() else {}
+        self._inputs = files.fingerprint(
+            [recount.read["test"], recount.train.sha256(recount.train_ids), VERSION]
+        )
+
+    def rights(self, path: Path, build: Callable[[], nn.Module]) -> dict[str, int]:
+        """Test images that a checkpoint classifies rightly: of all (`right`, `n`), and of those
+        whose pixels occur only once (`right_distinct`, `n_distinct`).
+
+        Args:
+            path: Of the weights.
+            build: Makes the network that they belong to.
+        """
+        key = f"{files.sha256_file(path)} {self._inputs}"
+        if key not in self._kept:
+            network = build()
+            network.load_state_dict(load_file(path))
+            right, distinct = self._right(network.to(self.device).eval()), self.recount.distinct
+            self._kept[key] = {
+                "right": int(right.sum()),
+                "n": len(right),
+                "right_distinct": int(right[distinct].sum()),
+                "n_distinct": int(distinct.sum()),
+            }
+        return self._kept[key]
+
+    def _right(self, network: nn.Module) -> np.ndarray:
+        test, parts = self.recount.test, []
+        mean, std = (torch.tensor(x, dtype=torch.float32) for x in (self.mean, self.std))
+        for ids in np.array_split(test.ids, math.ceil(len(test.ids) / BATCH)):
+            pixels = torch.from_numpy(test.rows("images", ids)).float() / 255
+            pixels = (pixels - mean[:, None, None]) / std[:, None, None]
+            with torch.no_grad():
+                answers = network(pixels.to(self.device)).argmax(1).cpu().numpy()
+            parts.append(answers == test.rows("labels", ids))
+        return np.concatenate(parts)
+
+    def save(self) -> None:
+        """Keep what was measured."""
+        files.write_json(self._path, self._kept)
+
+    def student(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> Remeasured:
+        """The accuracy of a student's `last` checkpoint on test images whose pixels occur only
+        once, and why its record does not stand."""
+        folder, model = student_folder(self.study, cell, seed), self.study.students[cell.student]
+        build = functools.partial(network_for, self.images, model.model, 0, self.device)
+        reasons = []
+        for name in ("best", "last"):
+            entry = evidence["checkpoints"][name]
+            again = self.rights(folder / entry["file"], build)
+            reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
+        return Remeasured(again["right_distinct"] / again["n_distinct"], reasons)
+
+    def teacher(self, name: str | None) -> list[str]:
+        """Why the card of a teacher does not stand: its checkpoint and its stored logits are
+        measured again."""
+        evidence = read_evidence(teacher_folder(self.study, name))
+        return self.card(name, teacher_folder(self.study, name), evidence)
+
+    def card(self, name: str | None, folder: Path, evidence: dict[str, Any]) -> list[str]:
+        """As `teacher`, of a teacher in a folder."""
+        card, labels = evidence["teacher"], self.recount.test.rows("labels", self.recount.test.ids)
+        if card["measured_by"] != "logits":
+            return []  # a probe of its features is its accuracy
+        stored = Shards.open(folder / "outputs-test", self.study.data.part_of("test"))
+        right = int((_predictions(stored) == labels).sum())
+        reasons = _unlike("stored teacher logits", card["measured"], right, len(labels))
+        if card["trained_here"]:
+            build = functools.partial(teacher_network, self.study, self.images, self.device, name)
+            entry = evidence["checkpoints"]["last"]
+            again = self.rights(folder / entry["file"], build)
+            # logits are stored in half precision, in which two classes can be equal
+            share = abs(again["right"] / again["n"] - card["measured"])
+            if share > TEACHER_SLACK:
+                reasons += _unlike("teacher", card["measured"], again["right"], again["n"])
+        return reasons
+
+
+def _predictions(stored: Shards) -> np.ndarray:
+    """The class of the largest stored logit of each example, in the first view."""
+    sparse = not any(stored.folder.glob("logits-*.npy"))
+    values = stored.rows("values" if sparse else "logits", stored.ids)[:, 0]
+    place = values.astype(np.float32).argmax(1)
+    if not sparse:
+        return place
+    return stored.rows("indices", stored.ids)[np.arange(len(place)), 0, place]
+
+
+def _unlike(what: str, accuracy: float, right: int, n: int) -> list[str]:
+    if abs(accuracy * n - right) <= 1:
+        return []
+    return [f"{what} measured again: {right} of {n} test images right, {accuracy:.2%} on record"]
