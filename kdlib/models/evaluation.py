@@ -1,13 +1,16 @@
 """A network's outputs for many images, its accuracy and its loss."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network, eval_mode
+from kdlib.repro import files
 
 
 @torch.no_grad()
@@ -64,14 +67,49 @@ def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarra
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation measured, and what it read.
+
+    Attributes:
+        loss: Mean cross-entropy in nats.
+        accuracy: In [0, 1].
+        n: Images read.
+        sha256: Fingerprint of these images and labels, in their order.
+    """
+
+    loss: float
+    accuracy: float
+    n: int
+    sha256: str
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """`n` and `sha256`, for the evidence."""
+        return {"n": self.n, "sha256": self.sha256}
+
+
 def evaluate(
     network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, float]:
-    """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on images without augmentation.
+) -> Evaluation:
+    """Loss and accuracy of a network on images without augmentation.
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
         labels: (N,) int64 in [0, n_classes), on the same device.
     """
     (logits,) = all_outputs(network, pixels, images, ("logits",))
-    return float(F.cross_entropy(logits.double(), labels)), accuracy(logits, labels)
+    loss = float(F.cross_entropy(logits.double(), labels))
+    return Evaluation(loss, accuracy(logits, labels), len(labels), _read_sha256(images, labels))
+
+
+# of images: the version of the tensor, the labels and their version, the fingerprint of both
+_READ: Any = WeakTensorKeyDictionary()
+
+
+def _read_sha256(images: torch.Tensor, labels: torch.Tensor) -> str:
+    """Fingerprint of images and labels; computed once for tensors that do not change."""
+    kept = _READ.get(images)
+    if kept is None or kept[0] != images._version or kept[1] is not labels:
+        arrays = (tensor.cpu().contiguous().numpy() for tensor in (images, labels))
+        kept = _READ[images] = (images._version, labels, files.sha256_array(*arrays))
+    return kept[2]

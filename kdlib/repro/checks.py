@@ -97,17 +97,24 @@ def teacher_card(evidence: Evidence) -> Outcome:
 
 
 def untouched_test(evidence: Evidence) -> Outcome:
-    """The best epoch was chosen on validation images that were not trained on, and no validation
-    image that the teacher was trained on steered the training."""
-    selection = evidence["selection"]
-    chosen, overlap = selection["best_epoch_by"], selection["overlap"]
-    sentence = f"best epoch chosen on {chosen}; {overlap} of its examples were trained on"
-    if by_teacher := selection["teacher_overlap"]:
+    """Every validation accuracy is of the held-out images and no others, no training saw them, and
+    none that the teacher was trained on steered the training."""
+    selection, read = evidence["selection"], evidence["read"]["validation"]
+    overlap, by_teacher = selection["overlap"], selection["teacher_overlap"]
+    wanted = selection["held_out"]
+    sentence = f"best epoch chosen on {wanted['n']} held-out images"
+    if others := [r for r in read if r != wanted]:
+        numbers = ", ".join(str(r["n"]) for r in others)
+        sentence = f"best epoch chosen on {numbers} images that are not the {wanted['n']} held out"
+    elif not read:
+        sentence = "no epoch was evaluated"
+    sentence += f"; {overlap} of them were trained on"
+    if by_teacher:
         sentence += f"; the teacher has learnt from {by_teacher}: the best epoch is not reported"
     steered = by_teacher > 0 and selection["steers"] is not None
     if steered:
         sentence += f"; yet `{selection['steers']}` read them"
-    return chosen == "validation" and overlap == 0 and not steered, sentence
+    return read == [wanted] and overlap == 0 and not steered, sentence
 
 
 def probe_floor(evidence: Evidence) -> Outcome:
@@ -191,6 +198,27 @@ def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
         shared = f"shares initial weights or order with seed {twins}"
         results.append(Check("distinct_seeds", not twins, shared if twins else "draws of its seed"))
     return results
+
+
+def twins(rows: list[dict[str, Any] | None]) -> list[str]:
+    """For each row of a table, a sentence when another row has the same last weights and yet another
+    student, subset, objective, teacher or seed: one of the two did not do what its settings say.
+
+    Args:
+        rows: `weights_sha256` and `did`, what the run is to have done, JSON-able; None where there
+            is no run.
+    """
+    known: dict[str, list[tuple[str, str]]] = {}
+    for row in filter(None, rows):
+        did = files.canonical_json(row["did"])
+        known.setdefault(row["weights_sha256"], []).append((did, row["run"]))
+    sentences = []
+    for row in rows:
+        same = known[row["weights_sha256"]] if row else []
+        did = files.canonical_json(row["did"]) if row else ""
+        others = [run for other, run in same if other != did]
+        sentences.append(f"twins: its weights are those of {others[0]}" if others else "")
+    return sentences
 
 
 def differing(settings: dict[str, Any], other: dict[str, Any], allowed: Iterable[str]) -> list[str]:

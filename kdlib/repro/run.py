@@ -21,7 +21,8 @@ import pandas as pd
 from kdlib.repro import files, processor
 from kdlib.repro.tables import read_parquet
 
-FORMAT = 3  # since 2, settings.json holds every default and no null
+# since 3, settings.json holds every default and no null; since 4, what was read and executed
+FORMAT = 4
 
 
 class Run:

@@ -24,14 +24,15 @@ def measure_checkpoints(
     for step in dict.fromkeys((trained.last_step, trained.best_step)):
         file, weights_sha256 = trained.checkpoints[step]
         _load(network, folder / file, weights_sha256)
-        loss, accuracy = evaluate(network, images.pixels, *test)
+        again = evaluate(network, images.pixels, *test)
         measured[step] = {
             "step": step,
             "file": file,
             "file_sha256": files.sha256_file(folder / file),
             "weights_sha256": weights_sha256,
-            "test_accuracy": accuracy,
-            "test_loss": loss,
+            "test_accuracy": again.accuracy,
+            "test_loss": again.loss,
+            "read": again.read,
         }
     return {"last": measured[trained.last_step], "best": measured[trained.best_step]}
 

@@ -214,6 +214,47 @@ def learning_rate(training: dict[str, Any], step: int, n_steps: int) -> float:
     }[training["schedule"]]
 
 
+def unlike_executed(step: dict[str, Any], executed: dict[str, Any], n_steps: int) -> list[str]:
+    """A sentence for each setting that the objects of a training had otherwise than its
+    `settings.json` asks for.
+
+    Args:
+        step: The settings of its step.
+        executed: As its evidence has them.
+        n_steps: Steps of the plan.
+    """
+    training = step["training"]
+    momentum = training["momentum"] if training["optimiser"] == "sgd" else 0.0
+    asked = {
+        "batch_size": training["batch_size"],
+        "accumulate": training["accumulate"],
+        "clip_norm": training.get("clip_norm"),
+        "precision": "bfloat16" if step["compute"]["precision"] == "bf16" else "float32",
+        "optimiser": training["optimiser"],
+        "weight_decay": training["weight_decay"],
+        "momentum": momentum,
+        "augment": training["augment"],
+        "objective": step["objective"],
+        "ema": training.get("ema"),
+    }
+    wrong = [
+        f"{name} as executed: {_short(executed[name])}, asked for {_short(value)}"
+        for name, value in asked.items()
+        if executed[name] != value
+    ]
+    lowered = 1.0  # by which a plateau has multiplied the rate so far
+    for number, rate in executed["learning_rates"].items():
+        wanted = learning_rate(training, int(number), n_steps)
+        if training["schedule"] == "plateau":
+            while rate < wanted * lowered * 0.999:
+                lowered *= training["decay"]
+            wanted *= lowered
+        if not math.isclose(rate, wanted, rel_tol=1e-9, abs_tol=1e-15):
+            wrong.append(f"learning rate of step {number}: {rate:.6g}, asked for {wanted:.6g}")
+            break
+    return wrong
+
+
 class Recount:
     """What the runs of a study are to have seen, by the study and the files on the disk."""
 
@@ -337,11 +378,11 @@ class Recount:
         for name, number in budget.items():
             compare(name, recorded[name], number)
         compare("batches", evidence["read"]["batches_sha256"], chain(iter(batches), self.labels))
-        compare("validation images", evidence["read"]["validation"], self.read["validation"])
+        compare("validation images", evidence["read"]["validation"], [self.read["validation"]])
         for name in ("last", "best"):
             entry = evidence["checkpoints"][name]
             compare(f"test images of `{name}`", entry["read"], self.read["test"])
-        return wrong
+        return wrong + unlike_executed(step, evidence["executed"], expected.n_steps)
 
 
 def _pixels_sha256(image: np.ndarray) -> bytes:
@@ -354,4 +395,6 @@ def _short(value: Any) -> str:
         return value[:12]
     if isinstance(value, dict):
         return ", ".join(f"{key} {_short(v)}" for key, v in value.items())
+    if isinstance(value, list):
+        return " and ".join(map(_short, value)) or "nothing"
     return str(value)

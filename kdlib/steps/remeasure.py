@@ -7,6 +7,7 @@ table compiled again measures only what is new.
 """
 
 import functools
+import importlib.metadata
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +20,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kdlib.models.networks import network_for
+from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.distill import student_folder
 from kdlib.steps.processes import prepare_device
-from kdlib.steps.recount import Recount, Shards
+from kdlib.steps.recount import Recount, Shards, stream_seed
 from kdlib.steps.teacher_network import teacher_folder, teacher_network
 from kdlib.study.cells import Cell
+from kdlib.study.models import Model
 from kdlib.study.study import Study
 
 BATCH = 1000  # images in memory at once
@@ -68,6 +71,7 @@ class Remeasure:
         self.mean, self.std = pixel_statistics(recount.train, recount.train_ids)
         self._path = study.runs / "measured.json"
         self._kept = files.read_json(self._path) if self._path.exists() else {}
+        self._initial: dict[tuple[str, int], str] = {}
         self._inputs = files.fingerprint(
             [recount.read["test"], recount.train.sha256(recount.train_ids), VERSION]
         )
@@ -111,14 +115,30 @@ class Remeasure:
     def student(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> Remeasured:
         """The accuracy of a student's `last` checkpoint on test images whose pixels occur only
         once, and why its record does not stand."""
-        folder, model = student_folder(self.study, cell, seed), self.study.students[cell.student]
-        build = functools.partial(network_for, self.images, model.model, 0, self.device)
-        reasons = []
+        folder = student_folder(self.study, cell, seed)
+        model = self.study.students[cell.student].model
+        init = stream_seed(seed, "init")
+        build = functools.partial(network_for, self.images, model, init, self.device)
+        reasons = self._unlike_initial(model, init, evidence, build)
         for name in ("best", "last"):
             entry = evidence["checkpoints"][name]
             again = self.rights(folder / entry["file"], build)
             reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
         return Remeasured(again["right_distinct"] / again["n_distinct"], reasons)
+
+    def _unlike_initial(
+        self, model: Model, init: int, evidence: dict[str, Any], build: Callable[[], nn.Module]
+    ) -> list[str]:
+        """A sentence when the training did not begin at the weights of its seed; another version of
+        torch may draw others."""
+        if evidence["made"]["versions"]["torch"] != importlib.metadata.version("torch"):
+            return []
+        key = (model.model_dump_json(), init)
+        if key not in self._initial:
+            self._initial[key] = weights_fingerprint(build())
+        if evidence["initialisation"]["weights_sha256"] == self._initial[key]:
+            return []
+        return ["its initial weights are not those that its seed draws"]
 
     def teacher(self, name: str | None) -> list[str]:
         """Why the card of a teacher does not stand: its checkpoint and its stored logits are

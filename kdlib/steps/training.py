@@ -262,7 +262,7 @@ def training_evidence(inputs: TrainingInputs, trained: Trained) -> dict[str, Any
     coverage = checks.coverage_evidence(
         trained.visits, plan.example_ids, planned, plan.shards_per_pass
     )
-    held_out = inputs.images.validation_ids
+    images, held_out = inputs.images, inputs.images.validation_ids
     # validation images that the teacher was trained on
     known = inputs.teacher is not None and inputs.teacher.card.get("trained_on") == "train"
     return {
@@ -284,15 +284,22 @@ def training_evidence(inputs: TrainingInputs, trained: Trained) -> dict[str, Any
         "coverage": coverage,
         "subset": {"n_examples": len(plan.example_ids)},
         "epochs_in_steps": len(plan.example_ids) / plan.batch_size,
-        "initialisation": {
-            "source": "random",
-            "weights_sha256": trained.evidence["initial_weights_sha256"],
-        },
+        "initialisation": {"weights_sha256": trained.evidence["initial_weights_sha256"]},
         "order_sha256": trained.evidence["order_sha256"],
         "gradient": trained.evidence["gradient"],
         "pairing": trained.evidence["pairing"],
+        "executed": trained.evidence["executed"],
+        "read": {
+            "batches_sha256": trained.evidence["batches_sha256"],
+            "validation": trained.evidence["validation"],
+        },
         "selection": {
-            "best_epoch_by": "validation",
+            "held_out": {
+                "n": len(held_out),
+                "sha256": files.sha256_array(
+                    *(images.train.read(column, held_out) for column in ("images", "labels"))
+                ),
+            },
             "overlap": int((trained.visits[held_out] > 0).sum()),
             "steers": training.selects,
             "teacher_overlap": len(held_out) if known else 0,

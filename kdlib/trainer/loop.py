@@ -6,6 +6,7 @@ a run that is killed at any moment and started again ends with the same bytes.
 
 import contextlib
 import copy
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from kdlib.repro import files
 from kdlib.repro.run import Run
 from kdlib.study.training import Training
 from kdlib.trainer.distributed import gathered
-from kdlib.trainer.optimiser import Ema, Patience, learning_rate
+from kdlib.trainer.optimiser import Ema, Patience
 from kdlib.trainer.pairing import pairing
 from kdlib.trainer.state import read_state, write_state
 from kdlib.trainer.step import Step, Task, TrainingError
@@ -45,7 +46,8 @@ class Trained:
         best_step: Step of the highest validation accuracy, the first one when several tie.
         last_step: Steps taken: those of the plan, or fewer with early stopping.
         visits: (n_examples of the split,) int64, how often each example id was trained on.
-        evidence: Facts for the checks: initialisation, order, gradient, pairing.
+        evidence: Facts for the checks: initialisation, order, batches, gradient, pairing, what
+            evaluations read, settings as they were executed.
     """
 
     metrics: pd.DataFrame
@@ -150,6 +152,7 @@ class _Loop:
         self.best_weights: dict[str, Tensor] = {}
         self.checkpoints: dict[int, tuple[str, str]] = {}
         self.visits = torch.zeros(task.n_examples, dtype=torch.int64)
+        self.batches_sha256 = ""  # of the ids and labels of all batches so far
         self.factor = 1.0  # multiplies the learning rate; `plateau` lowers it
         self.plateau = Patience(task.training.patience)
         self.patience = Patience(task.training.early_stopping or 0)
@@ -161,6 +164,7 @@ class _Loop:
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
             "order_sha256": files.sha256_array(order) if drawn else None,
+            "validation": [],  # what evaluations read: one entry, unless they read different images
         }
         self._restore()
 
@@ -177,11 +181,38 @@ class _Loop:
         ids, labels, passes, positions = (gathered(column, task.world) for column in columns)
         self.losses.append(loss)
         self.hits += int((logits.argmax(1) == labels).sum())
-        ids = ids.cpu()
-        self.visits.index_add_(0, ids, torch.ones_like(ids))
+        self._count(ids, labels)
         if task.log is not None:
             self._record(passes, positions, logits, labels)
         self.step += 1
+
+    def _count(self, ids: Tensor, labels: Tensor) -> None:
+        """Count a batch among the visits, and chain its examples and labels, in the order of ids,
+        to those of the batches before."""
+        ids, labels = torch.stack((ids, labels)).cpu()
+        self.visits.index_add_(0, ids, torch.ones_like(ids))
+        order = ids.argsort(stable=True)
+        rows = b"".join(column[order].numpy().tobytes() for column in (ids, labels))
+        chained = hashlib.sha256(bytes.fromhex(self.batches_sha256) + rows)
+        self.batches_sha256 = chained.hexdigest()
+
+    def _executed(self) -> dict[str, Any]:
+        """Settings of the training as its objects have them, beside those it was asked for."""
+        step, view = self.advance_one, self.task.loader.view
+        groups = step.optimiser.param_groups
+        return step.executed | {
+            "optimiser": type(step.optimiser).__name__.lower(),
+            "weight_decay": max(group["weight_decay"] for group in groups),
+            "momentum": max(group.get("momentum", 0.0) for group in groups),
+            "learning_rates": {str(row["step"]): row["learning_rate"] for row in self.rows},
+            "augment": None
+            if view is None
+            else view.settings.model_dump(mode="json", exclude_none=True),
+            "objective": step.learner.distiller.objective.model_dump(
+                mode="json", exclude_none=True
+            ),
+            "ema": None if self.ema is None else self.ema.decay,
+        }
 
     def _gradient(self) -> dict[str, float]:
         trained = [p for p in self.advance_one.learner.parameters() if p.requires_grad]
@@ -220,18 +251,21 @@ class _Loop:
         task, training = self.task, self.task.training
         if self.ema is not None:
             self._measured.load_state_dict(self.ema.weights)
-        loss, accuracy = evaluate(self._measured, task.pixels, *task.validation)
-        rate = learning_rate(training, self.step - 1, task.loader.plan.n_steps)
+        measured = evaluate(self._measured, task.pixels, *task.validation)
+        loss, accuracy = measured.loss, measured.accuracy
+        if measured.read not in self.evidence["validation"]:
+            self.evidence["validation"].append(measured.read)
         row = {
             "step": self.step,
             "epoch": self.step * training.batch_size / task.full_size,
-            "learning_rate": rate * self.factor,
+            "learning_rate": self.advance_one.optimiser.param_groups[0]["lr"],
             "train_loss": math.fsum(self.losses) / len(self.losses),
             "train_accuracy": self.hits / (len(self.losses) * training.batch_size),
             "validation_loss": loss,
             "validation_accuracy": accuracy,
         }
         self.rows.append(row)
+        self.evidence["executed"] = self._executed()
         self.losses, self.hits = [], 0
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, self.step
@@ -253,7 +287,7 @@ class _Loop:
 
     _NUMBERS = (
         "step", "stopped", "rows", "losses", "hits", "best_step", "best_accuracy", "evidence",
-        "factor",
+        "factor", "batches_sha256",
     )  # fmt: skip
 
     def save(self) -> None:
@@ -319,5 +353,6 @@ class _Loop:
             files.write_atomic(self.run.folder / "metrics.parquet", metrics.to_parquet)
         self.evidence["pairing"] = pairing(self.task, self.advance_one.learner)
         self.evidence["stopped_early"] = self.stopped
+        self.evidence["batches_sha256"] = self.batches_sha256
         facts = self.best_step, self.step, self.visits.numpy(), self.evidence
         return Trained(metrics, self.checkpoints, *facts)

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -103,10 +103,13 @@ class Step:
     Attributes:
         learner: The module whose parameters are trained, neither compiled nor distributed.
         optimiser: Over all its trained parameters.
+        executed: Of the last step: `batch_size` over all processes, `accumulate`, `clip_norm`, and
+            `precision`, the type in which the network computed its logits.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
+        self.executed: dict[str, Any] = {}
         learner = synchronised(Learner(task.network, task.distiller, task.objective), task.world)
         self.learner, self.optimiser = learner, make_optimiser(learner.parameters(), task.training)
         self._call = distributed(learner, task.world)
@@ -144,19 +147,25 @@ class Step:
                 # times the number of processes, by which DistributedDataParallel divides
                 (loss * task.world.size / n_pieces).backward()
             total += value
-            parts.append(logits)
+            parts.append(logits.float())
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.learner.parameters(), training.clip_norm)
         rate = learning_rate(training, step, task.loader.plan.n_steps) * factor
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         self.optimiser.step()
+        self.executed = {
+            "batch_size": sum(map(len, parts)),
+            "accumulate": len(parts),
+            "clip_norm": training.clip_norm,
+            "precision": str(logits.dtype).removeprefix("torch."),
+        }
         # rows of pieces, each gathered over the processes, in the order of the gathered batch
         of_rank = zip(*(part.chunk(task.world.size) for part in parts), strict=True)
         return total, torch.cat([rows for ranks in of_rank for rows in ranks])
 
     def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
-        """(the loss of the whole batch, its detached logits)."""
+        """(the loss of the whole batch, its detached logits as they were computed)."""
         task, seeded = self.task, contextlib.nullcontext()
         if self._drops:
             seeded = torch_seeded(task.seed, "dropout", step, piece, task.world.rank)
@@ -169,7 +178,7 @@ class Step:
             for outputs in (projected, batch.teacher or {})
         )
         loss = task.distiller.loss(projected, gathered(batch.labels, task.world), teacher)
-        return loss, projected["logits"].detach().float()
+        return loss, projected["logits"].detach()
 
 
 def _pieces(batch: Batch, n: int) -> Iterator[Batch]:

@@ -7,6 +7,7 @@ import pytest
 
 from kdlib.repro import checks, files
 
+HELD_OUT = {"n": 9, "sha256": "ab"}
 HONEST = {
     "budget": {
         "declared": {"unique_examples": 30, "samples": 640, "steps": 20},
@@ -32,8 +33,9 @@ HONEST = {
         "measured_by": "logits",
         "trained_on": "kept",
     },
+    "read": {"validation": [HELD_OUT]},
     "selection": {
-        "best_epoch_by": "validation",
+        "held_out": HELD_OUT,
         "overlap": 0,
         "teacher_overlap": 0,
         "steers": None,
@@ -80,15 +82,22 @@ def test_honest_evidence_passes_every_check():
         ),
         (_broken("pairing", "teacher_accuracy", 0.11), "pairing", "rows 11.00% right"),
         (_broken("teacher", "measured", 0.93), "teacher_card", "measured 93.00%"),
-        (_broken("selection", "best_epoch_by", "test"), "untouched_test", "chosen on test"),
         (
-            HONEST | {"selection": {
-                "best_epoch_by": "validation", "overlap": 0, "teacher_overlap": 5,
-                "steers": "early_stopping",
+            _broken("read", "validation", [{"n": 50, "sha256": "cd"}]),
+            "untouched_test", "chosen on 50 images that are not the 9 held out",
+        ),
+        (
+            _broken("read", "validation", [HELD_OUT, {"n": 9, "sha256": "cd"}]),
+            "untouched_test", "chosen on 9 images that are not the 9 held out",
+        ),
+        (_broken("read", "validation", []), "untouched_test", "no epoch was evaluated"),
+        (
+            HONEST | {"selection": HONEST["selection"] | {
+                "teacher_overlap": 5, "steers": "early_stopping",
             }},
             "untouched_test", "learnt from 5: .* yet `early_stopping` read them",
         ),
-        (_broken("selection", "overlap", 2), "untouched_test", "2 of its examples"),
+        (_broken("selection", "overlap", 2), "untouched_test", "2 of them were trained on"),
         (_broken("floor", "trained", 0.119), "probe_floor", "extracted with the weights"),
         (_broken("probes", [{"train_weights": "a", "test_weights": "b"}]), "same_weights", "mix"),
         (_broken("collapse", "ratio", 0.05), "not_collapsed", "effective rank is 5.0%"),
