@@ -201,7 +201,7 @@ def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
 
 
 def twins(rows: list[dict[str, Any] | None]) -> list[str]:
-    """For each row of a table, a sentence when another row has the same last weights and yet another
+    """For each row of a table, a sentence when another row has the same last weights, and another
     student, subset, objective, teacher or seed: one of the two did not do what its settings say.
 
     Args:

@@ -82,6 +82,8 @@ class Shards:
     def open(cls, folder: Path, part: tuple[int, int] | None = None) -> "Shards":
         """Read the indexes of a cache; `part` (i, k) takes the shards of one part of k alone."""
         indexes = [json.loads(path.read_text()) for path in sorted(folder.glob("index*.json"))]
+        if not indexes:
+            raise FileNotFoundError(f"{folder} holds no cache; run the step that makes it again")
         header = indexes[0]["header"]
         n_shards = -(-header["n_examples"] // header["shard_size"])
         i, k = part or (1, 1)
@@ -338,7 +340,7 @@ class Recount:
 
         Args:
             again: Draws the subset of rules that are not derived here, by the library's own rule;
-                None where it is not to be drawn.
+                returns None where it is not to be drawn.
         """
         settings = json.loads((folder / "settings.json").read_text())
         training, step = settings["step"]["training"], settings["step"]

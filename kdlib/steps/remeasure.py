@@ -24,22 +24,23 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
-from kdlib.steps.distill import student_folder
+from kdlib.steps.distill import make_subset, student_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.recount import Recount, Shards, stream_seed
 from kdlib.steps.teacher_network import teacher_folder, teacher_network
 from kdlib.study.cells import Cell
 from kdlib.study.models import Model
+from kdlib.study.objectives import needs_teacher
 from kdlib.study.study import Study
 
 BATCH = 1000  # images in memory at once
 VERSION = 1  # of what is kept; a measurement by an earlier version is made again
-TEACHER_SLACK = 0.001  # share of test images on which half precision may change the class
+HALF_PRECISION = 0.001  # share of test images on which stored logits may have another class
 
 
 @dataclass(frozen=True)
 class Remeasured:
-    """What measuring a student again gave.
+    """What deriving and measuring a student's record again gave.
 
     Attributes:
         distinct: Accuracy of `last` on test images whose pixels occur only once, in [0, 1].
@@ -62,7 +63,10 @@ def pixel_statistics(shards: Shards, ids: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 class Remeasure:
-    """The test accuracy of checkpoints, measured again; kept in `runs/<study>/measured.json`."""
+    """The records of a study's students and teachers, derived and measured again.
+
+    Measurements are kept in `runs/<study>/measured.json`.
+    """
 
     def __init__(self, study: Study, recount: Recount) -> None:
         self.study, self.recount = study, recount
@@ -71,6 +75,7 @@ class Remeasure:
         self.mean, self.std = pixel_statistics(recount.train, recount.train_ids)
         self._path = study.runs / "measured.json"
         self._kept = files.read_json(self._path) if self._path.exists() else {}
+        self._teachers: dict[str | None, list[str]] = {}
         self._initial: dict[tuple[str, int], str] = {}
         self._inputs = files.fingerprint(
             [recount.read["test"], recount.train.sha256(recount.train_ids), VERSION]
@@ -113,18 +118,45 @@ class Remeasure:
         files.write_json(self._path, self._kept)
 
     def student(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> Remeasured:
-        """The accuracy of a student's `last` checkpoint on test images whose pixels occur only
-        once, and why its record does not stand."""
+        """A student's record, derived and measured again.
+
+        Raises: FileNotFoundError or KeyError for a record without what this reads.
+        """
         folder = student_folder(self.study, cell, seed)
+        reasons = self._unlike_pixels() + self.recount.reasons(
+            cell, seed, folder, evidence, self._drawn_again
+        )
         model = self.study.students[cell.student].model
         init = stream_seed(seed, "init")
         build = functools.partial(network_for, self.images, model, init, self.device)
-        reasons = self._unlike_initial(model, init, evidence, build)
+        reasons += self._unlike_initial(model, init, evidence, build)
         for name in ("best", "last"):
             entry = evidence["checkpoints"][name]
             again = self.rights(folder / entry["file"], build)
             reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
+        objective = self.study.objectives[cell.objective]
+        if needs_teacher(objective) and not self._of_subset(objective.teacher):
+            reasons += self.teacher(objective.teacher)
         return Remeasured(again["right_distinct"] / again["n_distinct"], reasons)
+
+    def _of_subset(self, name: str | None) -> bool:
+        return name is not None and self.study.teachers[name].of_subset
+
+    def _drawn_again(self, cell: Cell, seed: int) -> np.ndarray | None:
+        """The subset of a rule that `Recount` does not derive, for one seed in five."""
+        if seed not in self.study.seeds[::5]:
+            return None
+        return make_subset(self.study, self.images, cell, seed).example_ids
+
+    def _unlike_pixels(self) -> list[str]:
+        pixels = self.images.pixels
+        if np.allclose([pixels.mean, pixels.std], [self.mean, self.std], rtol=1e-6):
+            return []
+        return [
+            f"mean and std of the training pixels are {self.mean.round(4).tolist()} and "
+            f"{self.std.round(4).tolist()}, and students were given "
+            f"{np.round(pixels.mean, 4).tolist()} and {np.round(pixels.std, 4).tolist()}"
+        ]
 
     def _unlike_initial(
         self, model: Model, init: int, evidence: dict[str, Any], build: Callable[[], nn.Module]
@@ -141,26 +173,25 @@ class Remeasure:
         return ["its initial weights are not those that its seed draws"]
 
     def teacher(self, name: str | None) -> list[str]:
-        """Why the card of a teacher does not stand: its checkpoint and its stored logits are
-        measured again."""
-        evidence = read_evidence(teacher_folder(self.study, name))
-        return self.card(name, teacher_folder(self.study, name), evidence)
+        """Why the card of a teacher does not stand: its stored logits and its checkpoint are
+        measured again. That of a network without a classifier is the accuracy of a probe."""
+        if name not in self._teachers:
+            self._teachers[name] = self._teacher(name)
+        return self._teachers[name]
 
-    def card(self, name: str | None, folder: Path, evidence: dict[str, Any]) -> list[str]:
-        """As `teacher`, of a teacher in a folder."""
-        card, labels = evidence["teacher"], self.recount.test.rows("labels", self.recount.test.ids)
+    def _teacher(self, name: str | None) -> list[str]:
+        folder = teacher_folder(self.study, name)
+        evidence = read_evidence(folder)
+        card, test = evidence["teacher"], self.recount.test
         if card["measured_by"] != "logits":
-            return []  # a probe of its features is its accuracy
+            return []
         stored = Shards.open(folder / "outputs-test", self.study.data.part_of("test"))
-        right = int((_predictions(stored) == labels).sum())
-        reasons = _unlike("stored teacher logits", card["measured"], right, len(labels))
+        right = int((_predictions(stored) == test.rows("labels", test.ids)).sum())
+        reasons = _unlike("stored teacher logits", card["measured"], right, len(test.ids))
         if card["trained_here"]:
             build = functools.partial(teacher_network, self.study, self.images, self.device, name)
-            entry = evidence["checkpoints"]["last"]
-            again = self.rights(folder / entry["file"], build)
-            # logits are stored in half precision, in which two classes can be equal
-            share = abs(again["right"] / again["n"] - card["measured"])
-            if share > TEACHER_SLACK:
+            again = self.rights(folder / evidence["checkpoints"]["last"]["file"], build)
+            if abs(again["right"] / again["n"] - card["measured"]) > HALF_PRECISION:
                 reasons += _unlike("teacher", card["measured"], again["right"], again["n"])
         return reasons
 

@@ -4,16 +4,15 @@ run that saw something else."""
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-from tiny import first_run, forge, tiny_study
+from tiny import tiny_study
 
-from kdlib.dataset.plan import ORDERS, Plan, budget, split_ids
+from kdlib.dataset.plan import ORDERS, Plan, budget
 from kdlib.repro import files
 from kdlib.repro.seeds import derive, hashed
 from kdlib.steps import recount
 from kdlib.steps.cache import open_images
-from kdlib.steps.distill import make_subset, open_student
+from kdlib.steps.distill import make_subset
 from kdlib.steps.recount import Expected, Recount
 from kdlib.study.training import Training
 from kdlib.trainer.optimiser import learning_rate
