@@ -18,6 +18,8 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import Run, read_evidence, read_metrics
 from kdlib.steps.distill import open_student, outcome, student_folder
 from kdlib.steps.probe import open_probes, probe_folder
+from kdlib.steps.recount import Recount
+from kdlib.steps.remeasure import Remeasure
 from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
@@ -38,7 +40,8 @@ def results(study: Study) -> pd.DataFrame:
     """One row per declared run of the study, accepted or refused.
 
     Returns: The four axes, `seed`, `test_accuracy` of the last step, `test_accuracy_best` and
-        `best_step` of the best epoch, `linear_accuracy` and `knn_accuracy` of the last step's
+        `best_step` of the best epoch, `test_accuracy_distinct` of the last step on the test images
+        whose pixels occur once in the data, `linear_accuracy` and `knn_accuracy` of the last step's
         probes; the budget, recorded (`steps samples unique_examples`), `declared_...`, and its kind
         (`budget`); `refused`, `reason`; `run`, its folder, and `command`, which makes it again;
         hashes of its inputs and its weights; device and versions; `duplicates`, what step 01 says
@@ -46,7 +49,7 @@ def results(study: Study) -> pd.DataFrame:
         where there is no evidence, and at the best epoch also where the teacher was trained on the
         images it was chosen on.
     """
-    rows, inputs = [], _Inputs(study)
+    rows, inputs, again = [], _Inputs(study), Remeasure(study, Recount(study))
     evidences: dict[Cell, list[tuple[int, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
     reference: dict[str, Any] | None = None
     probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
@@ -61,12 +64,18 @@ def results(study: Study) -> pd.DataFrame:
             row |= _measured(evidence)
             reasons = _reasons(folder, evidence, settings, reference)
             reasons += inputs.changed(cell, evidence)
+            second = again.student(cell, seed, evidence)
+            row["test_accuracy_distinct"] = second.distinct
+            reasons += second.reasons
             cell_probes = probed.get(cell, f"{cell.path} is not probed")
             reasons += _add_probes(row, cell_probes, study.compare.measure)
             evidences[cell].append((len(rows), evidence))
         except (FileNotFoundError, KeyError, ValueError) as error:
             reasons = [str(error)]
         rows.append(row | {"reason": "; ".join(reasons)})
+    again.save()
+    for row, sentence in zip(rows, checks.twins([_did(study, row) for row in rows]), strict=True):
+        row["reason"] = "; ".join(filter(None, [row["reason"], sentence]))
     for of_cell in evidences.values():
         verdicts = checks.distinct_seeds([evidence for _, evidence in of_cell])
         for (index, _), check in zip(of_cell, verdicts, strict=True):
@@ -75,10 +84,27 @@ def results(study: Study) -> pd.DataFrame:
                 rows[index]["reason"] = "; ".join(reasons)
     here = f"{files.workspace()}/"  # a table holds the same text wherever the study lies
     table = pd.DataFrame([row | {"reason": row["reason"].replace(here, "")} for row in rows])
-    for column in ("test_accuracy", "test_accuracy_best", *PROBED.values()):
+    for column in (
+        "test_accuracy",
+        "test_accuracy_best",
+        "test_accuracy_distinct",
+        *PROBED.values(),
+    ):
         if column not in table:  # no run has it
             table[column] = np.nan
     return table.assign(refused=table["reason"] != "")
+
+
+def _did(study: Study, row: dict[str, Any]) -> dict[str, Any] | None:
+    """A row as `checks.twins` takes it."""
+    if "weights_sha256" not in row:
+        return None
+    settings = files.read_json(study.runs / row["run"] / "settings.json")["step"]
+    did = {key: settings[key] for key in ("student", "objective", "training", "seed")}
+    did |= {key: row[key] for key in ("subset_sha256", "teacher_sha256")}
+    if row["strategy"] == "random_shards":
+        did["shards_per_pass"] = row["fraction"]
+    return {"run": row["run"], "weights_sha256": row["weights_sha256"], "did": did}
 
 
 class _Inputs:

@@ -366,7 +366,7 @@ class Recount:
         drawn = again(cell, seed) if drawn is None else drawn
         if drawn is not None:
             compare("subset drawn again", sha256, array_sha256(drawn))
-        expected = self.expected(cell, ids, training)
+        expected = planned = self.expected(cell, ids, training)
         recorded = evidence["budget"]["recorded"]
         if training.get("early_stopping") is not None:  # the budget is an upper bound
             n_steps = min(recorded["steps"], expected.n_steps)
@@ -384,7 +384,7 @@ class Recount:
         for name in ("last", "best"):
             entry = evidence["checkpoints"][name]
             compare(f"test images of `{name}`", entry["read"], self.read["test"])
-        return wrong + unlike_executed(step, evidence["executed"], expected.n_steps)
+        return wrong + unlike_executed(step, evidence["executed"], planned.n_steps)
 
 
 def _pixels_sha256(image: np.ndarray) -> bytes:
