@@ -238,7 +238,7 @@ class SmallStudy:
 
     def accuracy(self, network: Network) -> float:
         """On the test images, in [0, 1]."""
-        return evaluate(network, self.images.pixels, *self.test)[1]
+        return evaluate(network, self.images.pixels, *self.test).accuracy
 
     @cached_property
     def teacher(self) -> tuple[Network, DynamicsLog]:

@@ -190,7 +190,8 @@ class Lab:
             torch.from_numpy(data.images.read(column, data.example_ids)).to(place)
             for column in ("images", "labels")
         )
-        return evaluate(network, self.images.pixels, images, labels)
+        measured = evaluate(network, self.images.pixels, images, labels)
+        return measured.loss, measured.accuracy
 
     def teacher_outputs(self, split: str = "train") -> Cache:
         """The teacher's stored outputs for clean images.

@@ -10,6 +10,7 @@ from kdlib.models.base import Network
 from kdlib.models.evaluation import accuracy, all_outputs, evaluate, outputs
 from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
+from kdlib.repro import files
 from kdlib.study.models import Model
 
 PIXELS = Pixels([0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
@@ -68,7 +69,7 @@ def test_the_loss_is_the_mean_over_examples_in_nats():
     # logits (10, 0, 0): right -> ln(1 + 2 / e**10), wrong -> 10 more
     right = np.log(1 + 2 * np.exp(-10))
     labels = torch.tensor([0] * 501 + [1])
-    loss, _ = evaluate(Echo(), RAW, pictures([0] * 502), labels)
+    loss = evaluate(Echo(), RAW, pictures([0] * 502), labels).loss
     assert loss == pytest.approx((502 * right + 10) / 502, rel=1e-6)
 
 
@@ -163,3 +164,14 @@ def test_pixels_reach_the_network_in_the_memory_format_asked_for():
     assert plain.is_contiguous()
     assert last.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(plain, last)
+
+
+def test_an_evaluation_says_what_it_read():
+    images, labels = pictures([0, 1, 1]), torch.tensor([0, 1, 1])
+    network = Echo()
+    first = evaluate(network, RAW, images, labels)
+    assert first.read == {"n": 3, "sha256": files.sha256_array(images.numpy(), labels.numpy())}
+    assert evaluate(network, RAW, images.clone(), labels).read == first.read
+    assert evaluate(network, RAW, images, labels.flip(0)).sha256 != first.sha256
+    images[0] = images[1].clone()  # the same tensor with other values
+    assert evaluate(network, RAW, images, labels).sha256 != first.sha256

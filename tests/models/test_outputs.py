@@ -238,7 +238,7 @@ def test_a_killed_store_resumes_and_gives_the_same_bytes(images, stored, tmp_pat
 
 def test_accuracy_read_from_the_store_is_that_of_a_direct_evaluation(images, stored):
     pixels, labels = images.resident("images"), images.resident("labels")
-    _, direct = evaluate(network_of(), PIXELS, pixels, labels)
+    direct = evaluate(network_of(), PIXELS, pixels, labels).accuracy
     _, logits = all_outputs(network_of(), PIXELS, pixels)
     top = logits.topk(2, dim=1).values
     # only where two logits round to one may the decision differ

@@ -21,6 +21,7 @@ from trainer.small_task import (
 
 from kdlib.dataset.batch import View
 from kdlib.dataset.loader import Loader
+from kdlib.models.evaluation import Evaluation
 from kdlib.study.objectives import CrossEntropy
 from kdlib.study.training import Compute
 from kdlib.trainer import loop
@@ -85,7 +86,7 @@ def test_the_last_step_is_measured_even_off_the_evaluation_grid(tmp_path, images
 
 def test_the_best_step_is_the_first_of_those_that_tie(tmp_path, images, monkeypatch):
     evaluations = iter([0.5, 0.9, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (1.0, next(evaluations)))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(1.0, next(evaluations), 1, ""))
     assert train(run_in(tmp_path / "run"), small_task(images)).best_step == 10
 
 
@@ -229,7 +230,7 @@ def test_a_clipped_gradient_has_at_most_the_norm_asked_for(images):
 def test_early_stopping_ends_the_run_and_keeps_its_last_weights(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
     evaluations = iter([0.5, 0.6, 0.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(evaluations), 0.5))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(evaluations), 0.5, 1, ""))
     trained = train(run_in(tmp_path / "run"), small_task(images, training=training))
     assert (trained.last_step, trained.evidence["stopped_early"]) == (6, True)
     assert (tmp_path / "run" / trained.checkpoints[6][0]).exists()
@@ -241,7 +242,7 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path, images, monkeypatch):
         update={"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 3}
     )
     evaluations = iter([0.5, 0.6, 0.7, 0.8, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: (next(evaluations), 0.5))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(evaluations), 0.5, 1, ""))
     metrics = train(run_in(tmp_path / "run"), small_task(images, training=training)).metrics
     # the third evaluation is one too many, and the fifth again
     assert metrics["learning_rate"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
