@@ -41,7 +41,7 @@ def stream_seed(seed: int, purpose: str, *parts: int) -> int:
 
 def stream(seed: int, purpose: str, *parts: int) -> np.random.Generator:
     """The generator of one purpose of a requested seed."""
-    return np.random.Generator(np.random.PCG64(stream_seed(seed, purpose, *parts)))
+    return np.random.default_rng(stream_seed(seed, purpose, *parts))
 
 
 def array_sha256(*arrays: np.ndarray) -> str:
@@ -97,7 +97,8 @@ class Shards:
         """Rows of a column (`images`, `labels`) in the order of sorted ids."""
         parts = []
         for shard in np.unique(ids // self.size):
-            rows = np.load(self.folder / f"{column}-{shard:05d}.npy", mmap_mode="r")
+            path = self.folder / f"{column}-{shard:05d}.npy"
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
             parts.append(rows[ids[ids // self.size == shard] - shard * self.size])
         return np.concatenate(parts)
 
