@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import bdtrc
 
 from kdlib.cache.build import build_shards
 from kdlib.cache.outputs import CLEAN_VIEW, KIND, SPARSE, encoded, stored_columns, stored_logits
@@ -133,6 +134,24 @@ def stored_accuracy(stored: Cache, images: Cache, example_ids: np.ndarray | None
     """
     ids = images.example_ids if example_ids is None else example_ids
     return accuracy(stored_logits(stored, ids), images.read("labels", ids))
+
+
+def chance_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The accuracy that answers in these shares exceed in at most one of 100 cases when they have
+    nothing to do with the labels.
+
+    Args:
+        predicted, labels: (N,) integers from 0, N > 0.
+
+    Returns: In [0, 1]; 1 when N answers are too few to be told from chance.
+
+    >>> chance_accuracy(np.arange(500) % 10, np.arange(500) % 10)
+    0.132
+    """
+    n, size = len(labels), 1 + int(max(predicted.max(), labels.max()))
+    shares = [np.bincount(values, minlength=size) / n for values in (predicted, labels)]
+    more = bdtrc(np.arange(n + 1), n, min(1.0, float(shares[0] @ shares[1])))  # P(right > k)
+    return int(np.argmax(more <= 0.01)) / n
 
 
 def verify_outputs(

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from kdlib.models.outputs import chance_accuracy
 from kdlib.probes.diagnostics import matrix, unit_rows
 from kdlib.probes.logistic import fit_path
 from kdlib.repro.seeds import generator
@@ -72,6 +73,7 @@ class ProbeResult:
     `accuracy` is in [0, 1], high = good: correct test predictions, summed and divided once.
     `chosen` is C of the linear probe, k of the k-NN probe. `converged` is False when the linear
     probe's last fit stopped short of the tolerance; the k-NN probe has nothing to converge.
+    `chance` is the `chance_accuracy` of the k-NN probe's predictions.
     """
 
     probe: str
@@ -81,6 +83,7 @@ class ProbeResult:
     n_test: int
     weights_sha256: str
     converged: bool
+    chance: float | None = None
 
 
 def linear_probe(
@@ -212,10 +215,11 @@ def knn_probe(train: Features, test: Features, k: int) -> ProbeResult:
         for start in range(0, len(unseen), rows):
             similarities, columns = _nearest(unseen[start : start + rows], bank, bank32, k)
             predicted.append(_vote(similarities, labels[columns], n_classes))
-    n_correct = int((np.concatenate(predicted) == test.labels).sum())
+    answers = np.concatenate(predicted)
+    n_correct = int((answers == test.labels).sum())
     return ProbeResult(
         "knn", n_correct / len(test.labels), k, len(train.labels), len(test.labels),
-        train.weights_sha256, converged=True,
+        train.weights_sha256, converged=True, chance=chance_accuracy(answers, test.labels),
     )  # fmt: skip
 
 

@@ -75,8 +75,11 @@ def pairing(evidence: Evidence) -> Outcome:
     terms = evidence["pairing"]
     if terms is None:
         return True, "no teacher in this objective"
-    passed = terms["permuted"] - terms["paired"] > ROUNDING
-    sentence = f"teacher term {terms['paired']:.4g}, {terms['permuted']:.4g} with permuted rows"
+    if terms["permuted"] is None:
+        passed, sentence = True, "one example has no other's rows: permuting shows nothing"
+    else:
+        passed = terms["permuted"] - terms["paired"] > ROUNDING
+        sentence = f"teacher term {terms['paired']:.4g}, {terms['permuted']:.4g} with permuted rows"
     if terms["teacher_accuracy"] is not None:
         read, measured = terms["teacher_accuracy"], terms["stored_accuracy"]
         passed = passed and abs(read - measured) < 1e-9
@@ -85,15 +88,27 @@ def pairing(evidence: Evidence) -> Outcome:
 
 
 def teacher_card(evidence: Evidence) -> Outcome:
-    """The teacher's accuracy, measured on its stored outputs, reaches the expected one."""
+    """The teacher's accuracy, measured on its stored outputs, reaches the expected one, and is more
+    than its answers would reach by chance."""
     card = evidence["teacher"]
     if card is None:
         return True, "no teacher in this objective"
-    return card["measured"] >= card["claimed"] - card["tolerance"], (
+    sentence = (
         f"teacher measured {card['measured']:.2%} on the {card['split']} split by "
         f"{card['measured_by']}, claimed {card['claimed']:.2%} (tolerance "
         f"{card['tolerance']:.2%}), trained on: {card['trained_on']}"
     )
+    informed = card["measured"] > card["chance"]
+    if card["chance"] == 1:
+        informed = True
+        sentence += "; the test images are too few to tell it from chance"
+    elif not informed:
+        sentence += (
+            f"; such answers reach {card['chance']:.2%} by chance: are labels or images permuted? "
+            "A teacher without knowledge is allowed by `uninformed: true` of the teacher"
+        )
+    reached = card["measured"] >= card["claimed"] - card["tolerance"]
+    return reached and (informed or card["uninformed"]), sentence
 
 
 def untouched_test(evidence: Evidence) -> Outcome:
@@ -120,6 +135,11 @@ def untouched_test(evidence: Evidence) -> Outcome:
 def probe_floor(evidence: Evidence) -> Outcome:
     """A trained network's probe is not below that of the untrained network."""
     trained, floor, slack = (evidence["floor"][k] for k in ("trained", "untrained", "slack"))
+    if floor is None:
+        return True, (
+            f"linear probe {trained:.2%} trained; the untrained network was not kept, and nothing "
+            "was compared (training.checkpoint_fractions: 0 keeps it)"
+        )
     sentence = f"linear probe {trained:.2%} trained, {floor:.2%} untrained (slack {slack:.2%})"
     if trained < floor - slack:
         sentence += ": were test features extracted with the weights of this checkpoint?"
@@ -196,7 +216,8 @@ def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
             if i != j and mine & drawn[j]
         ]
         shared = f"shares initial weights or order with seed {twins}"
-        results.append(Check("distinct_seeds", not twins, shared if twins else "draws of its seed"))
+        alone = "draws of its seed" if len(evidences) > 1 else "the only seed: nothing to compare"
+        results.append(Check("distinct_seeds", not twins, shared if twins else alone))
     return results
 
 

@@ -204,13 +204,14 @@ def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
     linear = students[(students["probe"] == "linear") & (students["layer"] == LAST)]
     steps = linear.groupby("seed")["step"]  # seeds that stop early have other last steps
     first, last = linear.loc[steps.idxmin()], linear.loc[steps.idxmax()]
-    floor, trained = first["accuracy"].mean(), last["accuracy"].mean()
+    floor, trained = float(first["accuracy"].mean()), float(last["accuracy"].mean())
+    kept = bool((first["step"] == 0).all())  # else no seed's untrained network is among the rows
     worst = last.loc[last["rank_ratio"].idxmin()]
     pairs = table[["train_weights", "test_weights"]].drop_duplicates()
     return {
         "floor": {
-            "trained": float(trained),
-            "untrained": float(floor),
+            "trained": trained,
+            "untrained": floor if kept else None,
             "slack": float(2 * np.sqrt(floor * (1 - floor) / images.test.n_examples)),
         },
         "collapse": {

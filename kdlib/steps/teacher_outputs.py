@@ -5,11 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from kdlib.cache.outputs import open_outputs
+from kdlib.cache.outputs import open_outputs, stored_logits
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.models.base import Network
-from kdlib.models.outputs import store_outputs, stored_accuracy, verify_outputs
+from kdlib.models.outputs import (
+    chance_accuracy,
+    store_outputs,
+    stored_accuracy,
+    verify_outputs,
+)
 from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import knn_probe
 from kdlib.probes.features import labelled_features
@@ -42,6 +47,7 @@ def store_all_outputs(
         "name": name or "teacher",
         "claimed": teacher.expected_accuracy,
         "tolerance": teacher.tolerance,
+        "uninformed": teacher.uninformed is True,
         "split": "test",
         "weights_sha256": weights_fingerprint(network),
         "n_stages": network.n_stages,
@@ -57,7 +63,10 @@ def _measured(
     """Accuracy of a teacher's stored logits; of a network without a classifier, accuracy of the
     k-NN probe of its stored features."""
     if n_classes:
+        ids = images.test.example_ids
+        answers = stored_logits(stored["test"], ids).argmax(1).numpy()
         return {
+            "chance": chance_accuracy(answers, images.test.read("labels", ids)),
             "measured": stored_accuracy(stored["test"], images.test),
             "measured_train": stored_accuracy(stored["train"], images.train),
             "measured_by": "logits",
@@ -67,7 +76,12 @@ def _measured(
         values = stored[split].read("features", ids)[:, 0].astype(np.float32)
         pair.append(labelled_features(cache, ids, values, stored[split].header["teacher"]))
     result = knn_probe(*pair, study.probe.k)
-    return {"measured": result.accuracy, "measured_train": None, "measured_by": "knn"}
+    return {
+        "chance": result.chance,
+        "measured": result.accuracy,
+        "measured_train": None,
+        "measured_by": "knn",
+    }
 
 
 def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cache]:

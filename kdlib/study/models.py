@@ -81,6 +81,8 @@ class Teacher(Settings):
     features."""
     tolerance: NonNegative = 0.005
     """By how much the measured accuracy may lie below the expected one."""
+    uninformed: Literal[True] | None = None
+    """Let a teacher pass that is no better than chance on the test split, as a control."""
     outputs: StoredOutputs = StoredOutputs()
 
     @model_validator(mode="after")

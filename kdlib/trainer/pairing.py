@@ -19,9 +19,11 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     with swapped ones.
 
     Swapped: each example gets the teacher outputs of an example of another class, as long as no
-    class holds more than half of the examples.
+    class holds more than half of the examples; of another example of its class where there is one
+    class.
 
-    Returns: {"paired", "permuted"}: the two terms; "teacher_accuracy": of the teacher logits of all
+    Returns: {"paired", "permuted"}: the two terms, the second None where there is one example;
+        "teacher_accuracy": of the teacher logits of all
         training examples as the loader returns them, None when the objective reads no logits. None
         for an objective without a teacher.
     """
@@ -33,6 +35,7 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     labels = loader.labels[chosen]
     teacher = loader.teacher_rows(chosen, np.zeros_like(chosen))
     by_class, shift = labels.argsort(stable=True), int(labels.bincount().max())
+    shift = 1 if shift == len(labels) else shift
     swapped = {name: rows.clone() for name, rows in teacher.items()}
     for name, rows in teacher.items():
         swapped[name][by_class] = rows[by_class.roll(shift)]
@@ -45,6 +48,8 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     for key, rows in (("paired", teacher), ("permuted", swapped)):
         outputs = {name: values.to(exact) for name, values in rows.items()}
         terms[key] = float(task.distiller.soft_term(student, outputs, labels))
+    if len(chosen) == 1:
+        terms["permuted"] = None
     if "logits" not in teacher:
         return terms | {"teacher_accuracy": None}
     chunks = np.split(every, every[CHUNK::CHUNK])

@@ -111,6 +111,7 @@ class Step:
         self.task = task
         self.executed: dict[str, Any] = {}
         learner = synchronised(Learner(task.network, task.distiller, task.objective), task.world)
+        _demand_statistics(learner, task.training)
         self.learner, self.optimiser = learner, make_optimiser(learner.parameters(), task.training)
         self._call = distributed(learner, task.world)
         if task.compute.compile:
@@ -179,6 +180,21 @@ class Step:
         )
         loss = task.distiller.loss(projected, gathered(batch.labels, task.world), teacher)
         return loss, projected["logits"].detach()
+
+
+def _demand_statistics(learner: nn.Module, training: Training) -> None:
+    """Refuse pieces of one image where BatchNorm normalises each piece by its own statistics.
+
+    Raises: ValueError.
+    """
+    one = training.batch_size == training.accumulate
+    if one and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in learner.modules()):
+        raise ValueError(
+            f"batch_size {training.batch_size} in {training.accumulate} pieces (accumulate) are "
+            "pieces of one image, and this network's BatchNorm would learn nothing of the spread "
+            "between images; expected pieces of two images or more: lower training.accumulate, "
+            "raise training.batch_size, or take a network without BatchNorm"
+        )
 
 
 def _pieces(batch: Batch, n: int) -> Iterator[Batch]:

@@ -28,6 +28,8 @@ HONEST = {
         "claimed": 0.95,
         "tolerance": 0.01,
         "measured": 0.945,
+        "chance": 0.13,
+        "uninformed": False,
         "measured_train": 0.97,
         "split": "test",
         "measured_by": "logits",
@@ -82,6 +84,7 @@ def test_honest_evidence_passes_every_check():
         ),
         (_broken("pairing", "teacher_accuracy", 0.11), "pairing", "rows 11.00% right"),
         (_broken("teacher", "measured", 0.93), "teacher_card", "measured 93.00%"),
+        (_broken("teacher", "chance", 0.95), "teacher_card", "such answers reach 95.00% by chance"),
         (
             _broken("read", "validation", [{"n": 50, "sha256": "cd"}]),
             "untouched_test", "chosen on 50 images that are not the 9 held out",

@@ -282,7 +282,7 @@ def test_a_vit_student_at_96_pixels_learns_from_a_vit_14_teacher_at_224(
         tmp_path,
         data=PHOTOGRAPHS | {"folder": str(tmp_path / "photographs"), "image_size": 96},
         teacher=origin | {"trained_on": "elsewhere", "image_size": 224, "expected_accuracy": 0.0,
-                          "outputs": {"views": 2}},
+                          "uninformed": True, "outputs": {"views": 2}},
         dynamics={"model": {"name": "tiny_cnn"}, "el2n_epoch": 1, "window": 2,
                   "training": {"epochs": 2, "batch_size": 10, "lr_peak": 0.01}},
         students={"vit": {"model": VIT}}, axes__student=["vit"],
