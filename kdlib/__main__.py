@@ -184,12 +184,23 @@ def _cache_info(arguments: argparse.Namespace) -> None:
         print(describe(folder))
 
 
+def _cache_check(arguments: argparse.Namespace) -> int:
+    """List every odd image of a study's data before a byte is built."""
+    from kdlib.cache.check import check_study
+
+    good = check_study(load_study(arguments.study), arguments.workers, arguments.all)
+    return 0 if good else 1
+
+
 def _cache_verify(arguments: argparse.Namespace) -> int:
     """Compare every byte with the checksums."""
-    from kdlib.cache.info import find_caches, verify_cache
+    from kdlib.cache.info import compare_source, find_caches, verify_cache
 
     whole = True
     for path in arguments.path:
+        if arguments.source:
+            whole &= compare_source(load_study(path))
+            continue
         study = path if Path(path).suffix in (".yaml", ".yml") else "STUDY"
         for folder in find_caches(path):
             whole &= verify_cache(folder, arguments.repair, study)
@@ -255,12 +266,18 @@ def _add_cache(commands: Any) -> None:
     build.add_argument("--workers", type=int, help="processes that decode images")
     outputs = _command(commands, "outputs", _cache_outputs, "params/cifar10.yaml")
     outputs.add_argument("--part", metavar="I/K", required=True, help="the i-th of k equal runs")
+    check = _command(commands, "check", _cache_check, "params/cifar10.yaml")
+    check.add_argument("--workers", type=int, help="processes that read images")
+    text = "name every image, and compare the pixels of any number of them"
+    check.add_argument("--all", action="store_true", help=text)
     info = _command(commands, "info", _cache_info)
     verify = _command(commands, "verify", _cache_verify)
     for parser in (info, verify):
         parser.add_argument("path", nargs="+", help="folder of a cache or of caches, or study file")
     text = "make what is damaged an unfinished build"
     verify.add_argument("--repair", action="store_true", help=text)
+    text = "of study files: compare the images they name with what was cached of them"
+    verify.add_argument("--source", action="store_true", help=text)
 
 
 def main() -> int:

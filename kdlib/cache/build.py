@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdlib.cache import index
+from kdlib.cache import index, readings, survey
+from kdlib.cache.encoded import ImageError
 from kdlib.cache.index import CacheError
 from kdlib.cache.part import Part
 from kdlib.cache.shards import Cache
@@ -30,7 +31,6 @@ from kdlib.cache.sources import Source
 from kdlib.repro import files
 from kdlib.repro.npy import write_npy
 
-WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
 Make = Callable[[Any], Mapping[str, np.ndarray]]
 
 
@@ -41,6 +41,7 @@ class Job:
     folder: Path
     columns: index.Columns
     make: Make
+    note: Callable[[Path, int, Any], None] | None = None  # what is kept beside a shard
 
     def write(self, shard: int, n: int, payload: Any) -> index.Sums:
         """Make and write one shard of n rows; returns the checksum of each of its files."""
@@ -52,6 +53,8 @@ class Job:
         paths = [
             write_npy(self.folder / index.file_name(c, shard), arrays[c]) for c in self.columns
         ]
+        if self.note is not None:
+            self.note(self.folder, shard, payload)
         return {path.name: files.sha256_file(path) for path in paths}
 
 
@@ -67,6 +70,7 @@ def build_shards(
     part: tuple[int, int] = (1, 1),
     n_workers: int = 0,
     describe: str = "cache",
+    note: Callable[[Path, int, Any], None] | None = None,
 ) -> Cache:
     """Write a cache or a part of one, or finish one that was interrupted, or just open it when it
     is whole.
@@ -85,6 +89,8 @@ def build_shards(
         n_workers: Processes that run `make`; 0 runs it here. At most `n_workers` + 1 shards are in
             memory.
         describe: Word in front of the progress bar.
+        note: Called where `make` is, with the folder, the number of a shard and its payload, after
+            the files of the shard are written.
 
     Returns: The open cache, restricted to the part unless that is the whole.
     Raises: CacheError when the folder holds a cache with another header (the difference is printed,
@@ -100,18 +106,26 @@ def build_shards(
         )
     if n_workers < 0:
         raise ValueError(f"n_workers is {n_workers}; expected 0 or more")
-    header = {"format": index.FORMAT, "n_examples": n_examples, "shard_size": shard_size, **header}
-    header["columns"] = {name: [dtype, list(shape)] for name, (dtype, shape) in columns.items()}
-    header = json.loads(files.canonical_json(header))
+    header = _full(header, columns, n_examples, shard_size)
     mine = Part(folder, header, *index.part_range(index.count_shards(header), part))
     indexed = mine.indexed()
     if len(indexed) < len(mine.shards):
         with mine.locked():
-            mine.finish(_make_missing(mine, Job(folder, columns, make), fetch, n_workers, describe))
+            job = Job(folder, columns, make, note)
+            mine.finish(_make_missing(mine, job, fetch, n_workers, describe))
     elif mine.superfluous():
         with contextlib.suppress(files.DiskError, BlockingIOError), mine.locked():
             mine.finish(indexed)  # one index instead of those of smaller parts
     return Cache(folder, header, None if part == (1, 1) else part)
+
+
+def _full(
+    header: dict[str, Any], columns: index.Columns, n_examples: int, shard_size: int
+) -> dict[str, Any]:
+    """A header with what every cache has in it, as it is read again from JSON."""
+    header = {"format": index.FORMAT, "n_examples": n_examples, "shard_size": shard_size, **header}
+    header["columns"] = {name: [dtype, list(shape)] for name, (dtype, shape) in columns.items()}
+    return json.loads(files.canonical_json(header))
 
 
 def _make_missing(
@@ -173,36 +187,62 @@ def build_images(
     """Cache the images (`images`, uint8 (C, H, W)) and labels (`labels`, int64; -1: none) of a
     source; of a relabelled one also the labels it had before (`original_labels`).
 
+    Of images that are files, one line says what was converted, cut or passed over.
+
     Args:
         part: As in `build_shards`.
         n_workers: Processes that decode; None takes one per CPU for many encoded images, else none.
 
     Returns: The open cache; its header carries source, split, class names and the source's
         identity.
-    Raises: As `build_shards`.
+    Raises: As `build_shards`; ImageError that names every image that cannot be read, before any is
+        cached; CacheError for a finished cache whose files have changed since.
     """
-    header = {
-        "kind": "images",
-        "source": source.name,
-        "split": source.split,
-        "class_names": list(source.class_names),
-        "identity": source.identity,
-    }
-    if n_workers is None:
-        worth = source.parallel and source.n_examples >= WORTH_WORKERS
-        n_workers = files.n_cpus() if worth else 0
-    return build_shards(
-        folder,
-        header,
-        {c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns},
-        partial(_decode, source),
-        n_examples=source.n_examples,
-        shard_size=shard_size,
-        fetch=source.fetch,
-        part=part,
-        n_workers=n_workers,
-        describe=f"caching {source.name} {source.split}",
+    folder, header = (
+        Path(folder),
+        {
+            "kind": "images",
+            "source": source.name,
+            "split": source.split,
+            "class_names": list(source.class_names),
+            "identity": source.identity,
+        },
     )
+    if n_workers is None:
+        worth = source.parallel and source.n_examples >= survey.WORTH_WORKERS
+        n_workers = files.n_cpus() if worth else 0
+    columns = {
+        c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns
+    }
+    full = _full(header, columns, source.n_examples, shard_size)
+    if source.encoded is not None:
+        survey.prepare(source, folder, full, part, n_workers)
+    try:
+        cache = build_shards(
+            folder,
+            header,
+            columns,
+            partial(_decode, source),
+            n_examples=source.n_examples,
+            shard_size=shard_size,
+            fetch=source.fetch,
+            part=part,
+            n_workers=n_workers,
+            describe=f"caching {source.name} {source.split}",
+            note=partial(readings.write_record, source.encoded) if source.encoded else None,
+        )
+    except ImageError:  # damage that the header does not show: find all of it now
+        if not source.encoded.once:
+            survey.demand_readable(source, _spans_of(full, part), n_workers, deep=True)
+        raise
+    if line := readings.sentence(readings.counted(cache)):
+        print(f"{source.name} {source.split}: {line}")
+    return cache
+
+
+def _spans_of(header: dict[str, Any], part: tuple[int, int]) -> list[tuple[int, int]]:
+    shards = range(*index.part_range(index.count_shards(header), part))
+    return [index.shard_span(header, shard) for shard in shards]
 
 
 def _decode(source: Source, payload: Any) -> dict[str, np.ndarray]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from kdlib.cache.huggingface_files import Place, local_place, no_split
-from kdlib.cache.image_files import Payload, decode_images, size_of
-from kdlib.cache.sources import Source, check_labels, limited, size_identity
+from kdlib.cache.image_files import Payload, common_size, decode_images, rules_of
+from kdlib.cache.sources import Encoded, Source, check_labels, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data, HuggingFace
 
@@ -30,7 +30,7 @@ def open_huggingface(data: Data, split: str) -> Source:
     A path that exists (a relative one: in the data folder) comes before a hub name. A hub data set
     is identified by its commit; local parquet files by names, sizes and the sha256 of their
     footers, which hold the counts, offsets and statistics of all columns; images by names and
-    sizes: an image replaced by another of the same name and size goes unnoticed here.
+    sizes. What changes under the same identity is found by `kdlib.cache.readings`.
 
     Raises: FileNotFoundError when the data set cannot be had; ValueError for a split, column,
         label or layout that is absent or unfit; ModuleNotFoundError without `datasets`.
@@ -64,10 +64,8 @@ def open_huggingface(data: Data, split: str) -> Source:
     if data.labelled and not settings.streaming:  # before hours of building
         labels = _label_column(rows, settings.label_column)[:n_examples]
         check_labels(labels, len(class_names), where, hint=_UNLABELLED)
-    if data.image_size:
-        size = (data.image_size, data.image_size)
-    else:
-        size = size_of(fetch_range(0, 1).images[0], f"example 0 of {where}")
+    rules, keys = rules_of(data)
+    size = common_size(fetch_range, 1 if settings.streaming else n_examples, where, rules)
     identity = {
         "source": "huggingface",
         "split": name,
@@ -75,11 +73,15 @@ def open_huggingface(data: Data, split: str) -> Source:
         "columns": columns,
         "n_examples": n_examples,
         **size_identity(data.image_size),
+        **keys,
     }
-    decode = partial(decode_images, where, size, data.image_size)
     return Source(
-        "huggingface", split, class_names, n_examples, (3, *size), identity, fetch_range, decode,
-        parallel=True,
+        "huggingface", split, class_names, n_examples, (3, *size), identity, fetch_range,
+        partial(decode_images, where, size, rules), parallel=True,
+        encoded=Encoded(
+            where, rules, size, fetch_range, place.base, place.containers, place.passed_over,
+            once=settings.streaming,
+        ),
     )  # fmt: skip
 
 

@@ -5,11 +5,13 @@ import glob
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlib.cache.image_files import SUFFIXES, all_files, is_image
+from kdlib.cache.image_files import SUFFIXES, all_files, is_image, n_bytes, passed_over
 from kdlib.repro import files
 from kdlib.study.data import HuggingFace
 
@@ -25,11 +27,17 @@ class Place:
         arguments: Of `datasets.load_dataset`.
         identity: What determines the bytes there.
         n_rows: Where it is known without loading.
+        base: Folder from which the names of files count.
+        containers: Fingerprint over name, size and time of the files that hold many images each.
+        passed_over: Files that are not read, by what they are.
     """
 
     arguments: dict[str, Any]
     identity: dict[str, Any]
     n_rows: int | None = None
+    base: str = ""
+    containers: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
 
 
 def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
@@ -40,12 +48,18 @@ def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
     if name not in splits:
         raise no_split(settings, name, splits)
     base = path.parent if path.is_file() else path
-    listing = [[os.path.relpath(file, base), os.stat(file).st_size] for file in splits[name]]
+    listing = [[os.path.relpath(file, base), n_bytes(file)] for file in splits[name]]
     if kind == "imagefolder":
         for file, entry in zip(splits[name], listing, strict=True):
             if os.path.basename(file).startswith("metadata."):  # where labels may stand
                 entry.append(files.sha256_file(Path(file)))
-        return Place(_image_folder(path, settings, splits), {"sha256": files.fingerprint(listing)})
+        root = _split_folder(path, settings) / name
+        return Place(
+            _image_folder(path, settings, splits),
+            {"sha256": files.fingerprint(listing)},
+            base=f"{root}/",
+            passed_over=Counter(kind for kind, _ in passed_over(root)),
+        )
     n_rows = 0
     for file, entry in zip(splits[name], listing, strict=True):
         try:
@@ -57,7 +71,11 @@ def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
         entry.append(_sha256_footer(file))
     # `datasets` takes every path for a pattern
     arguments = {"path": kind, "data_files": {name: [glob.escape(file) for file in splits[name]]}}
-    return Place(arguments, {"sha256": files.fingerprint(listing)}, n_rows)
+    identity = {"sha256": files.fingerprint(listing)}
+    times = [
+        [*entry[:2], os.stat(f).st_mtime_ns] for f, entry in zip(splits[name], listing, strict=True)
+    ]
+    return Place(arguments, identity, n_rows, f"{base}/", files.fingerprint(times))
 
 
 def _image_folder(path: Path, settings: HuggingFace, splits: dict[str, list[str]]) -> dict:

@@ -4,23 +4,25 @@ Opening lists files without reading pixels. `fetch_range` gathers the paths or b
 `decode_images`, which may run in another process, makes them uint8 arrays of one size.
 """
 
-import contextlib
-import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from kdlib.cache.sources import SPLITS, Source, fit, limited, size_identity
+from kdlib.cache.encoded import ImageError, Rules, decode, size_of
+from kdlib.cache.sources import SPLITS, Encoded, Source, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".jfif", ".jpe", ".gif", ".tif", ".tiff", ".apng",
+    ".dib", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,24 +40,70 @@ class Payload:
 
 
 def decode_images(
-    where: str, size: tuple[int, int], image_size: int | None, payload: Payload
+    where: str, size: tuple[int, int], rules: Rules, payload: Payload
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 (n, 3, *size), and labels, int64 (n,), of a payload.
 
     Args:
         where: The data set and the split, for error messages.
         size: (height, width) of every image.
-        image_size: Side to which images are cut and resized; None: each must have `size` already.
+        rules: How they are read; without an `image_size`, each must have `size` already.
 
-    Raises: ValueError that names the example, and its file when it has one.
+    Raises: ImageError that names the example, and its file when it has one.
     """
     images = np.empty((len(payload.images), 3, *size), np.uint8)
     for i, encoded in enumerate(payload.images):
-        name = _named(encoded, f"example {payload.first_id + i} of {where}")
-        pixels = _decode(encoded, name, image_size)  # (H, W, 3)
-        _demand_size(pixels.shape[:2], name, size, "example 0")
+        name = named(encoded, f"example {payload.first_id + i} of {where}")
+        pixels = decode(encoded, name, rules)  # (H, W, 3)
+        if pixels.shape[:2] != size:
+            raise ImageError(f"{name} {other_size(pixels.shape[:2], size)}")
         images[i] = pixels.transpose(2, 0, 1)
     return images, payload.labels
+
+
+def named(encoded: bytes | str, name: str) -> str:
+    """The name of an example in messages, with its file when it has one."""
+    return name if isinstance(encoded, bytes) else f"{name}, {shown(encoded)}"
+
+
+def shown(path: str) -> str:
+    """A path as it can be printed: in one line, with the bytes that are no text as numbers."""
+    text = path.encode("utf-8", "backslashreplace").decode()
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+
+
+def other_size(size: tuple[int, int], expected: tuple[int, int]) -> str:
+    """What is said of an image of another size than the first one."""
+    return (
+        f"has {size[1]}x{size[0]} pixels but example 0 has {expected[1]}x{expected[0]}; give "
+        "one size for all (study: data.image_size)"
+    )
+
+
+def rules_of(data: Data) -> tuple[Rules, dict[str, str]]:
+    """How a study reads encoded images, and what its keys add to the identity of a source."""
+    given = {key: getattr(data, key) for key in ("exif", "alpha")}
+    rules = Rules(data.image_size, **given)
+    return rules, {key: value for key, value in given.items() if value is not None}
+
+
+def common_size(
+    fetch: Callable[[int, int], Payload], n_examples: int, where: str, rules: Rules
+) -> tuple[int, int]:
+    """(height, width) of all images: that of the rules, or of the first one that can be read.
+
+    Raises: ImageError, where none of the first 100 can be read, with what is said of the first.
+    """
+    if rules.image_size is not None:
+        return rules.image_size, rules.image_size
+    first = None
+    for i in range(min(n_examples, 100)):
+        encoded = fetch(i, i + 1).images[0]
+        try:
+            return size_of(encoded, named(encoded, f"example {i} of {where}"), rules)
+        except ImageError as error:
+            first = first or error
+    raise first
 
 
 def open_folder(data: Data, split: str) -> Source:
@@ -63,8 +111,8 @@ def open_folder(data: Data, split: str) -> Source:
     Unlabelled: images anywhere below <folder>/<split>/, sorted by their path from there.
 
     All images become RGB. A relative folder is looked up in the data folder. The identity is a
-    sha256 over names and file sizes, so that opening reads no pixels: an image replaced by another
-    of the same name and size goes unnoticed here.
+    sha256 over names and file sizes, so that opening reads no pixels; what replaces an image under
+    the same name and size is found by `kdlib.cache.readings`.
     """
     root = files.data_root() / data.folder  # an absolute folder stays as it is
     folders = {"train": root / "train", "test": root / data.test_folder}
@@ -83,24 +131,47 @@ def open_folder(data: Data, split: str) -> Source:
         paths = paths[: limited(data, split, len(paths))]
         labels = np.full(len(paths), -1, np.int64)
         identity["labelled"] = False
-    base = f"{folders[split]}/"
-    listing = [[path.removeprefix(base), os.stat(path).st_size] for path in paths]
-    identity |= {"sha256": files.fingerprint(listing)} | size_identity(data.image_size)
-    if data.image_size:
-        size = (data.image_size, data.image_size)
-    else:
-        size = size_of(paths[0], paths[0])
-        for path in paths:
-            _demand_size(size_of(path, path), path, size, paths[0])
+    base, where = f"{folders[split]}/", f"folder {split}"
+    listing = [[path.removeprefix(base), n_bytes(path)] for path in paths]
+    rules, keys = rules_of(data)
+    identity |= {"sha256": files.fingerprint(listing)} | size_identity(data.image_size) | keys
 
     def fetch_range(start: int, stop: int) -> Payload:
         return Payload(start, paths[start:stop], labels[start:stop].copy())
 
-    decode = partial(decode_images, f"folder {split}", size, data.image_size)
+    size = common_size(fetch_range, len(paths), where, rules)
+    passed = Counter(kind for kind, _ in passed_over(folders[split], data.labelled))
     return Source(
-        "folder", split, class_names, len(paths), (3, *size), identity, fetch_range, decode,
-        parallel=True,
+        "folder", split, class_names, len(paths), (3, *size), identity, fetch_range,
+        partial(decode_images, where, size, rules), parallel=True,
+        encoded=Encoded(where, rules, size, fetch_range, base, passed_over=dict(passed)),
     )  # fmt: skip
+
+
+def n_bytes(path: str) -> int:
+    """Size of a file; -1 of one that is not there, such as a link to nothing."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def passed_over(folder: Path, labelled: bool = False) -> list[tuple[str, str]]:
+    """What it is, and the path, of each file below a split's folder that is not read: hidden ones,
+    those with another suffix than an image's, and images beside the class folders."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        hidden = "/." in parent.removeprefix(str(folder))
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            if hidden or name[0] == ".":
+                found.append(("hidden", path))
+            elif not is_image(name):
+                found.append((os.path.splitext(name)[1].lower() or "no suffix", path))
+            elif labelled and parent == str(folder):
+                found.append(("outside class folders", path))
+    return found
 
 
 def _class_images(
@@ -168,51 +239,3 @@ def all_files(folder: Path) -> list[str]:
             )
         paths += [os.path.join(parent, name) for name in names if name[0] != "."]
     return sorted(paths)
-
-
-def size_of(encoded: bytes | str, name: str) -> tuple[int, int]:
-    """(height, width) of one image, from its header."""
-    with _opened(encoded, name) as image:
-        return image.height, image.width
-
-
-def _demand_size(size: tuple[int, int], name: str, expected: tuple[int, int], first: str) -> None:
-    if size != expected:
-        raise ValueError(
-            f"{name} has {size[1]}x{size[0]} pixels but {first} has {expected[1]}x{expected[0]}; "
-            "give one size for all (study: data.image_size)"
-        )
-
-
-def _named(encoded: bytes | str, name: str) -> str:
-    return name if isinstance(encoded, bytes) else f"{name}, {encoded}"
-
-
-@contextlib.contextmanager
-def _opened(encoded: bytes | str, name: str) -> Iterator[Any]:
-    """An open PIL image; any error of Pillow becomes a ValueError with the name."""
-    from PIL import Image
-
-    file = io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded
-    try:
-        with Image.open(file) as image:
-            yield image
-    # SyntaxError: Pillow raises it for a broken PNG chunk
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        raise ValueError(
-            f"{name} cannot be read as an image ({'its format is unknown' if unknown else error}); "
-            "repair or remove it"
-        ) from None
-
-
-def _decode(encoded: bytes | str, name: str, image_size: int | None) -> np.ndarray:
-    """One image as uint8 (H, W, 3). EXIF rotation is not applied, as in torchvision's image
-    folder."""
-    with _opened(encoded, name) as image:
-        if image.mode.startswith(("I", "F")):  # Pillow would clip these to 255 on conversion
-            raise ValueError(
-                f"{name} has more than 8 bits per channel (mode {image.mode}); save it with 8"
-            )
-        image = image.convert("RGB")
-    return np.asarray(image if image_size is None else fit(image, image_size))

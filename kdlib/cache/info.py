@@ -10,7 +10,9 @@ import numpy as np
 
 from kdlib.cache import index
 from kdlib.cache.build import build_images, repair
+from kdlib.cache.changes import compare
 from kdlib.cache.index import CacheError
+from kdlib.cache.readings import counted, sentence
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
 from kdlib.cache.study_source import open_source
@@ -109,6 +111,8 @@ def describe(folder: Path) -> str:
     for path in index.index_paths(folder):
         held = range(*index.part_of(path, n_shards))
         lines.append(("part", f"{path.name}: {_spans(header, held)}"))
+    if entries and (read := sentence(counted(Cache(folder)))):
+        lines.append(("read", read))
     missing = sorted(set(range(n_shards)) - set(entries))
     lines.append(("missing", _spans(header, missing) if missing else "nothing"))
     for path, _, done in journals:
@@ -155,6 +159,38 @@ def verify_cache(folder: Path, keep_whole: bool = False, study: str = "STUDY") -
             again = "run notebooks/04_distill.ipynb"
     print(f"whole shards are kept; {again} to make the others")
     return False
+
+
+def compare_source(study: Study) -> bool:
+    """Compare every byte of a study's images, and of those it probes on, with what its caches were
+    made from, and print the files that differ.
+
+    Returns: Whether all that is cached is still what the source has.
+    """
+    same = True
+    for data in (study.data, *study.probe.others.values()):
+        for split in SPLITS:
+            folder = cache_folder(data) / split
+            if not index.index_paths(folder):
+                print(f"{folder}: not built")
+                continue
+            try:
+                changes = compare(open_source(data, split), Cache(folder))
+            except ValueError as error:  # of an unfit layout now, or a cache not to be trusted
+                print(f"{folder}: {error}", file=sys.stderr)
+                same = False
+                continue
+            if changes.unknown:
+                n = _counted(len(changes.unknown), "shard")
+                print(f"{folder}: no bytes were noted of {n}; pixels were compared there")
+            print(f"{folder}: {'the source has changed' if changes else 'the source is the same'}")
+            for what in ("changed", "missing", "new"):
+                for name in getattr(changes, what):
+                    print(f"  {what}: {name}")
+            if changes:
+                print(f"put the old files back, or delete {folder} and build it again")
+                same = False
+    return same
 
 
 def _spans(header: dict[str, Any], shards: Iterable[int]) -> str:

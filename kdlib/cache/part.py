@@ -17,7 +17,7 @@ from kdlib.cache.index import CacheError
 from kdlib.repro import files
 
 _TEMPORARY = re.compile(
-    r"\.([a-z_]+\d*-(?P<shard>\d+)\.npy|(index|journal)(-\d+-\d+)?\.jsonl?)\.\d+\.tmp"
+    r"\.([a-z_]+\d*-(?P<shard>\d+)\.(npy|json)|(index|journal)(-\d+-\d+)?\.jsonl?)\.\d+\.tmp"
 )
 
 
@@ -141,3 +141,5 @@ def _refuse_held(lock: Path) -> None:
                 f"another process is building some of these shards: {lock} is locked; wait for it "
                 "or stop it"
             ) from None
+        except OSError as error:
+            raise files.LockError(lock, error) from error

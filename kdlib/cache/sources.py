@@ -3,18 +3,50 @@
 An example id is the position of an image in its split's order, for ever.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kdlib.repro import files
 from kdlib.study.data import Data
 
+if TYPE_CHECKING:
+    from kdlib.cache.encoded import Rules
+
 SPLITS = ("train", "test")
 RESIZE_RULE = "largest centred square, bilinear with antialiasing"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The encoded images behind a source.
+
+    Attributes:
+        where: The data set and the split, for messages.
+        rules: How they are read.
+        size: (height, width) of every image as it is cached.
+        fetch: From example ids [start, stop) to their payload; called where the source was opened.
+        base: Folder from which the names of files count.
+        containers: Fingerprint over name, size and time of the files that hold many images each,
+            such as parquet files.
+        passed_over: Files beside the images that were not read, by what they are.
+        once: The images come from a stream, and are read while the cache is built, not before.
+    """
+
+    where: str
+    rules: "Rules"
+    size: tuple[int, int]
+    fetch: Callable[[int, int], Any] = field(repr=False, compare=False)
+    base: str = ""
+    containers: str = ""
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    once: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"fetch": _fetch_elsewhere}
 
 
 @dataclass(frozen=True)
@@ -34,6 +66,7 @@ class Source:
             example, for an image that cannot be read.
         parallel: Whether decoding is worth worker processes.
         columns: What `decode` returns, in this order.
+        encoded: What is behind images that are files, or bytes of files; None for arrays.
     """
 
     name: str
@@ -46,6 +79,7 @@ class Source:
     decode: Callable[[Any], tuple[np.ndarray, np.ndarray]] = field(repr=False, compare=False)
     parallel: bool = False
     columns: tuple[str, ...] = ("images", "labels")
+    encoded: Encoded | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"fetch_range": _fetch_elsewhere}

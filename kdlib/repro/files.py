@@ -92,6 +92,17 @@ class DiskError(OSError):
     """A file that cannot be written, in one sentence; its cause is the system's error."""
 
 
+class LockError(OSError):
+    """A file system that does not lock files, in one sentence; its cause is the system's error."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be locked ({error.strerror}): its file system has no locks, without "
+            "which two processes would write the same files; put the workspace on another disk "
+            "(KDLIB_HOME), or mount this one with locks"
+        )
+
+
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
 )  # fmt: skip
@@ -210,7 +221,8 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     Args:
         wait: True waits for the present holder; False raises at once.
 
-    Raises: BlockingIOError that names the file, when it is held and `wait` is False.
+    Raises: BlockingIOError that names the file, when it is held and `wait` is False; LockError on
+        a file system without locks.
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,4 +234,6 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             raise BlockingIOError(
                 f"another process is working here: {path} is locked; wait for it or stop it"
             ) from None
+        except OSError as error:
+            raise LockError(path, error) from error
         yield

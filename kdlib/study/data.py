@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kdlib.repro.files import data_root, fingerprint, workspace
 from kdlib.study.base import Count, Fraction, ImageSize, Seed, Settings, Share
@@ -83,6 +83,13 @@ class Data(Settings):
     """Only the first so many training images."""
     image_size: ImageSize | None = None
     """Pixels to which images are resized; without it they keep their size."""
+    exif: Literal["apply", "ignore", "refuse"] | None = None
+    """Of images in files that carry an EXIF orientation: `apply` turns them upright, `ignore` reads
+    them as stored; without it, or with `refuse`, such an image stops the build of the cache."""
+    alpha: Literal["white", "black", "drop", "refuse"] | None = None
+    """Of images in files with transparent pixels: what these lie on, `white` or `black`; `drop`
+    reads the colours stored under them; without it, or with `refuse`, such an image stops the build
+    of the cache."""
     n_validation: Count
     split_seed: Seed = 0
     shard_size: Count = 2048
@@ -105,8 +112,16 @@ class Data(Settings):
             raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
         if self.relabel is not None and not self.labelled:
             raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")
+        for key in ("exif", "alpha"):
+            if getattr(self, key) and self.source not in ("folder", "huggingface"):
+                raise ValueError(f"`{key}` is for images in files; {self.source} has arrays")
         parse_part(self.part)
         return self
+
+    @field_validator("exif", "alpha")
+    @classmethod
+    def _refuse_is_absence(cls, value: str | None) -> str | None:
+        return None if value == "refuse" else value
 
     def part_of(self, split: str) -> tuple[int, int]:
         """(i, k): part i of k of a split's shards is learnt from; the test split stays whole."""
@@ -116,8 +131,9 @@ class Data(Settings):
 def cache_folder(data: Data) -> Path:
     """Folder of the cache of these images; studies that ask for the same images share it."""
     content = data.model_dump(exclude={"n_validation", "split_seed", "duplicates", "part"})
-    if content["relabel"] is None:  # caches of before there was the key keep their names
-        del content["relabel"]
+    for key in ("relabel", "exif", "alpha"):
+        if content[key] is None:  # caches of before there was the key keep their names
+            del content[key]
     return workspace() / "cache" / f"{data.source}-{fingerprint(content)[:8]}"
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdlib.cache.encoded import Rules
 from kdlib.cache.image_files import Payload, decode_images
 from kdlib.cache.sources import Source
 from kdlib.cache.study_source import open_source
@@ -136,7 +137,7 @@ def test_an_image_that_changed_its_size_since_opening_is_named(folder):
 
 def test_bytes_that_are_no_image_are_named_by_their_example():
     with pytest.raises(ValueError) as caught:
-        decode_images("toy train", (4, 4), 4, Payload(7, [b"no image"], np.array([0])))
+        decode_images("toy train", (4, 4), Rules(4), Payload(7, [b"no image"], np.array([0])))
     message = "example 7 of toy train cannot be read as an image (its format is unknown); "
     assert str(caught.value) == message + "repair or remove it"
 

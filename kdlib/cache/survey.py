@@ -1,0 +1,168 @@
+"""A look at the source before a shard is made: whether finished shards are still of its files, and
+whether the others can be made. All images that cannot be read are named at once."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from kdlib.cache import index
+from kdlib.cache.changes import by_name, changed_since
+from kdlib.cache.encoded import ImageError, Look, look
+from kdlib.cache.image_files import Payload, named, other_size
+from kdlib.cache.index import CacheError
+from kdlib.cache.part import Part
+from kdlib.cache.readings import COMPARE, listed, record_path
+from kdlib.cache.sources import Encoded, Source
+from kdlib.repro import files
+
+CHUNK = 256  # images that are looked at by one call
+WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
+# Entries of a header that follow from which files there are
+_OF_FILES = ("n_examples", "class_names", "columns", "identity")
+
+
+def prepare(
+    source: Source,
+    folder: Path,
+    header: dict[str, Any],
+    part: tuple[int, int],
+    n_workers: int,
+) -> None:
+    """Look at the source before shards are made: whether finished ones are still of its files, and
+    whether the others can be made.
+
+    An unfinished build of files that have changed since is dropped, with a line that says so.
+
+    Raises: CacheError that names the files, for finished shards of other ones; ImageError that
+        names every image that cannot be read.
+    """
+    mine = Part(folder, header, *index.part_range(index.count_shards(header), part))
+    there, indexed = index.read_indexes(folder)
+    try:
+        index.refuse_other(folder, header, there or header)
+    except CacheError as error:
+        differ = by_name(source, folder, indexed)
+        raise CacheError(f"{error}{differ.listed() and '; ' + differ.listed()}") from None
+    if not there:
+        _drop_unfinished(folder, header)
+    begun = {shard for path in index.journal_paths(folder) for shard in index.read_journal(path)[1]}
+    done = sorted((indexed.keys() | begun) & set(mine.shards))
+    changed = changed_since(source, folder, header, done)
+    if names := [name for shard, names in changed.items() if shard in indexed for name in names]:
+        raise CacheError(
+            f"{folder} was built from other images than are there now; changed since: "
+            f"{listed(names)}; nothing was changed: {COMPARE} compares all of them; put the old "
+            f"files back, or delete {folder} and build it again"
+        )
+    for shard in changed:  # of an unfinished build: they are made again
+        for column in header["columns"]:
+            (folder / index.file_name(column, shard)).unlink(missing_ok=True)
+    if not source.encoded.once:
+        todo = [shard for shard in mine.shards if shard not in done or shard in changed]
+        demand_readable(source, [index.shard_span(header, shard) for shard in todo], n_workers)
+
+
+def demand_readable(
+    source: Source, spans: Iterable[tuple[int, int]], n_workers: int = 0, deep: bool = False
+) -> None:
+    """Raises: ImageError that names every image of some ranges that cannot be read.
+
+    Args:
+        deep: Decode the pixels too.
+    """
+    if bad := list(_unreadable(source.encoded, spans, n_workers, deep)):
+        raise ImageError(
+            bad[0]
+            if len(bad) == 1
+            else f"{len(bad):,} images of {source.encoded.where} are not "
+            f"read:\n  {listed(bad, sep=f'{os.linesep}  ')}\nmend all of them, then run the same "
+            "again (`python -m kdlib cache check STUDY` lists every odd image)"
+        )
+
+
+def _unreadable(
+    encoded: Encoded, spans: Iterable[tuple[int, int]], n_workers: int, deep: bool
+) -> Iterator[str]:
+    chunks = (
+        encoded.fetch(first, min(first + CHUNK, stop))
+        for start, stop in spans
+        for first in range(start, stop, CHUNK)
+    )
+    for faults in in_workers(partial(_faults, encoded, deep), chunks, n_workers):
+        yield from faults
+
+
+def _faults(encoded: Encoded, deep: bool, payload: Payload) -> list[str]:
+    faults = []
+    for i, image in enumerate(payload.images):
+        name = named(image, f"example {payload.first_id + i} of {encoded.where}")
+        try:
+            seen = look(image, name, encoded.rules, deep)
+        except ImageError as error:
+            faults.append(str(error))
+            continue
+        reason = fault(encoded, seen)
+        faults += [f"{name} {reason}"] if reason else []
+    return faults
+
+
+def fault(encoded: Encoded, seen: Look) -> str | None:
+    """Why an image cannot be cached: what follows its name in a sentence."""
+    reason = seen.refusal(encoded.rules)
+    if not reason and encoded.rules.image_size is None and seen.size != encoded.size:
+        reason = other_size(seen.size, encoded.size)
+    return reason
+
+
+def in_workers(function: Any, payloads: Iterator[Any], n_workers: int) -> Iterator[Any]:
+    """What a function returns for each of some payloads, in their order; at most 2 * n_workers of
+    them are in memory."""
+    if n_workers == 0:
+        yield from map(function, payloads)
+        return
+    with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
+        running = []
+        try:
+            for payload in payloads:
+                running.append(pool.submit(function, payload))
+                if len(running) >= 2 * n_workers:
+                    yield running.pop(0).result()
+            while running:
+                yield running.pop(0).result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _drop_unfinished(folder: Path, header: dict[str, Any]) -> None:
+    """Remove the beginnings of a cache of the same source with other files: no shard of it can be
+    told to be right, since a file more or less moves all others."""
+    for journal in index.journal_paths(folder):
+        old, done = index.read_journal(journal)
+        if not old or old == header or not _same_source(old, header):
+            continue
+        with Part(folder, old, *index.part_of(journal, index.count_shards(old))).locked():
+            for shard in done:
+                for column in old["columns"]:
+                    (folder / index.file_name(column, shard)).unlink(missing_ok=True)
+                record_path(folder, shard).unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+        print(
+            f"{folder}: the files of {header['source']} {header['split']} have changed since this "
+            f"build began; its {len(done):,} finished shards are made again"
+        )
+
+
+def _same_source(old: dict[str, Any], header: dict[str, Any]) -> bool:
+    lines = files.difference(
+        {key: value for key, value in header.items() if key not in _OF_FILES},
+        {key: value for key, value in old.items() if key not in _OF_FILES},
+    )
+    identities = [
+        {k: v for k, v in h.get("identity", {}).items() if k not in ("sha256", "n_examples")}
+        for h in (old, header)
+    ]
+    return not lines and identities[0] == identities[1]
