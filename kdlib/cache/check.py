@@ -5,7 +5,6 @@ can be built is told apart from what a reader converts or cuts by itself.
 """
 
 import hashlib
-import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.cache.encoded import NOTES, ImageError, Rules, decode, look
-from kdlib.cache.image_files import Payload, passed_over, shown
+from kdlib.cache.image_files import Payload, n_bytes, passed_over, shown
 from kdlib.cache.readings import names_of
 from kdlib.cache.sources import SPLITS, Source
 from kdlib.cache.study_source import open_source
@@ -47,7 +46,8 @@ class Findings:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was seen of one image: `fault` needs a decision, `kinds` are noted."""
+    """What was seen of one image: `fault` needs a decision, `kinds` are noted, `pixels` is their
+    sha256."""
 
     fault: str | None
     kinds: tuple[str, ...]
@@ -152,16 +152,15 @@ def _seen(encoded: Any, pixels: bool, payload: Payload) -> list[Seen]:
 
 
 def _seen_one(encoded: Any, pixels: bool, image: bytes | str) -> Seen:
-    n_bytes, digest = len(image) if isinstance(image, bytes) else -1, None
+    size, digest = len(image) if isinstance(image, bytes) else n_bytes(image), None
     try:
-        n_bytes = n_bytes if isinstance(image, bytes) else os.stat(image).st_size
         seen = look(image, "", encoded.rules)
         if pixels and not seen.deep:
             digest = files.sha256_array(decode(image, "", _STORED))
-    except (ImageError, OSError) as error:
-        return Seen(str(error).strip(), (), n_bytes, None)
+    except ImageError as error:
+        return Seen(str(error).strip(), (), size, None)
     reason = fault(encoded, seen)
-    return Seen(reason, tuple(seen.notes(encoded.rules)), n_bytes, digest)
+    return Seen(reason, tuple(seen.notes(encoded.rules)), size, digest)
 
 
 def _check_others(data: Data, split: str, findings: Findings) -> None:

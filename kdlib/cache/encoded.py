@@ -123,12 +123,13 @@ class Look:
 
     def notes(self, rules: Rules) -> list[str]:
         """Keys of `NOTES`: what reading it by these rules converts or cuts."""
-        grey, size = self.mode in _GREY, rules.image_size
-        laid = {"white": "on_white", "black": "on_black"}.get(rules.alpha, "alpha_dropped")
+        grey, size, laid = self.mode in _GREY, rules.image_size, self.alpha == "transparent"
         true = {
             "turned": self.orientation != 1 and rules.exif == "apply",
-            "not_turned": self.orientation != 1 and rules.exif != "apply",
-            laid: self.alpha == "transparent",
+            "not_turned": self.orientation != 1 and rules.exif == "ignore",
+            "on_white": laid and rules.alpha == "white",
+            "on_black": laid and rules.alpha == "black",
+            "alpha_dropped": laid and rules.alpha == "drop",
             "opaque_alpha": self.alpha == "opaque",
             "cut_to_8_bits": self.bits > 8 and not self.deep,
             "first_frame": self.frames,

@@ -78,9 +78,13 @@ class Cache:
         if absent := sorted(index.all_sums(self.entries).keys() - set(os.listdir(self.folder))):
             raise self._missing(self.folder / absent[0])
         self._maps: dict[tuple[str, int], torch.Tensor] = {}
+        self._mapped: dict[tuple[str, int], tuple[str, int]] = {}  # path and end of each map
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}  # another process maps the shards itself
+        return self.__dict__ | {
+            "_maps": {},
+            "_mapped": {},
+        }  # another process maps the shards itself
 
     def _missing(self, path: Path) -> CacheError:
         return CacheError(f"shard file {path} is missing; {index.remedy(self.folder)}")
@@ -130,7 +134,9 @@ class Cache:
         Raises: CacheError that names the file, when it is cut, damaged or of another layout.
         """
         key = (column, shard)
-        if key not in self._maps:
+        if key in self._maps:
+            demand_uncut(*self._mapped[key])
+        else:
             import torch
 
             path, start, end = self.located(column, shard)
@@ -141,6 +147,7 @@ class Cache:
             while len(self._maps) >= _MOST_MAPS:
                 del self._maps[next(iter(self._maps))]  # unmapped with its last tensor
             self._maps[key] = rows.reshape(-1, *shape)
+            self._mapped[key] = str(path), end
         return self._maps[key]
 
     def located(self, column: str, shard: int) -> tuple[Path, int, int]:
@@ -250,6 +257,23 @@ class Cache:
                 f"{index.remedy(self.folder)}"
             )
         self.check(self.header["columns"], self.shards.tolist())
+
+
+def demand_uncut(path: str, end: int) -> None:
+    """Look whether a mapped file still reaches as far as it was mapped: reading beyond its end
+    would end the process without a word (SIGBUS).
+
+    Raises: CacheError that names the file.
+    """
+    try:
+        n_bytes = os.stat(path).st_size
+    except FileNotFoundError:  # what is mapped stays as long as it is
+        return
+    if n_bytes < end:
+        raise CacheError(
+            f"shard file {path} was cut to {n_bytes:,} of {end:,} bytes while it was open; "
+            f"{index.remedy(Path(path).parent)}"
+        )
 
 
 def _listed(shards: list[int], most: int = 5) -> str:

@@ -46,7 +46,8 @@ def prepare(
         index.refuse_other(folder, header, there or header)
     except CacheError as error:
         differ = by_name(source, folder, indexed)
-        raise CacheError(f"{error}{differ.listed() and '; ' + differ.listed()}") from None
+        names = differ.listed()
+        raise CacheError(f"{error}{names and f'; {names}; {COMPARE} compares all bytes'}") from None
     if not there:
         _drop_unfinished(folder, header)
     begun = {shard for path in index.journal_paths(folder) for shard in index.read_journal(path)[1]}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kdlib.cache.outputs import CLEAN_VIEW, decoded
-from kdlib.cache.shards import Cache, CacheError
+from kdlib.cache.shards import Cache, CacheError, demand_uncut
 from kdlib.dataset.batch import View
 from kdlib.dataset.plan import Plan
 from kdlib.repro import files
@@ -106,6 +106,7 @@ class Rows:
         known, self.shard_of = np.unique(shards, return_inverse=True)
         paths, starts, ends = zip(*(cache.located(column, s) for s in known.tolist()), strict=True)
         memory, self._begins = map_in_one(paths, ends)
+        self._files = list(zip(map(str, paths), ends, strict=True))
         self._sizes, row_bytes = ends, cache.row_bytes()[column]
         first_rows = self._begins + starts
         step = int(np.gcd.reduce([*first_rows, row_bytes]))  # the largest that meets every row
@@ -130,6 +131,11 @@ class Rows:
         if sys.platform == "linux":
             begin = ctypes.c_void_p(self.source.data_ptr() + int(self._begins[number]))
             _LIBC.madvise(begin, ctypes.c_size_t(self._sizes[number]), _POPULATE_READ)
+
+    def demand_uncut(self) -> None:
+        """Raises: CacheError that names a mapped file that was cut since."""
+        for path, end in self._files:
+            demand_uncut(path, end)
 
     def gather(self, index: np.ndarray, out: torch.Tensor | None = None) -> torch.Tensor:
         """Rows of `source`, (B, *row shape), on the device; into `out` when it is given."""
@@ -173,6 +179,8 @@ class ReadAhead:
 
         Raises: What went wrong when the thread last read.
         """
+        if step % READ_AHEAD == 0:  # 1.5 us a file
+            self._rows.demand_uncut()
         if step < self._next_look:
             return
         self._next_look = step + READ_AHEAD

@@ -1,5 +1,6 @@
 """`kdlib.cache.build`: parts, processes and interruptions in any order end in the same bytes."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -386,6 +387,20 @@ def test_two_builders_may_look_at_one_lock_at_the_same_time(tmp_path):
         make_cache(tmp_path, part=(1, 2))
         with pytest.raises(BlockingIOError, match="another process"):
             make_cache(tmp_path)
+
+
+def test_a_lock_that_cannot_be_looked_at_is_named(tmp_path, monkeypatch):
+    (tmp_path / ".lock").touch()
+    flock = fcntl.flock
+
+    def refuse(file, how: int) -> None:
+        if how & fcntl.LOCK_SH:
+            raise OSError(errno.ENOLCK, "No locks available")
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=r"\.lock cannot be locked \(No locks available\)"):
+        make_cache(tmp_path, part=(1, 2))
 
 
 def test_a_second_builder_in_another_process_is_refused(tmp_path):

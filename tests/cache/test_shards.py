@@ -418,3 +418,19 @@ def test_a_shard_with_a_hostile_header_is_refused(folder, header):
     data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
     (folder / "labels-00001.npy").write_bytes(data)
     assert_refused(folder, r"labels-00001\.npy is cut or damaged")
+
+
+def test_a_shard_that_is_cut_while_it_is_open_is_named_and_not_read(folder):
+    opened = Cache(folder)
+    assert opened.read("values", np.arange(3)).sum() == make((0, 3))["values"].sum()
+    path = folder / "values-00000.npy"
+    whole = path.read_bytes()
+    os.truncate(path, len(whole) - 60)
+    with pytest.raises(CacheError, match=r"values-00000\.npy was cut to 188 of 248 .*--repair"):
+        opened.mapped("values", 0)
+    with pytest.raises(CacheError, match=r"values-00000\.npy is cut or damaged"):
+        opened.read("values", np.arange(3))
+    path.write_bytes(whole)
+    assert opened.read("values", np.arange(3)).sum() == make((0, 3))["values"].sum()
+    path.unlink()  # what is mapped stays
+    assert len(opened.mapped("values", 0)) == SIZE

@@ -283,6 +283,20 @@ def test_a_lock_is_free_again_after_an_error_inside(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named_with_what_to_do(tmp_path, monkeypatch, code):
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    for wait in (True, False):
+        with (
+            pytest.raises(files.LockError, match=r"\.lock cannot be locked \(.*KDLIB_HOME"),
+            files.locked(tmp_path / ".lock", wait),
+        ):
+            pytest.fail("the block ran without a lock")
+
+
 def test_the_cpus_are_those_this_process_was_given(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 7}, raising=False)
     assert files.n_cpus() == 3
