@@ -5,20 +5,23 @@ can be built is told apart from what a reader converts or cuts by itself.
 """
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from kdlib.cache.agreement import declared
+from kdlib.cache.duplicates import LIMIT
 from kdlib.cache.encoded import NOTES, ImageError, Rules, decode, look
 from kdlib.cache.image_files import Payload, n_bytes, passed_over, shown
 from kdlib.cache.readings import names_of
 from kdlib.cache.sources import SPLITS, Source
 from kdlib.cache.study_source import open_source
 from kdlib.cache.survey import CHUNK, WORTH_WORKERS, fault, in_workers
-from kdlib.repro import files
+from kdlib.repro import files, splits
 from kdlib.study.data import Data
 from kdlib.study.study import Study
 
@@ -74,13 +77,14 @@ def check_study(study: Study, n_workers: int | None = None, every: bool = False)
 
 def check_data(data: Data, n_workers: int | None = None, every: bool = False) -> Findings:
     """As `check_study`, of one data set."""
-    findings, twins = Findings(), defaultdict(list)
+    findings, twins, sources = Findings(), defaultdict(list), {}
     for split in SPLITS:
         try:
             source = open_source(data, split)
         except (ValueError, OSError) as error:
             findings.decisions["cannot be opened"].append(f"{split}: {error}")
             continue
+        sources[split] = source
         if source.encoded is None:
             findings.counts.append(
                 f"{split}: {source.n_examples:,} images that are arrays of one size and 8 bits; "
@@ -88,8 +92,11 @@ def check_data(data: Data, n_workers: int | None = None, every: bool = False) ->
             )
             continue
         _check_split(data, source, findings, twins, n_workers, every)
-    for places in twins.values():
-        _say_twins(places, findings)
+    if len(sources) == len(SPLITS):
+        for text in splits.faults(declared(data, sources)):
+            findings.decisions["the splits do not belong together"].append(text)
+        n_test = sources["test"].n_examples
+        _say_twins(data, twins.values(), n_test, sources["train"].n_examples + n_test, findings)
     return findings
 
 
@@ -102,7 +109,6 @@ def _check_split(
     every: bool,
 ) -> None:
     split, encoded = source.split, source.encoded
-    split = split if split in SPLITS else source.name
     pixels = every or source.n_examples <= MOST_DECODED
     if n_workers is None:
         n_workers = files.n_cpus() if source.n_examples >= WORTH_WORKERS else 0
@@ -188,16 +194,33 @@ def _is_readable(path: str) -> bool:
     return True
 
 
-def _say_twins(places: list[tuple[Place, int]], findings: Findings) -> None:
-    if len(places) < 2:
-        return
-    text = " = ".join(name for (_, name), _ in places)
-    if len({split for (split, _), _ in places}) > 1:
-        findings.decisions["the same image in train and test"].append(text)
-    elif len({label for _, label in places}) > 1:
-        findings.decisions["the same image in several classes"].append(text)
-    else:
-        findings.notes["more than once in one class"].append(text)
+def _say_twins(
+    data: Data,
+    twins: Iterable[list[tuple[Place, int]]],
+    n_test: int,
+    n_images: int,
+    findings: Findings,
+) -> None:
+    """Sort images that are there twice; those in both splits or in two classes need a decision
+    where they are more than the share at which step 01 stops."""
+    kinds, counts = defaultdict(list), Counter()
+    for places in twins:
+        if len(places) < 2:
+            continue
+        text = " = ".join(name for (_, name), _ in places)
+        if len({split for (split, _), _ in places}) > 1:
+            kinds["the same image in train and test"].append(text)
+            counts["crossing"] += sum(split == "test" for (split, _), _ in places)
+        elif len({label for _, label in places}) > 1:
+            kinds["the same image in several classes"].append(text)
+        else:
+            findings.notes["more than once in one class"].append(text)
+        if len({label for _, label in places}) > 1:
+            counts["torn"] += len(places)
+    limit = LIMIT if data.duplicates is None else data.duplicates
+    many = max(counts["crossing"] / n_test, counts["torn"] / n_images) > limit
+    for kind, texts in kinds.items():
+        (findings.decisions if many else findings.notes)[kind] += texts
 
 
 def _lines(data: Data, findings: Findings, every: bool) -> list[str]:

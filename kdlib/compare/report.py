@@ -45,6 +45,8 @@ def summary(study: Study, tables: Tables) -> str:
     ]
     if "duplicates" in results:  # since 2026-11
         lines += [f"Duplicates: {results['duplicates'].iloc[0]}.", ""]
+    if "reader" in results:  # of images in files of which some were converted or cut
+        lines += [f"Images as they were read: {results['reader'].iloc[0]}.", ""]
     if versions > 1:
         lines += [f"The runs were made by {versions} versions of the code.", ""]
     for row in refused.to_dict("records"):

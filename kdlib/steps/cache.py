@@ -9,6 +9,7 @@ import pandas as pd
 from kdlib.cache.agreement import agreement, open_sources
 from kdlib.cache.build import build_images
 from kdlib.cache.duplicates import count_duplicates, find_duplicates
+from kdlib.cache.readings import counted, sentence
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
 from kdlib.dataset.images import Images
@@ -45,11 +46,23 @@ def cache_images(study: Study, built: bool = False) -> Images:
     }
     with open_run(study.runs, study.runs / "cache", settings) as run:
         if not run.finished or not (run.folder / DUPLICATES).is_file():
-            evidence = {"step": "cache", "study": study.name}
+            evidence = {"step": "cache", "study": study.name} | _reading(caches)
             evidence |= _checked(study, caches, *ids, run.folder / DUPLICATES)
             mean, std = pixel_statistics(caches["train"], ids[0])
             run.finish(evidence | {"mean": mean, "std": std})
     return open_images(study)
+
+
+def _reading(caches: dict[str, Cache]) -> dict[str, Any]:
+    """Evidence `reader`: what was converted, cut or passed over, of images that were files."""
+    done = {split: counted(cache) for split, cache in caches.items()}
+    return {"reader": done} if any(done.values()) else {}
+
+
+def reader_sentence(evidence: dict[str, Any]) -> str:
+    """What the reader of image files did, from the evidence of step 01; empty when nothing."""
+    done = {split: sentence(evidence.get("reader", {}).get(split)) for split in SPLITS}
+    return "; ".join(f"{split}, {text}" for split, text in done.items() if text)
 
 
 def _checked(
@@ -98,10 +111,12 @@ def open_duplicates(study: Study) -> pd.DataFrame:
 
 
 def cache_sentences(study: Study) -> list[str]:
-    """What step 01 checked, a sentence each."""
+    """What step 01 checked, and what it converted, cut or passed over, a sentence each."""
     study = study.upstream
     evidence = read_evidence(study.runs / "cache", study.step_settings("cache"))
-    return [f"{check['name']}: {check['sentence']}" for check in evidence["checks"]]
+    reader = reader_sentence(evidence)
+    checked = [f"{check['name']}: {check['sentence']}" for check in evidence["checks"]]
+    return checked + ([f"reader: {reader}"] if reader else [])
 
 
 def _ask_for_portable(study: Study) -> None:

@@ -16,6 +16,7 @@ from kdlib.compare.committed import committed_folder, is_committed, read_committ
 from kdlib.compare.comparisons import PROBED, Tables, comparisons, rerun_command, with_untrained
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run, read_evidence, read_metrics
+from kdlib.steps.cache import reader_sentence
 from kdlib.steps.distill import open_student, outcome, student_folder
 from kdlib.steps.probe import open_probes, probe_folder
 from kdlib.steps.recount import Recount
@@ -45,7 +46,8 @@ def results(study: Study) -> pd.DataFrame:
         probes; the budget, recorded (`steps samples unique_examples`), `declared_...`, and its kind
         (`budget`); `refused`, `reason`; `run`, its folder, and `command`, which makes it again;
         hashes of its inputs and its weights; device and versions; `duplicates`, what step 01 says
-        of images with the same pixels, the same in all rows. Accuracies are in [0, 1], NaN
+        of images with the same pixels, and `reader`, what it converted or cut of images in files
+        (absent where nothing), the same in all rows. Accuracies are in [0, 1], NaN
         where there is no evidence, and at the best epoch also where the teacher was trained on the
         images it was chosen on.
     """
@@ -57,6 +59,7 @@ def results(study: Study) -> pd.DataFrame:
         folder = student_folder(study, cell, seed)
         row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
         row |= {"command": rerun_command(study, cell), "duplicates": inputs.duplicates}
+        row |= {"reader": inputs.reader} if inputs.reader else {}
         try:
             evidence = open_student(study, cell, seed)
             settings = files.read_json(folder / "settings.json")
@@ -115,6 +118,7 @@ class _Inputs:
         cache = read_evidence(up.runs / "cache", up.step_settings("cache"))  # refuses another split
         outcomes = checks.run_all(checks.CACHE, cache)
         self.faults, self.duplicates = _failed(outcomes), outcomes[-1].sentence
+        self.reader = reader_sentence(cache)
         upstream = {
             step: read_evidence(up.runs / step, up.step_settings(step))
             for step in ("teacher", "datamap")

@@ -61,6 +61,7 @@ MEANINGS = {
     "declared_samples": "images seen, as planned",
     "declared_unique_examples": "distinct images seen, as planned",
     "duplicates": "what step 01 says of images with the same pixels",
+    "reader": "what step 01 converted, cut or passed over of images in files",
     "test_accuracy_distinct": "the same on the test images whose pixels occur only once",
     "budget": "what is equal in all runs: `equal_steps` or `equal_epochs`",
     "linear_accuracy": "test accuracy of a linear classifier on the frozen features",

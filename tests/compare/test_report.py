@@ -70,6 +70,19 @@ def test_the_summary_says_what_is_known_of_duplicates(lab):
     assert "Duplicates" not in summary(study, tables | {"results": older})
 
 
+def test_the_summary_says_what_was_converted_and_nothing_where_nothing_was(lab):
+    study = tiny_study(lab)
+    tables = compile_tables(study)
+    assert "reader" not in tables["results"]
+    assert "as they were read" not in summary(study, tables)
+    done = {"images": 7, "counts": {"greyscale": 2}, "passed_over": {".txt": 3}, "unknown": 0}
+    forge(study.runs / "cache", lambda evidence: evidence.update(reader={"train": done}))
+    assert (
+        "Images as they were read: train, of 7 images: 2 made RGB from greyscale; 3 files passed "
+        "over (.txt 3)."
+    ) in summary(study, compile_tables(study))
+
+
 def test_runs_on_images_that_fail_a_check_are_refused(lab):
     study = tiny_study(lab)
     forge(

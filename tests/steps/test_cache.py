@@ -78,6 +78,8 @@ def test_a_folder_whose_splits_agree_passes_and_says_so(study, pictures):
         "agree: 6 training and 2 test images of the same 2 classes; no validation images of 1 of 2 "
         "classes: ['dog']",
         "duplicates: no two of 8 images have the same pixels",
+        "reader: train, of 6 images: 6 made RGB from greyscale; test, of 2 images: 2 made RGB from "
+        "greyscale",
     ]
     assert open_duplicates(mine).empty
 
