@@ -171,7 +171,7 @@ def _statistics(ours: pd.DataFrame, theirs: pd.DataFrame, margin: float, level: 
     mean, low, high, p_value = paired_interval(a - b, level)
     _, low90, high90, _ = paired_interval(a - b, EQUIVALENCE_LEVEL)
     decision, sd = verdict(low, high, low90, high90, margin), _sd(a - b)
-    is_open = decision == "inconclusive" and n > 1
+    is_open = decision == "inconclusive" and n > 1 and sd > 0
     return {
         "n_seeds": n,
         "mean": a.mean() if n else np.nan,

@@ -171,7 +171,8 @@ def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:
         elif kind == "strategies" and rows["fraction"].nunique() > 1:
             name += f" at {100 * row.fraction:.4g} %"
         ends = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
-        ends = "one seed" if pd.isna(row.low) else ends
+        no_interval = "one seed" if row.n_seeds == 1 else "the same in every seed"
+        ends = no_interval if pd.isna(row.low) else ends
         more = "" if pd.isna(row.seeds_needed) else f", about {row.seeds_needed:.0f} seeds"
         names.append(f"{name} {100 * row.difference:+.1f} ({ends}{more})")
     rest = f" and {len(some) - NAMED} more" if len(some) > NAMED else ""

@@ -26,8 +26,9 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
         differences: shape (S,), float64, finite, one per seed.
         level: Confidence level, in (0, 1).
 
-    Returns: (mean, low, high, p_value). Without pairs all are NaN; of one pair all but the mean.
-        For equal differences low = high = mean, and p is 0, or 1 when the mean is 0.
+    Returns: (mean, low, high, p_value). Without pairs all are NaN; of one pair, and of differences
+        that are all equal, all but the mean: equal differences say that the measure is too coarse
+        or that one run was compared many times, and not how far another seed would lie.
     Source: [Student1908], with S - 1 degrees of freedom; assumes roughly normal differences.
 
     >>> mean, low, high, p = paired_interval(np.array([1.0, 2.0, 3.0]), 0.95)
@@ -39,8 +40,7 @@ def paired_interval(differences: np.ndarray, level: float) -> tuple[float, float
     if n < 2:
         return mean, np.nan, np.nan, np.nan
     if np.ptp(differences) < np.finfo(np.float32).tiny:  # squares of smaller spreads underflow
-        mean = float(differences[0])
-        return mean, mean, mean, float(mean == 0)
+        return float(differences[0]), np.nan, np.nan, np.nan
     error = differences.std(ddof=1) / np.sqrt(n)
     half = stdtrit(n - 1, (1 + level) / 2) * error
     p_value = 2 * stdtr(n - 1, -abs(mean) / error)

@@ -233,6 +233,12 @@ def _sentence(row: Any, name_student: bool) -> str:
         return f"{subject} is as good as {against} within {margin}: it differs by {size} {basis}."
     if row.n_seeds < 2:
         return f"{subject} cannot be compared with {against}: two paired seeds are needed {basis}."
+    if np.isnan(row.low):
+        size = _points(row.difference, "+")
+        return (
+            f"{subject} has no interval against {against}: the difference is {size} points in "
+            f"every seed {basis}."
+        )
     ending = "a difference between 0 and the margin may need many more seeds"
     if row.seeds_needed > row.n_seeds:
         ending = f"about {row.seeds_needed} paired seeds would settle it"

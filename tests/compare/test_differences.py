@@ -51,9 +51,10 @@ def test_hand_worked_difference():
     assert pd.isna(row.seeds_needed)
 
 
-def test_equal_accuracies_are_equivalent():
+def test_differences_that_are_equal_in_every_seed_have_no_interval():
     same = compared(cell("random", RANDOM), cell("easy", RANDOM)).iloc[0]
-    assert (same.difference, same.p_value, same.verdict) == (0.0, 1.0, "equivalent")
+    assert (same.difference, same.verdict) == (0.0, "inconclusive")
+    assert same[["low", "high", "low90", "high90", "p_value", "seeds_needed"]].isna().all()
 
 
 def test_seeds_are_paired_by_number_and_not_by_row():
@@ -126,7 +127,7 @@ def test_objectives_are_compared_at_the_same_subset():
     assert comparison["strategy"].tolist() == ["easy", "random"]
     assert comparison["against_objective"].tolist() == ["plain", "plain"]
     assert comparison["difference"].tolist() == pytest.approx([0, 0.034])
-    assert comparison["verdict"].tolist() == ["equivalent", "better"]
+    assert comparison["verdict"].tolist() == ["inconclusive", "better"]
 
 
 def test_swapping_cell_and_baseline_turns_the_signs_and_the_verdict():

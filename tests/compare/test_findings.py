@@ -10,7 +10,8 @@ from kdlib.compare.findings import _groups, in_words
 
 def row(strategy, difference, verdict, seeds_needed=None, **more):
     ends = {"low": difference - 0.01, "high": difference + 0.01}
-    fixed = {"student": "small", "objective": "kd", "fraction": 0.33, "seeds_needed": seeds_needed}
+    fixed = {"student": "small", "objective": "kd", "fraction": 0.33, "n_seeds": 5,
+             "seeds_needed": seeds_needed}  # fmt: skip
     return (
         fixed | {"strategy": strategy, "difference": difference, "verdict": verdict} | ends | more
     )
@@ -52,9 +53,11 @@ def test_controls_are_grouped_by_fraction_and_objective():
     assert lines_of(rows, "controls") == ["10 % of the images: 1 better: hot +2.0 (+1.0 to +3.0)"]
 
 
-def test_one_pair_of_seeds_has_no_interval():
-    (line,) = lines_of([row("easy", 0.02, "inconclusive", low=float("nan"), high=float("nan"))])
-    assert line == "kd: 1 inconclusive: easy +2.0 (one seed)"
+def test_one_pair_of_seeds_and_equal_differences_have_no_interval():
+    none = {"low": float("nan"), "high": float("nan")}
+    for n, words in ((1, "one seed"), (3, "the same in every seed")):
+        (line,) = lines_of([row("easy", 0.02, "inconclusive", n_seeds=n, **none)])
+        assert line == f"kd: 1 inconclusive: easy +2.0 ({words})"
 
 
 def test_a_sentence_has_the_numbers_and_the_verdict_of_its_row():

@@ -15,24 +15,25 @@ from kdlib.compare.text import (
 
 
 def test_summary_counts_verdicts_then_lists_the_largest_differences():
-    refused = cell("hard", RANDOM)
+    nearly = np.array([0.001, -0.001, 0.001, -0.001, 0.0])
+    refused = cell("hard", RANDOM + nearly)
     refused["refused"] = refused["seed"] == 3
     comparison = compared(
         cell("random", RANDOM),
         cell("easy", EASY),
         refused,
-        cell("full", np.array(RANDOM) + 0.1, fraction=1.0),
+        cell("full", np.array(RANDOM) + 0.1 + nearly, fraction=1.0),
     )
     assert summary_lines(comparison) == [
         "3 comparisons at equal steps with a margin of 1 point: 1 better, 1 worse, 1 equivalent, "
         "0 inconclusive.",
         "Of the 2 better or worse, 2 stay significant after Holm's correction for 3 tests.",
-        "With kd, the full set is better than random at 33 % by 10.0 points (95 % interval 10.0 to "
-        "10.0, 5 paired seeds).",
+        "With kd, the full set is better than random at 33 % by 10.0 points (95 % interval 9.9 to "
+        "10.1, 5 paired seeds).",
         "At 33 % with kd, easy is worse than random by 3.4 points (95 % interval -4.1 to -2.7, 5 "
         "paired seeds).",
         "At 33 % with kd, hard is as good as random within 1 point: it differs by 0.0 (90 % "
-        "interval 0.0 to 0.0, 4 paired seeds, 1 refused run left out).",
+        "interval -0.1 to 0.1, 4 paired seeds, 1 refused run left out).",
     ]
 
 
