@@ -2,25 +2,41 @@
 #
 #   snakemake --cores 2 --config study=params/digits.yaml
 #
-# A step is done when its evidence file is there (the notebooks rename it into place last), never by
-# the look of a notebook. Evidence is marked `update`: a notebook that runs again keeps the runs whose
-# settings and inputs are unchanged, so a new seed trains one seed. A rule runs again when the settings
-# it reads change, or when a step before it wrote other evidence. A changed notebook alone does not
-# (`ancient`): a comment must not cost GPU days; ask with --forcerun RULE.
+# Which steps run is decided by kdlib.steps.done, from the evidence of each step and the study as it
+# is now: the steps that are not finished read a file that is always newer than their evidence, and
+# every other input counts as older (`ancient`). Snakemake orders the steps and makes what is missing.
+# Evidence is marked `update`: a notebook that runs again keeps the runs whose settings and inputs are
+# unchanged, so a new seed trains one seed. A changed notebook alone runs nothing again, but 06: a
+# comment must not cost GPU days; ask with --forcerun RULE.
 import os
+import sys
+import time
 from pathlib import Path
 
 from kdlib.repro import files, processor
 from kdlib.study import load_study, study_file
 
-# Not a rule's parameter: where the file lies does not change what it asks for.
+files.settle()
+PYTHON = sys.executable  # of this environment, whatever PATH says
 STUDY = str(study_file(config.get("study", "params/digits.yaml")))
 study = load_study(STUDY)
 if study.compute.portable:
     processor.hold_children()
-NOTEBOOKS = Path(workflow.basedir) / "notebooks"
-RUNS = os.path.relpath(study.runs)
-UPSTREAM = os.path.relpath(study.upstream.runs)  # images, teacher and datamap may be shared
+
+
+# Snakemake's own records (.snakemake) lie beside the runs, unless --directory says otherwise.
+workdir: str(study.runs.parent)
+
+
+def relative(path):
+    """A path from the working directory; braces in it are no wildcards."""
+    return os.path.relpath(os.path.realpath(path)).replace("{", "{{").replace("}", "}}")
+
+
+study.runs.mkdir(parents=True, exist_ok=True)
+RUNS = relative(study.runs)
+UPSTREAM = relative(study.upstream.runs)  # images, teacher and datamap may be shared
+NOTEBOOKS = relative(Path(workflow.basedir) / "notebooks")
 TEACHERS = [n for n, t in study.teachers.items() if not t.of_subset]
 CACHE, TEACHER, DATAMAP = (
     f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")
@@ -30,9 +46,11 @@ SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]
 RUNS_OF_SUBSET = [f"objective={o}/{seed}" for o in study.axes.objective for seed in SEEDS]
+STUDENTS = [f"{RUNS}/distill/{SUBSET}/{run}/evidence.json" for run in RUNS_OF_SUBSET]
+PROBED = f"{RUNS}/probe/{CELL}/evidence.json"
 PAPERMILL = (
-    "papermill --engine ipc --log-output --no-progress-bar {input.notebook:q} {log.notebook:q}"
-    " -p study {STUDY:q}"
+    "{PYTHON:q} -m papermill --engine ipc --log-output --no-progress-bar"
+    " {input.notebook:q} {log.notebook:q} -p study {STUDY:q}"
 )
 AXES = (
     " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
@@ -54,29 +72,30 @@ if study.audit:
     QUESTIONS.append(f"{RUNS}/audit/evidence.json")
 
 
-def settings(step):
-    """Fingerprint of what a step reads; Snakemake runs the step again when it changes."""
+UNFINISHED = set()  # evidence of runs that are not finished
+if workflow.is_main_process:  # one of them, where a job runs on another node
+    from kdlib.steps.done import unfinished
 
-    def of(wildcards):
-        if step == "further_teacher":
-            return files.fingerprint(study.step_settings("teacher", teacher=wildcards.teacher))
-        if step in ("cache", "teacher", "datamap"):
-            return files.fingerprint(study.upstream.step_settings(step))
-        if step != "distill":
-            return files.fingerprint(study.step_settings(step))
-        fraction = float(wildcards.fraction)
-        cell = study.cell(
-            student=wildcards.student, strategy=wildcards.strategy, fraction=fraction
-        )
-        return files.fingerprint([study.step_settings(step, c) for c in study.same_subset(cell)])
-
-    return of
+    for folder in unfinished(study):
+        of_study = folder.is_relative_to(study.runs)
+        runs, place = (study.runs, RUNS) if of_study else (study.upstream.runs, UPSTREAM)
+        UNFINISHED.add(f"{place}/{folder.relative_to(runs)}/evidence.json")
+NEWER = study.runs / ".unfinished"
+if UNFINISHED or not NEWER.exists():  # its content differs from that of an earlier call
+    files.write_atomic(NEWER, lambda file: file.write(str(time.time_ns()).encode()))
+for path in filter(os.path.exists, UNFINISHED):
+    if os.stat(path).st_mtime >= (now := NEWER.stat().st_mtime):  # evidence of a clock that is fast
+        os.utime(path, (now - 1, now - 1))
 
 
-def notebook(name, changes=False):
-    """A notebook as input; `changes`: the step is made again when it changes."""
-    path = str(NOTEBOOKS / name)
-    return path if changes else ancient(path)
+def unless_done(*evidence):
+    """An input newer than all evidence where a run is not finished; else one that counts as older."""
+    path = f"{RUNS}/{NEWER.name}"
+    return ancient(path) if UNFINISHED.isdisjoint(evidence) else path
+
+
+def older(paths):
+    return [ancient(path) for path in paths]
 
 
 def students(cells):
@@ -111,7 +130,7 @@ for step, folder, name, waits, processes in (
     ("cache", UPSTREAM, "01_cache", [], 0),
     ("teacher", UPSTREAM, "02_teacher", [CACHE], study.compute.processes),
     ("datamap", UPSTREAM, "03_datamap", [TEACHER], 1),
-    ("compare", RUNS, "06_compare", [DATAMAP, students(study.cells()), PROBES], 0),
+    ("compare", RUNS, "06_compare", [DATAMAP, *students(study.cells()), *PROBES], 0),
     ("scores", RUNS, "07_scores", RECORDINGS, 0),
     ("noise", RUNS, "08_noise", RECORDINGS, 0),
     ("audit", RUNS, "09_audit", [CACHE], 1),
@@ -123,15 +142,14 @@ for step, folder, name, waits, processes in (
         name:
             step
         input:
-            waits,
-            notebook=notebook(f"{name}.ipynb", changes=step == "compare"),
+            older(waits),
+            newer=unless_done(evidence),
+            notebook=ancient(f"{NOTEBOOKS}/{name}.ipynb"),
         output:
             evidence if of_tables else update(evidence),
         log:
             notebook=f"{folder}/{step}/{name}.ipynb",
             text=f"{folder}/{step}/{name}.log",
-        params:
-            settings=settings(step),
         threads: study.compute.threads * processes or 1
         resources:
             **({"gpu": min(GPUS, processes)} if processes else {}),
@@ -141,55 +159,44 @@ for step, folder, name, waits, processes in (
 
 rule further_teacher:
     input:
-        CACHE,
+        ancient(CACHE),
+        newer=lambda w: unless_done(f"{RUNS}/teachers/{w.teacher}/evidence.json"),
     output:
         update(f"{RUNS}/teachers/{{teacher}}/evidence.json"),
     log:
         text=f"{RUNS}/teachers/{{teacher}}.log",  # beside the run, which may be archived
-    params:
-        settings=settings("further_teacher"),
     threads: study.compute.threads * study.compute.processes
     resources:
         gpu=GPUS,
     shell:
-        "python -m kdlib step teacher {STUDY:q} --teacher {wildcards.teacher:q}" + LOG
+        "{PYTHON:q} -m kdlib step teacher {STUDY:q} --teacher {wildcards.teacher:q}" + LOG
 
 
 rule record:
     input:
-        CACHE,
+        ancient(CACHE),
+        newer=lambda w: unless_done(f"{RUNS}/recorded/model={w.model}/{w.part}/evidence.json"),
     output:
         update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     log:
         text=f"{RUNS}/recorded/model={{model}}/{{part}}.log",  # beside the run, which may be archived
-    params:
-        settings=settings("record"),
     threads: study.compute.threads
     resources:
         gpu=min(GPUS, 1),
     shell:
-        "python -m kdlib record {STUDY:q} --model {wildcards.model:q} --part {wildcards.part:q}" + LOG
+        "{PYTHON:q} -m kdlib record {STUDY:q} --model {wildcards.model:q} --part {wildcards.part:q}" + LOG
 
 
 rule distill:
     input:
-        TEACHER,
-        FURTHER,
-        DATAMAP,
-        notebook=notebook("04_distill.ipynb"),
+        older([TEACHER, *FURTHER, DATAMAP]),
+        newer=lambda w: unless_done(*expand(STUDENTS, **w, allow_missing=True)),
+        notebook=ancient(f"{NOTEBOOKS}/04_distill.ipynb"),
     output:
-        update(
-            expand(
-                f"{RUNS}/distill/{SUBSET}/{{run}}/evidence.json",
-                run=RUNS_OF_SUBSET,
-                allow_missing=True,
-            )
-        ),
+        update(STUDENTS),
     log:
         notebook=f"{RUNS}/distill/{SUBSET}/04_distill.ipynb",
         text=f"{RUNS}/distill/{SUBSET}/04_distill.log",
-    params:
-        settings=settings("distill"),
     threads: study.compute.threads * study.compute.processes
     resources:
         gpu=GPUS,
@@ -199,15 +206,14 @@ rule distill:
 
 rule probe:
     input:
-        expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, allow_missing=True),
-        notebook=notebook("05_probe.ipynb"),
+        older(expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, allow_missing=True)),
+        newer=lambda w: unless_done(*expand(PROBED, **w)),
+        notebook=ancient(f"{NOTEBOOKS}/05_probe.ipynb"),
     output:
-        update(f"{RUNS}/probe/{CELL}/evidence.json"),
+        update(PROBED),
     log:
         notebook=f"{RUNS}/probe/{CELL}/05_probe.ipynb",
         text=f"{RUNS}/probe/{CELL}/05_probe.log",
-    params:
-        settings=settings("probe"),
     threads: study.compute.threads
     resources:
         gpu=min(GPUS, 1),

@@ -25,7 +25,7 @@ from kdlib.dataset.images import Images
 from kdlib.plots import theme
 from kdlib.plots.layout import mark
 from kdlib.plots.theme import BLACK, BLUE, GREY, TEXT_PT, VERMILLION
-from kdlib.repro import files
+from kdlib.repro import checks, files
 from kdlib.repro.run import open_run, read_table
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.processes import prepare_device
@@ -57,12 +57,27 @@ def make(study: Study, images: Images) -> pd.DataFrame:
     with open_run(study.runs, folder, settings) as run:
         if not run.finished:
             prepare_device(study.compute.model_copy(update={"device": "cpu"}))  # small trainings
-            write_parquet(
-                folder / "exhibits.parquet", exhibits(images), {"settings": run.settings_sha256}
-            )
+            demand(table := exhibits(images))
+            write_parquet(folder / "exhibits.parquet", table, {"settings": run.settings_sha256})
             sha256 = files.sha256_file(folder / "exhibits.parquet")
             run.finish({"step": "audit", "study": study.name, "table_sha256": sha256})
     return open_exhibits(study)
+
+
+def demand(table: pd.DataFrame) -> None:
+    """Demand that every check sees its defect, and is quiet where there is none.
+
+    Raises: checks.CheckError that names the exhibits where it is not so.
+    """
+    blind = table.loc[~table["caught"].astype(bool), "name"].tolist()
+    loud = table.loc[~table["quiet"].astype(bool), "name"].tolist()
+    said = [f"no check sees the defect of {', '.join(blind)}"] if blind else []
+    said += [f"a check objects to the honest run of {', '.join(loud)}"] if loud else []
+    if said:
+        raise checks.CheckError(
+            f"{'; '.join(said)}: of {len(table)} exhibits, made again by the code of now; mend the "
+            "check, or the exhibit"
+        )
 
 
 def exhibits(images: Images) -> pd.DataFrame:

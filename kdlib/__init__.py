@@ -14,6 +14,14 @@ cartography, probes < steps < explorer < lab, __main__.
 
 import lazy_loader
 
+try:
+    import fcntl  # noqa: F401  (whose locks keep two processes from writing one run)
+except ModuleNotFoundError:
+    raise ImportError(
+        "kdlib runs on Linux and macOS: this Python has no fcntl, whose locks keep two processes "
+        "from writing the same run. On Windows, use it in WSL (Windows Subsystem for Linux)."
+    ) from None
+
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(

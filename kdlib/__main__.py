@@ -1,5 +1,5 @@
-"""Command line: `python -m kdlib study | figures | findings | schema | record | step | probe |
-cache`."""
+"""Command line: `python -m kdlib study | status | figures | findings | schema | record | step |
+probe | cache`."""
 
 # Commands import what they need when they run, so that help and errors come at once. The docstring
 # of a command's function is its help; the function returns the exit code, or None for 0.
@@ -15,7 +15,7 @@ from kdlib.repro import files
 from kdlib.study.cells import Cell
 from kdlib.study.data import parse_part
 from kdlib.study.evaluation import AXES, Probe
-from kdlib.study.load import load_study
+from kdlib.study.load import load_study, study_file
 from kdlib.study.models import Model
 from kdlib.study.study import STEPS, Study
 
@@ -28,27 +28,41 @@ PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "
 
 def _study(arguments: argparse.Namespace) -> int | None:
     """Run a study, or a step of it such as `scores`; further options go to snakemake."""
-    from kdlib.steps.pipeline import failures, run_pipeline
+    from kdlib.steps.pipeline import closing_message, run_pipeline
 
-    study, options = load_study(arguments.study), arguments.further
-    code = run_pipeline(
-        study, arguments.study, arguments.step, arguments.cores, arguments.profile, options
-    )
-    if code:
-        failed = failures(study.runs)
-        lines = [f"{len(failed)} step(s) failed:", *(f"  {p}\n    {why}" for p, why in failed)]
-        if not failed:  # a job that is killed writes nothing
-            lines = [
-                "No notebook holds an error: jobs were killed, or ran out of time or memory; the "
-                "reason is printed above."
-            ]
-        lines += ["What is finished is kept; run the same command again to go on."]
-        print("\nThe study is not complete.", "\n".join(lines), file=sys.stderr)
+    path, options, step = study_file(arguments.study), arguments.further, arguments.step
+    study = load_study(path)
+    code = run_pipeline(study, path, step, arguments.cores, arguments.profile, options)
+    if not PARTLY.isdisjoint(option.split("=")[0] for option in options):
         return code
-    if arguments.step is None and not PARTLY & {option.split("=")[0] for option in options}:
-        lines = (study.figures / "summary.md").read_text().splitlines()
-        print(*[line for line in lines if not line.startswith("|")], sep="\n")
+    if message := closing_message(load_study(path), step, code):
+        print(f"\n{message}", file=sys.stderr)
+        return code or 1
+    if step is None:
+        _print_summary(study)
     print(f"Figures and tables: {study.figures}\nExecuted notebooks and runs: {study.runs}")
+
+
+def _print_summary(study: Study) -> None:
+    """Print the sentences of a finished study's summary, from its tables of now."""
+    from kdlib.compare.committed import read_committed
+    from kdlib.compare.comparisons import comparisons
+    from kdlib.compare.report import summary
+
+    lines = summary(study, comparisons(study, read_committed(study))).splitlines()
+    print(*[line for line in lines if not line.startswith("|")], sep="\n")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    """Say which steps of a study are not finished, and why."""
+    from kdlib.steps.done import unfinished
+
+    study = load_study(arguments.study)
+    found = unfinished(study)
+    for folder, why in found.items():
+        print(f"{folder.relative_to(files.workspace())}: {why}")
+    print(f"{study.name}: {len(found) or 'no'} run(s) are not finished")
+    return 1 if found else 0
 
 
 def _figures(arguments: argparse.Namespace) -> int:
@@ -99,6 +113,7 @@ def _step(arguments: argparse.Namespace) -> int:
     from kdlib.steps.step_command import run_steps
     from kdlib.trainer.distributed import joined
 
+    _refuse_unused(arguments)
     study, code = load_study(arguments.study), 0
     with joined(study.compute.device):
         points = _points(arguments, study)
@@ -106,6 +121,28 @@ def _step(arguments: argparse.Namespace) -> int:
             print(json.dumps(row), flush=True)  # a line for each step
             code = max(code, int("error" in row))
     return code
+
+
+def _refuse_unused(arguments: argparse.Namespace) -> None:
+    """Refuse options of `step` that none of the steps reads.
+
+    Raises: ValueError.
+    """
+    of_step = {"distill": (*AXES, "seed", "points"), "teacher": ("teacher",), "cache": ("built",)}
+    for step, names in of_step.items():
+        given = [name for name in names if getattr(arguments, name) not in (None, False)]
+        if given and step not in arguments.step:
+            raise ValueError(
+                f"--{given[0]} is read by step {step} alone, and the step is "
+                f"{', '.join(arguments.step)}: leave it out, or add the step"
+            )
+    if arguments.points is not None:
+        for name in (*AXES, "seed"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"--{name} and --points both name students: each line of --points has the "
+                    f"{name}; leave one of the two options out"
+                )
 
 
 def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell, int]]:
@@ -211,8 +248,8 @@ def _command(commands: Any, name: str, run: Any, study: str = "") -> Any:
     """The parser of a command, whose help is what its function says; with `study`, its first
     argument is a study file, described so."""
     about = run.__doc__.rstrip(".")
-    parser = commands.add_parser(name, help=about[0].lower() + about[1:])
-    parser.set_defaults(run=run)
+    parser = commands.add_parser(name, help=about[0].lower() + about[1:], allow_abbrev=False)
+    parser.set_defaults(run=run, parser=parser)
     if study:
         parser.add_argument("study", help=f"study file, such as {study}")
     return parser
@@ -224,6 +261,7 @@ def _add_commands(commands: Any) -> None:
     study.add_argument("step", nargs="?", choices=STEPS, help="only this, without the students")
     study.add_argument("--cores", type=int, help="at once; 2 where no profile is given")
     study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
+    _command(commands, "status", _status, digits)
     text = f"study file, such as {digits}; without one, all studies that have either"
     figures = _command(commands, "figures", _figures)
     figures.add_argument("study", nargs="?", default="all", help=text)
@@ -282,11 +320,19 @@ def _add_cache(commands: Any) -> None:
 
 def main() -> int:
     """Parse the command line and run one command."""
-    parser = argparse.ArgumentParser(prog="python -m kdlib", description=__doc__)
+    files.settle()
+    parser = argparse.ArgumentParser(
+        prog="python -m kdlib", description=__doc__, allow_abbrev=False
+    )
     _add_commands(parser.add_subparsers(required=True))
     arguments, further = parser.parse_known_args()
     if further and arguments.run is not _study:
-        parser.error(f"unknown arguments: {' '.join(further)}")
+        unknown = [option for option in further if option.startswith("-")]
+        near = ""
+        if unknown:
+            known = arguments.parser._option_string_actions
+            near = f"; {files.nearest(unknown[0].split('=')[0], known)}"
+        arguments.parser.error(f"unknown arguments: {' '.join(further)}{near}")
     arguments.further = further  # options of Snakemake
     try:
         return arguments.run(arguments) or 0

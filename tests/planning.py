@@ -22,6 +22,7 @@ def dry_run(
     """
     command = [*options, "--snakefile", str(ROOT / "Snakefile"), "--dry-run"]
     command += ["--workflow-profile", "none", "--directory", str(home)]
+    command += ["--rerun-triggers", "mtime"]
     command += ["--config", f"study={study}"]
     process = PROCESSES.Process(target=_snakemake, args=(command, log, dict(environment)))
     process.start()

@@ -16,7 +16,7 @@ from tiny import TINY, tiny_study
 from torch.nn import functional
 
 from kdlib.models.networks import build_network
-from kdlib.steps.distill import student_folder
+from kdlib.steps.folders import student_folder
 from kdlib.study.load import load_study
 
 ROOT = Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """`python -m kdlib cache` builds, shows and verifies caches, `probe` reads weights from outside; an
 error is one sentence."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from kdlib.study.models import Model
 from kdlib.study.study import Study
 from kdlib.study.yaml_text import parse_yaml
 
+ROOT = Path(__file__).resolve().parents[1]
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -304,7 +306,7 @@ def test_help_comes_without_torch(home, command):
 def test_an_unknown_option_is_refused(study, run):
     code, _, errors = run("cache", "build", "params/tiny.yaml", "--force")
     assert code == 2
-    assert "unknown arguments: --force" in errors
+    assert "unknown arguments: --force; did you mean" in errors
     assert not files.workspace().joinpath("cache").exists()
 
 
@@ -317,7 +319,9 @@ def test_an_unknown_option_is_refused(study, run):
         (["--profile", "mine", "--cores", "1"], ["--profile", "mine", "--cores", "1"]),
     ],
 )
-def test_cores_are_two_unless_given_or_left_to_a_profile(study, run, monkeypatch, asked, passed_on):
+def test_cores_are_two_unless_given_or_left_to_a_profile_and_paths_are_absolute(
+    study, run, home, monkeypatch, asked, passed_on
+):
     commands = []
 
     class Stopped:
@@ -330,8 +334,12 @@ def test_cores_are_two_unless_given_or_left_to_a_profile(study, run, monkeypatch
 
     monkeypatch.setattr(subprocess, "Popen", start)
     assert run("study", "params/tiny.yaml", *asked)[0] == 1
-    after = commands[0].index("study=params/tiny.yaml") + 1
-    assert commands[0][after:] == passed_on
+    place = commands[0].index("--config") + 1
+    assert commands[0][place] == f"study={home}/params/tiny.yaml"
+    profile = [str(ROOT / "profiles/slurm") if o == "profiles/slurm" else o for o in passed_on]
+    assert commands[0][place + 1 :] == profile
+    directory = commands[0].index("--directory") + 1
+    assert commands[0][directory] == str(home / "runs")
 
 
 @pytest.fixture
@@ -383,23 +391,120 @@ def test_probe_refuses_foreign_weights_in_one_sentence(run: Run, weights: Path, 
     assert errors.count("\n") == 1
 
 
-def test_a_pipeline_whose_jobs_were_killed_says_that_no_notebook_knows_why(study, run, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
-    monkeypatch.setattr("kdlib.steps.pipeline.wait", lambda process: 1)
-    code, _, errors = run("study", "params/tiny.yaml")
-    assert code == 1
-    assert "The study is not complete. No notebook holds an error: jobs were killed" in errors
-    assert "run the same command again to go on" in errors
+def notebook(outputs: list | None = None, status: str = "completed") -> dict:
+    """An executed notebook of one cell."""
+    cell = {"cell_type": "code", "metadata": {"papermill": {"status": status}}}
+    return {"cells": [cell | {"outputs": outputs or []}]}
+
+
+ERROR = {"output_type": "error", "ename": "CheckError", "evalue": "no", "traceback": []}
+
+
+@pytest.fixture
+def piped(study: Study, run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """A function that runs a pipeline which leaves some notebooks and fails: what is said of it."""
+
+    def running(code: int = 1, **left: dict) -> str:
+        def wait(process: None) -> int:
+            for name, content in left.items():
+                files.write_json(study.runs / name / "01.ipynb", content)
+            return code
+
+        monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: None)
+        monkeypatch.setattr("kdlib.steps.pipeline.wait", wait)
+        ended, output, errors = run("study", "params/tiny.yaml")
+        assert (ended, output) == (1, "")
+        assert errors.startswith("\nThe study is not complete.\n")
+        assert "run the same command again to go on" in errors
+        return errors
+
+    return running
+
+
+def test_a_pipeline_that_stops_before_a_step_says_so_and_blames_nothing(piped):
+    errors = piped()
+    assert "Snakemake stopped with exit code 1; no notebook or log of this call holds" in errors
+    assert "failed" not in errors
+    assert "killed" not in errors
+
+
+def test_a_pipeline_tells_what_failed_now_what_was_killed_and_what_failed_before(piped, study):
+    old = study.runs / "datamap" / "03.ipynb"
+    files.write_json(old, notebook([ERROR]))
+    stale = study.runs / "elsewhere" / "03.ipynb"  # of no step that is not finished
+    files.write_json(stale, notebook([ERROR]))
+    for path in (old, stale):
+        os.utime(path, (1e9, 1e9))
+    errors = piped(cache=notebook([ERROR]), teacher=notebook(status="running"))
+    now, killed, before = re.split(
+        r"\d notebook\(s\) ended|\d step\(s\) failed in an earlier", errors
+    )
+    assert f"1 step(s) failed:\n  {study.runs}/cache/01.ipynb\n    CheckError: no\n" in now
+    assert "they were killed, or ran out of time or memory" in killed
+    assert f"{study.runs}/teacher/01.ipynb" in killed
+    assert str(old) in before
+    assert str(stale) not in errors
+
+
+def test_a_pipeline_that_ends_well_over_unfinished_runs_prints_no_summary(piped, study):
+    study.figures.mkdir(parents=True)
+    (study.figures / "summary.md").write_text("# tiny: results of another day")
+    errors = piped(code=0)
+    assert f"  {study.runs}/cache\n    is not made yet\n" in errors
+    assert "another day" not in errors
+
+
+def test_status_names_each_run_that_is_not_finished(study, run):
+    code, output, errors = run("status", "params/tiny.yaml")
+    assert (code, errors) == (1, "")
+    assert output.startswith("runs/tiny/cache: is not made yet\n")
+    assert output.splitlines()[-1].startswith("tiny: 23 run(s) are not finished")
+    assert not study.runs.exists()  # it only looks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["step", "cache", "--points", "x"], "--points is read by step distill alone"),
+        (["step", "cache", "--strategy", "easy"], "--strategy is read by step distill alone"),
+        (["step", "cache,probe", "--seed", "0"], "and the step is cache, probe"),
+        (["step", "distill", "--teacher", "t"], "--teacher is read by step teacher alone"),
+        (["step", "teacher", "--built"], "--built is read by step cache alone"),
+        (["step", "distill", "--points", "-", "--seed", "0"], "--seed and --points both name"),
+        (["step", "distill", "--points", "-", "--fraction", "0"], "--fraction and --points both"),
+        (["study", "--corse", "3"], "has an option --corse; did you mean '--cores'?"),
+        (["study", "--dryrum"], "has an option --dryrum; did you mean '--dryrun'?"),
+    ],
+)
+def test_an_option_that_a_command_does_not_use_is_refused(study, run, arguments, says):
+    command, *rest = arguments
+    rest = [*rest[:1], "params/tiny.yaml", *rest[1:]] if command == "step" else rest
+    rest = ["params/tiny.yaml", *rest] if command == "study" else rest
+    code, output, errors = run(command, *rest)
+    assert (code, output) == (1, "")
+    assert says in errors
+    assert errors.count("\n") == 1
+    assert not study.runs.exists()
+
+
+def test_an_option_is_not_taken_for_one_it_begins_and_the_nearest_is_named(study, run):
+    code, _, errors = run("cache", "build", "params/tiny.yaml", "--work", "2")
+    assert code == 2
+    assert "unknown arguments: --work 2; did you mean '--workers'?" in errors
+
+
+def test_without_the_locks_of_linux_and_macos_the_import_is_one_sentence():
+    code = "import sys; sys.modules['fcntl'] = None; import kdlib"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: kdlib runs on Linux and macOS: this Python has no fcntl")
 
 
 def test_failed_notebooks_are_listed_with_their_error(study):
-    def notebook(outputs):
-        return {"cells": [{"cell_type": "code", "outputs": outputs}]}
-
-    error = {"output_type": "error", "ename": "CheckError", "evalue": "no", "traceback": []}
-    files.write_json(study.runs / "a" / "bad.ipynb", notebook([error]))
+    files.write_json(study.runs / "a" / "bad.ipynb", notebook([ERROR]))
     files.write_json(study.runs / "a" / "good.ipynb", notebook([]))
-    files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([error]))
+    files.write_json(study.runs / "archive" / "x" / "old.ipynb", notebook([ERROR]))
     (study.runs / "a" / "cut.ipynb").write_text('{"cells": [')
     (study.runs / "a" / "empty.ipynb").touch()
     bad, cut, empty = failed_notebooks(study.runs)

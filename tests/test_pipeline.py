@@ -29,14 +29,18 @@ def _environment(home):
 
 
 def _command(home, *options):
-    command = [sys.executable, "-m", "kdlib", "study", str(home / STUDY), "--cores", "2"]
-    return [*command, "--directory", str(home), *options]
+    return [sys.executable, "-m", "kdlib", "study", STUDY, "--cores", "2", *options]
 
 
 def _run(home, *options):
-    return subprocess.run(
-        _command(home, *options), env=_environment(home), capture_output=True, text=True
-    )
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    process = subprocess.run(
+        _command(home, *options),
+        env=_environment(home), cwd=elsewhere, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not list(elsewhere.iterdir())  # Snakemake's own records lie beside the runs
+    return process
 
 
 def _results(home):
@@ -106,13 +110,18 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
 
 
 def test_a_second_run_makes_nothing_anew(home):
-    before = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
+    before = _times(home)
     process = _run(home)
     assert process.returncode == 0
     assert "Nothing to be done" in process.stdout + process.stderr
     assert "# tiny: results" in process.stdout
-    after = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("*")}
+    after = _times(home)
     assert {p.name for p in before if after[p] != before[p]} <= {"tiny", ".lock"}
+
+
+def _times(home):
+    paths = (home / "runs").rglob("*")
+    return {path: path.stat().st_mtime_ns for path in paths if ".snakemake" not in path.parts}
 
 
 ALL = {"cache": 1, "teacher": 1, "datamap": 1, "distill": 3, "probe": 2, "compare": 1}
@@ -120,7 +129,8 @@ SCORES = {"record": 4, "scores": 1}
 
 
 def _planned(home, study):
-    """How many jobs of each rule a dry run of the pipeline plans."""
+    """How many jobs of each rule a dry run of the pipeline plans, where Snakemake knows nothing of
+    earlier runs."""
     counts = planned(study, home, home / "plan.log", environment=_environment(home))
     return {rule: n for rule, n in counts.items() if rule != "all"}
 
@@ -133,16 +143,16 @@ def _planned(home, study):
         (
             ("dynamics", "window"),
             4,
-            {k: ALL[k] for k in ("datamap", "distill", "probe", "compare")} | {"scores": 1},
+            dict.fromkeys(("datamap", "distill", "probe", "compare", "scores"), 1),
         ),
         (("training", "lr_peak"), 0.2, {k: ALL[k] for k in ("distill", "probe", "compare")}),
         (
             ("objectives", "plain", "kind"),
             "label_smoothing",
-            {"distill": 3, "probe": 2, "compare": 1},
+            {"distill": 3, "compare": 1},
         ),
         (("seeds",), [0, 1, 2], {k: ALL[k] for k in ("distill", "probe", "compare")}),
-        (("recordings", "seeds"), [0, 1, 2], {"record": 6, "scores": 1}),
+        (("recordings", "seeds"), [0, 1, 2], {"record": 2, "scores": 1}),
         (("probe", "k"), 7, {"probe": 2, "compare": 1}),
         (("compare", "margin"), 0.03, {"compare": 1}),
         (("axes", "strategy"), ["random", "easy", "hard"], {"distill": 1, "compare": 1}),

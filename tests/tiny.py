@@ -9,7 +9,8 @@ import yaml
 
 from kdlib.dataset.images import Images
 from kdlib.repro import files
-from kdlib.steps.distill import student_folder, train_student
+from kdlib.steps.distill import train_student
+from kdlib.steps.folders import student_folder
 from kdlib.study.cells import Cell
 from kdlib.study.load import load_study
 from kdlib.study.study import Study

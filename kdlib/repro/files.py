@@ -26,6 +26,14 @@ def workspace() -> Path:
     return Path(home).resolve() if home else Path(__file__).resolve().parents[2]
 
 
+def settle() -> None:
+    """Make `$KDLIB_HOME` and `$KDLIB_DATA` absolute, for this process and those it starts: a
+    relative folder would be another one where they work."""
+    for name in ("KDLIB_HOME", "KDLIB_DATA"):
+        if os.environ.get(name):
+            os.environ[name] = os.path.abspath(os.environ[name])
+
+
 def data_root() -> Path:
     """The folder of downloaded data and weights: `$KDLIB_DATA`, or `data/` in the workspace."""
     root = os.environ.get("KDLIB_DATA")

@@ -23,6 +23,7 @@ from kdlib.repro.tables import read_parquet
 
 # since 3, settings.json holds every default and no null; since 4, what was read and executed
 FORMAT = 4
+KEPT = (".json", ".npy", ".parquet", ".safetensors")  # suffixes of the files of a run
 
 
 class Run:
@@ -45,16 +46,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether there is valid evidence for these settings."""
+        """Whether there is valid evidence for these settings, and what it names is there."""
         path = self.folder / "evidence.json"
-        return path.exists() and _whole(path)["settings_sha256"] == self.settings_sha256
+        if not path.exists() or (whole := _whole(path))["settings_sha256"] != self.settings_sha256:
+            return False
+        return not incomplete(self.folder, whole)
 
     def finish(self, evidence: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         """Write the evidence, and with it mark the run finished.
 
         Args:
-            evidence: JSON-able facts of the run; format, settings fingerprint and circumstances
-                (versions, machine, commit, wall time) are added.
+            evidence: JSON-able facts of the run; format, settings fingerprint, names of the run's
+                files and circumstances (versions, machine, commit, wall time) are added.
 
         Returns: The evidence as written, with a seal.
         """
@@ -62,6 +65,7 @@ class Run:
         added = {
             "format": FORMAT,
             "settings_sha256": self.settings_sha256,
+            "files": _files_of(self.folder),
             "made": circumstances(device) | {"wall_s": wall_s},
         }
         evidence = files.sealed(evidence | added)
@@ -127,6 +131,25 @@ def read_evidence(folder: Path, expected: dict[str, Any] | None = None) -> dict[
             "run the notebook that makes it again"
         )
     return evidence
+
+
+def incomplete(folder: Path, evidence: dict[str, Any]) -> str:
+    """Why a run with evidence is not finished all the same: a failed check, or a file that is gone;
+    empty for a finished one."""
+    for check in evidence.get("checks", ()):
+        if not check["passed"]:
+            return f"the check {check['name']} failed: {check['sentence']}"
+    gone = [name for name in evidence.get("files", ()) if not (folder / name).is_file()]
+    more = f" and {len(gone) - 1} more files" if gone[1:] else ""
+    return f"{gone[0]}{more} of the run are gone" if more else f"{gone[0]} is gone" if gone else ""
+
+
+def _files_of(folder: Path) -> list[str]:
+    """The files that a run leaves; stored outputs of a teacher can be made again without it."""
+    aside = ("state", "outputs-", ".")
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix in KEPT)
+    names = (name for name in names if not any(p.startswith(aside) for p in name.parts))
+    return sorted({str(name) for name in names} - {"evidence.json", "settings.json"})
 
 
 def _whole(path: Path) -> dict[str, Any]:

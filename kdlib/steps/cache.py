@@ -45,7 +45,7 @@ def cache_images(study: Study, built: bool = False) -> Images:
         "inputs": {split: cache.fingerprint for split, cache in caches.items()},
     }
     with open_run(study.runs, study.runs / "cache", settings) as run:
-        if not run.finished or not (run.folder / DUPLICATES).is_file():
+        if not run.finished:
             evidence = {"step": "cache", "study": study.name} | _reading(caches)
             evidence |= _checked(study, caches, *ids, run.folder / DUPLICATES)
             mean, std = pixel_statistics(caches["train"], ids[0])

@@ -12,16 +12,29 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.committed import committed_folder, is_committed, read_committed, write_committed
+from kdlib.compare.committed import (
+    NAMES,
+    committed_folder,
+    is_committed,
+    read_committed,
+    write_committed,
+)
 from kdlib.compare.comparisons import PROBED, Tables, comparisons, rerun_command, with_untrained
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run, read_evidence, read_metrics
 from kdlib.steps.cache import reader_sentence
-from kdlib.steps.distill import open_student, outcome, student_folder
-from kdlib.steps.probe import open_probes, probe_folder
+from kdlib.steps.distill import open_student, outcome
+from kdlib.steps.done import read_by
+from kdlib.steps.folders import (
+    dynamics_settings,
+    probe_folder,
+    student_folder,
+    student_settings,
+    teacher_folder,
+)
+from kdlib.steps.probe import open_probes
 from kdlib.steps.recount import Recount
 from kdlib.steps.remeasure import Remeasure
-from kdlib.steps.teacher_network import teacher_folder
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
 from kdlib.study.evaluation import AXES
@@ -224,39 +237,50 @@ def probes(study: Study) -> pd.DataFrame:
 
 
 def costs(study: Study) -> pd.DataFrame:
-    """Wall times: one row for each finished run of a student, and one each for `cache`, `teacher`
-    (its training, if any, and its stored outputs), `dynamics` (where another network is recorded
-    than the teacher), `datamap` and each further teacher; the trainings of a teacher that learns
-    from subsets are added up.
+    """Wall times of the runs that were made with the settings of now: one row for each student, and
+    one each for `cache`, `teacher` (its training, if any, and its stored outputs), `dynamics`
+    (where another network is recorded than the teacher), `datamap` and each further teacher; the
+    trainings of a teacher that learns from subsets are added up.
 
     Returns: `what`, the axes and `seed` ("", 0 and -1 where there are none), `wall_s` of the
         process that finished it, `steps` of optimisation, and the circumstances.
     """
-    upstream = study.upstream.runs
-    no_cell = {"student": "", "strategy": "", "fraction": 0.0, "objective": "", "seed": -1}
-    folders = {what: [upstream / what] for what in ("cache", "teacher")}
+    up, no_cell = study.upstream, {"student": "", "strategy": "", "fraction": 0.0}
+    no_cell |= {"objective": "", "seed": -1}
+    asked = {what: up.step_settings(what) for what in ("cache", "teacher", "datamap")}
+    runs = {what: [(up.runs / what, asked[what])] for what in ("cache", "teacher")}
     if study.dynamics.model is not None:
-        folders["dynamics"] = [study.recorded_run]
-    folders["datamap"] = [upstream / "datamap"]
-    for name in study.teachers:
+        runs["dynamics"] = [(study.recorded_run, dynamics_settings(study))]
+    runs["datamap"] = [(up.runs / "datamap", asked["datamap"])]
+    for name, teacher in study.teachers.items():
+        settings = study.step_settings("teacher", teacher=name)
         paths = sorted(teacher_folder(study, name).glob("**/evidence.json"))
-        folders[f"teacher {name}"] = [path.parent for path in paths]
+        runs[f"teacher {name}"] = [
+            (path.parent, settings | ({"seed": _seed_of(path.parent)} if teacher.of_subset else {}))
+            for path in paths
+        ]
     rows = []
-    for what, of_step in folders.items():
-        runs = list(filter(None, map(_cost, of_step)))
-        if runs:
-            total = {key: sum(run[key] for run in runs) for key in ("wall_s", "steps")}
-            rows.append({"what": what} | no_cell | runs[0] | total)
+    for what, of_step in runs.items():
+        found = list(filter(None, (_cost(*run) for run in of_step)))
+        if found:
+            total = {key: sum(run[key] for run in found) for key in ("wall_s", "steps")}
+            rows.append({"what": what} | no_cell | found[0] | total)
     for cell, seed in itertools.product(study.cells(), study.seeds):
-        if cost := _cost(student_folder(study, cell, seed)):
+        folder = student_folder(study, cell, seed)
+        if cost := _cost(folder, student_settings(study, cell, seed)):
             rows.append({"what": "student"} | dict(cell.items()) | {"seed": seed} | cost)
     return pd.DataFrame(rows)
 
 
-def _cost(folder: Path) -> dict[str, Any] | None:
+def _seed_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("seed="))
+
+
+def _cost(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What a finished run cost, if it was made with these settings."""
     try:
-        evidence = read_evidence(folder)
-    except (FileNotFoundError, ValueError):  # missing, or a refused run
+        evidence = read_evidence(folder, settings)
+    except (FileNotFoundError, ValueError):  # missing, refused, or of other settings
         return None
     made, recorded = evidence["made"], evidence.get("budget", {}).get("recorded", {})
     circumstances = {key: str(made[key]) for key in CIRCUMSTANCES}
@@ -287,7 +311,8 @@ def compile_tables(study: Study) -> Tables:
 def finish_tables(study: Study, step: str, tables: Tables) -> dict[str, Any]:
     """Write each table of step `compare`, `scores` or `noise` to
     `runs/<study>/<step>/<name>.parquet`, then the evidence, which marks the step finished: their
-    hashes, and of `compare` how many runs there are and how many were accepted.
+    hashes, the seals of the runs that they were made of, and of `compare` the hashes of the
+    committed tables, how many runs there are and how many were accepted.
 
     Returns: The evidence.
     """
@@ -298,8 +323,10 @@ def finish_tables(study: Study, step: str, tables: Tables) -> dict[str, Any]:
         hashes[name] = files.sha256_file(path)
     settings = {"step": study.step_settings(step), "inputs": hashes}
     files.write_json(folder / "settings.json", settings)
-    evidence = {"step": step, "study": study.name}
+    evidence = {"step": step, "study": study.name, "read": read_by(study, step)}
     if step == "compare":
+        paths = {name: committed_folder(study) / f"{name}.parquet" for name in NAMES}
+        evidence["committed"] = {name: files.sha256_file(path) for name, path in paths.items()}
         refused = tables["results"]["refused"]
         evidence |= {"n_runs": len(refused), "n_accepted": int((~refused).sum())}
     return Run(folder, settings).finish(evidence)

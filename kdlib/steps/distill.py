@@ -1,6 +1,5 @@
 """Step 04: the subset that a student is trained on, and its training."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from kdlib.dataset.plan import budget, fixed_shards, shards_in_fraction
 from kdlib.models.base import Network
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
-from kdlib.repro.run import read_evidence
+from kdlib.repro.run import Run, read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
 from kdlib.steps.datamap import open_datamap
+from kdlib.steps.folders import student_folder, student_settings
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
 from kdlib.steps.teacher_outputs import teacher_features
@@ -88,7 +88,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     if needs_teacher(objective):
         teacher = open_stored_teacher(study, images, objective, subset, seed)
         fingerprints["teacher_outputs"] = teacher.outputs.fingerprint
-    settings = {"step": _settings(study, cell, seed), "inputs": fingerprints}
+    settings = {"step": student_settings(study, cell, seed), "inputs": fingerprints}
     folder = student_folder(study, cell, seed)
     launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed)
     world, n_shards = this_process(study.compute.device), None
@@ -97,6 +97,8 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         n_shards = shards_in_fraction(subset.example_ids, size, cell.fraction)
     with open_shared_run(study, folder, settings, world) as run:
         if run.finished:
+            if world.first:
+                _renew(run, subset, teacher and teacher.card)
             return read_evidence(folder)
         if world.first:
             subset.save(folder / "subset.parquet")
@@ -125,8 +127,18 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
         return finish_run(run, study, images, "distill", evidence, checks.STUDENT)
 
 
-def _settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
-    return study.step_settings("distill", cell) | {"seed": seed}
+def _renew(run: Run, subset: Subset, card: dict[str, Any] | None) -> None:
+    """Name in a finished run's evidence the datamap and the teacher of now, where a datamap made
+    anew chose the same examples, or a teacher made anew has the same outputs."""
+    evidence = read_evidence(run.folder)
+    named = evidence["subset"] | {"parent_datamap": subset.parent}
+    if named == evidence["subset"] and card == evidence["teacher"]:
+        return
+    if named != evidence["subset"]:
+        (run.folder / "subset.parquet").unlink()
+        subset.save(run.folder / "subset.parquet")
+    renewed = files.sealed(evidence | {"subset": named, "teacher": card})
+    files.write_json(run.folder / "evidence.json", renewed)
 
 
 def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
@@ -134,12 +146,7 @@ def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
 
     Raises: FileNotFoundError when it is not finished; ValueError when the study has changed since.
     """
-    return read_evidence(student_folder(study, cell, seed), _settings(study, cell, seed))
-
-
-def student_folder(study: Study, cell: Cell, seed: int) -> Path:
-    """The folder of the run of one cell and seed."""
-    return study.runs / "distill" / cell.path / f"seed={seed}"
+    return read_evidence(student_folder(study, cell, seed), student_settings(study, cell, seed))
 
 
 def outcome(evidence: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,11 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kdlib.repro import files
+from kdlib.steps.done import CUT, end_of_notebook, unfinished
 from kdlib.study.study import Study
 
 SNAKEFILE = Path(__file__).resolve().parents[2] / "Snakefile"  # beside the package
@@ -15,7 +16,7 @@ SNAKEFILE = Path(__file__).resolve().parents[2] / "Snakefile"  # beside the pack
 
 def run_pipeline(
     study: Study,
-    file: str,
+    file: Path,
     step: str | None = None,
     cores: int | None = None,
     profile: str | None = None,
@@ -23,28 +24,68 @@ def run_pipeline(
 ) -> int:
     """Run a study's pipeline, or one step of it; returns the exit code of Snakemake.
 
+    Paths are handed on as absolute ones, and jobs run in this process's environment, wherever the
+    pipeline is started and whatever PATH says.
+
     Args:
         file: The study file.
         step: One of `STEPS`; None: the whole study.
         cores: Cores used at a time; None: 2, or what the profile says.
-        profile: Folder of a Snakemake profile.
+        profile: Folder of a Snakemake profile; a relative path that is not in the current folder is
+            looked up beside the package.
         options: Further options of Snakemake.
 
-    Raises: BlockingIOError when another pipeline of this study runs.
+    Raises: BlockingIOError when another pipeline of this study runs; ValueError for an option that
+        Snakemake does not have.
     """
+    refuse_unknown(options)
     command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE)]
     command += [step] if step else []
-    command += ["--nolock", "--config", f"study={file}"]
-    command += ["--profile", profile] if profile else []
+    command += ["--nolock", "--rerun-triggers", "mtime", "--directory", str(study.runs.parent)]
+    command += ["--config", f"study={os.path.abspath(file)}"]
+    command += ["--profile", _profile_folder(profile)] if profile else []
     if cores or not profile:  # with a profile it would cap the threads of each job
         command += ["--cores", str(cores or 2)]
-    # papermill is found whether or not the environment is activated
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    files.settle()
+    # a kernel named python3 of the user's would else be taken before that of this environment
+    kernels = [os.path.join(sys.prefix, "share", "jupyter"), os.environ.get("JUPYTER_PATH")]
+    path = [str(Path(sys.executable).parent), os.environ.get("PATH")]
+    places = {"PATH": path, "JUPYTER_PATH": kernels}
+    environment = {name: os.pathsep.join(filter(None, of)) for name, of in places.items()}
     # Snakemake's lock outlives a kill; the kernel frees ours. Jobs that outlive a killed pipeline
     # hold the locks of their runs, and the next pipeline's jobs wait for those.
     with files.locked(study.runs / ".lock", wait=False):
-        process = subprocess.Popen([*command, *options], env=os.environ | {"PATH": path})
+        (study.runs / ".lock").touch()  # its time, by the clock of the disk, is that of the start
+        process = subprocess.Popen([*command, *options], env=os.environ | environment)
         return wait(process)
+
+
+def _profile_folder(profile: str) -> str:
+    """Absolute, where there is such a folder; else a name that Snakemake looks up."""
+    for folder in (Path(profile), SNAKEFILE.parent / profile):
+        if folder.exists():
+            return os.path.abspath(folder)
+    return profile
+
+
+def refuse_unknown(options: Sequence[str]) -> None:
+    """Refuse an option that neither this command nor Snakemake has, with the nearest that they
+    have.
+
+    Raises: ValueError.
+    """
+    given = [o.split("=")[0] for o in options if o.startswith("--") and o != "--"]
+    if not given:
+        return
+    from snakemake.cli import get_argument_parser  # takes a second
+
+    known = set(get_argument_parser()._option_string_actions) | {"--cores", "--profile"}
+    for option in given:
+        if option not in known:
+            raise ValueError(
+                f"neither this command nor Snakemake has an option {option}; "
+                f"{files.nearest(option, known)}"
+            )
 
 
 def wait(process: subprocess.Popen) -> int:
@@ -56,9 +97,63 @@ def wait(process: subprocess.Popen) -> int:
             print("stopping: waiting for running jobs", file=sys.stderr)
 
 
-def failures(root: Path) -> list[tuple[Path, str]]:
-    """Notebooks and logs of a study's runs that hold an error: (path, message)."""
-    return failed_notebooks(root) + failed_logs(root)
+def closing_message(study: Study, step: str | None, code: int) -> str:
+    """What to say of a pipeline that is over and did not finish: what failed in it, what an earlier
+    one left, and which steps are not finished. Empty for a study that is complete.
+
+    Args:
+        step: One of `STEPS`; None: the whole study.
+        code: Exit code of Snakemake.
+    """
+    open_steps = unfinished(study, step)
+    if not code and not open_steps:
+        return ""
+    started = (study.runs / ".lock").stat().st_mtime_ns
+    roots = dict.fromkeys((study.upstream.runs, study.runs))
+    found = [one for root in roots for one in failed_notebooks(root) + failed_logs(root)]
+    now = [(path, why) for path, why in found if path.stat().st_mtime_ns >= started]
+    earlier = [one for one in found if one not in now and _is_of(one[0], open_steps)]
+    ended = [one for root in roots for one in _ended_early(root, started)]
+    lines = ["The study is not complete."]
+    if now:
+        lines += [f"{len(now)} step(s) failed:", *_listed(now)]
+    if ended:
+        lines += [f"{len(ended)} notebook(s) ended before their last cell and without an error: "
+                  "they were killed, or ran out of time or memory:", *_listed(ended)]  # fmt: skip
+    if code and not now and not ended:
+        lines += [
+            f"Snakemake stopped with exit code {code}; no notebook or log of this call holds an "
+            "error, and the reason is printed above."
+        ]
+    if earlier:
+        lines += [f"{len(earlier)} step(s) failed in an earlier call and were not tried in this "
+                  "one:", *_listed(earlier)]  # fmt: skip
+    if open_steps and not code:
+        lines += [f"{len(open_steps)} run(s) are not finished:"]
+        lines += _listed([(folder, why) for folder, why in open_steps.items()])
+    return "\n".join([*lines, "What is finished is kept; run the same command again to go on."])
+
+
+def _is_of(path: Path, folders: Iterable[Path]) -> bool:
+    """Whether a notebook or log is of one of these runs."""
+    place = path.with_suffix("") if path.suffix == ".log" else path.parent
+    return any(folder.is_relative_to(place) for folder in folders)
+
+
+def _listed(found: Sequence[tuple[Path, str]], most: int = 20) -> list[str]:
+    lines = [f"  {path}\n    {why}" for path, why in found[:most]]
+    return lines + ([f"  and {len(found) - most} more"] if found[most:] else [])
+
+
+def _ended_early(root: Path, started: int) -> list[tuple[Path, str]]:
+    """Notebooks written since a time that hold neither an error nor all of their cells' ends."""
+    found = []
+    for path in sorted(root.glob("**/*.ipynb")):
+        if "archive" not in path.parts and path.stat().st_mtime_ns >= started:
+            ends = end_of_notebook(path)
+            if ends == CUT and path.stat().st_size:
+                found.append((path, ends))
+    return found
 
 
 def failed_notebooks(root: Path) -> list[tuple[Path, str]]:

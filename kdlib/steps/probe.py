@@ -6,7 +6,6 @@ The columns `on` and `layer` of the table name the data set (`own`: the study's,
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,8 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.checkpoints import load_step
-from kdlib.steps.distill import open_student, student_folder
+from kdlib.steps.distill import open_student
+from kdlib.steps.folders import probe_folder, student_folder, teacher_folder
 from kdlib.steps.probe_network import (
     LAST,
     STUDY_DATA,
@@ -30,7 +30,7 @@ from kdlib.steps.probe_network import (
     probe_pair,
 )
 from kdlib.steps.processes import prepare_device
-from kdlib.steps.teacher_network import load_teacher, teacher_folder, teacher_pixels
+from kdlib.steps.teacher_network import load_teacher, teacher_pixels
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.study.cells import Cell
 from kdlib.study.study import Study
@@ -86,11 +86,6 @@ def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
     """
     path = probe_folder(study, cell) / "probes.parquet"
     return read_table(path, study.step_settings("probe"), MAKER)
-
-
-def probe_folder(study: Study, cell: Cell) -> Path:
-    """The folder of the probes of one cell."""
-    return study.runs / "probe" / cell.path
 
 
 def _fingerprints(others: dict[str, Examples]) -> dict[str, list[str]]:

@@ -2,7 +2,6 @@
 cross-validation, and the threshold samples of AUM. Notebooks 07 and 08 read their logs and tables.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,13 @@ from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.checkpoints import load_epoch, load_last
 from kdlib.steps.datamap import gradients
+from kdlib.steps.folders import recording_folder, recording_settings
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.training import finish_run, train_run
 from kdlib.study.base import StudyError
 from kdlib.study.selections import ExtraRecordings
 from kdlib.study.study import Study
 from kdlib.trainer.distributed import World
-
-
-def recording_folder(study: Study, model: str, part: str) -> Path:
-    """The folder of one recording."""
-    return study.runs / "recorded" / f"model={model}" / part
 
 
 def fold_of(example_ids: np.ndarray, n_folds: int) -> np.ndarray:
@@ -53,23 +48,6 @@ def threshold_samples(example_ids: np.ndarray, n_classes: int, which: int) -> np
     n = len(example_ids) // (n_classes + 1)
     order = np.argsort(hashed(example_ids, 0, "threshold"))
     return np.sort(example_ids[order[(which - 1) * n : which * n]])
-
-
-def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
-    """The settings of one recording."""
-    asked, (kind, number) = study.recordings, part.split("=")
-    of_first = kind == "seed" and model == next(iter(asked.models))
-    return {
-        "model": asked.models[model].model_dump(mode="json"),
-        "part": part,
-        "folds": asked.folds if kind == "fold" else None,
-        "seed": int(number) if kind == "seed" else asked.seeds[0],
-        "gradient_epoch": study.dynamics.gradient_epoch if of_first else None,
-        "observed": study.dynamics.observed if kind != "fold" else None,
-        "logits": study.dynamics.logits and kind == "seed",
-        "compute": study.step_settings("record")["compute"] | {"processes": 1},
-        "training": (asked.training or study.recorded_training).model_dump(mode="json"),
-    }
 
 
 def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any]:

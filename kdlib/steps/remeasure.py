@@ -24,10 +24,11 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
-from kdlib.steps.distill import make_subset, student_folder
+from kdlib.steps.distill import make_subset
+from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.recount import Recount, Shards, stream_seed
-from kdlib.steps.teacher_network import teacher_folder, teacher_network
+from kdlib.steps.teacher_network import teacher_network
 from kdlib.study.cells import Cell
 from kdlib.study.models import Model
 from kdlib.study.objectives import needs_teacher

@@ -13,10 +13,10 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
+from kdlib.steps.folders import dynamics_settings, teacher_folder
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher_network import (
     recorded_network,
-    teacher_folder,
     teacher_network,
     teacher_settings,
     weights_file,
@@ -133,8 +133,7 @@ def _make(
 def _record_dynamics(study: Study, images: Images) -> None:
     """Train the network whose dynamics make the datamap, when it is not the teacher."""
     dynamics, world = study.dynamics, this_process(study.compute.device)
-    asked = {key: study.step_settings("teacher")[key] for key in ("dynamics", "compute")}
-    settings = {"step": asked, "inputs": images.fingerprints}
+    settings = {"step": dynamics_settings(study), "inputs": images.fingerprints}
     with open_shared_run(study, study.recorded_run, settings, world) as run:
         if run.finished:
             return

@@ -30,11 +30,6 @@ def teacher_settings(study: Study, name: str | None) -> Teacher:
     return study.teachers[name]
 
 
-def teacher_folder(study: Study, name: str | None = None) -> Path:
-    """The folder of the run of the study's teacher, or of a further one."""
-    return study.upstream.runs / "teacher" if name is None else study.runs / "teachers" / name
-
-
 def teacher_network(
     study: Study, images: Images, device: str, name: str | None = None, seed: int | None = None
 ) -> Network:

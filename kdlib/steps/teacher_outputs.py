@@ -19,10 +19,10 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import knn_probe
 from kdlib.probes.features import labelled_features
 from kdlib.repro.run import read_evidence
+from kdlib.steps.folders import teacher_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher_network import (
     load_teacher,
-    teacher_folder,
     teacher_network,
     teacher_pixels,
     teacher_settings,

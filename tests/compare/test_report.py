@@ -10,7 +10,7 @@ from kdlib.compare.report import ledger_text, summary
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.steps.compare import compile_tables, results
-from kdlib.steps.distill import student_folder
+from kdlib.steps.folders import student_folder
 from kdlib.study.load import load_study
 
 

@@ -13,9 +13,10 @@ from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import compile_tables, curves, results
-from kdlib.steps.distill import make_subset, student_folder, train_student
+from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.figures import _accepted_probes, draw_comparison, redraw_comparison
-from kdlib.steps.probe import open_probes, probe_cell, probe_folder
+from kdlib.steps.folders import probe_folder, student_folder
+from kdlib.steps.probe import open_probes, probe_cell
 
 
 def test_every_row_of_an_honest_study_is_accepted(lab):

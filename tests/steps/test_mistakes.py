@@ -24,7 +24,8 @@ from kdlib.repro.seeds import generator
 from kdlib.steps import checkpoints, distill, training
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import results
-from kdlib.steps.distill import student_folder, train_student
+from kdlib.steps.distill import train_student
+from kdlib.steps.folders import student_folder
 from kdlib.trainer import step
 from kdlib.trainer.loop import _Loop
 

@@ -12,8 +12,9 @@ from kdlib.probes.classifiers import Features, linear_probe
 from kdlib.steps import probe, probe_network
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import compile_tables, probes
-from kdlib.steps.distill import open_student, student_folder
+from kdlib.steps.distill import open_student
 from kdlib.steps.figures import draw_comparison
+from kdlib.steps.folders import student_folder
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.yaml_text import parse_yaml
 

@@ -21,7 +21,8 @@ from kdlib.steps import probe, probe_network, training
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
-from kdlib.steps.distill import student_folder, train_student
+from kdlib.steps.distill import train_student
+from kdlib.steps.folders import student_folder
 from kdlib.steps.teacher import make_teacher
 from kdlib.study.load import load_study
 from kdlib.study.study import Study

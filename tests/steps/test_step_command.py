@@ -8,7 +8,8 @@ import pytest
 from kdlib.cache.shards import CacheError
 from kdlib.repro.run import read_evidence
 from kdlib.steps import cache, step_command
-from kdlib.steps.distill import open_student, student_folder
+from kdlib.steps.distill import open_student
+from kdlib.steps.folders import student_folder
 from kdlib.study.base import StudyError
 from kdlib.study.load import load_study
 

@@ -1,0 +1,360 @@
+"""Which steps of a study are finished, and why the others are not.
+
+A step is finished when its evidence belongs to the settings and inputs of now, its checks passed
+and its files are there. The pipeline runs the steps that are not, `python -m kdlib status` prints
+them, and no summary is printed before there are none. All of it is read from the study's own files.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kdlib.cache.shards import Cache
+from kdlib.cartography.subset import Subset
+from kdlib.compare.committed import NAMES, committed_folder
+from kdlib.dataset.plan import split_ids
+from kdlib.repro import files
+from kdlib.repro.run import incomplete, read_evidence
+from kdlib.steps.folders import (
+    dynamics_settings,
+    probe_folder,
+    recording_folder,
+    recording_settings,
+    student_folder,
+    student_settings,
+    teacher_folder,
+)
+from kdlib.study.cells import Cell
+from kdlib.study.data import data_path
+from kdlib.study.models import LoadedTeacher
+from kdlib.study.objectives import needs_teacher
+from kdlib.study.selections import PICKED, SHARD_POLICIES
+from kdlib.study.study import Study
+
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"  # beside the package
+# What the notebook of a step leaves in `figures/<study>/`, of every study
+SHOWN = {
+    "cache": ("shard_visits.png",),
+    "datamap": ("datamap.png", "forming.png", "regions.png"),
+    "compare": ("accuracy.png", "summary.md", "comparison.md", "objectives.md", "ledger.md"),
+    "scores": ("stability.png", "scores.md"),
+    "noise": ("detectors.png", "suspects.png", "noise.md"),
+    "audit": ("audit.png", "audit.md"),
+}
+FAILED, CUT = "stopped at an error", "did not come to its last cell"
+_FAULTS = (OSError, ValueError, KeyError, TypeError)  # what evidence of another making raises
+
+Evidence = dict[str, Any]
+
+
+def unfinished(study: Study, step: str | None = None) -> dict[Path, str]:
+    """The folders of the runs of a study that are not finished, and of each the sentence why, in
+    the order in which they are made.
+
+    Args:
+        step: `scores`, `noise` or `audit`: only this one; None: the whole study.
+    """
+    steps = _Steps(study)
+    if step is None:
+        return steps.why
+    folder = study.runs / step
+    return {folder: steps.why[folder]} if folder in steps.why else {}
+
+
+def read_by(study: Study, step: str) -> dict[str, str | None]:
+    """The seals of the evidence that the tables of `compare`, `scores` or `noise` are made of, by
+    folder; None where there is none."""
+    return {
+        str(folder.relative_to(files.workspace() / "runs")): _seal(folder)
+        for folder in _sources(study, step)
+    }
+
+
+def _sources(study: Study, step: str) -> list[Path]:
+    """The folders of the runs whose evidence is compared, or scored."""
+    if step != "compare":
+        runs = study.recordings.runs() if study.recordings else []
+        return [recording_folder(study, *run) for run in runs]
+    shared = [study.upstream.runs / name for name in ("cache", "teacher", "datamap")]
+    further = [teacher_folder(study, n) for n, t in study.teachers.items() if not t.of_subset]
+    students = [student_folder(study, c, seed) for c in study.cells() for seed in study.seeds]
+    return [*shared, *further, *students, *(probe_folder(study, c) for c in study.probed_cells())]
+
+
+def _seal(folder: Path) -> str | None:
+    try:
+        return files.read_json(folder / "evidence.json").get("seal")
+    except (OSError, ValueError):
+        return None
+
+
+class _Steps:
+    """The runs of a study, looked at one after another, those first that others read.
+
+    Attributes:
+        why: Folder -> sentence, of those that are not finished.
+        open: Of these, the folders whose evidence is missing or will be another.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.why, self.open = study, {}, set()
+        self._evidence: dict[Path, Evidence] = {}
+        self._inputs: dict[Path, dict[str, Any]] = {}
+        self._shared()
+        for model, part in study.recordings.runs() if study.recordings else ():
+            settings = recording_settings(study, model, part)
+            folder = recording_folder(study, model, part)
+            self._add(folder, settings, [self.cache], lambda: self.images)
+        cells = study.cells()
+        for cell in cells:
+            for seed in study.seeds:
+                self._student(cell, seed)
+        for cell in study.probed_cells():
+            self._probes(cell)
+        self._tables("compare", "06_compare.ipynb")
+        if study.recordings:
+            self._tables("scores", "07_scores.ipynb")
+            if study.data.relabel:
+                self._tables("noise", "08_noise.ipynb")
+        if study.audit:
+            asked = study.step_settings("audit")
+            self._add(study.runs / "audit", asked, [self.cache], lambda: self.images)
+            self._look(study.runs / "audit", "audit", "09_audit.ipynb")
+
+    def _add(
+        self,
+        folder: Path,
+        asked: dict[str, Any],
+        waits: Iterable[Path] = (),
+        inputs: Callable[[], dict[str, Any]] = dict,
+        further: Callable[[Evidence], str] = lambda evidence: "",
+    ) -> None:
+        """Look at one run.
+
+        Args:
+            asked: Its settings by the study of now.
+            waits: Folders of the runs that it reads.
+            inputs: The fingerprints of its inputs as they are now, once those are finished.
+            further: Another reason why the run is not finished, from its evidence.
+        """
+        sentence = ""
+        for other in waits:
+            if other in self.open:
+                sentence = f"reads {self._named(other)}, which is not finished"
+                break
+        evidence = {}
+        try:
+            if not (folder / "evidence.json").is_file():
+                sentence = "is not made yet"
+            else:
+                evidence = read_evidence(folder, asked)
+                sentence = sentence or incomplete(folder, evidence)
+                if not sentence:
+                    made_of = files.read_json(folder / "settings.json")["inputs"]
+                    now = inputs()
+                    lines = files.difference(now, {k: made_of.get(k) for k in now})
+                    sentence = f"was made of other inputs ({'; '.join(lines)})" if lines else ""
+                sentence = sentence or further(evidence)
+        except _FAULTS as error:
+            sentence = files.one_line(error)
+        if sentence:
+            self.why[folder] = sentence
+            self.open.add(folder)
+        self._evidence[folder] = evidence
+
+    def _look(self, folder: Path, step: str, notebook: str, figures: Path | None = None) -> None:
+        """Add what a finished run lacks for the eye: a figure, a text, the end of its notebook. No
+        other run reads these."""
+        if folder in self.why:
+            return
+        figures = figures or self.study.figures
+        if gone := [name for name in SHOWN.get(step, ()) if not (figures / name).is_file()]:
+            self.why[folder] = f"{figures / gone[0]} is not there"
+        elif sentence := notebook_fault(folder / notebook, folder):
+            self.why[folder] = sentence
+
+    def _named(self, folder: Path) -> str:
+        return str(folder.relative_to(files.workspace() / "runs"))
+
+    def _shared(self) -> None:
+        """Cache, teacher, recorded network, datamap and further teachers."""
+        study, up = self.study, self.study.upstream
+        self.cache, self.teacher, self.datamap = (
+            up.runs / step for step in ("cache", "teacher", "datamap")
+        )
+        self._add(self.cache, up.step_settings("cache"), (), self._cached)
+        self._look(self.cache, "cache", "01_cache.ipynb", up.figures)
+        if up.recorded_run != self.teacher:
+            images = lambda: self.images  # noqa: E731
+            self._add(up.recorded_run, dynamics_settings(study), [self.cache], images)
+        for name in (None, *(n for n, t in study.teachers.items() if not t.of_subset)):
+            self._teacher(up if name is None else study, name)
+        recorded = [up.recorded_run] if up.recorded_run in self.open else []
+        if recorded and self.teacher not in self.why:  # notebook 02 makes both
+            self.why[self.teacher] = f"{self._named(up.recorded_run)}: {self.why[recorded[0]]}"
+        waits = [self.cache, up.recorded_run, self.teacher]
+        self._add(self.datamap, up.step_settings("datamap"), waits, self._of_datamap)
+        self._look(self.datamap, "datamap", "03_datamap.ipynb", up.figures)
+
+    def _teacher(self, study: Study, name: str | None) -> None:
+        settings = study.teacher if name is None else study.teachers[name]
+        folder = teacher_folder(study, name)
+
+        def inputs() -> dict[str, Any]:
+            now = dict(self.images)
+            if isinstance(settings, LoadedTeacher) and data_path(settings.weights).is_file():
+                now["weights_file"] = files.sha256_file(data_path(settings.weights))
+            return now
+
+        def outputs(evidence: Evidence) -> str:
+            for which, fingerprint in evidence["teacher"]["outputs"].items():
+                part = study.data.part_of("test" if which == "test" else "train")
+                if Cache(folder / f"outputs-{which}", part=part).fingerprint != fingerprint:
+                    return f"{folder / f'outputs-{which}'} holds other outputs than its evidence"
+            return ""
+
+        asked = study.step_settings("teacher", teacher=name)
+        self._add(folder, asked, [self.cache], inputs, outputs)
+        if name is None:
+            self._look(folder, "teacher", "02_teacher.ipynb")
+
+    @functools.cached_property
+    def _caches(self) -> dict[str, Cache]:
+        up = self.study.upstream
+        splits = ("train", "test")
+        return {s: Cache(up.cache / s, part=up.data.part_of(s)) for s in splits}
+
+    def _cached(self) -> dict[str, str]:
+        return {split: cache.fingerprint for split, cache in self._caches.items()}
+
+    @functools.cached_property
+    def images(self) -> dict[str, str]:
+        """The fingerprints of the images, as `Images` has them."""
+        data, ids = self.study.upstream.data, self._caches["train"].example_ids
+        split = split_ids(ids, data.n_validation, data.split_seed)
+        return self._cached() | {"split": files.sha256_array(*split)}
+
+    def _of_datamap(self) -> dict[str, Any]:
+        recorded = self._evidence[self.study.recorded_run]["settings_sha256"]
+        outputs = self._evidence[self.teacher]["teacher"]["outputs"]["train"]
+        return self.images | {"recorded": recorded, "teacher_outputs": outputs}
+
+    def _student(self, cell: Cell, seed: int) -> None:
+        study, waits = self.study, [self.cache]
+        objective, teacher = study.objectives[cell.objective], None
+        if needs_teacher(objective) and not self._of_subset(objective.teacher):
+            teacher = teacher_folder(study, objective.teacher)
+            waits.append(teacher)
+        if mapped := self._reads_datamap(cell):
+            waits.append(self.datamap)
+
+        def further(evidence: Evidence) -> str:
+            if teacher is not None and evidence["teacher"] != self._evidence[teacher]["teacher"]:
+                return "was made from another teacher's outputs"
+            parent = evidence["subset"]["parent_datamap"]
+            if mapped and parent != self._evidence[self.datamap]["datamap_sha256"]:
+                return "its subset was chosen by another datamap"
+            if cell.strategy.startswith(PICKED):
+                saved = Subset.load(study.picked(cell.strategy)).sha256
+                if saved != evidence["subset"]["sha256"]:
+                    return f"{study.picked(cell.strategy)} holds another selection"
+            return ""
+
+        asked = student_settings(study, cell, seed)
+        folder = student_folder(study, cell, seed)
+        self._add(folder, asked, waits, lambda: self.images, further)
+        notebook = study.runs / "distill" / cell.path.parent / "04_distill.ipynb"
+        if folder not in self.why and (sentence := notebook_fault(notebook, folder)):
+            self.why[folder] = sentence
+
+    def _of_subset(self, teacher: str | None) -> bool:
+        return teacher is not None and self.study.teachers[teacher].of_subset
+
+    def _reads_datamap(self, cell: Cell) -> bool:
+        if cell.strategy in ("full", *SHARD_POLICIES) or cell.strategy.startswith(PICKED):
+            return False
+        rule = self.study.selection(cell.strategy)
+        return rule.kind != "random" or rule.balanced
+
+    def _probes(self, cell: Cell) -> None:
+        study = self.study
+        folders = {str(seed): student_folder(study, cell, seed) for seed in study.seeds}
+
+        def inputs() -> dict[str, Any]:
+            of = {seed: self._evidence[folder] for seed, folder in folders.items()}
+            return self.images | {
+                "students": {
+                    seed: evidence["checkpoints"]["last"] for seed, evidence in of.items()
+                },
+                "series": {seed: evidence["series"] for seed, evidence in of.items()},
+                "teacher": self._evidence[self.teacher]["teacher"]["outputs"],
+            }
+
+        folder = probe_folder(study, cell)
+        asked = study.step_settings("probe", cell)
+        self._add(folder, asked, [self.cache, self.teacher, *folders.values()], inputs)
+        self._look(folder, "probe", "05_probe.ipynb")
+
+    def _tables(self, step: str, notebook: str) -> None:
+        study, folder = self.study, self.study.runs / step
+
+        def further(evidence: Evidence) -> str:
+            now, then = read_by(study, step), evidence.get("read", {})
+            for name in {**now, **then}:
+                if now.get(name, "") != then.get(name, ""):
+                    return f"was made before {name} was made as it is now"
+            for name in NAMES if step == "compare" else ():
+                path = committed_folder(study) / f"{name}.parquet"
+                if not path.is_file() or files.sha256_file(path) != evidence["committed"][name]:
+                    return f"{path} is gone or is not as it was written"
+            return ""
+
+        self._add(folder, study.step_settings(step), _sources(study, step), dict, further)
+        self._look(folder, step, notebook)
+        executed = folder / notebook
+        comes_anew = step == "compare" and folder not in self.why and executed.is_file()
+        if comes_anew and _code(executed) != _code(NOTEBOOKS / notebook):
+            self.why[folder] = f"notebooks/{notebook} was changed since it was executed"
+
+
+def notebook_fault(path: Path, folder: Path) -> str:
+    """What is wrong with the executed notebook of a finished run, if it is younger than the run's
+    evidence: a run that was made by hand after its notebook had failed is finished."""
+    if (
+        not path.is_file()
+        or path.stat().st_mtime_ns < (folder / "evidence.json").stat().st_mtime_ns
+    ):
+        return ""
+    fault = end_of_notebook(path)
+    return f"{path} {fault}" if fault else ""
+
+
+def end_of_notebook(path: Path) -> str:
+    """How an executed notebook ended: `FAILED`, `CUT`, or empty where all cells were executed."""
+    return _end_of(path, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache
+def _end_of(path: Path, mtime_ns: int) -> str:
+    content = path.read_bytes()
+    if b'"output_type": "error"' in content:
+        return FAILED
+    begun = b'"status": "pending"' in content or b'"status": "running"' in content
+    return CUT if begun or not content else ""
+
+
+def _code(path: Path) -> list[str]:
+    """The code of a notebook without the parameters that papermill adds."""
+    try:
+        cells = files.read_json(path)["cells"]
+    except _FAULTS:
+        return []
+    return list(_sources_of(cells))
+
+
+def _sources_of(cells: list[dict[str, Any]]) -> Iterator[str]:
+    for cell in cells:
+        tags = cell.get("metadata", {}).get("tags", ())
+        if cell["cell_type"] == "code" and "injected-parameters" not in tags:
+            yield "".join(cell["source"])

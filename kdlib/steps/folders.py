@@ -1,0 +1,55 @@
+"""Where each run of a study lies, and the settings it is made with."""
+
+from pathlib import Path
+from typing import Any
+
+from kdlib.study.cells import Cell
+from kdlib.study.study import Study
+
+
+def teacher_folder(study: Study, name: str | None = None) -> Path:
+    """The folder of the run of the study's teacher, or of a further one."""
+    return study.upstream.runs / "teacher" if name is None else study.runs / "teachers" / name
+
+
+def dynamics_settings(study: Study) -> dict[str, Any]:
+    """The settings of the recorded network, where it is not the teacher."""
+    settings = study.upstream.step_settings("teacher")
+    return {key: settings[key] for key in ("dynamics", "compute")}
+
+
+def student_folder(study: Study, cell: Cell, seed: int) -> Path:
+    """The folder of the run of one cell and seed."""
+    return study.runs / "distill" / cell.path / f"seed={seed}"
+
+
+def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
+    """The settings of the student of one cell and seed."""
+    return study.step_settings("distill", cell) | {"seed": seed}
+
+
+def probe_folder(study: Study, cell: Cell) -> Path:
+    """The folder of the probes of one cell."""
+    return study.runs / "probe" / cell.path
+
+
+def recording_folder(study: Study, model: str, part: str) -> Path:
+    """The folder of one recording."""
+    return study.runs / "recorded" / f"model={model}" / part
+
+
+def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
+    """The settings of one recording."""
+    asked, (kind, number) = study.recordings, part.split("=")
+    of_first = kind == "seed" and model == next(iter(asked.models))
+    return {
+        "model": asked.models[model].model_dump(mode="json"),
+        "part": part,
+        "folds": asked.folds if kind == "fold" else None,
+        "seed": int(number) if kind == "seed" else asked.seeds[0],
+        "gradient_epoch": study.dynamics.gradient_epoch if of_first else None,
+        "observed": study.dynamics.observed if kind != "fold" else None,
+        "logits": study.dynamics.logits and kind == "seed",
+        "compute": study.step_settings("record")["compute"] | {"processes": 1},
+        "training": (asked.training or study.recorded_training).model_dump(mode="json"),
+    }
