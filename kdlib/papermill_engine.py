@@ -7,9 +7,11 @@ before a kernel starts. This is the only module that imports papermill.
 """
 
 import os
+import sys
 import tempfile
 from typing import Any
 
+from jupyter_client.kernelspec import KernelSpecManager
 from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
@@ -25,8 +27,15 @@ class IpcEngine(NBClientEngine):
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
         """Execute a notebook; arguments as papermill's default engine.
 
-        Raises: ValueError for a parameter that the notebook's parameters cell does not set.
+        Raises: ValueError for a parameter that the notebook's parameters cell does not set, or a
+            kernel that is not here.
         """
+        if kernel_name not in (known := KernelSpecManager().find_kernel_specs()):
+            raise ValueError(
+                f"this notebook asks for the kernel {kernel_name!r}, which is not here; there are "
+                f"{', '.join(known) or 'none'}: give one of them with `papermill -k NAME`, or run "
+                f"`{sys.executable} -m ipykernel install --sys-prefix --name {kernel_name}`"
+            )
         cells = [c for c in nb_man.nb.cells if "parameters" in c.metadata.get("tags", ())]
         if cells:
             given = nb_man.nb.metadata.get("papermill", {}).get("parameters", {})

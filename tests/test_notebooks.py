@@ -240,6 +240,16 @@ def test_an_unknown_parameter_is_refused_before_a_kernel_starts(home, monkeypatc
         _by_engine(home, FOLDER / "04_distill.ipynb", study="params/tiny.yaml", stratgy="easy")
 
 
+def test_a_kernel_that_is_not_here_is_refused_with_those_that_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(AsyncKernelManager, "start_kernel", None)
+    kernel = {"kernelspec": {"name": "mine", "display_name": "Mine", "language": "python"}}
+    cell = nbformat.v4.new_code_cell("1")
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "in.ipynb")
+    message = r"asks for the kernel 'mine', .*python3.*: give one of them with `papermill -k NAME`"
+    with pytest.raises(ValueError, match=message):
+        _by_engine(tmp_path, tmp_path / "in.ipynb")
+
+
 def test_an_unknown_value_is_refused_with_the_nearest_known_one(home, monkeypatch):
     with pytest.raises(StudyError, match="unknown strategy 'eazy'; did you mean 'easy'"):
         _by_exec(home, "04_distill", monkeypatch, study="params/tiny.yaml", strategy="eazy")

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from kdlib.compare.committed import NAMES
+from kdlib.repro import files
 from kdlib.repro.files import workspace
 
 
@@ -25,10 +26,15 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
         text: SQL; values belong into `parameters`, where they need no quotes: `study = ?`.
         parameters: One value for each `?`.
 
-    Raises: ModuleNotFoundError without DuckDB; duckdb.Error for a query it cannot answer, such as
-        one of a view of which there is no file.
+    Raises: ModuleNotFoundError without DuckDB; ValueError for a query it cannot answer, such as one
+        of a view of which there is no file.
     """
-    import duckdb  # optional: only queries need it
+    try:
+        import duckdb  # optional: only queries need it
+    except ImportError:
+        raise ModuleNotFoundError(
+            "SQL over runs needs DuckDB, which is not installed here: pip install duckdb"
+        ) from None
 
     home, views = workspace(), {}
     for name in NAMES:
@@ -39,8 +45,15 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
         if path.with_name("evidence.json").is_file():
             # DuckDB would read an `=` anywhere in the path as an axis
             study, _, *axes = path.parent.relative_to(home / "runs").parts
-            place = {"filename": str(path), "study": study} | dict(a.split("=", 1) for a in axes)
-            place |= {"fraction": float(place["fraction"]), "seed": int(place["seed"])}
+            place = {"filename": str(path), "study": study}
+            try:
+                place |= dict(a.split("=", 1) for a in axes)
+                place |= {"fraction": float(place["fraction"]), "seed": int(place["seed"])}
+            except (ValueError, KeyError):
+                raise ValueError(
+                    f"{path.parent} is no folder of a student (student=.../strategy=.../"
+                    "fraction=.../objective=.../seed=...); move it out of runs/"
+                ) from None
             views["metrics"].append(place)
     # a query downloads nothing, and reads no variable of this function as a table
     settings = ("autoinstall_known_extensions", "autoload_known_extensions")
@@ -54,4 +67,13 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
                 )  # fmt: skip
                 whole = connection.from_df(pd.DataFrame(places)).join(content, "filename")
                 whole.project("* EXCLUDE filename").create_view(name)
-        return connection.execute(text, parameters).df()
+        try:
+            return connection.execute(text, parameters).df()
+        except duckdb.Error as error:
+            here = [f"{name} ({len(places)} files)" for name, places in views.items() if places]
+            raise ValueError(
+                f"DuckDB cannot answer this query: {files.one_line(error)}; the views here are "
+                f"{', '.join(here) or 'none'}: expected SELECT ... FROM one of them, with a "
+                "parameter for each `?`; a view comes with the runs or the committed tables of a "
+                "study (python -m kdlib study)"
+            ) from None

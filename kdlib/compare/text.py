@@ -1,5 +1,6 @@
 """Comparisons as sentences, Markdown and LaTeX, from the same rows."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -
 
     Args:
         head: Names of the columns.
-        rows: Cells of each row, written as `str` writes them.
+        rows: Cells of each row, written as `str` writes them; a bar and a tag are escaped.
         align: `l` or `r` for each column; columns without a letter are aligned left.
 
     >>> print(table(["score", "runs"], [["aum", 3]], "lr"))
@@ -39,8 +40,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -
     | --- | ---: |
     | aum | 3 |
     """
+    lines = [[_cell(cell) for cell in line] for line in (head, *rows)]
     rules = ["---:" if letter == "r" else "---" for letter in align.ljust(len(head), "l")]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (head, rules, *rows))
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [lines[0], rules, *lines[1:]])
+
+
+def _cell(content: Any) -> str:
+    """A cell that ends where it should: a bar, a line break or a tag would end or change a row."""
+    text = " ".join(str(content).split("\n"))
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(?<!\\)\|", r"\|", text))
 
 
 def write_text(study: Study, name: str, parts: Iterable[str]) -> str:

@@ -103,7 +103,8 @@ def build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed:
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{model.name} with options {model.options} cannot be built for images of shape "
-            f"{image_shape}: {error}"
+            f"{image_shape}: {files.one_line(error)}; take other options, data.image_size, or "
+            "another network"
         ) from None
 
 

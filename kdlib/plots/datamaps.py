@@ -363,7 +363,7 @@ def _draw_classes(
         ax.bar_label(bars, texts, label_type="center", fontsize=TEXT_PT, **ink)
         left = left + width
     names = [f"{name} ({size:,})" for name, size in zip(class_names, counts.sum(1), strict=True)]
-    ax.set_yticks(range(n), names)
+    ax.set_yticks(range(n), names, parse_math=False)  # they are no formulas
     ax.set(xlim=(0, 100), ylim=(n - 0.5, -0.5), xlabel="% of the class")
     ax.tick_params(axis="y", length=0)
     ax.legend(

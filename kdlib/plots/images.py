@@ -58,7 +58,8 @@ def region_grid(
     for i, (name, pixels) in enumerate(images.items()):
         top = i * step_y + 2
         half_x, half_y = scale * pixels.shape[3] / 2, scale * pixels.shape[2] / 2
-        ax.text(left - 6, top + half_y, names[name], ha="right", va="center")
+        plain = {"parse_math": False}  # names are no formulas, with and without `style`
+        ax.text(left - 6, top + half_y, names[name], ha="right", va="center", **plain)
         for j, (image, title) in enumerate(zip(pixels, titles[name], strict=True)):
             x, bottom = left + (j + 0.5) * step_x, top + 2 * half_y
             ax.imshow(
@@ -67,8 +68,9 @@ def region_grid(
                 extent=(x - half_x, x + half_x, bottom, top),
             )  # fmt: skip
             ax.text(
-                x, bottom + 1, fitted(title, step_x - 2), ha="center", va="top", fontsize=TEXT_PT
-            )
+                x, bottom + 1, fitted(title, step_x - 2), ha="center", va="top",
+                fontsize=TEXT_PT, **plain,
+            )  # fmt: skip
     ax.set(xlim=(0, width), ylim=(height, 0))
     ax.axis("off")
     return fig

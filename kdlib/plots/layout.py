@@ -135,7 +135,8 @@ def text_width_pt(text: str, size: float = TEXT_PT) -> float:
     """Width of a line of text in points, before anything is drawn."""
     if not text.strip():
         return 0.0
-    path = TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"]))
+    with mpl.rc_context({"text.parse_math": False}):
+        path = TextPath((0, 0), text, size=size, prop=FontProperties(RC["font.family"]))
     return path.get_extents().x1
 
 

@@ -70,6 +70,7 @@ WORDS = {
 
 RC = {
     "font.family": "DejaVu Sans",  # ships with matplotlib
+    "text.parse_math": False,  # names of classes and studies are no formulas
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,

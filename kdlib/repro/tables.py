@@ -91,5 +91,5 @@ def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
         if stored["sha256"] != _content_sha256(table, stored["content"]):
             raise ValueError("its content does not match its sha256")
     except _DAMAGE as error:
-        raise ValueError(f"{path} is cut or damaged ({error}); {remedy}") from None
+        raise ValueError(f"{path} is cut or damaged ({files.one_line(error)}); {remedy}") from None
     return table, stored["content"]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kdlib.repro.files import nearest, workspace
+from kdlib.repro.files import nearest, one_line, workspace
 from kdlib.study.base import StudyError
 from kdlib.study.study import Study
 from kdlib.study.user_code import UserCode, pin
@@ -123,7 +123,10 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             raise ValueError(f"{n_bytes:,} bytes; a study has at most {_MOST_BYTES:,}")
         content = parse_yaml(path.read_text(encoding="utf-8"))
     except _NOT_YAML as error:
-        raise StudyError(f"{path} is not a readable YAML file: {_short(str(error))}") from None
+        raise StudyError(
+            f"{path} is not a readable YAML file: {_short(_fault(error))}; expected lines "
+            "`key: value`, indented by spaces"
+        ) from None
     if not isinstance(content, dict):
         raise StudyError(
             f"{path} holds {type(content).__name__}; expected a mapping with data, teacher, "
@@ -142,6 +145,19 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
             f"{path}: its base {_short(name)} is {fault}; expected another study file beside it"
         )
     return _laid_over(_read_yaml(base, (path, *above)), content)
+
+
+def _fault(error: Exception) -> str:
+    """What is wrong with a YAML text, and where."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:
+        return one_line(error)
+    problem = getattr(error, "problem", None) or error.context
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}"
 
 
 def _short(text: str, most: int = 500) -> str:

@@ -47,8 +47,8 @@ class Tracker:
         except Exception as error:
             self._sinks.pop(name, None)
             warnings.warn(
-                f"{name} failed and is off for the rest of this run ({error}); the metrics are in "
-                "the run's folder",
+                f"{name} failed and is off for the rest of this run ({files.one_line(error)}); the "
+                "metrics are in the run's folder",
                 stacklevel=4,
             )
 

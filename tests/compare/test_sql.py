@@ -62,5 +62,14 @@ def test_committed_tables_of_all_studies_are_one_view(odd):
     table = query("SELECT study, x, y FROM results ORDER BY study")
     assert table["study"].tolist() == ["a", "b"]
     assert table["y"].isna().tolist() == [True, False]
-    with pytest.raises(duckdb.Error, match="metrics"):
+    with pytest.raises(ValueError, match=r"metrics .*; the views here are results \(2 files\):"):
         query("SELECT * FROM metrics")
+
+
+@pytest.mark.parametrize(
+    "text", ["SELEC 1", "SELECT nothing FROM metrics", "SELECT ? + 1", "SELECT 'x'::INTEGER"]
+)
+def test_a_query_that_cannot_be_answered_is_a_sentence(odd, text):
+    run(odd, "study", 0, 0.5)
+    with pytest.raises(ValueError, match=r"DuckDB cannot answer this query: .*metrics \(1 files"):
+        query(text)

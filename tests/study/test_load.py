@@ -266,5 +266,5 @@ def test_a_misspelt_key_is_refused_whatever_its_value(write, value):
 def test_a_tag_that_does_not_fit_its_value_is_refused(home):
     path = home / "odd.yaml"
     path.write_text("audit: !!bool maybe\n")
-    with pytest.raises(StudyError, match="not a readable YAML file: 'maybe'"):
+    with pytest.raises(StudyError, match="not a readable YAML file: 'maybe'; expected"):
         load_study(path)

@@ -20,7 +20,7 @@ from kdlib.study.yaml_text import parse_yaml
     "text", ["seeds: [0, 1]\nseeds: [2, 3]", "data: {source: digits, source: mnist}"]
 )
 def test_a_key_given_twice_is_refused(write, text):
-    with pytest.raises(StudyError, match=r"key '\w+' is given twice.*\n.*line \d"):
+    with pytest.raises(StudyError, match=r"line \d, column \d+: key '\w+' is given twice"):
         load_study(write(text))
 
 
@@ -51,6 +51,25 @@ def test_tags_are_refused_and_execute_nothing(write, tmp_path, tag):
 def test_text_that_is_not_yaml_is_a_study_error(write, text):
     with pytest.raises(StudyError, match=r"case\.yaml is not a readable YAML file"):
         load_study(write(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("data:\n  source: digits\n n_train: 3\n", "line 3, column 2: "),
+        ("data: {source: digits\n", "line 2, column 1: expected ',' or '}'"),
+        ("data: a: b\n", "line 1, column 8: mapping values are not allowed here"),
+        ("data: &x 1\nother: *y\n", "line 2, column 8: found undefined alias 'y'"),
+        ("data:\n\tsource: digits\n", "line 2, column 1: found character"),
+        ("data: 1\ndata: 2\n", "line 2, column 1: key 'data' is given twice"),
+    ],
+)
+def test_a_fault_of_yaml_has_its_line_in_one_sentence(write, text, fault):
+    with pytest.raises(StudyError) as refused:
+        load_study(write(text))
+    assert f"case.yaml is not a readable YAML file: {fault}" in str(refused.value)
+    assert str(refused.value).endswith("; expected lines `key: value`, indented by spaces")
+    assert "\n" not in str(refused.value)
 
 
 def test_bytes_that_are_no_text_are_a_study_error(write):
