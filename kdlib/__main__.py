@@ -1,5 +1,5 @@
 """Command line: `python -m kdlib study | status | figures | findings | schema | record | step |
-probe | cache`."""
+probe | near | cache`."""
 
 # Commands import what they need when they run, so that help and errors come at once. The docstring
 # of a command's function is its help; the function returns the exit code, or None for 0.
@@ -193,6 +193,21 @@ def _probe(arguments: argparse.Namespace) -> None:
     print(probe_text(probes))
 
 
+def _near(arguments: argparse.Namespace) -> None:
+    """List images that look alike to the teacher, after step 02."""
+    from kdlib.compare.text import table
+    from kdlib.steps.cache import open_images
+    from kdlib.steps.figures import draw_near
+    from kdlib.steps.near import near_duplicates, near_file
+
+    study = load_study(arguments.study)
+    images = open_images(study)
+    pairs = near_duplicates(study, images, arguments.similarity, arguments.most)
+    print(table(pairs.columns, pairs.head(arguments.show).itertuples(index=False)))
+    print(f"{len(pairs):,} pairs: {near_file(study)}")
+    print(*(f"drawn: {path}" for path in draw_near(study, images, pairs).values()), sep="\n")
+
+
 def _cache_build(arguments: argparse.Namespace) -> None:
     """Build the image cache of a study, or a part of it."""
     from kdlib.cache.info import build_caches
@@ -279,6 +294,10 @@ def _add_commands(commands: Any) -> None:
     probe.add_argument("--std", type=float, nargs="+", help="likewise; else those of the study")
     probe.add_argument("--layers", nargs="+", help="features stage1 ...; else the study's")
     probe.add_argument("--few-shot", type=int, nargs="+", help="examples of each class")
+    near = _command(commands, "near", _near, digits)
+    near.add_argument("--similarity", type=float, default=0.99, help="smallest cosine; 0.99")
+    near.add_argument("--most", type=int, default=1000, help="pairs that are kept; 1000")
+    near.add_argument("--show", type=int, default=20, help="pairs that are printed; 20")
     text = "build, inspect or verify caches of images and teacher outputs"
     _add_cache(commands.add_parser("cache", help=text).add_subparsers(required=True))
 

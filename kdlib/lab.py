@@ -39,6 +39,7 @@ from kdlib.steps.compare import compile_tables, finish_tables, open_tables
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, meanings, step_of
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
+from kdlib.steps.near import near_duplicates
 from kdlib.steps.noise import noise_tables
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.recordings import record_all, recording_table
@@ -112,6 +113,19 @@ class Lab:
         """The images whose pixels occur more than once. Returns: One row per image: `group`, equal
         for the same pixels, `split`, `example_id`, `label`."""
         return open_duplicates(self.study)
+
+    def near_duplicates(self, similarity: float = 0.99, most: int = 1000) -> pd.DataFrame:
+        """Pairs of images whose teacher features have at least this cosine, after step 02; also
+        drawn as `near_duplicates` in `figures/<study>/`.
+
+        Args:
+            similarity, most: As of `kdlib.steps.near.near_duplicates`.
+        """
+        from kdlib.steps.figures import draw_near  # matplotlib, where something is drawn
+
+        table = near_duplicates(self.study, self.images, similarity, most)
+        draw_near(self.study, self.images, table)
+        return table
 
     def teacher(self) -> pd.DataFrame:
         """Step 02: train or load the teachers, store their outputs. Returns: One row each."""

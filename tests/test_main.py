@@ -290,6 +290,16 @@ def test_a_cache_of_other_images_is_refused_and_kept(study, run):
     assert {p.name: p.read_bytes() for p in (study.cache / "train").iterdir()} == before
 
 
+def test_near_duplicates_are_listed_and_drawn(lab, run):
+    code, printed, _ = run("near", "params/tiny.yaml", "--similarity", "0.9", "--show", "2")
+    assert code == 0
+    lines = printed.splitlines()
+    assert lines[1].startswith("| split | example_id | label | other_split |")
+    assert [line[:2] for line in lines[2:6]] == ["| ", "| ", "| ", "1,"]
+    assert lines[5].endswith("near_duplicates.parquet")
+    assert lines[6].endswith("figures/tiny/near_duplicates.png")
+
+
 @pytest.mark.parametrize("command", [["--help"], ["cache", "build", "--help"]])
 def test_help_comes_without_torch(home, command):
     code = (

@@ -95,7 +95,7 @@ def _distinct(tables: Tables) -> list[str]:
     where the two are the same or the tables are from before it was measured."""
     accepted = tables["results"].query("not refused")
     both = ["test_accuracy", "test_accuracy_distinct"]
-    if both[1] not in accepted or not (accepted[both[0]] - accepted[both[1]]).abs().gt(0).any():
+    if both[1] not in accepted or not (accepted[both[0]] - accepted[both[1]]).abs().gt(1e-9).any():
         return []
     rows = []
     for axes, runs in accepted.groupby(list(AXES), sort=False):

@@ -35,6 +35,7 @@ from kdlib.steps.cache import open_images
 from kdlib.steps.compare import open_tables
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.display import FIGURES, TEXTS
+from kdlib.steps.near import near_images
 from kdlib.steps.noise import DETECTORS, noise_tables, suspects
 from kdlib.steps.recordings import open_log
 from kdlib.steps.scores import score_tables
@@ -273,6 +274,23 @@ def draw_noise(study: Study, images: Images, tables: Tables) -> dict[str, Path]:
         detectors(figures["detectors"], curves, summary, over, noise_rate=noise_rate)
         region_grid(figures["suspects"], *suspects(study, images))
     return save_figures(figures, study.figures)
+
+
+def draw_near(study: Study, images: Images, table: pd.DataFrame) -> dict[str, Path]:
+    """Draw `near_duplicates`: the most similar pairs that are not equal in every pixel.
+
+    Args:
+        table: From `near_duplicates`.
+
+    Returns: Figure name -> its PNG; nothing where there is no pair.
+    """
+    pixels, captions = near_images(images, table)
+    if not len(pixels["image"]):
+        return {}
+    with theme.style():
+        fig = Figure(figsize=(WIDE, 2.4))
+        region_grid(fig, pixels, captions)
+    return save_figures({"near_duplicates": fig}, study.figures)
 
 
 def redraw(study: Study) -> None:
