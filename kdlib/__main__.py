@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.repro import files
-from kdlib.study.cells import Cell
+from kdlib.study.cells import Cell, checked_seeds
 from kdlib.study.data import parse_part
 from kdlib.study.evaluation import AXES, Probe
 from kdlib.study.load import load_study, study_file
@@ -151,11 +151,11 @@ def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell,
 
     if arguments.points == "-":
         yield from read_points(iter(sys.stdin.readline, ""), study)  # each line as it comes
-    elif arguments.points:
+    elif arguments.points is not None:
         yield from read_points(Path(arguments.points).read_text().splitlines(), study)
     else:
         cell = study.cell(**{axis: getattr(arguments, axis) for axis in AXES})
-        for seed in arguments.seed or [0]:
+        for seed in [0] if arguments.seed is None else checked_seeds(arguments.seed):
             yield cell, seed
 
 
@@ -177,7 +177,8 @@ def _probe(arguments: argparse.Namespace) -> None:
     from kdlib.steps.probe_network import probe_text, probe_weights
 
     study, pixels = load_study(arguments.study), None
-    asked = {k: getattr(arguments, k) for k in ("layers", "few_shot") if getattr(arguments, k)}
+    given = {key: getattr(arguments, key) for key in ("layers", "few_shot")}
+    asked = {key: value for key, value in given.items() if value is not None}
     try:
         probe = Probe.model_validate(study.probe.model_dump() | asked)
         model = Model(name=arguments.model, options=arguments.options)

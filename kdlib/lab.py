@@ -46,7 +46,7 @@ from kdlib.steps.recordings import record_all, recording_table
 from kdlib.steps.scores import score_tables
 from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.teacher_outputs import open_stored
-from kdlib.study.cells import Cell
+from kdlib.study.cells import Cell, checked_seeds
 from kdlib.study.evaluation import AXES
 from kdlib.study.load import load_study, study_file
 from kdlib.study.parameters import check_history
@@ -156,7 +156,7 @@ class Lab:
     def select(self, strategy: Name = None, fraction: Share = None, seed: int = 0) -> Subset:
         """The training examples of a strategy, fraction and seed: `subset.example_ids`."""
         cell = self.cell(strategy=strategy, fraction=fraction)
-        return make_subset(self.study, self.images, cell, seed)
+        return make_subset(self.study, self.images, cell, *checked_seeds([seed]))
 
     def distill(
         self,
@@ -172,11 +172,12 @@ class Lab:
         Returns: One row per run; `lab.columns(table)` explains the columns.
         """
         cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
-        one = objective or self._point.get("objective")
+        one = objective is not None or "objective" in self._point
+        seeds = self.study.seeds if seeds is None else checked_seeds(seeds)
         runs = {
             (c, seed): train_student(self.study, self.images, c, seed)
             for c in ([cell] if one else self.study.same_subset(cell))
-            for seed in (self.study.seeds if seeds is None else seeds)
+            for seed in seeds
         }
         return run_table(self.study, runs)
 
@@ -191,11 +192,12 @@ class Lab:
         """The network of one finished student, with the weights of its last step, in evaluation
         mode."""
         cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
-        return student_network(self.study, self.images, cell, seed)
+        return student_network(self.study, self.images, cell, *checked_seeds([seed]))
 
     def untrained(self, student: Name = None, seed: int = 0) -> Network:
         """A student's network with the weights from which its runs of a seed begin."""
-        return new_student(self.study, self.images, self.cell(student=student), seed)
+        cell = self.cell(student=student)
+        return new_student(self.study, self.images, cell, *checked_seeds([seed]))
 
     def evaluate(self, network: Network, split: str = "test") -> tuple[float, float]:
         """(mean cross-entropy in nats, accuracy in [0, 1]) of a network on a split's images."""
@@ -316,6 +318,11 @@ class Lab:
 
 
 def _of_each(runs: pd.DataFrame, read: Any) -> pd.DataFrame:
+    if "folder" not in runs or runs.empty:
+        raise ValueError(
+            f"a table of {len(runs)} rows with columns {list(runs.columns)}; expected a row for "
+            "each run with its `folder`, as of lab.distill() or lab.record()"
+        )
     axes = [axis for axis in (*AXES, "seed", "teacher", "model", "part") if axis in runs]
     tables = (read(Path(run["folder"])).assign(**run[axes]) for _, run in runs.iterrows())
     return pd.concat(tables, ignore_index=True)

@@ -110,6 +110,34 @@ def test_runs_are_those_of_all_seeds_and_of_all_objectives_or_one(tiny_lab):
     assert runs["weights_sha256"][0] == evidence["checkpoints"]["last"]["weights_sha256"]
 
 
+@pytest.mark.parametrize("seeds", [0, [], (), [True], [0.0], ["0"], "01", [-1], [None], 1.5])
+def test_seeds_that_are_no_list_of_seeds_are_refused(tiny_lab, seeds):
+    with pytest.raises(StudyError, match=r"seeds are .*; expected a list of integers >= 0"):
+        tiny_lab.distill("easy", seeds=seeds)
+
+
+@pytest.mark.parametrize("seed", [True, -1, "0", None, 0.5])
+def test_a_seed_that_is_none_is_refused(tiny_lab, seed):
+    for call in (tiny_lab.select, tiny_lab.student, tiny_lab.untrained):
+        with pytest.raises(StudyError, match=r"seeds are \[.*\]; expected"):
+            call(seed=seed)
+
+
+@pytest.mark.parametrize("axis", ["strategy", "fraction", "objective", "student"])
+@pytest.mark.parametrize("value", ["", 0, False])
+def test_a_value_that_is_empty_is_no_default(tiny_lab, axis, value):
+    for call in (tiny_lab.distill, tiny_lab.probe, tiny_lab.student):
+        with pytest.raises(StudyError, match=f"{axis}.*; (known|expected)"):
+            call(**{axis: value})
+
+
+def test_what_is_no_table_of_runs_is_refused_with_its_columns(tiny_lab):
+    runs = tiny_lab.distill(seeds=[0])
+    for table in (runs[runs["seed"] > 5], runs.drop(columns="folder")):
+        with pytest.raises(ValueError, match=r"expected a row for each run with its `folder`"):
+            tiny_lab.curves(table)
+
+
 def test_the_tables_of_the_teacher_and_of_the_images(tiny_lab):
     [card] = tiny_lab.teacher().to_dict("records")
     assert card["accuracy"] >= card["expected"] == 0.5

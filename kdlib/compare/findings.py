@@ -124,7 +124,7 @@ def finding(study: Study, question: str, repository: str = "") -> str:
     kind = "strategies" if study.compare.objective is None else "controls"
     kind = kind if kind in tables else "objectives"  # the control is the training without teacher
     name = study.name
-    against = study.compare.objective or study.compare.baseline
+    against = study.compare.baseline if kind == "strategies" else study.compare.objective
     pictures = {"strategies": "differences", "controls": "control_differences",
                 "objectives": "objective_differences"}  # fmt: skip
     links = (

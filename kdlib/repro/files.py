@@ -22,8 +22,7 @@ def workspace() -> Path:
     Returns: `$KDLIB_HOME` when it is set, else the repository this package is installed from, so
         that JupyterLab (started in `lab/`), papermill (started anywhere) and pytest agree.
     """
-    home = os.environ.get("KDLIB_HOME")
-    return Path(home).resolve() if home else Path(__file__).resolve().parents[2]
+    return _folder_of("KDLIB_HOME") or Path(__file__).resolve().parents[2]
 
 
 def settle() -> None:
@@ -36,8 +35,20 @@ def settle() -> None:
 
 def data_root() -> Path:
     """The folder of downloaded data and weights: `$KDLIB_DATA`, or `data/` in the workspace."""
-    root = os.environ.get("KDLIB_DATA")
-    return Path(root).resolve() if root else workspace() / "data"
+    return _folder_of("KDLIB_DATA") or workspace() / "data"
+
+
+def _folder_of(variable: str) -> Path | None:
+    """The folder that a variable of the environment names; None where it is not set.
+
+    Raises: ValueError for one that is set and empty.
+    """
+    folder = os.environ.get(variable)
+    if folder is not None and not folder.strip():
+        raise ValueError(
+            f"${variable} is set and empty; expected a folder: give one, or `unset {variable}`"
+        )
+    return None if folder is None else Path(folder).resolve()
 
 
 def n_cpus() -> int:

@@ -15,7 +15,7 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_one_teacher, make_teacher
-from kdlib.study.cells import Cell
+from kdlib.study.cells import Cell, checked_seeds
 from kdlib.study.study import Study
 from kdlib.trainer.distributed import this_process
 
@@ -67,7 +67,9 @@ def _make(study: Study, step: str, teacher: str | None, built: bool) -> Row | No
         return {"n_examples": len(make_datamap(study, images))}
     if step == "probe":
         return {"n_cells": len([probe_cell(study, images, c) for c in study.probed_cells()])}
-    evidence = make_one_teacher(study, images, teacher) if teacher else make_teacher(study, images)
+    evidence = (
+        make_teacher(study, images) if teacher is None else make_one_teacher(study, images, teacher)
+    )
     return None if evidence is None else {"test_accuracy": evidence["teacher"]["measured"]}
 
 
@@ -78,10 +80,13 @@ def read_points(lines: Iterable[str], study: Study) -> Iterator[tuple[Cell, int]
     Raises: ValueError for a line that is no such object; StudyError for an unknown value.
     """
     for line in filter(str.strip, lines):
-        point = json.loads(line)
-        if not isinstance(point, dict) or not isinstance(point.get("seed"), int):
+        try:
+            point = json.loads(line)
+        except json.JSONDecodeError:
+            point = None
+        if not isinstance(point, dict) or "seed" not in point:
             raise ValueError(f'{line.strip()!r} is no point; expected {{"seed": 0, ...}}')
-        seed = point.pop("seed")
+        (seed,) = checked_seeds([point.pop("seed")])
         yield study.cell(**point), seed
 
 

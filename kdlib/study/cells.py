@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,18 @@ def cell_at(study: "Study", **axes: str | float) -> Cell:
     fixed = fraction_of(study, values["strategy"])
     fraction = fraction if fixed is None else fixed
     return Cell(values["student"], values["strategy"], fraction, values["objective"])
+
+
+def checked_seeds(given: object) -> tuple[int, ...]:
+    """The seeds of some runs, given as a list.
+
+    Raises: StudyError for none, for a single number, and for what is no integer >= 0.
+    """
+    seeds = tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else ()
+    whole = all(isinstance(s, Integral) and not isinstance(s, bool) and s >= 0 for s in seeds)
+    if not seeds or not whole:
+        raise StudyError(f"seeds are {given!r}; expected a list of integers >= 0, such as [0, 1]")
+    return tuple(map(int, seeds))
 
 
 def _fraction(value: object) -> float:

@@ -36,6 +36,7 @@ def check_strategy(name: str, selections: Iterable[str]) -> None:
 
 def _check_names(study: "Study") -> None:
     axes, probe, compare = study.axes, study.probe, study.compare
+    compared = axes.objective[:1] if compare.objective is None else (compare.objective,)
     for name in study.selections:
         if name in STRATEGIES or name.startswith(PICKED):
             raise ValueError(f"selection {name!r} has the name of a built-in strategy")
@@ -45,7 +46,7 @@ def _check_names(study: "Study") -> None:
         (axes.student, study.students, "student on the axis"),
         (axes.objective, study.objectives, "objective"),
         ((compare.baseline,), axes.strategy, "baseline strategy"),
-        ((compare.objective or axes.objective[0],), axes.objective, "objective to compare with"),
+        (compared, axes.objective, "objective to compare with"),
         (probe.objective, axes.objective, "objective to probe"),
         (probe.strategy, ("full", *axes.strategy), "strategy to probe"),
     ):

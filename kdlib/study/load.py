@@ -110,6 +110,8 @@ def _worded(error: dict[str, Any], content: Any) -> str:
         message = f"unknown kind {context['tag']!r}; {nearest(context['tag'], names)}"
     elif error["type"] == "union_tag_not_found":
         message = "`kind` is missing"
+    elif error["type"] not in ("value_error", "missing", "origin"):
+        message += f"; got {_short(repr(error['input']), 100)}"
     return f"{_short('.'.join(parts) or 'study', 200)}: {_short(message)}"
 
 
@@ -136,9 +138,9 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise StudyError(
             f"{path}: `name` is taken from the file name ({path.stem}); remove the key"
         )
-    if "base" not in content:
+    if (name := content.pop("base", None)) is None:
         return content
-    base = path.parent / (name := str(content.pop("base")))
+    base = path.parent / (name := str(name))
     if not os.path.isfile(base) or base in (path, *above):
         fault = "itself built on this file" if base in (path, *above) else "no file"
         raise StudyError(

@@ -242,6 +242,12 @@ def test_workspace_and_data_follow_the_environment(tmp_path, monkeypatch):
     assert (files.workspace(), files.data_root()) == (tmp_path, tmp_path / "data")
     monkeypatch.setenv("KDLIB_DATA", str(tmp_path / "elsewhere"))
     assert files.data_root() == tmp_path / "elsewhere"
+    for variable in ("KDLIB_DATA", "KDLIB_HOME"):
+        monkeypatch.setenv(variable, "")
+        with pytest.raises(ValueError, match=f"{variable} is set and empty.* `unset {variable}`"):
+            files.data_root()
+        monkeypatch.delenv(variable)  # as the message says
+        files.data_root()
 
 
 @pytest.fixture

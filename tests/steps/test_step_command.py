@@ -20,6 +20,11 @@ def test_points_name_cells_and_seeds_and_leave_axes_out(lab):
     (easy, one), (first, zero) = step_command.read_points(lines, study)
     assert (easy.strategy, easy.objective, easy.fraction, one) == ("easy", "plain", 0.33, 1)
     assert (first, zero) == (study.cell(), 0)
+    for seed in ("true", "-1", "0.5", '"0"', "null"):
+        with pytest.raises(StudyError, match=r"seeds are \[.*\]; expected a list of integers >= 0"):
+            list(step_command.read_points([f'{{"seed": {seed}}}'], study))
+    with pytest.raises(ValueError, match="'easy, 0' is no point; expected"):
+        list(step_command.read_points(["easy, 0"], study))
     with pytest.raises(ValueError, match=r"is no point; expected \{\"seed\": 0"):
         list(step_command.read_points(['{"strategy": "easy"}'], study))
     with pytest.raises(StudyError, match="unknown strategy 'eazy'"):

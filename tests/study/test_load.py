@@ -161,7 +161,9 @@ IMPOSSIBLE = [
     ("teacher.weights", "x.safetensors", "either trained .*, loaded .* or `pretrained`"),
     ("teacher.training", None, "either trained .*, loaded .* or `pretrained`"),
     ("teacher.mean", [0.5], "teacher: unknown key 'mean'; known: expected_accuracy"),
-    ("teacher.expected_accuracy", 90, "expected_accuracy: Input should be less"),
+    ("teacher.expected_accuracy", 90, "expected_accuracy: Input should be less .*; got 90"),
+    ("compare.objective", "", "unknown objective to compare with ''; known: "),
+    ("compute.threads", True, "compute.threads: Input should be a valid integer; got True"),
     ("dynamics.model", {"name": "tiny_cnn"}, "`model` and `training` of dynamics go together"),
     ("dynamics.window", 1, "window: Input should be greater"),
     ("objectives.kd.alpha", 1.5, r"kd\.alpha: Input should be less"),
@@ -249,7 +251,13 @@ def test_a_file_is_laid_over_its_base(home, write):
     assert found.teacher == load_study("params/case.yaml").teacher
 
 
-@pytest.mark.parametrize(("base", "message"), [("more.yaml", "itself"), ("none.yaml", "no file")])
+def test_a_base_that_is_null_is_not_given(write):
+    assert load_study(write({**STUDY, "base": None})).seeds == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("more.yaml", "itself"), ("none.yaml", "no file"), ("''", "no file")]
+)
 def test_a_base_that_is_no_other_study_is_refused(home, base, message):
     (home / "params").mkdir()
     (home / "params/more.yaml").write_text(f"base: {base}\n")
