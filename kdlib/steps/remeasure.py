@@ -24,10 +24,11 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
+from kdlib.steps.derived import Shards, stream_seed
 from kdlib.steps.distill import make_subset
 from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
-from kdlib.steps.recount import Recount, Shards, stream_seed
+from kdlib.steps.recount import Recount
 from kdlib.steps.teacher_network import teacher_network
 from kdlib.study.cells import Cell
 from kdlib.study.models import Model
@@ -137,7 +138,9 @@ class Remeasure:
             reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
         objective = self.study.objectives[cell.objective]
         if needs_teacher(objective) and not self._of_subset(objective.teacher):
-            reasons += self.teacher(objective.teacher)
+            reasons += [f"teacher: {reason}" for reason in self.teacher(objective.teacher)]
+        if evidence["subset"]["parent_datamap"] is not None:
+            reasons += [f"datamap: {reason}" for reason in self.recorded]
         return Remeasured(again["right_distinct"] / again["n_distinct"], reasons)
 
     def _of_subset(self, name: str | None) -> bool:
@@ -180,6 +183,13 @@ class Remeasure:
             self._teachers[name] = self._teacher(name)
         return self._teachers[name]
 
+    @functools.cached_property
+    def recorded(self) -> list[str]:
+        """Why the record of the training whose dynamics make the datamap does not stand."""
+        folder = self.study.recorded_run
+        evidence = read_evidence(folder)
+        return self.recount.teacher_reasons(folder, evidence) if "budget" in evidence else []
+
     def _teacher(self, name: str | None) -> list[str]:
         folder = teacher_folder(self.study, name)
         evidence = read_evidence(folder)
@@ -188,12 +198,13 @@ class Remeasure:
             return []
         stored = Shards.open(folder / "outputs-test", self.study.data.part_of("test"))
         right = int((_predictions(stored) == test.rows("labels", test.ids)).sum())
-        reasons = _unlike("stored teacher logits", card["measured"], right, len(test.ids))
+        reasons = _unlike("its stored logits", card["measured"], right, len(test.ids))
         if card["trained_here"]:
+            reasons += self.recount.teacher_reasons(folder, evidence)
             build = functools.partial(teacher_network, self.study, self.images, self.device, name)
             again = self.rights(folder / evidence["checkpoints"]["last"]["file"], build)
             if abs(again["right"] / again["n"] - card["measured"]) > HALF_PRECISION:
-                reasons += _unlike("teacher", card["measured"], again["right"], again["n"])
+                reasons += _unlike("its weights", card["measured"], again["right"], again["n"])
         return reasons
 
 

@@ -1,32 +1,40 @@
 """Facts of a run derived again by other code: equal to those of an honest run, unlike those of a
 run that saw something else."""
 
+import itertools
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
-from tiny import tiny_study
+from tiny import first_run, forge, tiny_study
 
 from kdlib.dataset.plan import ORDERS, Plan, budget
 from kdlib.repro import files
+from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive, hashed
-from kdlib.steps import recount
+from kdlib.steps import derived
 from kdlib.steps.cache import open_images
-from kdlib.steps.distill import make_subset
-from kdlib.steps.recount import Expected, Recount
+from kdlib.steps.compare import results
+from kdlib.steps.derived import Expected
+from kdlib.steps.distill import make_subset, student_folder
+from kdlib.steps.recount import Recount
+from kdlib.steps.remeasure import Remeasure
 from kdlib.study.training import Training
 from kdlib.trainer.optimiser import learning_rate
 
 
 def test_numbers_are_drawn_as_the_library_draws_them():
     for seed, purpose, parts in ((0, "order", (3,)), (7, "shards", ()), (2**40, "split", (1, 2))):
-        assert recount.stream_seed(seed, purpose, *parts) == derive(seed, purpose, *parts)
+        assert derived.stream_seed(seed, purpose, *parts) == derive(seed, purpose, *parts)
     ids = np.array([0, 5, 2**40])
-    np.testing.assert_array_equal(recount.tie_numbers(ids, 3), hashed(ids, 3, "subset"))
+    np.testing.assert_array_equal(derived.tie_numbers(ids, 3), hashed(ids, 3, "subset"))
     arrays = np.arange(6).reshape(2, 3), np.array([0.5], np.float32)
-    assert recount.array_sha256(*arrays) == files.sha256_array(*arrays)
+    assert derived.array_sha256(*arrays) == files.sha256_array(*arrays)
     for n, fraction in ((100, 0.145), (3, 0.5), (7, 0.0), (363, 1.0)):
-        assert recount.rounded(n, fraction) == budget(n, fraction)
+        assert derived.rounded(n, fraction) == budget(n, fraction)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -54,7 +62,7 @@ def test_every_learning_rate_is_that_of_the_schedule(settings: dict):
     training = Training(steps=8, batch_size=2, lr_peak=0.3, **settings)
     dumped = training.model_dump(mode="json")
     for step in range(8):
-        ours = recount.learning_rate(dumped, step + 1, 8)
+        ours = derived.learning_rate(dumped, step + 1, 8)
         assert ours == pytest.approx(learning_rate(training, step, 8), rel=1e-12)
 
 
@@ -83,3 +91,81 @@ def test_a_subset_is_that_of_the_strategy(counted: Recount, strategy: str):
 
 def test_a_coreset_is_not_derived_here(counted: Recount):
     assert counted.subset(counted.study.cell(strategy="moderate"), 0) is None
+
+
+def forged(field: str) -> Callable[[dict], None]:
+    """A change of evidence, by hand."""
+
+    def change(evidence: dict) -> None:
+        if field == "accuracy":
+            for entry in evidence["checkpoints"].values():
+                entry["test_accuracy"] += 0.004  # two images of 500
+        elif field == "teacher":
+            evidence["teacher"]["measured"] += 0.004
+        elif field == "subset":
+            evidence["subset"]["sha256"] = "0" * 64
+        elif field == "rate":
+            evidence["executed"]["learning_rates"]["60"] *= 1.001
+        elif field == "weights":
+            evidence["initialisation"]["weights_sha256"] = "0" * 64
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ("accuracy", "`last` measured again: "),
+        ("subset", "subset: 000000000000 on record"),
+        ("rate", "learning rate of step 60"),
+        ("weights", "its initial weights are not those that its seed draws"),
+    ],
+)
+def test_evidence_that_was_edited_and_sealed_again_is_refused(lab: Path, field: str, sentence: str):
+    study = tiny_study(lab)
+    forge(first_run(study), forged(field))
+    table = results(study)
+    assert table["refused"].sum() == 1
+    assert sentence in table["reason"].iloc[0]
+
+
+def test_a_teacher_s_card_that_was_edited_refuses_the_students_it_taught(lab: Path):
+    study = tiny_study(lab)
+    forge(study.runs / "teacher", forged("teacher"))
+    for cell, seed in itertools.product(study.cells(), study.seeds):
+        if cell.objective == "kd":
+            forge(student_folder(study, cell, seed), forged("teacher"))
+    table = results(study)
+    assert set(table[table["refused"]]["objective"]) == {"kd"}
+    reasons = table[table["refused"]]["reason"]
+    assert reasons.str.contains("teacher: its stored logits measured again").all()
+
+
+def test_a_datamap_of_a_training_that_was_another_refuses_the_rows_that_read_it(lab: Path):
+    study = tiny_study(lab)
+    forge(study.runs / "teacher", lambda e: e["executed"].update(weight_decay=0.0))
+    table = results(study)
+    refused = table[table["refused"]]
+    assert set(refused["strategy"]) == {"full", "random", "easy"}  # with kd, all; and easy without
+    assert set(refused[refused["objective"] == "plain"]["strategy"]) == {"easy"}
+    assert refused["reason"].str.contains("weight_decay as executed: 0.0, asked for 0.0005").all()
+
+
+def test_rows_of_two_settings_with_the_same_weights_are_refused(lab: Path):
+    study = tiny_study(lab)
+    one, two = (student_folder(study, study.cell(strategy=s), 0) for s in ("random", "easy"))
+    last = read_evidence(one)["checkpoints"]
+    for name in {entry["file"] for entry in last.values()}:
+        shutil.copy(one / name, two / name)
+    forge(two, lambda evidence: evidence.update(checkpoints=last))
+    table = results(study).set_index("run")
+    for folder, other in ((one, two), (two, one)):
+        reason = table.loc[str(folder.relative_to(study.runs)), "reason"]
+        assert f"twins: its weights are those of {other.relative_to(study.runs)}" in reason
+
+
+def test_what_was_measured_again_is_kept(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    study = tiny_study(lab)
+    first = results(study)
+    monkeypatch.setattr(Remeasure, "_right", None)  # is called for a new checkpoint alone
+    pd.testing.assert_frame_equal(results(study), first)
