@@ -87,7 +87,7 @@ def test_every_column_of_the_tables_shown_has_a_meaning(tiny_lab):
     runs = tiny_lab.distill()
     for table in (tiny_lab.datamap(), runs):
         assert list(meanings(table)) == list(table.columns)
-    hashes = {"train_weights", "test_weights"}
+    hashes = {f"{split}_{of}" for split in ("train", "test") for of in ("examples", "weights")}
     assert set(tiny_lab.probe("easy").columns) - hashes == set(meanings(tiny_lab.probe("easy")))
     assert "Mean over epochs of the probability of the gold label" in tiny_lab.columns(
         tiny_lab.datamap()

@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 from kdlib.models.outputs import chance_accuracy
 from kdlib.probes.diagnostics import matrix, unit_rows
 from kdlib.probes.logistic import fit_path
+from kdlib.repro import files
 from kdlib.repro.seeds import generator
 
 KNN_TEMPERATURE = 0.07  # [Wu2018], sec. 3.4
@@ -64,6 +65,12 @@ class Features:
             )
         if len(np.unique(self.example_ids)) != len(self.example_ids):
             raise ValueError(f"{where} hold an example id twice; expected each example once")
+
+    @property
+    def examples(self) -> str:
+        """Split, number, and sha256 of example ids and labels: what a probe of them reads."""
+        sha256 = files.sha256_array(self.example_ids, self.labels)
+        return f"{self.split} {len(self.labels)} {sha256}"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def results(study: Study) -> pd.DataFrame:
             row["test_accuracy_distinct"] = second.distinct
             reasons += second.reasons
             cell_probes = probed.get(cell, f"{cell.path} is not probed")
-            reasons += _add_probes(row, cell_probes, study.compare.measure)
+            reasons += _add_probes(row, cell_probes, study.compare.measure, again.recount.probed)
             evidences[cell].append((len(rows), evidence))
         except (FileNotFoundError, KeyError, ValueError) as error:
             reasons = [str(error)]
@@ -184,9 +184,11 @@ def _last_probes(study: Study, cell: Cell) -> pd.DataFrame | str:
         return str(error)
 
 
-def _add_probes(row: dict[str, Any], table: pd.DataFrame | str, measure: str) -> list[str]:
+def _add_probes(
+    row: dict[str, Any], table: pd.DataFrame | str, measure: str, examples: dict[str, str]
+) -> list[str]:
     """Add the probe accuracies of a run's last step to its row; reasons to refuse the row where the
-    compared one is missing."""
+    compared one is missing, or read other weights or examples."""
     lacking = {measure: table} if isinstance(table, str) else {}
     for probe, column in PROBED.items() if not lacking else ():
         last = table[
@@ -201,6 +203,8 @@ def _add_probes(row: dict[str, Any], table: pd.DataFrame | str, measure: str) ->
             lacking[probe] = f"{len(last)} {probe} probes of its last step; expected one"
         elif last["weights_sha256"].iloc[0] != row["weights_sha256"]:
             lacking[probe] = f"its {probe} probe is of other weights: run notebook 05 again"
+        elif others := [c for c, read in examples.items() if last[c].iloc[0] != read]:
+            lacking[probe] = f"its {probe} probe read other {' and '.join(others)} than the study's"
         else:
             row[column] = float(last["accuracy"].iloc[0])
     return [lacking[measure]] if measure in PROBED and measure in lacking else []
@@ -298,7 +302,7 @@ def compile_tables(study: Study) -> Tables:
     if table["refused"].all():
         raise checks.CheckError(f"every row is refused; the first: {table['reason'].iloc[0]}")
     probed = probes(study)
-    hashes = [name for name in probed if name.endswith(("_weights", "weights_sha256"))]
+    hashes = [name for name in probed if name.endswith(("_examples", "_weights", "weights_sha256"))]
     records = {
         "results": table,
         "curves": curves(study, table).drop(columns=["epoch", "learning_rate"]),

@@ -83,6 +83,8 @@ def probe_pair(
             "n_features": train.values.shape[1],
             "n_train": result.n_train,
             "n_test": result.n_test,
+            "train_examples": train.examples,
+            "test_examples": test.examples,
             "train_weights": train.weights_sha256,
             "test_weights": test.weights_sha256,
             "weights_sha256": result.weights_sha256,

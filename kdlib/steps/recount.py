@@ -103,6 +103,16 @@ class Recount:
         return {name: {"n": len(i), "sha256": s.sha256(i)} for name, (s, i) in splits.items()}
 
     @functools.cached_property
+    def probed(self) -> dict[str, str]:
+        """What a probe of the study's images reads, by column of its table."""
+        places = {"train": (self.train, self.train_ids), "test": (self.test, self.test.ids)}
+        return {
+            f"{split}_examples": f"{split} {len(ids)} "
+            f"{array_sha256(ids, shards.rows('labels', ids))}"
+            for split, (shards, ids) in places.items()
+        }
+
+    @functools.cached_property
     def distinct(self) -> np.ndarray:
         """Whether no image of the training split, and no test image before it, has the same pixels:
         (n_test,) bool."""

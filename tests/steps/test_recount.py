@@ -164,6 +164,16 @@ def test_rows_of_two_settings_with_the_same_weights_are_refused(lab: Path):
         assert f"twins: its weights are those of {other.relative_to(study.runs)}" in reason
 
 
+def test_a_probe_of_other_examples_is_left_out(lab: Path, monkeypatch: pytest.MonkeyPatch):
+    study = tiny_study(lab)
+    assert results(study)["linear_accuracy"].notna().sum() == 4  # full and easy with kd, two seeds
+    real = Recount.probed.func
+    monkeypatch.setattr(
+        Recount, "probed", property(lambda self: real(self) | {"test_examples": "train 9"})
+    )
+    assert results(study)["linear_accuracy"].isna().all()
+
+
 def test_what_was_measured_again_is_kept(lab: Path, monkeypatch: pytest.MonkeyPatch):
     study = tiny_study(lab)
     first = results(study)
