@@ -19,7 +19,8 @@ from kdlib.steps import derived
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import results
 from kdlib.steps.derived import Expected
-from kdlib.steps.distill import make_subset, student_folder
+from kdlib.steps.distill import make_subset
+from kdlib.steps.folders import student_folder
 from kdlib.steps.recount import Recount
 from kdlib.steps.remeasure import Remeasure
 from kdlib.study.training import Training
