@@ -251,6 +251,10 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
 
     whole = True
     for path in arguments.path:
+        if arguments.source and arguments.repair:
+            raise ValueError("--repair mends shards, and --source compares images: give one")
+        if arguments.source and Path(path).suffix not in (".yaml", ".yml"):
+            raise ValueError(f"--source needs a study file, which names the images; {path} is none")
         if arguments.source:
             whole &= compare_source(load_study(path))
             continue

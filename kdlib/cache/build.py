@@ -100,12 +100,7 @@ def build_shards(
         nothing to build. Errors of `fetch` and `make` come through.
     """
     folder = Path(folder)
-    if n_examples < 1 or shard_size < 1:
-        raise ValueError(
-            f"asked for {n_examples} examples in shards of {shard_size}; expected at least 1 each"
-        )
-    if n_workers < 0:
-        raise ValueError(f"n_workers is {n_workers}; expected 0 or more")
+    survey.demand_workers(n_workers)
     header = _full(header, columns, n_examples, shard_size)
     mine = Part(folder, header, *index.part_range(index.count_shards(header), part))
     indexed = mine.indexed()
@@ -123,6 +118,10 @@ def _full(
     header: dict[str, Any], columns: index.Columns, n_examples: int, shard_size: int
 ) -> dict[str, Any]:
     """A header with what every cache has in it, as it is read again from JSON."""
+    if n_examples < 1 or shard_size < 1:
+        raise ValueError(
+            f"asked for {n_examples} examples in shards of {shard_size}; expected at least 1 each"
+        )
     header = {"format": index.FORMAT, "n_examples": n_examples, "shard_size": shard_size, **header}
     header["columns"] = {name: [dtype, list(shape)] for name, (dtype, shape) in columns.items()}
     return json.loads(files.canonical_json(header))
@@ -183,6 +182,7 @@ def build_images(
     shard_size: int,
     part: tuple[int, int] = (1, 1),
     n_workers: int | None = None,
+    looked: bool = False,
 ) -> Cache:
     """Cache the images (`images`, uint8 (C, H, W)) and labels (`labels`, int64; -1: none) of a
     source; of a relabelled one also the labels it had before (`original_labels`).
@@ -192,31 +192,17 @@ def build_images(
     Args:
         part: As in `build_shards`.
         n_workers: Processes that decode; None takes one per CPU for many encoded images, else none.
+        looked: `look_at` has been called.
 
     Returns: The open cache; its header carries source, split, class names and the source's
         identity.
-    Raises: As `build_shards`; ImageError that names every image that cannot be read, before any is
-        cached; CacheError for a finished cache whose files have changed since.
+    Raises: As `build_shards` and `look_at`.
     """
-    folder, header = (
-        Path(folder),
-        {
-            "kind": "images",
-            "source": source.name,
-            "split": source.split,
-            "class_names": list(source.class_names),
-            "identity": source.identity,
-        },
-    )
-    if n_workers is None:
-        worth = source.parallel and source.n_examples >= survey.WORTH_WORKERS
-        n_workers = files.n_cpus() if worth else 0
-    columns = {
-        c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns
-    }
-    full = _full(header, columns, source.n_examples, shard_size)
-    if source.encoded is not None:
-        survey.prepare(source, folder, full, part, n_workers)
+    folder = Path(folder)
+    n_workers = _workers(source, n_workers)
+    if not looked:
+        look_at(source, folder, shard_size, part, n_workers)
+    header, columns = _header_of(source)
     try:
         cache = build_shards(
             folder,
@@ -233,11 +219,77 @@ def build_images(
         )
     except ImageError:  # damage that the header does not show: find all of it now
         if not source.encoded.once:
+            full = _full(header, columns, source.n_examples, shard_size)
             survey.demand_readable(source, _spans_of(full, part), n_workers, deep=True)
         raise
     if line := readings.sentence(readings.counted(cache)):
         print(f"{source.name} {source.split}: {line}")
     return cache
+
+
+def look_at(
+    source: Source,
+    folder: Path,
+    shard_size: int,
+    part: tuple[int, int] = (1, 1),
+    n_workers: int | None = None,
+) -> None:
+    """Look at the images of a source before any is cached; arguments as of `build_images`.
+
+    Raises: ImageError that names every image that cannot be read; CacheError for a finished cache
+        whose files have changed since.
+    """
+    if source.encoded is None:
+        return
+    full = _full(*_header_of(source), source.n_examples, shard_size)
+    survey.prepare(source, Path(folder), full, part, _workers(source, n_workers))
+
+
+def build_splits(
+    sources: Mapping[str, Source],
+    folder: Path,
+    shard_size: int,
+    parts: Mapping[str, tuple[int, int]],
+    n_workers: int | None = None,
+) -> dict[str, Cache]:
+    """Cache several splits, each in the folder of its name below `folder`, once all of them have
+    been looked at; arguments and errors else as of `build_images`."""
+    bad = []
+    for split, source in sources.items():
+        try:
+            look_at(source, folder / split, shard_size, parts[split], n_workers)
+        except ImageError as error:
+            bad.append(str(error))
+    if bad:
+        raise ImageError("\n".join(bad))
+    return {
+        split: build_images(
+            source, folder / split, shard_size, parts[split], n_workers, looked=True
+        )
+        for split, source in sources.items()
+    }
+
+
+def _workers(source: Source, n_workers: int | None) -> int:
+    if n_workers is not None:
+        return n_workers
+    worth = source.parallel and source.n_examples >= survey.WORTH_WORKERS
+    return files.n_cpus() if worth else 0
+
+
+def _header_of(source: Source) -> tuple[dict[str, Any], index.Columns]:
+    """What determines the bytes of a source's cache, and its columns."""
+    header = {
+        "kind": "images",
+        "source": source.name,
+        "split": source.split,
+        "class_names": list(source.class_names),
+        "identity": source.identity,
+    }
+    columns = {
+        c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns
+    }
+    return header, columns
 
 
 def _spans_of(header: dict[str, Any], part: tuple[int, int]) -> list[tuple[int, int]]:

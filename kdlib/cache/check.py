@@ -29,6 +29,12 @@ LISTED = 20  # images that are named for each kind, unless all are asked for
 MOST_DECODED = 10_000  # images of a split whose pixels are compared without being asked for
 _STORED = Rules(exif="ignore", alpha="drop")  # pixels as they are stored, whatever the study says
 
+# Suffixes of images that Pillow may not open
+_UNREAD = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".raw", ".dng", ".cr2", ".cr3",
+    ".nef", ".arw", ".orf", ".rw2", ".raf", ".exr", ".hdr", ".tga", ".eps",
+)  # fmt: skip
+
 Place = tuple[str, str]  # split, and name of an image in it
 
 
@@ -108,6 +114,12 @@ def _check_split(
     n_workers: int | None,
     every: bool,
 ) -> None:
+    """Look at each image of one split.
+
+    Args:
+        twins: Images by the sha256 of their pixels or bytes, to which those of this split are
+            added.
+    """
     split, encoded = source.split, source.encoded
     pixels = every or source.n_examples <= MOST_DECODED
     if n_workers is None:
@@ -143,6 +155,9 @@ def _check_split(
     )
     if data.source == "folder":
         _check_others(data, split, findings)
+        return
+    for kind, n in encoded.passed_over.items():
+        findings.notes[f"files passed over ({shown(kind)})"].append(f"{split}: {n:,}")
 
 
 def _payloads(source: Source, names: list[str], labels: list[int]) -> Any:
@@ -181,6 +196,9 @@ def _check_others(data: Data, split: str, findings: Findings) -> None:
                 if kind == "outside class folders"
                 else f"is an image, but its name ends in {shown(kind)}"
             )
+            findings.decisions["images that would be passed over"].append(f"{name} {why}")
+        elif kind in _UNREAD:
+            why = f"is named like an image of a kind that is not read ({kind}); save it as PNG"
             findings.decisions["images that would be passed over"].append(f"{name} {why}")
         else:
             findings.notes[f"files passed over ({shown(kind)})"].append(name)

@@ -92,10 +92,7 @@ def _reader(rows: Any, data: Data, where: str, n_classes: int) -> Callable[[int,
 
     def fetch_range(start: int, stop: int) -> Payload:
         part = take(start, stop)
-        images = [
-            _encoded(image, f"example {i} of {where}")
-            for i, image in enumerate(part[settings.image_column], start)
-        ]
+        images = [_encoded(image) for image in part[settings.image_column]]
         if not data.labelled:
             return Payload(start, images, np.full(stop - start, -1, np.int64))
         labels = [-1 if label is None else label for label in part[settings.label_column]]
@@ -221,14 +218,14 @@ def _label_column(rows: Any, column: str) -> np.ndarray:
     return table[column].cast("int64").fill_null(-1).to_numpy()
 
 
-def _encoded(image: dict[str, Any] | None, name: str) -> bytes | str:
-    """Bytes of an image file, or the path of a local one."""
+def _encoded(image: dict[str, Any] | None) -> bytes | str:
+    """Bytes of an image file, or the path of a local one; no bytes where there is no image."""
     image = image or {}
     if image.get("bytes") is not None:
         return image["bytes"]
     path = image.get("path")
     if path is None:
-        raise ValueError(f"{name} has no image; repair or remove it")
+        return b""  # the decoder names it, with all others that cannot be read
     if "://" not in path:
         return path
     import fsspec

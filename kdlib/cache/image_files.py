@@ -158,19 +158,27 @@ def n_bytes(path: str) -> int:
 
 def passed_over(folder: Path, labelled: bool = False) -> list[tuple[str, str]]:
     """What it is, and the path, of each file below a split's folder that is not read: hidden ones,
-    those with another suffix than an image's, and images beside the class folders."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        hidden = "/." in parent.removeprefix(str(folder))
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            if hidden or name[0] == ".":
-                found.append(("hidden", path))
-            elif not is_image(name):
-                found.append((os.path.splitext(name)[1].lower() or "no suffix", path))
-            elif labelled and parent == str(folder):
-                found.append(("outside class folders", path))
+    those with another suffix than an image's, images beside the class folders, and folders
+    that are named like an image."""
+    found, roots = [], [str(folder)]
+    for root in roots:  # which grows by the class folders that are links
+        for parent, folders, names in os.walk(root):
+            hidden = "/." in parent.removeprefix(str(folder))
+            folders.sort()
+            for name in folders:
+                path = os.path.join(parent, name)
+                if is_image(name) and not hidden:
+                    found.append(("folder", path))
+                if parent == str(folder) and os.path.islink(path):
+                    roots.append(path)
+            for name in sorted(names):
+                path = os.path.join(parent, name)
+                if hidden or name[0] == ".":
+                    found.append(("hidden", path))
+                elif not is_image(name):
+                    found.append((os.path.splitext(name)[1].lower() or "no suffix", path))
+                elif labelled and parent == str(folder):
+                    found.append(("outside class folders", path))
     return found
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from kdlib.cache import index
-from kdlib.cache.build import build_images, repair
+from kdlib.cache.agreement import open_sources
+from kdlib.cache.build import build_splits, repair
 from kdlib.cache.changes import compare
 from kdlib.cache.index import CacheError
 from kdlib.cache.readings import counted, sentence
@@ -62,15 +63,17 @@ def build_caches(
         part: `i/k`; None: of the training split what the study asks for, of the test split all.
         n_workers: As in `build_images`.
     """
-    splits = (split,) if split else ("train",) if part else SPLITS
+    names = (split,) if split else ("train",) if part else SPLITS
     # the data sets of probes are small: they are built whole, with the whole study
     probed = () if split or part else study.probe.others.values()
     for data in (study.data, *probed):
-        for name in splits:
-            chosen = part or (data.part if name == "train" else "1/1")
-            source, folder = open_source(data, name), cache_folder(data) / name
-            build_images(source, folder, data.shard_size, parse_part(chosen), n_workers)
-            print(state(Cache(folder)))
+        both = open_sources(data) if names == SPLITS else None
+        sources = both or {name: open_source(data, name) for name in names}
+        chosen = {n: parse_part(part or (data.part if n == "train" else "1/1")) for n in names}
+        folder = cache_folder(data)
+        build_splits(sources, folder, data.shard_size, chosen, n_workers)
+        for name in names:
+            print(state(Cache(folder / name)))
 
 
 def state(cache: Cache) -> str:

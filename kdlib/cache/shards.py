@@ -146,8 +146,8 @@ class Cache:
             rows = plain[start:].view(torch.from_numpy(np.empty(0, dtype)).dtype)
             while len(self._maps) >= _MOST_MAPS:
                 del self._maps[next(iter(self._maps))]  # unmapped with its last tensor
+            self._mapped[key] = str(path), end  # first, for other threads
             self._maps[key] = rows.reshape(-1, *shape)
-            self._mapped[key] = str(path), end
         return self._maps[key]
 
     def located(self, column: str, shard: int) -> tuple[Path, int, int]:

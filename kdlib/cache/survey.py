@@ -2,12 +2,16 @@
 whether the others can be made. All images that cannot be read are named at once."""
 
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from kdlib.cache import index
 from kdlib.cache.changes import by_name, changed_since
@@ -88,12 +92,15 @@ def demand_readable(
 def _unreadable(
     encoded: Encoded, spans: Iterable[tuple[int, int]], n_workers: int, deep: bool
 ) -> Iterator[str]:
-    chunks = (
-        encoded.fetch(first, min(first + CHUNK, stop))
+    ranges = [
+        (first, min(first + CHUNK, stop))
         for start, stop in spans
         for first in range(start, stop, CHUNK)
-    )
-    for faults in in_workers(partial(_faults, encoded, deep), chunks, n_workers):
+    ]
+    chunks = (encoded.fetch(*ids) for ids in ranges)
+    found = in_workers(partial(_faults, encoded, deep), chunks, n_workers)
+    about = f"looking at {encoded.where}"
+    for faults in tqdm(found, about, len(ranges), leave=False, unit="chunk", delay=1):
         yield from faults
 
 
@@ -119,13 +126,21 @@ def fault(encoded: Encoded, seen: Look) -> str | None:
     return reason
 
 
+def demand_workers(n_workers: int) -> None:
+    """Raises: ValueError for a negative number of processes."""
+    if n_workers < 0:
+        raise ValueError(f"n_workers is {n_workers}; expected 0 or more")
+
+
 def in_workers(function: Any, payloads: Iterator[Any], n_workers: int) -> Iterator[Any]:
     """What a function returns for each of some payloads, in their order; at most 2 * n_workers of
     them are in memory."""
+    demand_workers(n_workers)
     if n_workers == 0:
         yield from map(function, payloads)
         return
-    with ProcessPoolExecutor(n_workers, get_context("spawn")) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends this process, which ends the workers
+    with ProcessPoolExecutor(n_workers, get_context("spawn"), signal.signal, ignore) as pool:
         running = []
         try:
             for payload in payloads:
@@ -134,6 +149,11 @@ def in_workers(function: Any, payloads: Iterator[Any], n_workers: int) -> Iterat
                     yield running.pop(0).result()
             while running:
                 yield running.pop(0).result()
+        except BrokenProcessPool:
+            raise CacheError(
+                "a worker process died while images were looked at, most often because memory ran "
+                "out; run the same again with fewer workers"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.cache.agreement import agreement, open_sources
-from kdlib.cache.build import build_images
+from kdlib.cache.build import build_splits
 from kdlib.cache.duplicates import count_duplicates, find_duplicates
 from kdlib.cache.readings import counted, sentence
 from kdlib.cache.shards import Cache
@@ -31,14 +31,13 @@ def cache_images(study: Study, built: bool = False) -> Images:
     """
     _ask_for_portable(study)
     study, data = study.upstream, study.data
-    sources, caches = {} if built else open_sources(data), {}
-    for split in SPLITS:
-        folder, part = study.cache / split, data.part_of(split)
-        if built:
-            caches[split] = Cache(folder, part=part)
-        else:
-            caches[split] = build_images(sources[split], folder, data.shard_size, part)
-        caches[split].verify()
+    parts = {split: data.part_of(split) for split in SPLITS}
+    if built:
+        caches = {split: Cache(study.cache / split, part=parts[split]) for split in SPLITS}
+    else:
+        caches = build_splits(open_sources(data), study.cache, data.shard_size, parts)
+    for cache in caches.values():
+        cache.verify()
     ids = split_ids(caches["train"].example_ids, data.n_validation, data.split_seed)
     settings = {
         "step": study.step_settings("cache"),

@@ -10,8 +10,9 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from kdlib.cache.agreement import open_sources
-from kdlib.cache.build import build_images
+from kdlib.cache.build import build_splits
 from kdlib.cache.shards import Cache
+from kdlib.cache.sources import SPLITS
 from kdlib.compare.text import table
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.dataset.pixels import Pixels
@@ -119,12 +120,10 @@ def other_examples(data: Data) -> Examples:
     Raises: ValueError for images without labels; checks.CheckError for splits that do not belong
         together; whatever opening the source raises.
     """
-    folder, caches = cache_folder(data), []
+    folder, parts = cache_folder(data), {split: data.part_of(split) for split in SPLITS}
     with files.locked(folder.parent / f".{folder.name}.lock"):  # cells are probed side by side
-        for split, source in open_sources(data).items():
-            part = data.part_of(split)
-            caches.append(build_images(source, folder / split, data.shard_size, part))
-    train, test = caches
+        caches = build_splits(open_sources(data), folder, data.shard_size, parts)
+    train, test = (caches[split] for split in SPLITS)
     if not train.header["class_names"]:
         raise ValueError(
             f"the images of {train.folder} have no labels, and a probe learns from labels (params: "

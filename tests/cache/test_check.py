@@ -63,6 +63,7 @@ ODD = {
     ),
     "train/cat/empty.png": (lambda: b"", "it is empty"),
     "train/cat/text.png": (lambda: b"text", "its format is unknown"),
+    "train/dog/phone.heic": (lambda: b"ftypheic", "a kind that is not read (.heic)"),
     "train/dog/forgotten.img": (lambda: encoded(pixels(4)), "is an image, but its name ends in"),
     "train/beside.png": (lambda: encoded(pixels(5)), "lies beside the class folders"),
     "test/cat/twin.png": (lambda: encoded(pixels(0)), "train/cat/0.png = test/cat/twin.png"),
@@ -178,6 +179,44 @@ def test_images_in_parquet_files_are_checked(tmp_path, monkeypatch):
         "test/example 2 carries EXIF orientation 6: as",
     ]
     assert len(found["the same image in train and test"]) == 3
+
+
+def test_what_lies_in_a_linked_class_folder_is_listed_and_a_folder_named_like_an_image(
+    study, run, home
+):
+    (home / "photos/train/cat").rename(home / "cats")
+    (home / "photos/train/cat").symlink_to(home / "cats")
+    write(home / "cats/notes.txt", b"x")
+    (home / "photos/train/dog/folder.jpg").mkdir()
+    code, output, _ = run("check", study)
+    assert code == 0
+    assert "train/cat/notes.txt" in output
+    assert "train/dog/folder.jpg" in output
+
+
+def test_splits_that_do_not_belong_together_need_a_decision(study, run, home):
+    code, output, _ = run("check", write_study(home, test_folder="train"))
+    assert code == 1
+    assert "both splits are read from the folder" in output
+
+
+def test_a_source_is_named_by_a_study_and_repaired_by_another_command(study, run, home):
+    assert run("build", study)[0] == 0
+    code, _, errors = run("verify", home / "cache", "--source")
+    assert code == 1
+    assert "--source needs a study file" in errors
+    code, _, errors = run("verify", study, "--source", "--repair")
+    assert code == 1
+    assert "give one" in errors
+
+
+def test_both_splits_are_looked_at_before_either_is_built(study, run, home):
+    for name in ("train/cat/9.png", "test/dog/9.png"):
+        write(home / "photos" / name, b"text")
+    code, _, errors = run("build", study)
+    assert code == 1
+    assert errors.count("its format is unknown") == 2
+    assert not list(home.glob("cache/*/*/*.npy"))
 
 
 def test_verify_compares_with_the_source_when_it_is_asked_to(study, run, home):

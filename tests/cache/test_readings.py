@@ -219,8 +219,12 @@ def test_an_image_replaced_by_one_of_the_same_size_is_refused_and_named(root):
     same_size(root / "train/dog/1.png")
     with pytest.raises(CacheError, match=r"other images .*changed since: dog/1\.png; .*--source"):
         build(root)
-    shutil.rmtree(root / "cache-train")  # as the message says
+    same_size(root / "train/dog/1.png")  # the first remedy of the message: the old bytes
+    assert build(root).whole
     same_size(root / "train/dog/1.png")
+    with pytest.raises(CacheError, match="changed since"):
+        build(root)
+    shutil.rmtree(root / "cache-train")  # the second one
     assert build(root).whole
 
 
@@ -268,6 +272,35 @@ def test_a_parquet_file_replaced_behind_the_same_footer_is_noticed(tmp_path):
     with pytest.raises(CacheError, match="changed since: example 3; "):
         build_images(source, tmp_path / "cache", 2)
     assert compare(source, cache).changed == ["example 3"]
+
+
+def test_images_below_a_local_image_folder_of_datasets_are_compared_by_name(tmp_path):
+    root = image_folder(tmp_path / "set")
+    write(root / "train/cat/notes.txt", b"x")
+    cache = build_images(open_hub(root), tmp_path / "cache", 4)
+    assert read_record(cache.folder, 0)["names"][0] == "cat/0.png"
+    assert counted(cache)["passed_over"] == {".txt": 1}
+    same_size(root / "train/dog/1.png")
+    with pytest.raises(CacheError, match=r"changed since: dog/1\.png"):
+        build_images(open_hub(root), tmp_path / "cache", 4)
+    assert compare(open_hub(root), cache).changed == ["dog/1.png"]
+
+
+def test_an_absent_image_of_a_parquet_file_is_named_with_the_others(tmp_path):
+    write_parquet(
+        tmp_path / "set/train.parquet", [encoded(pixels()), None, b"text", None], [0, 1, 2, 0]
+    )
+    with pytest.raises(ImageError) as caught:
+        build_images(open_hub(tmp_path / "set"), tmp_path / "cache", 2)
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("3 images of")
+    for line, says in zip(lines[1:4], ("is empty", "format is unknown", "is empty"), strict=True):
+        assert says in line
+
+
+def test_too_few_workers_are_refused_before_images_are_looked_at(root):
+    with pytest.raises(ValueError, match="n_workers is -1; expected 0 or more"):
+        build(root, n_workers=-1)
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "edited"])

@@ -3,6 +3,8 @@ made it."""
 
 import math
 import mmap
+import os
+import shutil
 import threading
 
 import numpy as np
@@ -357,3 +359,12 @@ def test_a_loader_can_be_iterated_and_has_a_length(images):
     seen = [batch.example_ids for batch in loader]
     assert len(loader) == len(seen) == 7
     assert torch.equal(torch.stack(seen[3:4]), loader.batch(3).example_ids[None])
+
+
+def test_a_shard_that_is_cut_while_batches_are_drawn_from_it_is_named(tmp_path, images):
+    folder = shutil.copytree(images.folder, tmp_path / "cache")
+    loader = Loader(plan_of(), Cache(folder), residence="mapped")
+    loader.batch(0)
+    os.truncate(folder / "images-00000.npy", 200)
+    with pytest.raises(CacheError, match=r"images-00000\.npy was cut to 200 of .* while it was"):
+        loader.batch(0)

@@ -62,7 +62,7 @@ def test_a_built_cache_needs_no_data_set(lab, monkeypatch):
     def absent(*_):
         raise AssertionError("the data set was opened")
 
-    monkeypatch.setattr(cache, "open_source", absent)
+    monkeypatch.setattr(cache, "open_sources", absent)
     study = load_study("params/tiny.yaml")
     (study.runs / "cache" / "evidence.json").rename(lab / "before.json")
     [row] = step_command.run_steps(study, ["cache"], [], built=True)
