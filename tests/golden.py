@@ -40,8 +40,8 @@ KEYS = {
 }
 # Circumstances, sentences, and hashes of settings and files, which change without a number
 ASIDE = {
-    "run", "command", "reason", "device", "threads", "git_commit", "code_sha256", "versions",
-    "settings_sha256", "checkpoint_sha256", "duplicates",
+    "run", "command", "reason", "device", "threads", "git_commit", "git_clean", "code_sha256",
+    "versions", "settings_sha256", "checkpoint_sha256", "duplicates",
 }  # fmt: skip
 
 Table = dict[str, dict[str, Any]]  # row -> column -> value

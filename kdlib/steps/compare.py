@@ -169,7 +169,7 @@ def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
         "teacher_sha256": teacher["weights_sha256"] if teacher else "",
         **{f"data_{part}": value for part, value in evidence["data"].items()},
         "settings_sha256": evidence["settings_sha256"],
-        **{key: str(made[key]) for key in CIRCUMSTANCES},
+        **{key: str(made[key]) for key in (*CIRCUMSTANCES, "git_clean")},
         "versions": ", ".join(f"{name} {version}" for name, version in made["versions"].items()),
     }
 

@@ -1,5 +1,6 @@
 """Tables from evidence: which rows are accepted, which refused, and what they say."""
 
+import itertools
 import json
 import shutil
 
@@ -51,6 +52,15 @@ def test_a_number_without_its_checkpoint_is_refused(lab):
     table = results(study)
     assert table["refused"].sum() == 1
     assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
+
+
+def test_a_summary_says_which_runs_are_of_uncommitted_code(lab):
+    study = tiny_study(lab)
+    for cell, seed in itertools.product(study.cells(), study.seeds):
+        forge(student_folder(study, cell, seed), lambda e: e["made"].update(git_clean=True))
+    assert "uncommitted" not in summary(study, compile_tables(study))
+    forge(first_run(study), lambda e: e["made"].update(git_clean=False))
+    assert "\n1 run of a clone with uncommitted changes.\n" in summary(study, compile_tables(study))
 
 
 def test_metrics_that_were_changed_are_not_drawn(lab):
