@@ -34,6 +34,7 @@ from kdlib.steps.folders import (
 )
 from kdlib.steps.probe import open_probes
 from kdlib.steps.recount import Recount
+from kdlib.steps.recount_splits import split_disagreements
 from kdlib.steps.remeasure import Remeasure
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
@@ -130,7 +131,8 @@ class _Inputs:
         up = study.upstream
         cache = read_evidence(up.runs / "cache", up.step_settings("cache"))  # refuses another split
         outcomes = checks.run_all(checks.CACHE, cache)
-        self.faults, self.duplicates = _failed(outcomes), outcomes[-1].sentence
+        self.duplicates = {check.name: check.sentence for check in outcomes}["duplicates"]
+        self.faults = _failed(outcomes) + split_disagreements(Recount(study), cache)
         self.reader = reader_sentence(cache)
         upstream = {
             step: read_evidence(up.runs / step, up.step_settings(step))

@@ -11,7 +11,7 @@ from kdlib.repro.tables import write_parquet
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.study.study import Study
 
-SHOWN = 12  # pairs of a figure
+SHOWN = 8  # pairs of a figure
 
 
 def near_duplicates(
@@ -61,17 +61,13 @@ def near_images(
     images: Images, table: pd.DataFrame
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """The first pairs of a table that are not equal in every pixel, one above the other: rows of
-    images, and their captions (split, id, class)."""
+    images, and their captions (split and example id)."""
     shown = table[~table["same_pixels"]].head(SHOWN)
-    names = images.train.header["class_names"]
     pixels, captions = {}, {}
     for row, prefix in (("image", ""), ("its twin", "other_")):
         pixels[row] = np.array(_pixels(images, shown, prefix))
-        places = shown[[f"{prefix}split", f"{prefix}example_id", f"{prefix}label"]]
-        captions[row] = [
-            f"{split} {i}" if label < 0 else f"{split} {i} {names[label]}"
-            for split, i, label in places.itertuples(index=False)
-        ]
+        places = shown[[f"{prefix}split", f"{prefix}example_id"]].itertuples(index=False)
+        captions[row] = [f"{split} {i}" for split, i in places]
     return pixels, captions
 
 

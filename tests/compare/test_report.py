@@ -83,15 +83,19 @@ def test_the_summary_says_what_was_converted_and_nothing_where_nothing_was(lab):
     ) in summary(study, compile_tables(study))
 
 
-def test_runs_on_images_that_fail_a_check_are_refused(lab):
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"crossing": 9, "pairs": {"train": 0, "test": 0, "across": 9}}, "duplicates: pairs of"),
+        ({"held_out": 1}, "recorded duplicates.held_out as 1, and the shards give 0"),
+    ],
+)
+def test_runs_on_images_that_fail_a_check_or_of_edited_evidence_are_refused(lab, facts, said):
     study = tiny_study(lab)
-    forge(
-        study.runs / "cache",
-        lambda e: e["duplicates"]["pairs"].update(across=9) or e["duplicates"].update(crossing=9),
-    )
+    forge(study.runs / "cache", lambda e: e["duplicates"].update(facts))
     table = results(study)
     assert table["refused"].all()
-    assert table["reason"].str.contains("duplicates: ").all()
+    assert table["reason"].str.contains(said).all()
 
 
 def test_the_ledger_charges_what_the_study_recorded(lab):

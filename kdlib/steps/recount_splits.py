@@ -1,0 +1,103 @@
+"""What step 01 says of the two splits, derived again from the shards by code of its own."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from kdlib.steps.recount import Recount, Shards
+
+
+def split_disagreements(recount: Recount, evidence: dict[str, Any]) -> list[str]:
+    """Where the evidence of step 01 says other things than the shards, a sentence each."""
+    wrong = []
+    limit = recount.study.upstream.data.duplicates
+    derived = {"agree": _agreement(recount), "duplicates": _duplicates(recount)}
+    derived["duplicates"]["limit"] = 0.01 if limit is None else limit
+    for part, facts in derived.items():
+        recorded = evidence.get(part, {})
+        wrong += [
+            f"step 01 recorded {part}.{name} as {recorded.get(name)}, and the shards give {value}"
+            for name, value in facts.items()
+            if recorded.get(name) != value
+        ]
+    return wrong
+
+
+def _agreement(recount: Recount) -> dict[str, Any]:
+    both = {"train": recount.train, "test": recount.test}
+    headers = {split: _header(shards) for split, shards in both.items()}
+    names = {split: header["class_names"] for split, header in headers.items()}
+    facts = {
+        "class_names": names,
+        "shape": {split: header["columns"]["images"][1] for split, header in headers.items()},
+        "n_images": {split: len(shards.ids) for split, shards in both.items()},
+    }
+    if names["train"]:
+        places = {
+            "train": (recount.train, recount.train_ids),
+            "validation": (recount.train, recount.validation_ids),
+            "test": (recount.test, recount.test.ids),
+        }
+        counts = {s: Counter(x.rows("labels", ids).tolist()) for s, (x, ids) in places.items()}
+        facts["per_class"] = {
+            split: [count[label] for label in range(len(names["train"]))]
+            for split, count in counts.items()
+        }
+    return facts
+
+
+def _header(shards: Shards) -> dict[str, Any]:
+    first = min(shards.folder.glob("index*.json"))
+    return json.loads(first.read_text())["header"]
+
+
+def _duplicates(recount: Recount) -> dict[str, Any]:
+    """Counts of images with the same pixels, from one dictionary of all images."""
+    held_out = set(recount.validation_ids.tolist())
+    groups: dict[bytes, Counter[tuple[str, int]]] = defaultdict(Counter)  # -> (place, label)
+    for pixels, example_id, label in _rows(recount.train):
+        groups[pixels]["validation" if example_id in held_out else "kept", label] += 1
+    for pixels, _, label in _rows(recount.test):
+        groups[pixels]["test", label] += 1
+    pairs, other = Counter(train=0, test=0, across=0), Counter(train=0, test=0, across=0)
+    crossing = among_kept = two_labels = 0
+    for group in groups.values():
+        if group.total() == 1:
+            continue
+        places, labels = Counter(), {label for _, label in group}
+        for (place, _), n in group.items():
+            places[place] += n
+        whole = _pairs(places)
+        pairs.update(whole)
+        other.update(whole)
+        for label in labels:
+            other.subtract(_pairs(Counter({p: group[p, label] for p in places})))
+        crossing += places["test"] if places["kept"] + places["validation"] else 0
+        among_kept += places["validation"] if places["kept"] else 0
+        two_labels += group.total() if len(labels) > 1 else 0
+    return {
+        "n_images": {"train": len(recount.train.ids), "test": len(recount.test.ids)},
+        "pairs": dict(pairs), "contradicting": dict(other), "crossing": crossing,
+        "held_out": among_kept, "two_labels": two_labels,
+    }  # fmt: skip
+
+
+def _pairs(places: Counter[str]) -> dict[str, int]:
+    train, test = places["kept"] + places["validation"], places["test"]
+    return {"train": train * (train - 1) // 2, "test": test * (test - 1) // 2,
+            "across": train * test}  # fmt: skip
+
+
+def _rows(shards: Shards) -> Iterator[tuple[bytes, int, int]]:
+    """A name of its pixels, id and label (the source's) of each image, a shard at a time."""
+    replaced = any(shards.folder.glob("original_labels-*.npy"))
+    for ids in np.array_split(shards.ids, max(1, len(shards.ids) // shards.size)):
+        labels = shards.rows("original_labels" if replaced else "labels", ids)
+        for image, example_id, label in zip(
+            shards.rows("images", ids), ids.tolist(), labels.tolist(), strict=True
+        ):
+            yield blake2b(image.tobytes(), digest_size=16).digest(), example_id, label
