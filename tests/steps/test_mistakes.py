@@ -7,6 +7,7 @@ random numbers of a view of an image, the statistics of a comparison. There is n
 them with at run time but the same function.
 """
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,16 +19,17 @@ from tiny import tiny_study
 from kdlib.dataset import plan as plans
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan
+from kdlib.models import evaluation
 from kdlib.models.evaluation import evaluate
 from kdlib.repro.checks import CheckError
 from kdlib.repro.seeds import generator
+from kdlib.steps import cache as steps_cache
 from kdlib.steps import checkpoints, distill, training
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import results
 from kdlib.steps.distill import train_student
 from kdlib.steps.folders import student_folder
 from kdlib.trainer import step
-from kdlib.trainer.loop import _Loop
 
 Patch = pytest.MonkeyPatch
 
@@ -111,16 +113,9 @@ def subset_of_another_seed(patch: Patch) -> None:
     )
 
 
-def best_saved_as_last(patch: Patch) -> None:
-    """What is measured are other weights than those that are kept."""
-    real = _Loop.keep
-
-    def keep(self, weights, number):
-        weights = {k: v + 0.05 if v.is_floating_point() else v for k, v in weights.items()}
-        real(self, weights, number)
-
-    patch.setattr(_Loop, "keep", keep)
-    patch.setattr(checkpoints, "load_weights", lambda network, path: None, raising=False)
+def measured_in_training_mode(patch: Patch) -> None:
+    """BatchNorm takes its statistics from the test batch."""
+    patch.setattr(evaluation, "eval_mode", contextlib.nullcontext)
 
 
 # name of the mistake -> what the tripwire says
@@ -134,6 +129,7 @@ MISTAKES: dict[Callable[[Patch], None], str] = {
     one_initialisation: "its initial weights are not those that its seed draws",
     no_decay: "weight_decay as executed: 0.0, asked for 0.0005",
     subset_of_another_seed: "subset drawn again",
+    measured_in_training_mode: "`last` measured again: ",
 }
 
 
@@ -157,3 +153,14 @@ def test_a_tripwire_stops_a_planted_mistake(
             table = results(study).set_index("run")
             said = table.loc[str(folder.relative_to(study.runs)), "reason"]
     assert any(sentence in said for sentence in MISTAKES[mistake].split("|")), said
+
+
+def test_pixel_statistics_of_other_images_are_refused(lab: Path, monkeypatch: Patch):
+    study = tiny_study(lab)
+    shutil.rmtree(study.runs / "cache")
+    real = steps_cache.pixel_statistics
+    with monkeypatch.context() as patch:
+        patch.setattr(steps_cache, "pixel_statistics", lambda cache, ids: real(cache, ids[:9]))
+        steps_cache.cache_images(study)
+    table = results(study)
+    assert table["reason"].str.contains("mean and std of the training pixels are").all()
