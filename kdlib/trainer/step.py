@@ -104,7 +104,7 @@ class Step:
         learner: The module whose parameters are trained, neither compiled nor distributed.
         optimiser: Over all its trained parameters.
         executed: Of the last step: `batch_size` over all processes, `accumulate`, `clip_norm`, and
-            `precision`, the type in which the network computed its logits.
+            `precision`, the type in which its passes were computed.
     """
 
     def __init__(self, task: Task) -> None:
@@ -148,7 +148,7 @@ class Step:
                 # times the number of processes, by which DistributedDataParallel divides
                 (loss * task.world.size / n_pieces).backward()
             total += value
-            parts.append(logits.float())
+            parts.append(logits)
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.learner.parameters(), training.clip_norm)
         rate = learning_rate(training, step, task.loader.plan.n_steps) * factor
@@ -159,19 +159,20 @@ class Step:
             "batch_size": sum(map(len, parts)),
             "accumulate": len(parts),
             "clip_norm": training.clip_norm,
-            "precision": str(logits.dtype).removeprefix("torch."),
+            "precision": self._precision,
         }
         # rows of pieces, each gathered over the processes, in the order of the gathered batch
         of_rank = zip(*(part.chunk(task.world.size) for part in parts), strict=True)
         return total, torch.cat([rows for ranks in of_rank for rows in ranks])
 
     def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
-        """(the loss of the whole batch, its detached logits as they were computed)."""
+        """(the loss of the whole batch, its detached logits)."""
         task, seeded = self.task, contextlib.nullcontext()
         if self._drops:
             seeded = torch_seeded(task.seed, "dropout", step, piece, task.world.rank)
         bf16 = task.compute.precision == "bf16"
         with seeded, torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+            self._precision = _precision(batch.images)
             seen = (batch.images,) if batch.second is None else (batch.images, batch.second)
             projected = self._call(*seen)
         projected, teacher = (
@@ -179,7 +180,7 @@ class Step:
             for outputs in (projected, batch.teacher or {})
         )
         loss = task.distiller.loss(projected, gathered(batch.labels, task.world), teacher)
-        return loss, projected["logits"].detach()
+        return loss, projected["logits"].detach().float()
 
 
 def _demand_statistics(learner: nn.Module, training: Training) -> None:
@@ -195,6 +196,13 @@ def _demand_statistics(learner: nn.Module, training: Training) -> None:
             "between images; expected pieces of two images or more: lower training.accumulate, "
             "raise training.batch_size, or take a network without BatchNorm"
         )
+
+
+def _precision(images: Tensor) -> str:
+    """The type in which a network computes on these images now."""
+    kind = images.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _pieces(batch: Batch, n: int) -> Iterator[Batch]:

@@ -256,3 +256,27 @@ def test_bfloat16_trains_in_it_and_keeps_float32_weights(tmp_path, images):
     for name, tensor in weights[0].items():
         assert tensor.dtype == weights[1][name].dtype
         assert torch.allclose(tensor.float(), weights[1][name].float(), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("compute", "precision"), [(Compute(), "float32"), (Compute(precision="bf16"), "bfloat16")]
+)
+def test_settings_are_on_record_as_they_were_executed(tmp_path, images, compute, precision):
+    training = TRAINING.model_copy(update={"accumulate": 2, "clip_norm": 0.5, "ema": 0.9})
+    task = small_task(images, training=training, compute=compute)
+    executed = train(run_in(tmp_path / "run"), task).evidence["executed"]
+    rates = executed.pop("learning_rates")
+    assert list(rates) == ["5", "10", "15"]
+    assert rates["15"] < rates["5"] < training.lr_peak
+    assert executed == {
+        "batch_size": 16,
+        "accumulate": 2,
+        "clip_norm": 0.5,
+        "precision": precision,
+        "optimiser": "sgd",
+        "weight_decay": training.weight_decay,
+        "momentum": training.momentum,
+        "augment": {"crop_padding": 0, "flip": False},
+        "objective": {"kind": "kd", "alpha": 0.5, "temperature": 2.0, "standardise": False},
+        "ema": 0.9,
+    }
