@@ -18,7 +18,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DELETE_ON_ERROR:
 
 study: .venv/installed
-	@$(BIN)/python -m kdlib study $(STUDY) $(STEP) $(if $(PROFILE),--profile $(PROFILE),--cores $(CORES))
+	@$(BIN)/python -m kdlib study "$(STUDY)" $(STEP) $(if $(PROFILE),--profile "$(PROFILE)",--cores $(CORES))
 
 # Two processes, one test file at a time each. The long files run first; xdist would otherwise
 # start with the files that hold the most tests.
@@ -37,7 +37,7 @@ lab/%.ipynb: notebooks/%.ipynb
 	@cp $< $@
 
 figures: .venv/installed
-	@$(BIN)/python -m kdlib figures $(if $(filter file,$(origin STUDY)),all,$(STUDY))
+	@$(BIN)/python -m kdlib figures $(if $(filter file,$(origin STUDY)),all,"$(STUDY)")
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -48,8 +48,8 @@ lint: .venv/installed
 .venv/installed: requirements.lock pyproject.toml
 	@test -d .venv || python3 -m venv .venv
 	@if command -v uv >/dev/null; then \
-	  VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --require-hashes -r requirements.lock && \
-	  VIRTUAL_ENV=$(CURDIR)/.venv uv pip install --no-deps -e . ; \
+	  VIRTUAL_ENV="$(CURDIR)/.venv" uv pip install --require-hashes -r requirements.lock && \
+	  VIRTUAL_ENV="$(CURDIR)/.venv" uv pip install --no-deps -e . ; \
 	else \
 	  $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q --require-hashes -r requirements.lock && \
 	  $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e . ; \
