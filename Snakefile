@@ -76,7 +76,7 @@ UNFINISHED = set()  # evidence of runs that are not finished
 if workflow.is_main_process:  # one of them, where a job runs on another node
     from kdlib.steps.done import unfinished
 
-    for folder in unfinished(study):
+    for folder in unfinished(study) | unfinished(study, "audit"):
         of_study = folder.is_relative_to(study.runs)
         runs, place = (study.runs, RUNS) if of_study else (study.upstream.runs, UPSTREAM)
         UNFINISHED.add(f"{place}/{folder.relative_to(runs)}/evidence.json")

@@ -352,6 +352,32 @@ def test_cores_are_two_unless_given_or_left_to_a_profile_and_paths_are_absolute(
     assert commands[0][directory] == str(home / "runs")
 
 
+def test_jobs_get_this_environment_and_absolute_places_whatever_the_shell_says(
+    study, run, home, monkeypatch
+):
+    """A kernel of the user's own, named python3 too, is not taken for that of this environment."""
+    foreign = home / "jupyter" / "kernels" / "python3" / "kernel.json"
+    files.write_json(foreign, {"argv": ["/bin/false"], "display_name": "foreign", "language": "x"})
+    (home / "below").mkdir()
+    monkeypatch.chdir(home / "below")
+    for name, value in (("KDLIB_HOME", ".."), ("KDLIB_DATA", "data"), ("PATH", "/usr/bin:/bin")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JUPYTER_PATH", str(home / "jupyter"))
+    environments = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env: environments.append(env))
+    monkeypatch.setattr("kdlib.steps.pipeline.wait", lambda process: 1)
+    assert run("study", "params/tiny.yaml")[0] == 1
+    (environment,) = environments
+    assert environment["KDLIB_HOME"] == str(home)
+    assert environment["KDLIB_DATA"] == str(home / "below" / "data")
+    monkeypatch.undo()
+    code = "from jupyter_client import kernelspec as k; print(k.get_kernel_spec('python3').argv)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert "/bin/false" not in done.stdout
+    assert "ipykernel_launcher" in done.stdout
+
+
 @pytest.fixture
 def weights(study: Study, home: Path) -> Path:
     """A weight file of the small network, for a study whose images are cached."""

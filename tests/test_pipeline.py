@@ -287,3 +287,30 @@ def test_a_typo_in_the_study_is_one_sentence_and_starts_nothing(tmp_path):
     assert "unknown key 'sedes'; did you mean 'seeds'?" in process.stderr
     assert "Traceback" not in process.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_workspace_of_any_name_is_planned_alike_and_a_linked_folder_of_runs_too(home):
+    odd = home.parent / "größe {x} of 'it'"
+    home.rename(odd)
+    assert _planned(odd, odd / STUDY) == {}
+    (odd / "runs").rename(odd.parent / "disk")
+    (odd / "runs").symlink_to(odd.parent / "disk")
+    (odd / "disk").mkdir()
+    (odd / "runs" / "tiny").rename(odd / "disk" / "tiny")
+    (odd / "runs" / "tiny").symlink_to(odd / "disk" / "tiny")
+    assert _planned(odd, odd / STUDY) == {}
+    (odd / "figures" / "tiny" / "summary.md").unlink()
+    assert _planned(odd, odd / STUDY) == {"compare": 1}
+
+
+def test_an_edit_a_deleted_text_and_no_record_of_snakemake_end_with_the_summary_of_now(home):
+    shutil.rmtree(home / "runs" / ".snakemake")
+    (home / "figures" / "tiny" / "summary.md").unlink()
+    text = (home / STUDY).read_text()
+    assert "margin: 0.02" in text
+    (home / STUDY).write_text(text.replace("margin: 0.02", "margin: 0.2"))
+    process = _run(home)
+    assert process.returncode == 0, process.stderr
+    assert "with a margin of 20 points" in process.stdout
+    assert "with a margin of 2 points" not in process.stdout
+    assert "with a margin of 20 points" in (home / "figures" / "tiny" / "summary.md").read_text()

@@ -57,7 +57,8 @@ class Run:
 
         Args:
             evidence: JSON-able facts of the run; format, settings fingerprint, names of the run's
-                files and circumstances (versions, machine, commit, wall time) are added.
+                files and circumstances (versions, machine, commit, wall time, when it ended) are
+                added.
 
         Returns: The evidence as written, with a seal.
         """
@@ -66,7 +67,7 @@ class Run:
             "format": FORMAT,
             "settings_sha256": self.settings_sha256,
             "files": _files_of(self.folder),
-            "made": circumstances(device) | {"wall_s": wall_s},
+            "made": circumstances(device) | {"wall_s": wall_s, "at": _disk_time(self.folder)},
         }
         evidence = files.sealed(evidence | added)
         files.write_json(self.folder / "evidence.json", evidence)
@@ -142,6 +143,15 @@ def incomplete(folder: Path, evidence: dict[str, Any]) -> str:
     gone = [name for name in evidence.get("files", ()) if not (folder / name).is_file()]
     more = f" and {len(gone) - 1} more files" if gone[1:] else ""
     return f"{gone[0]}{more} of the run are gone" if more else f"{gone[0]} is gone" if gone else ""
+
+
+def _disk_time(folder: Path) -> float:
+    """Now, in seconds of the clock that stamps files in a folder: of the machine that holds it."""
+    stamp = folder / ".time"
+    stamp.touch()
+    now = stamp.stat().st_mtime
+    stamp.unlink()
+    return now
 
 
 def _files_of(folder: Path) -> list[str]:

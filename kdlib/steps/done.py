@@ -55,11 +55,11 @@ def unfinished(study: Study, step: str | None = None) -> dict[Path, str]:
     Args:
         step: `scores`, `noise` or `audit`: only this one; None: the whole study.
     """
-    steps = _Steps(study)
+    why, audit = _Steps(study).why, study.runs / "audit"
     if step is None:
-        return steps.why
+        return {f: sentence for f, sentence in why.items() if study.audit or f != audit}
     folder = study.runs / step
-    return {folder: steps.why[folder]} if folder in steps.why else {}
+    return {folder: why[folder]} if folder in why else {}
 
 
 def read_by(study: Study, step: str) -> dict[str, str | None]:
@@ -117,10 +117,9 @@ class _Steps:
             self._tables("scores", "07_scores.ipynb")
             if study.data.relabel:
                 self._tables("noise", "08_noise.ipynb")
-        if study.audit:
-            asked = study.step_settings("audit")
-            self._add(study.runs / "audit", asked, [self.cache], lambda: self.images)
-            self._look(study.runs / "audit", "audit", "09_audit.ipynb")
+        asked = study.step_settings("audit")
+        self._add(study.runs / "audit", asked, [self.cache], lambda: self.images)
+        self._look(study.runs / "audit", "audit", "09_audit.ipynb")
 
     def _add(
         self,
@@ -169,9 +168,12 @@ class _Steps:
         if folder in self.why:
             return
         figures = figures or self.study.figures
-        if gone := [name for name in SHOWN.get(step, ()) if not (figures / name).is_file()]:
-            self.why[folder] = f"{figures / gone[0]} is not there"
-        elif sentence := notebook_fault(folder / notebook, folder):
+        for path in (figures / name for name in SHOWN.get(step, ())):
+            if not path.is_file():
+                self.why[folder] = f"{path} is not there"
+            elif path.stat().st_mtime < self._evidence[folder]["made"].get("at", 0):
+                self.why[folder] = f"{path} is older than the run that it shows"
+        if sentence := notebook_fault(folder / notebook, folder):
             self.why[folder] = sentence
 
     def _named(self, folder: Path) -> str:

@@ -73,6 +73,12 @@ def launch_run(
 
 def write_study(study: Study) -> Path:
     """A file of the study as it is in memory, for other processes to load."""
-    path = study.runs / "launched" / f"{study.name}.yaml"  # JSON, which is YAML
-    content = study.model_dump(mode="json", exclude={"name"}, exclude_none=True)
-    return files.write_json(path, content)
+    folder, contents = study.runs / "launched", {}
+    for part in dict.fromkeys((study.name, study.upstream.name)):
+        of = study if part == study.name else study.upstream
+        contents[part] = of.model_dump(mode="json", exclude={"name"}, exclude_none=True)
+    if study.upstream is not study:  # wherever the file that it shares with lies
+        contents[study.name]["shares"] = f"{study.upstream.name}.yaml"
+    for name, content in contents.items():  # JSON, which is YAML
+        files.write_json(folder / f"{name}.yaml", content)
+    return folder / f"{study.name}.yaml"

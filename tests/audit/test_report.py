@@ -24,6 +24,7 @@ from audit.study_b import identical_views, keyed_by_pixels, seed_plus_epoch, tru
 from kdlib.compare.committed import write_committed
 from kdlib.repro import checks, files
 from kdlib.steps.cache import cache_images, open_images
+from kdlib.steps.done import unfinished
 from kdlib.study.load import load_study
 from kdlib.study.yaml_text import parse_yaml
 
@@ -297,3 +298,27 @@ def test_a_study_that_asks_for_it_or_a_call_by_name_makes_the_audit(home, asked,
     rules -= {"all"}
     assert rules - {"audit"} == made_by - {"audit"} if target == "audit" else made_by <= rules
     assert ("audit" in rules) == ("audit" in made_by)
+
+
+def test_a_check_that_sees_no_defect_leaves_no_evidence_and_fails_again(study, images, monkeypatch):
+    shutil.rmtree(study.runs / "audit")
+    rows = [
+        {"name": "a leak", "caught": False, "quiet": True},
+        {"name": "another", "caught": True, "quiet": False},
+    ]
+    monkeypatch.setattr(report, "exhibits", lambda images: pd.DataFrame(rows))
+    said = "no check sees the defect of a leak; a check objects to the honest run of another"
+    for _ in range(2):
+        with pytest.raises(checks.CheckError, match=said):
+            report.make(study, images)
+        assert not (study.runs / "audit" / "evidence.json").exists()
+
+
+def test_an_audit_of_other_images_is_made_again_also_where_the_study_does_not_ask_for_it(study):
+    assert unfinished(study, "audit") == {}
+    (study.figures / "audit.md").unlink()
+    folder = study.runs / "audit"
+    assert unfinished(study, "audit") == {folder: f"{study.figures}/audit.md is not there"}
+    (folder / "exhibits.parquet").unlink()
+    assert unfinished(study, "audit") == {folder: "exhibits.parquet is gone"}
+    assert folder not in unfinished(study)

@@ -24,12 +24,23 @@ from kdlib.study.study import Study
 def whole(home: Path, **changes) -> Study:
     """The tiny study without recordings, compared, with what its notebooks show."""
     study = tiny_study(home, recordings=None, **changes)
-    for name in (name for step in ("cache", "datamap", "compare") for name in SHOWN[step]):
+    compare(study)
+    show(study, "cache", "datamap")
+    return study
+
+
+def compare(study: Study) -> None:
+    """What notebook 06 does."""
+    finish_tables(study, "compare", compile_tables(study))
+    show(study, "compare")
+
+
+def show(study: Study, *steps: str) -> None:
+    """Files in place of what the notebooks of some steps draw and write."""
+    for name in (name for step in steps for name in SHOWN[step]):
         path = study.figures / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-    finish_tables(study, "compare", compile_tables(study))
-    return study
 
 
 def open_of(study: Study) -> dict[str, str]:
@@ -97,6 +108,12 @@ def test_a_figure_or_text_that_is_gone_is_made_by_its_own_step_alone(lab, name):
     assert open_of(study) == {step: f"{study.figures / name} is not there"}
 
 
+def test_tables_made_anew_leave_the_texts_of_before_unfinished(lab):
+    study = whole(lab)
+    finish_tables(study, "compare", compile_tables(study))  # as `python -m kdlib step compare`
+    assert open_of(study)["compare"].endswith(".md is older than the run that it shows")
+
+
 def test_a_run_whose_file_is_gone_is_made_again_to_the_byte(lab):
     study = whole(lab)
     folder, cell = first_run(study), study.cells()[0]
@@ -107,7 +124,7 @@ def test_a_run_whose_file_is_gone_is_made_again_to_the_byte(lab):
     train_student(study, open_images(study), cell, study.seeds[0])
     assert weights.read_bytes() == before
     assert set(steps_of(study)) == {"compare"}  # its evidence is another
-    finish_tables(study, "compare", compile_tables(study))
+    compare(study)
     assert open_of(study) == {}
 
 
@@ -184,6 +201,7 @@ def test_a_datamap_made_anew_that_chooses_the_same_examples_trains_nothing_again
     study = tiny_study(lab, recordings=None, dynamics__clusters=3)
     images = open_images(study)
     make_datamap(study, images)
+    show(study, "datamap")
     monkeypatch.setattr(distill, "train_run", lambda *_, **__: pytest.fail("it trains again"))
     for cell in study.cells():
         for seed in study.seeds:
@@ -219,6 +237,7 @@ def test_what_is_read_of_a_cache_made_anew_is_compared_with_the_images(lab):
     whole(lab)
     study = tiny_study(lab, recordings=None, data__split_seed=1)
     cache_images(study)
+    show(study, "cache")
     found = open_of(study)
     assert "was made of other inputs (split: " in found["teacher"]
     assert "cache" not in found

@@ -57,6 +57,18 @@ def test_a_study_written_for_processes_of_its_own_is_read_back_as_it_is(home, pa
     assert again.upstream == study.upstream
 
 
+def test_a_study_that_shares_with_one_beside_it_is_read_back_wherever_both_lie(home):
+    outside = home / "not in params"
+    outside.mkdir()
+    shutil.copy(TINY, outside / "tiny.yaml")
+    (outside / "more.yaml").write_text("{base: tiny.yaml, shares: tiny.yaml, recordings: null}")
+    study = load_study(outside / "more.yaml")
+    again = load_study(write_study(study))
+    assert again == study
+    assert again.upstream == study.upstream
+    assert again.upstream.name == "tiny"
+
+
 def test_a_study_is_written_with_every_number_and_letter(home):
     options = {"a": "1e-3", "b": "010", "c": "no", "d": "~", "e": "😀 é", "f": 1e-7}
     content = parse_yaml(TINY.read_text()) | {"compute": {"processes": 2}}
