@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -114,15 +115,13 @@ class Recount:
 
     @functools.cached_property
     def distinct(self) -> np.ndarray:
-        """Whether no image of the training split, and no test image before it, has the same pixels:
-        (n_test,) bool."""
-        seen = {_pixels_sha256(image) for image in self._images(self.train)}
-        distinct = []
-        for image in self._images(self.test):
-            name = _pixels_sha256(image)
-            distinct.append(name not in seen)
-            seen.add(name)
-        return np.array(distinct)
+        """Whether no other image of either split has the same pixels: (n_test,) bool."""
+        train, test = (
+            [_pixels_sha256(image) for image in self._images(shards)]
+            for shards in (self.train, self.test)
+        )
+        n_images = Counter(train + test)
+        return np.array([n_images[name] == 1 for name in test])
 
     def _images(self, cache: Shards) -> Iterator[np.ndarray]:
         for ids in np.array_split(cache.ids, max(1, len(cache.ids) // cache.size)):

@@ -36,7 +36,7 @@ from kdlib.study.objectives import needs_teacher
 from kdlib.study.study import Study
 
 BATCH = 1000  # images in memory at once
-VERSION = 1  # of what is kept; a measurement by an earlier version is made again
+VERSION = 2  # of what is kept; a measurement by an earlier version is made again
 HALF_PRECISION = 0.001  # share of test images on which stored logits may have another class
 
 
@@ -45,7 +45,8 @@ class Remeasured:
     """What deriving and measuring a student's record again gave.
 
     Attributes:
-        distinct: Accuracy of `last` on test images whose pixels occur only once, in [0, 1].
+        distinct: Accuracy of `last` on test images whose pixels occur only once, in [0, 1];
+            NaN where there is none.
         reasons: Why its record does not stand; empty where it does.
     """
 
@@ -141,7 +142,8 @@ class Remeasure:
             reasons += [f"teacher: {reason}" for reason in self.teacher(objective.teacher)]
         if evidence["subset"]["parent_datamap"] is not None:
             reasons += [f"datamap: {reason}" for reason in self.recorded]
-        return Remeasured(again["right_distinct"] / again["n_distinct"], reasons)
+        n = again["n_distinct"]
+        return Remeasured(again["right_distinct"] / n if n else math.nan, reasons)
 
     def _of_subset(self, name: str | None) -> bool:
         return name is not None and self.study.teachers[name].of_subset
