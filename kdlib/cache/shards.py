@@ -18,6 +18,7 @@ from kdlib.cache import index
 from kdlib.cache.index import CacheError
 from kdlib.repro import files
 from kdlib.repro.npy import npy_start
+from kdlib.repro.run import maker
 
 if TYPE_CHECKING:
     import torch  # imported late below: builders and workers need no tensors
@@ -58,11 +59,10 @@ class Cache:
         self.header, self.entries = index.read_indexes(self.folder)
         if not self.entries:
             state = "an unfinished build" if index.journal_paths(self.folder) else "no cache"
-            raise CacheError(
-                f"{self.folder} holds {state} (index.json is missing); run notebooks/01_cache.ipynb"
-                " or `python -m kdlib cache build STUDY` (teacher outputs: "
-                "notebooks/02_teacher.ipynb)"
-            )
+            how = "notebooks/01_cache.ipynb or `python -m kdlib cache build STUDY`"
+            if self.folder.name.startswith("outputs-"):  # of a teacher
+                how = maker(self.folder)
+            raise CacheError(f"{self.folder} holds {state} (index.json is missing); run {how}")
         wanted = json.loads(files.canonical_json(dict(expected or {})))
         index.refuse_other(self.folder, wanted, {key: self.header.get(key) for key in wanted})
         self.n_examples: int = self.header["n_examples"]

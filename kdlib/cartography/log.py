@@ -12,6 +12,7 @@ from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan
 from kdlib.repro import files
 from kdlib.repro.npy import map_npy, write_npy
+from kdlib.repro.run import maker
 from kdlib.repro.tables import check_provenance
 
 FORMAT = 2  # 1 had no seal
@@ -132,7 +133,7 @@ class DynamicsLog:
         if not (folder / "index.json").exists():
             state = "an unfinished" if (folder / "header.json").exists() else "no"
             # a notebook makes nothing again whose evidence is there
-            how = "run the notebook that records it: 02_teacher, or 07 and 08 for `recordings`"
+            how = f"run {maker(folder)}"
             if (folder.parent / "evidence.json").exists():
                 how = _remedy(folder)
             raise FileNotFoundError(f"{folder} holds {state} dynamics log; {how}")
@@ -357,7 +358,7 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.m
 
 
 def _remedy(folder: Path) -> str:
-    return f"delete the folder of its run ({folder.parent}) and record again"
+    return f"delete {folder.parent}, the folder of its run, and run {maker(folder)} again"
 
 
 def _integers(name: str, values: torch.Tensor | np.ndarray) -> np.ndarray:

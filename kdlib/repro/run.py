@@ -23,6 +23,13 @@ from kdlib.repro.tables import read_parquet
 
 # since 3, settings.json holds every default and no null; since 4, what was read and executed
 FORMAT = 4
+# Folder of a step in the runs of a study -> its notebook
+NOTEBOOKS = {
+    "cache": "01_cache", "teacher": "02_teacher", "teachers": "02_teacher",
+    "dynamics": "02_teacher", "datamap": "03_datamap", "distill": "04_distill",
+    "probe": "05_probe", "compare": "06_compare", "recorded": "07_scores", "scores": "07_scores",
+    "noise": "08_noise", "audit": "09_audit",
+}  # fmt: skip
 KEPT = (".json", ".npy", ".parquet", ".safetensors")  # suffixes of the files of a run
 
 
@@ -118,20 +125,30 @@ def read_evidence(folder: Path, expected: dict[str, Any] | None = None) -> dict[
     """
     path = folder / "evidence.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no finished run; run the notebook that makes it")
+        raise FileNotFoundError(f"{folder} holds no finished run; run {maker(folder)}")
     evidence = _whole(path)
     settings = files.read_json(folder / "settings.json")
     if evidence["settings_sha256"] != files.fingerprint(settings):
         raise ValueError(
-            f"{path} belongs to other settings than the settings.json beside it; run the notebook "
-            "that makes it again"
+            f"{path} belongs to other settings than the settings.json beside it; run "
+            f"{maker(folder)} again"
         )
     if expected is not None and (lines := files.difference(expected, settings["step"])):
         raise ValueError(
             f"{folder} was made before the study was changed (there -> now): {'; '.join(lines)}; "
-            "run the notebook that makes it again"
+            f"run {maker(folder)} again"
         )
     return evidence
+
+
+def maker(folder: Path) -> str:
+    """The notebook that makes a run, by its folder `.../runs/<study>/<step>/...`."""
+    parts = folder.parts
+    at = len(parts) - parts[::-1].index("runs") if "runs" in parts else len(parts)
+    number = NOTEBOOKS.get(parts[at + 1], "") if at + 1 < len(parts) else ""
+    if any(part.startswith("subset=") for part in parts[at + 2 :]):
+        number = NOTEBOOKS["distill"]  # a teacher of a student's subset is trained before it
+    return f"notebooks/{number}.ipynb" if number else "the notebook that makes it"
 
 
 def incomplete(folder: Path, evidence: dict[str, Any]) -> str:
@@ -174,7 +191,7 @@ def _whole(path: Path) -> dict[str, Any]:
         fault = "was changed after it was written"
     else:
         return evidence
-    raise ValueError(f"{path} {fault}: delete it and run the notebook that makes it again")
+    raise ValueError(f"{path} {fault}: delete it and run {maker(path.parent)} again")
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:
@@ -186,8 +203,8 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     expected = read_evidence(folder)["metrics_sha256"]
     if not path.is_file() or files.sha256_file(path) != expected:
         raise ValueError(
-            f"{path} is missing or was changed after the training; delete {folder} and run the "
-            "notebook that makes it again"
+            f"{path} is missing or was changed after the training; delete {folder} and run "
+            f"{maker(folder)} again"
         )
     return pd.read_parquet(path, partitioning=None)
 

@@ -154,7 +154,8 @@ class _Inputs:
         if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
             changed.append("datamap")
         names = ", ".join(changed)
-        reasons = [f"made from another study's {names}: run notebook 04 again"] if changed else []
+        again = "delete its folder and run notebooks/04_distill.ipynb again"
+        reasons = [f"made from another study's {names}: {again}"] if changed else []
         return self.faults + reasons
 
 
@@ -204,7 +205,9 @@ def _add_probes(
         if len(last) != 1:
             lacking[probe] = f"{len(last)} {probe} probes of its last step; expected one"
         elif last["weights_sha256"].iloc[0] != row["weights_sha256"]:
-            lacking[probe] = f"its {probe} probe is of other weights: run notebook 05 again"
+            lacking[probe] = (
+                f"its {probe} probe is of other weights: run notebooks/05_probe.ipynb again"
+            )
         elif others := [c for c, read in examples.items() if last[c].iloc[0] != read]:
             lacking[probe] = f"its {probe} probe read other {' and '.join(others)} than the study's"
         else:

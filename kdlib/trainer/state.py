@@ -62,18 +62,18 @@ def read_state(
         try:
             tensors, numbers, theirs = _read(path)
         except _DAMAGE as error:
-            damaged.append(f"{path} is not a whole training state ({error})")
+            damaged.append(f"{path} is not a whole training state ({files.one_line(error)})")
             continue
         if lines := files.difference(dict(settings), theirs):
             raise StateError(
-                f"{path} is of other settings (there -> now): {'; '.join(lines)}; delete it to "
-                "train from step 0"
+                f"{path} is of other settings (there -> now): {'; '.join(lines)}; delete "
+                f"{folder} to train from step 0"
             )
         for sentence in damaged:
             print(f"{sentence}; going on from the one before it, {path.name}")
         return tensors, numbers
     if damaged:
-        raise StateError(f"{'; '.join(damaged)}; delete it to train from step 0")
+        raise StateError(f"{'; '.join(damaged)}; delete {folder} to train from step 0")
     return None
 
 

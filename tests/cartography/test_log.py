@@ -266,8 +266,9 @@ def test_invalid_ids_and_labels_are_refused(tmp_path, ids, labels, message):
 
 
 def test_opening_an_unfinished_or_absent_log_says_what_to_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no dynamics log; run .*02_teacher"):
-        DynamicsLog.open(tmp_path)
+    for run, notebook in (("teacher", "02_teacher"), ("recorded/model=a/seed=0", "07_scores")):
+        with pytest.raises(FileNotFoundError, match=f"no dynamics log; run notebooks/{notebook}"):
+            DynamicsLog.open(tmp_path / "runs" / "study" / run / "dynamics")
     create(tmp_path)
     with pytest.raises(FileNotFoundError, match="an unfinished dynamics log"):
         DynamicsLog.open(tmp_path)
@@ -289,7 +290,7 @@ def test_cut_changed_and_foreign_logs_are_refused(tmp_path):
     whole = path.read_bytes()
     for size in (len(whole) - 1, 100, 0):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"loss\.npy .*record again"):
+        with pytest.raises(ValueError, match=r"loss\.npy .*delete /.* again"):
             DynamicsLog.open(tmp_path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(ValueError, match=r"loss\.npy is cut or damaged"):
@@ -312,7 +313,7 @@ def test_an_index_that_was_changed_is_refused(tmp_path):
     whole = json.loads(path.read_text())
     for change in ({"observed": "eval"}, {"seal": ""}, {"n_classes": 3}):
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=r"index\.json was changed .*record again"):
+        with pytest.raises(ValueError, match=r"index\.json was changed .*delete /.* again"):
             DynamicsLog.open(tmp_path)
 
 

@@ -78,7 +78,9 @@ def test_evidence_of_other_settings_does_not_finish_a_run(study):
 
 
 def test_a_missing_foreign_or_cut_evidence_says_so(study):
-    with pytest.raises(FileNotFoundError, match="holds no finished run; run the notebook"):
+    with pytest.raises(
+        FileNotFoundError, match=r"holds no finished run; run notebooks/02_teacher\.ipynb"
+    ):
         read_evidence(study.runs / "teacher")
     _finish(study, {"lr": 1})
     path = study.runs / "teacher" / "evidence.json"

@@ -67,7 +67,7 @@ def test_a_missing_weight_file_and_a_missing_step_say_what_to_do(lab, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors are not there"):
         teacher_module.make_teacher(study, open_images(study))
     shutil.rmtree(study.runs)
-    with pytest.raises(FileNotFoundError, match="run the notebook"):
+    with pytest.raises(FileNotFoundError, match=r"run notebooks/0\d_\w+\.ipynb"):
         open_images(study)
 
 
