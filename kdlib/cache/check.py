@@ -177,7 +177,7 @@ def _seen_one(encoded: Any, pixels: bool, image: bytes | str) -> Seen:
     try:
         seen = look(image, "", encoded.rules)
         if pixels and not seen.deep:
-            digest = files.sha256_array(decode(image, "", _STORED))
+            digest = files.sha256_array(decode(image, "", _STORED)[0])
     except ImageError as error:
         return Seen(str(error).strip(), (), size, None)
     reason = fault(encoded, seen)

@@ -174,8 +174,8 @@ def size_of(encoded: bytes | str, name: str, rules: Rules = Rules()) -> tuple[in
         return _size(image, _orientation(image, file), rules)
 
 
-def decode(encoded: bytes | str, name: str, rules: Rules) -> np.ndarray:
-    """One image as uint8 (H, W, 3).
+def decode(encoded: bytes | str, name: str, rules: Rules) -> tuple[np.ndarray, Look]:
+    """One image as uint8 (H, W, 3), and what it was before.
 
     Raises: ImageError that begins with the name, for one that cannot be read, or not by these
         rules.
@@ -186,7 +186,7 @@ def decode(encoded: bytes | str, name: str, rules: Rules) -> np.ndarray:
         pixels = None if refusal else _pixels(image, seen, rules)
     if refusal:
         raise ImageError(f"{name} {refusal}")
-    return pixels
+    return pixels, seen
 
 
 def _look(image: Any, file: BinaryIO, rules: Rules) -> Look:

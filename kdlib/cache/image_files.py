@@ -8,13 +8,13 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kdlib.cache.encoded import ImageError, Rules, decode, size_of
+from kdlib.cache.encoded import ImageError, Look, Rules, decode, size_of
 from kdlib.cache.sources import SPLITS, Encoded, Source, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data
@@ -32,11 +32,13 @@ class Payload:
     Attributes:
         images: Per example the bytes of an image file, or the path of one.
         labels: (n,) int64; -1 where there are none.
+        seen: What each image was, once they are decoded in this process.
     """
 
     first_id: int
     images: Sequence[bytes | str]
     labels: np.ndarray
+    seen: list[Look] = field(default_factory=list, repr=False, compare=False)
 
 
 def decode_images(
@@ -52,9 +54,11 @@ def decode_images(
     Raises: ImageError that names the example, and its file when it has one.
     """
     images = np.empty((len(payload.images), 3, *size), np.uint8)
+    payload.seen.clear()
     for i, encoded in enumerate(payload.images):
         name = named(encoded, f"example {payload.first_id + i} of {where}")
-        pixels = decode(encoded, name, rules)  # (H, W, 3)
+        pixels, seen = decode(encoded, name, rules)  # (H, W, 3)
+        payload.seen.append(seen)
         if pixels.shape[:2] != size:
             raise ImageError(f"{name} {other_size(pixels.shape[:2], size)}")
         images[i] = pixels.transpose(2, 0, 1)
@@ -68,6 +72,8 @@ def named(encoded: bytes | str, name: str) -> str:
 
 def shown(path: str) -> str:
     """A path as it can be printed: in one line, with the bytes that are no text as numbers."""
+    if path.isprintable():  # so are most
+        return path
     text = path.encode("utf-8", "backslashreplace").decode()
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
 

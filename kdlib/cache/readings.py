@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdlib.cache.encoded import NOTES, look
-from kdlib.cache.image_files import Payload, named, shown
+from kdlib.cache.encoded import NOTES
+from kdlib.cache.image_files import Payload, shown
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import Encoded
 from kdlib.repro import files
@@ -31,15 +31,12 @@ def write_record(encoded: Encoded, folder: Path, shard: int, payload: Any) -> No
     """Note what the images of one shard are, as they are now.
 
     Args:
-        payload: What the source's `fetch` gave.
+        payload: What the source's `fetch` gave, and what has been decoded of it.
     """
     if not isinstance(payload, Payload):  # of a relabelled source, with the first id before it
         payload = payload[1]
-    counts, states = Counter(), []
-    for i, image in enumerate(payload.images):
-        name = named(image, f"example {payload.first_id + i} of {encoded.where}")
-        counts.update(look(image, name, encoded.rules).notes(encoded.rules))
-        states.append((*state_of(image), sha256_of(image)))
+    counts = Counter(note for seen in payload.seen for note in seen.notes(encoded.rules))
+    states = [(*state_of(image), sha256_of(image)) for image in payload.images]
     n_bytes, mtimes, sums = map(list, zip(*states, strict=True))
     record = {
         "format": FORMAT,

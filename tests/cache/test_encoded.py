@@ -8,7 +8,14 @@ import pytest
 from cache.odd_images import encoded, late_exif, pixels, png16, turned
 from PIL import Image
 
-from kdlib.cache.encoded import NOTES, ImageError, Look, Rules, decode, look, size_of
+from kdlib.cache import encoded as encoded_module
+from kdlib.cache.encoded import NOTES, ImageError, Look, Rules, look, size_of
+
+
+def decode(image: bytes, name: str, rules: Rules) -> np.ndarray:
+    """The pixels alone."""
+    return encoded_module.decode(image, name, rules)[0]
+
 
 # What shows an image of each orientation upright, worked out on its rows and columns
 UPRIGHT = {
