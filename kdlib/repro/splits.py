@@ -109,6 +109,11 @@ def _unlearnt(facts: Facts) -> list[str]:
         ]
     if facts["fewer"]:
         return [f"{what}; {facts['fewer']}"]
+    if n_test := sum(counts["test"][label] for label in absent):
+        return [
+            f"{what}, while {n_test} of {'its' if len(absent) == 1 else 'their'} images are in "
+            "test; add some to train, or leave the class out of both splits"
+        ]
     held = len(names) - len(absent)
     return [
         f"{what}, though the data set names {len(names)} classes; leave names without images out, "
@@ -167,8 +172,9 @@ def duplicates(evidence: Facts) -> tuple[bool, str]:
     if max(crossing, torn) <= facts["limit"]:
         return True, sentence
     return False, (
-        f"{sentence}: more than {facts['limit']:.2%}. duplicates.parquet beside the evidence lists "
-        "them: remove them from the data set, or allow a larger share (study: data.duplicates)"
+        f"{sentence}: more than {facts['limit']:.2%}. duplicates.parquet in the folder of step 01 "
+        "(runs/<study>/cache) lists them: remove them from the data set, or allow a larger share "
+        "(study: data.duplicates)"
     )
 
 

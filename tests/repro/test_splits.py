@@ -15,7 +15,8 @@ FACTS = {
     "fewer": None,
 }
 HELD_OUT = {"per_class": {"train": [0, 4], "validation": [2, 0], "test": [1, 1]}}
-ABSENT = {"per_class": {"train": [0, 4], "validation": [0, 2], "test": [1, 1]}}
+ABSENT = {"per_class": {"train": [0, 4], "validation": [0, 2], "test": [0, 1]}}
+TESTED = {"per_class": {"train": [0, 4], "validation": [0, 2], "test": [3, 1]}}
 
 
 def named(train, test=None):
@@ -45,6 +46,7 @@ def agreed(changes):
         ({"n_images": {"train": 6, "test": 0}}, "the test split has no images"),
         (HELD_OUT, "['cat']: no image to learn from, while 2 of its images are held out; give"),
         (ABSENT, "names 2 classes; leave names without images out, and number the labels 0 to 0"),
+        (TESTED, "['cat']: no image to learn from, while 3 of its images are in test; add some"),
         (ABSENT | {"fewer": "part 1/2 holds none"}, "no image to learn from; part 1/2 holds none"),
     ],
 )
@@ -99,7 +101,7 @@ NONE = {"pairs": dict.fromkeys(COUNTS["pairs"], 0), "crossing": 0, "held_out": 0
         ({}, True, "1.00% of the test images are in train too, 1.00% of all images have another"),
         ({}, True, "1 validation images are among those trained on"),
         ({"crossing": 2}, False, "2.00% of the test images are in train too"),
-        ({"two_labels": 3}, False, "more than 1.00%. duplicates.parquet beside the evidence"),
+        ({"two_labels": 3}, False, "more than 1.00%. duplicates.parquet in the folder of step 01"),
         ({"crossing": 2, "limit": 0.02}, True, "2.00% of the test images are in train too"),
     ],
 )

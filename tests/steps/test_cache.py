@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 import yaml
 from PIL import Image
-from tiny import TINY
+from tiny import TINY, tiny_study
 
 from kdlib.cache.agreement import open_sources
+from kdlib.cache.build import build_images
+from kdlib.cache.sources import array_source
 from kdlib.dataset.plan import split_ids
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
@@ -198,6 +200,17 @@ def test_a_table_of_duplicates_that_is_gone_is_made_again(study, pictures):
         open_duplicates(mine)
     cache_images(mine)
     assert open_duplicates(mine).empty
+
+
+def test_caches_that_were_brought_here_are_compared_too(home):
+    mine = tiny_study(home, data__n_validation=1)
+    for split, names in (("train", "ab"), ("test", "ba")):
+        images = np.arange(4, dtype=np.uint8)[:, None, None, None] + (split == "test") * 9
+        build_images(array_source("digits", split, images, np.arange(4) % 2, names),
+                     mine.cache / split, 4)  # fmt: skip
+    for _ in range(2):
+        with pytest.raises(checks.CheckError, match="label 0 is 'a' in train and 'b' in test"):
+            cache_images(mine, built=True)
 
 
 def test_the_data_sets_of_probes_are_compared_too(pictures, home):
