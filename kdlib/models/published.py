@@ -160,11 +160,17 @@ def load_pretrained(
         a network that cannot be used.
     """
     if model.name.startswith("hub/"):
-        network = _from_hub(model, n_classes, trust_code)
+        network = _from_hub(model, n_classes, trust_code).eval()
+        _demand_last_layer(network, model.name, image_shape)
     elif model.name.startswith("timm/"):
         network = _from_timm(model, n_classes, image_shape)
     else:
         raise ValueError(f"{model.name} has no published weights; give teacher.weights")
+    if not network.n_classes:
+        print(
+            f"{model.name}: without a classifier of {n_classes} classes; its features are scored "
+            "by k-NN"
+        )
     return network.eval().requires_grad_(False)
 
 
@@ -197,6 +203,29 @@ def _from_hub(model: Model, n_classes: int, trust_code: bool) -> Network:
     return HubNetwork(body, model.name, n_classes)
 
 
+@torch.no_grad()
+def _demand_last_layer(network: "HubNetwork", name: str, image_shape: tuple[int, ...]) -> None:
+    """Refuse a network whose answers are not those of its last linear layer: it has another head
+    beside it, or more behind it.
+
+    Raises: ValueError.
+    """
+    if network.finds_tokens:
+        return
+    x = torch.linspace(-1, 1, image_shape[0] * image_shape[1] * image_shape[2]).view(
+        1, *image_shape
+    )
+    whole, ours = network.body(x), network.head(network.staged(x)[0])
+    same = isinstance(whole, Tensor) and whole.shape == ours.shape
+    if not same or not torch.allclose(whole, ours, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{name} does not answer by its last linear layer alone (it answers "
+            f"{tuple(getattr(whole, 'shape', ()))}, the layer {tuple(ours.shape)}): its features "
+            "would not be those of its classifier; take another network, or its weights in a "
+            "network that kdlib builds (teacher.weights)"
+        )
+
+
 @contextlib.contextmanager
 def _fetching(name: str) -> Iterator[None]:
     try:
@@ -220,8 +249,8 @@ class HubNetwork(Network):
     def __init__(self, body: nn.Module, name: str, n_classes: int) -> None:
         super().__init__()
         self.body = body
-        self._tokens = hasattr(body, "forward_features") and hasattr(body, "embed_dim")
-        if self._tokens:
+        self.finds_tokens = hasattr(body, "forward_features") and hasattr(body, "embed_dim")
+        if self.finds_tokens:
             self.n_features, self.n_classes, self.n_stages = body.embed_dim, 0, 1
             return
         linear = [m for m in body.modules() if isinstance(m, nn.Linear)]
@@ -237,7 +266,7 @@ class HubNetwork(Network):
 
     def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features (B, D), and the output of each stage, (B, C, H, W)."""
-        if self._tokens:
+        if self.finds_tokens:
             tokens = self.body.forward_features(x)
             patches = tokens["x_norm_patchtokens"]
             side = round(patches.shape[1] ** 0.5)

@@ -134,7 +134,7 @@ def mean_cosine(values: np.ndarray) -> float:
         side. An example at the mean has cosine 0 to every other.
     Raises: ValueError for another shape, one example, or non-finite values.
 
-    >>> mean_cosine(np.array([[0.0, 1.0], [0.0, 3.0]]))
+    >>> round(mean_cosine(np.array([[0.0, 1.0], [0.0, 3.0]])), 9)
     -1.0
     """
     centred, n_pairs = matrix(values), _n_pairs(values)
@@ -157,7 +157,7 @@ def unit_variance(values: np.ndarray) -> float:
     Returns: Number in [0, 1 / D]; 1 / D = directions that cancel out, 0 = one direction.
     Raises: ValueError for another shape or non-finite values.
 
-    >>> unit_variance(np.array([[2.0, 0.0], [-3.0, 0.0]]))
+    >>> round(unit_variance(np.array([[2.0, 0.0], [-3.0, 0.0]])), 9)
     0.5
     """
     return float(unit_rows(values).var(axis=0).mean())
@@ -177,7 +177,8 @@ def alignment(values: np.ndarray, labels: np.ndarray) -> float:
     Source: [Wang2020], sec. 4.1.1, with alpha = 2; there a pair is two augmented views of one
         image, here two images of one class, which needs no further pass and no draw.
 
-    >>> alignment(np.array([[1.0, 0.0], [0.0, 2.0], [5.0, 0.0]]), np.array([0, 0, 1]))
+    >>> values = np.array([[1.0, 0.0], [0.0, 2.0], [5.0, 0.0]])
+    >>> round(alignment(values, np.array([0, 0, 1])), 9)
     2.0
     """
     unit = unit_rows(values)

@@ -47,6 +47,20 @@ def cifar10_resnet20():
     return Classifier()
 
 
+class TwoHeads(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(5, 10)  # registered last, as an auxiliary classifier may be
+
+    def forward(self, x):
+        x = self.layer2(self.layer1(x).relu()).relu().mean((2, 3))
+        return (self.fc(x) + self.other(x)) / 2
+
+
+def two_heads():
+    return TwoHeads()
+
+
 def nothing():
     return nn.Conv2d(3, 3, 1)
 """
@@ -93,11 +107,17 @@ def test_a_classifier_of_torch_hub_gives_features_stages_and_logits(hub):
     assert len(weights_fingerprint(network)) == 64
 
 
-def test_a_classifier_of_other_classes_is_known_by_its_features(hub):
+def test_a_classifier_of_other_classes_is_known_by_its_features(hub, capsys):
     network = loaded(f"{HERE}/cifar10_resnet20", n_classes=7)
     assert network.n_classes == 0
+    assert "without a classifier of 7 classes; its features are scored" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"has no output 'logits'; it has features, stage1 to"):
         network.outputs(torch.rand(1, 3, 8, 8), ("logits",))
+
+
+def test_which_of_two_heads_answers_is_not_guessed(hub):
+    with pytest.raises(ValueError, match=r"two_heads does not answer by its last linear layer"):
+        loaded(f"{HERE}/two_heads")
 
 
 def test_code_of_others_does_not_run_unasked(hub):
