@@ -129,9 +129,17 @@ def compare(source: Source, cache: Cache) -> Changes:
         changes.unknown.append(shard)
         if same_list:
             changes.changed += _other_pixels(source, cache, *index.shard_span(header, shard))
-    if source.encoded is None or not then:
-        return changes
-    held, now = set(cache.shards.tolist()), set()
+    if source.encoded is not None and then:
+        _compare_bytes(source, cache, then, changes)
+    if not changes and not same_list:  # of before there were records, or another order
+        changes.changed += files.difference(source.identity, header["identity"], "identity.")
+    return changes
+
+
+def _compare_bytes(source: Source, cache: Cache, then: dict[str, str], changes: Changes) -> None:
+    """Add to the changes what differs from the sha256 of each name."""
+    held, now = set(cache.shards.tolist()) - set(changes.unknown), set()
+    same_list = cache.header["identity"] == source.identity
     for first in range(0, source.n_examples, CHUNK):
         payload = source.encoded.fetch(first, min(first + CHUNK, source.n_examples))
         for i, name in enumerate(names_of(source.encoded, payload)):
@@ -142,13 +150,9 @@ def compare(source: Source, cache: Cache) -> Changes:
                 except OSError:
                     same = False
                 changes.changed += [] if same else [shown(name)]
-            elif not same_list or (
-                (first + i) // cache.shard_size in held
-                and (first + i) // cache.shard_size not in changes.unknown
-            ):
+            elif not same_list or (first + i) // cache.shard_size in held:
                 changes.new.append(shown(name))
     changes.missing = [shown(name) for name in then if name not in now]
-    return changes
 
 
 def _other_pixels(source: Source, cache: Cache, start: int, stop: int) -> list[str]:

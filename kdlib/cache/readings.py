@@ -57,7 +57,18 @@ def read_record(folder: Path, shard: int) -> dict[str, Any] | None:
         record = files.read_json(record_path(folder, shard))
     except (OSError, ValueError):
         return None
-    return record if record.get("format") == FORMAT and files.is_sealed(record) else None
+    return record if files.is_sealed(record) and _is_record(record) else None
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    lists = [record.get(key) for key in ("names", "bytes", "mtime_ns", "sha256")]
+    counts = [record.get(key) for key in ("counts", "passed_over")]
+    return (
+        record.get("format") == FORMAT
+        and "containers" in record
+        and all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists)
+        and all(isinstance(c, dict) and all(type(n) is int for n in c.values()) for c in counts)
+    )
 
 
 def names_of(encoded: Encoded, payload: Payload) -> list[str]:

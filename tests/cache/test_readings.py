@@ -19,6 +19,7 @@ from kdlib.cache.index import CacheError, read_index
 from kdlib.cache.readings import counted, read_record, record_path, sentence
 from kdlib.cache.shards import Cache
 from kdlib.cache.study_source import open_source
+from kdlib.repro import files
 from kdlib.study.data import Data, cache_folder
 
 
@@ -321,6 +322,27 @@ def test_a_cache_without_records_says_so_and_is_compared_by_its_pixels(root, cap
     changes = compare(source, cache)
     assert changes.unknown == [0, 1, 2]
     assert changes.changed == ["example 4"]
+    write(root / "train/dog/more.png", encoded(pixels(78)))  # another list of files
+    changes = compare(open_source(data_of(root), "train"), cache)
+    assert [line.split(":")[0] for line in changes.changed] == ["identity.sha256"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"names": ["a"]},
+        {"counts": {"turned": "1"}},
+        {"passed_over": None},
+        {"sha256": 3},
+        {"format": 2},
+    ],
+)
+def test_a_record_that_is_none_is_taken_for_absent(root, change):
+    cache = build(root)
+    path = record_path(cache.folder, 0)
+    path.write_text(json.dumps(files.sealed(json.loads(path.read_text()) | change)))
+    assert read_record(cache.folder, 0) is None
+    assert counted(cache)["unknown"] == 1
 
 
 def test_a_record_of_a_killed_writer_is_removed(root):
