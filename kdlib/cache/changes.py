@@ -63,12 +63,26 @@ def changed_since(
             continue
         payload = source.encoded.fetch(*index.shard_span(header, shard))
         record, names = _compared(source.encoded, payload, record)
+        names += _other_labels(folder, header, shard, payload)
         if names:
             changed[shard] = names
         elif record is not None:
             with contextlib.suppress(files.DiskError):  # of a cache that may only be read
                 files.write_json(record_path(folder, shard), files.sealed(record))
     return changed
+
+
+def _other_labels(folder: Path, header: dict[str, Any], shard: int, payload: Payload) -> list[str]:
+    """Names of the examples of a shard whose label is another in the source now."""
+    column = "original_labels" if "original_labels" in header["columns"] else "labels"
+    try:
+        then = np.load(folder / index.file_name(column, shard), allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # a damaged shard is found where it is read
+        return []
+    if then.shape != payload.labels.shape:
+        return []
+    differ = np.flatnonzero(then != payload.labels).tolist()
+    return [f"label of example {payload.first_id + i}" for i in differ]
 
 
 def _compared(
@@ -131,6 +145,10 @@ def compare(source: Source, cache: Cache) -> Changes:
             changes.changed += _other_pixels(source, cache, *index.shard_span(header, shard))
     if source.encoded is not None and then:
         _compare_bytes(source, cache, then, changes)
+    if source.encoded is not None and same_list:
+        for shard in cache.shards.tolist():
+            payload = source.encoded.fetch(*index.shard_span(header, shard))
+            changes.changed += _other_labels(cache.folder, header, shard, payload)
     if not changes and not same_list:  # of before there were records, or another order
         changes.changed += files.difference(source.identity, header["identity"], "identity.")
     return changes

@@ -219,6 +219,13 @@ def test_both_splits_are_looked_at_before_either_is_built(study, run, home):
     assert not list(home.glob("cache/*/*/*.npy"))
 
 
+def test_arrays_are_compared_by_their_pixels(home, run):
+    path = write_study(home, source="digits", folder=None, n_train=40)
+    assert run("build", path)[0] == 0
+    code, output, _ = run("verify", path, "--source")
+    assert (code, output.count("the source is the same")) == (0, 2)
+
+
 def test_verify_compares_with_the_source_when_it_is_asked_to(study, run, home):
     assert run("verify", study, "--source")[1].count("not built") == 2
     assert run("build", study)[0] == 0

@@ -273,6 +273,12 @@ def test_a_parquet_file_replaced_behind_the_same_footer_is_noticed(tmp_path):
     with pytest.raises(CacheError, match="changed since: example 3; "):
         build_images(source, tmp_path / "cache", 2)
     assert compare(source, cache).changed == ["example 3"]
+    at = content.index(np.array([1, 2, 0, 1], "<i8").tobytes())  # all but the first label
+    path.write_bytes(content[:at] + b"\0" + content[at + 1 :])
+    source = open_hub(tmp_path / "set")
+    with pytest.raises(CacheError, match="changed since: label of example 1; "):
+        build_images(source, tmp_path / "cache", 2)
+    assert compare(source, cache).changed == ["label of example 1"]
 
 
 def test_images_below_a_local_image_folder_of_datasets_are_compared_by_name(tmp_path):
