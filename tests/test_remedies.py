@@ -19,6 +19,7 @@ from kdlib.steps.folders import probe_folder, student_folder
 from kdlib.steps.probe import open_probes, probe_cell
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_outputs import open_stored
+from kdlib.study.base import StudyError
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
@@ -177,3 +178,96 @@ def test_what_a_message_tells_to_do_mends_what_it_names(lab, fault):
         provoke(study)
     _follow(str(refused.value), study)
     provoke(study)
+
+
+HUB = {"name": "hub/owner/networks:v1/net"}
+LEARNING = {"epochs": 2, "batch_size": 64, "lr_peak": 0.1}
+TWO_VIEWS = {"kind": "tokens", "cls_weight": 1.0, "patch_weight": 0.5, "barlow_weight": 0.1}
+# What a study file has, what the message asks for (a pattern), and the same file with it done
+KEYS = [
+    (
+        {"training": {"batch_size": 64, "lr_peak": 0.1}},
+        "give the budget once: either `steps` or `epochs`",
+        {"training": LEARNING},
+    ),
+    (
+        {"training": LEARNING | {"schedule": "one_cycle"}},
+        "give `warmup_steps`",
+        {"training": LEARNING | {"schedule": "one_cycle", "warmup_steps": 5}},
+    ),
+    (
+        {"training": LEARNING | {"schedule": "step"}},
+        "`milestones` belong to `schedule: step`, and it needs some",
+        {"training": LEARNING | {"schedule": "step", "milestones": [0.5]}},
+    ),
+    (
+        {"training": LEARNING | {"accumulate": 3}},
+        "is not a multiple of accumulate 3",
+        {"training": LEARNING | {"accumulate": 3, "batch_size": 66}},
+    ),
+    (
+        {"compute": {"processes": 3}},
+        "batch_size 64 cannot be split among 3 processes, .*; expected a multiple of 3",
+        {"compute": {"processes": 3}, "training": LEARNING | {"batch_size": 66},
+         "teacher__training": LEARNING | {"batch_size": 66}},
+    ),
+    (
+        {"teacher__model": HUB},
+        "write `trust_code: true` and `pretrained: true`; it cannot be trained",
+        {"teacher": {"model": HUB, "trust_code": True, "pretrained": True, "expected_accuracy": 0.5,
+                     "trained_on": "elsewhere"},
+         "dynamics__model": {"name": "tiny_cnn"}, "dynamics__training": LEARNING},
+    ),
+    (
+        {"teacher": {"model": {"name": "tiny_cnn"}, "weights": "w.pt", "expected_accuracy": 0.5,
+                     "trained_on": "kept"}},
+        "give `dynamics` a model and a training",
+        {"teacher": {"model": {"name": "tiny_cnn"}, "weights": "w.pt", "expected_accuracy": 0.5,
+                     "trained_on": "kept"},
+         "dynamics__model": {"name": "tiny_cnn"}, "dynamics__training": LEARNING},
+    ),
+    (
+        {"compare__measure": "linear"},
+        "probe lacks .*; add them, or compare accuracy",
+        {"compare__measure": "linear", "probe__strategy": ["full", "random", "easy"],
+         "probe__objective": ["kd", "plain"]},
+    ),
+    (
+        {"compare__measure": "linear"},
+        "probe lacks .*; add them, or compare accuracy",
+        {"compare__measure": "accuracy"},
+    ),
+    (
+        {"objectives__plain": {"kind": "cross_entropy", "teacher": "other"}},
+        "objective plain uses no teacher: remove `teacher: other`",
+        {"objectives__plain": {"kind": "cross_entropy"}},
+    ),
+    (
+        {"objectives__plain": TWO_VIEWS},
+        "compares two views of each image: give training.augment",
+        {"objectives__plain": TWO_VIEWS,
+         "training": LEARNING | {"augment": {"flip": True}}, "teacher__outputs": {"views": 2}},
+    ),
+    (
+        {"compute": {"portable": True, "precision": "bf16"}},
+        "portable: true and precision: bf16 exclude each other",
+        {"compute": {"portable": True}},
+    ),
+    (
+        {"probe__fraction": 0.5},
+        r"probe\.fraction is 0\.5; expected one of axes\.fraction",
+        {"probe__fraction": 0.5, "axes__fraction": [0.33, 0.5]},
+    ),
+    (
+        {"compute": {"device": "gpu"}},
+        "'gpu' is not allowed here; expected cpu, cuda or",
+        {"compute": {"device": "cuda"}},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message", "asked"), KEYS, ids=[key[1][:30] for key in KEYS])
+def test_the_key_that_a_message_asks_for_makes_the_study_valid(home, changes, message, asked):
+    with pytest.raises(StudyError, match=message):
+        tiny_study(home, **changes)
+    tiny_study(home, **asked)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from kdlib.study.base import Count, NonNegative, Positive, Settings, Share
+from kdlib.study.base import Count, NonNegative, Positive, Settings, Share, matching
 
 _Change = Annotated[float, Field(ge=0, le=8)]
 _Inside = Annotated[float, Field(gt=0, lt=1)]
@@ -144,7 +144,7 @@ class Training(Settings):
 class Compute(Settings):
     """Where and how tensors are computed."""
 
-    device: str = "cpu"
+    device: matching(r"cpu|cuda(:\d+)?", "cpu, cuda or cuda:<number>") = "cpu"
     threads: Count = 1
     """Fixed, because sums depend on it."""
     channels_last: bool = True
