@@ -67,7 +67,7 @@ def make(study: Study, images: Images) -> pd.DataFrame:
 def demand(table: pd.DataFrame) -> None:
     """Demand that every check sees its defect, and is quiet where there is none.
 
-    Raises: checks.CheckError that names the exhibits where it is not so.
+    Raises: CheckError that names the exhibits where it is not so.
     """
     blind = table.loc[~table["caught"].astype(bool), "name"].tolist()
     loud = table.loc[~table["quiet"].astype(bool), "name"].tolist()
