@@ -32,7 +32,6 @@ from kdlib.steps.processes import prepare_device
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
-MAKER = "notebooks/09_audit.ipynb"
 PUBLISHED = Path(__file__).resolve().parents[1] / "params" / "published.csv"
 BESIDE = ("subsets", "fractions")  # our studies of the same questions on CIFAR-10
 
@@ -99,7 +98,7 @@ def open_exhibits(study: Study) -> pd.DataFrame:
     Raises: FileNotFoundError that names notebook 09; ValueError for a table that was changed.
     """
     settings = study.step_settings("audit")
-    return read_table(study.runs / "audit" / "exhibits.parquet", settings, MAKER)
+    return read_table(study.runs / "audit" / "exhibits.parquet", settings)
 
 
 def published() -> pd.DataFrame:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from kdlib.cache.remedies import delete_and_run
 from kdlib.repro import files
 
 FORMAT = 1
@@ -23,7 +24,6 @@ _INDEX_NAME = re.compile(r"index(-\d{5,}-\d{5,})?\.json")
 _COLUMN = re.compile(r"[a-z_]+\d*")  # a file's name begins with it: no path out of the folder
 _DTYPE = re.compile(r"[<|][biuf]\d")  # of rows; objects would have to be unpickled
 _MOST_SHARDS = 10**7  # a list of more of them would fill the memory
-_DISTRUST = "do not trust this folder: delete it and build it again"
 Columns = Mapping[str, tuple[str, tuple[int, ...]]]  # column -> (dtype, shape of one example's row)
 Sums = dict[str, str]  # sha256 of each file, by name
 Shards = dict[int, Sums]  # of the files of each shard
@@ -77,19 +77,16 @@ def count_shards(header: Mapping[str, Any]) -> int:
     return -(-header["n_examples"] // header["shard_size"])
 
 
-def remedy(folder: Path) -> str:
-    return f"run `python -m kdlib cache verify --repair {folder}`, then build it again"
-
-
 def refuse_other(path: Path, expected: Mapping[str, Any], header: Mapping[str, Any]) -> None:
     """Compare the header that a cache, an index or a journal has with the one expected.
 
     Raises: CacheError that names each entry that differs.
     """
     if lines := files.difference(dict(expected), dict(header)):
+        folder = path.parent if path.is_file() else path
         raise CacheError(
             f"{path} was made of something else (there -> expected): {'; '.join(lines)}; "
-            "nothing was changed: choose another folder, or delete this one to make it anew"
+            f"nothing was changed: choose another folder, or {delete_and_run(folder)}"
         )
 
 
@@ -116,7 +113,10 @@ def read_indexes(folder: Path) -> tuple[dict[str, Any], Shards]:
         refuse_other(path, header or one, one)
         for shard, sums in listed.items():
             if shards.get(shard, sums) != sums:
-                raise CacheError(f"{path} and another index differ on shard {shard}; {_DISTRUST}")
+                raise CacheError(
+                    f"{path} and another index differ on shard {shard}; "
+                    f"{delete_and_run(path.parent)}"
+                )
         header = one
         shards |= listed
     return header, shards
@@ -128,22 +128,24 @@ def read_index(path: Path) -> tuple[dict[str, Any], Shards]:
     Raises: CacheError for an index that is cut, foreign or of another format.
     """
     try:
-        index = files.read_json(path)
+        index = files.read_json(path, delete_and_run(path.parent))
     except ValueError as error:
         raise CacheError(str(error)) from None
     header = index.get("header") if isinstance(index, dict) else None
     version = header.get("format") if isinstance(header, dict) else None
     if version != FORMAT:
         raise CacheError(
-            f"{path} has format {version}; this kdlib reads format {FORMAT}: build the cache "
-            "again elsewhere"
+            f"{path} has format {version}; this kdlib reads format {FORMAT}: move its folder away, "
+            f"or {delete_and_run(path.parent)}"
         )
     if not files.is_sealed(index):
-        raise CacheError(f"{path} was changed after it was written; {_DISTRUST}")
+        raise CacheError(f"{path} was changed after it was written; {delete_and_run(path.parent)}")
     try:
         return header, _checked(path, header, index["shards"])
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise CacheError(f"{path} is no index of a cache ({error!r}); {_DISTRUST}") from None
+        raise CacheError(
+            f"{path} is no index of a cache ({error!r}); {delete_and_run(path.parent)}"
+        ) from None
 
 
 def _checked(path: Path, header: dict[str, Any], listed: list[dict[str, Any]]) -> Shards:

@@ -14,6 +14,7 @@ from kdlib.cache.build import build_splits, repair
 from kdlib.cache.changes import compare
 from kdlib.cache.index import CacheError
 from kdlib.cache.readings import counted, sentence
+from kdlib.cache.remedies import delete_and_run, run_to_make
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
 from kdlib.cache.study_source import open_source
@@ -155,12 +156,7 @@ def verify_cache(folder: Path, keep_whole: bool = False, study: str = "STUDY") -
         print("run this again with --repair: it keeps what is whole")
         return False
     repair(folder)
-    again = f"run `python -m kdlib cache build {study}`"
-    if folder.name.startswith("outputs-"):
-        again = "run notebooks/02_teacher.ipynb"
-        if "subset=" in str(folder):  # of a teacher that is trained on a subset
-            again = "run notebooks/04_distill.ipynb"
-    print(f"whole shards are kept; {again} to make the others")
+    print(f"whole shards are kept; {run_to_make(folder)} to make the others")
     return False
 
 
@@ -191,7 +187,7 @@ def compare_source(study: Study) -> bool:
                 for name in getattr(changes, what):
                     print(f"  {what}: {name}")
             if changes:
-                print(f"put the old files back, or delete {folder} and build it again")
+                print(f"put the old files back, or {delete_and_run(folder)}")
                 same = False
     return same
 

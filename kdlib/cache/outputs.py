@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from kdlib.cache.remedies import run_to_make
 from kdlib.cache.shards import Cache, CacheError
 
 KIND = "teacher_outputs"
@@ -94,7 +95,7 @@ def stored_columns(stored: Cache, wanted: Collection[str]) -> tuple[str, ...]:
     if missing := [c for c in columns if c not in stored.header["columns"]]:
         raise CacheError(
             f"{stored.folder} holds {', '.join(stored.header['columns'])} of the teacher, and no "
-            f"{', '.join(missing)}; run notebooks/02_teacher.ipynb of a study whose objectives "
+            f"{', '.join(missing)}; {run_to_make(stored.folder)} of a study whose objectives "
             "read them"
         )
     return tuple(columns)

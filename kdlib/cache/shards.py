@@ -16,9 +16,9 @@ import numpy as np
 
 from kdlib.cache import index
 from kdlib.cache.index import CacheError
+from kdlib.cache.remedies import repair_and_run, run_to_make
 from kdlib.repro import files
 from kdlib.repro.npy import npy_start
-from kdlib.repro.run import maker
 
 if TYPE_CHECKING:
     import torch  # imported late below: builders and workers need no tensors
@@ -59,10 +59,9 @@ class Cache:
         self.header, self.entries = index.read_indexes(self.folder)
         if not self.entries:
             state = "an unfinished build" if index.journal_paths(self.folder) else "no cache"
-            how = "notebooks/01_cache.ipynb or `python -m kdlib cache build STUDY`"
-            if self.folder.name.startswith("outputs-"):  # of a teacher
-                how = maker(self.folder)
-            raise CacheError(f"{self.folder} holds {state} (index.json is missing); run {how}")
+            raise CacheError(
+                f"{self.folder} holds {state} (index.json is missing); {run_to_make(self.folder)}"
+            )
         wanted = json.loads(files.canonical_json(dict(expected or {})))
         index.refuse_other(self.folder, wanted, {key: self.header.get(key) for key in wanted})
         self.n_examples: int = self.header["n_examples"]
@@ -87,15 +86,14 @@ class Cache:
         }  # another process maps the shards itself
 
     def _missing(self, path: Path) -> CacheError:
-        return CacheError(f"shard file {path} is missing; {index.remedy(self.folder)}")
+        return CacheError(f"shard file {path} is missing; {repair_and_run(self.folder)}")
 
     def _restrict(self, part: tuple[int, int]) -> None:
         first, stop = index.part_range(index.count_shards(self.header), part)
         if absent := [shard for shard in range(first, stop) if shard not in self.entries]:
             raise CacheError(
                 f"{self.folder} has not all of part {part[0]}/{part[1]}: {_listed(absent)} of its "
-                f"shards [{first}, {stop}) are missing; run notebooks/01_cache.ipynb or "
-                f"`python -m kdlib cache build STUDY --part {part[0]}/{part[1]}`"
+                f"shards [{first}, {stop}) are missing; {run_to_make(self.folder, part)}"
             )
         self.entries = {shard: self.entries[shard] for shard in range(first, stop)}
 
@@ -163,7 +161,7 @@ class Cache:
         except FileNotFoundError:
             raise self._missing(path) from None
         except ValueError as error:
-            raise CacheError(f"shard file {error}; {index.remedy(self.folder)}") from None
+            raise CacheError(f"shard file {error}; {repair_and_run(self.folder)}") from None
         return path, start, start + dtype.itemsize * math.prod(shape)
 
     def check(self, columns: Iterable[str], shards: Iterable[int]) -> None:
@@ -254,7 +252,7 @@ class Cache:
         if bad := files.damaged_files(self.folder, index.all_sums(self.entries)):
             raise CacheError(
                 f"{self.folder}: {', '.join(bad)} differ from their checksums; "
-                f"{index.remedy(self.folder)}"
+                f"{repair_and_run(self.folder)}"
             )
         self.check(self.header["columns"], self.shards.tolist())
 
@@ -272,7 +270,7 @@ def demand_uncut(path: str, end: int) -> None:
     if n_bytes < end:
         raise CacheError(
             f"shard file {path} was cut to {n_bytes:,} of {end:,} bytes while it was open; "
-            f"{index.remedy(Path(path).parent)}"
+            f"{repair_and_run(Path(path).parent)}"
         )
 
 

@@ -20,6 +20,7 @@ from kdlib.cache.image_files import Payload, named, other_size
 from kdlib.cache.index import CacheError
 from kdlib.cache.part import Part
 from kdlib.cache.readings import COMPARE, listed, record_path
+from kdlib.cache.remedies import delete_and_run
 from kdlib.cache.sources import Encoded, Source
 from kdlib.repro import files
 
@@ -61,7 +62,7 @@ def prepare(
         raise CacheError(
             f"{folder} was built from other images than are there now; changed since: "
             f"{listed(names)}; nothing was changed: {COMPARE} compares all of them; put the old "
-            f"files back, or delete {folder} and build it again"
+            f"files back, or {delete_and_run(folder)}"
         )
     for shard in changed:  # of an unfinished build: they are made again
         for column in header["columns"]:

@@ -7,6 +7,7 @@ import pandas as pd
 
 from kdlib.cartography import scores
 from kdlib.cartography.log import DynamicsLog
+from kdlib.repro.commands import delete_and_run
 from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the datamap
@@ -116,7 +117,8 @@ def ranked(table: pd.DataFrame, score: str) -> np.ndarray:
     if "never_learned" not in table.columns:
         raise ValueError(
             "forgetting_events order examples together with the column never_learned, which the "
-            f"table lacks; it has {', '.join(map(str, table.columns))}: make the datamap again"
+            f"table lacks; it has {', '.join(map(str, table.columns))}: give the table that "
+            "`python -m kdlib step datamap STUDY` makes"
         )
     return scores.forgetting_rank(table[score].to_numpy(), table["never_learned"].to_numpy(bool))
 
@@ -142,11 +144,11 @@ def read_datamap(path: Path, provenance: dict | None = None) -> pd.DataFrame:
     Raises: FileNotFoundError, or ValueError for a damaged file, another format, or another
         provenance (naming the key).
     """
-    table, metadata = read_parquet(path, "notebooks/03_datamap.ipynb")
+    table, metadata = read_parquet(path)
     if metadata.get("format") != FORMAT or "provenance" not in metadata:
         raise ValueError(
-            f"{path} has datamap format {metadata.get('format')}; expected {FORMAT}: delete "
-            f"{Path(path).parent} and run notebooks/03_datamap.ipynb again"
+            f"{path} has datamap format {metadata.get('format')}; expected {FORMAT}: "
+            f"{delete_and_run(path)}"
         )
     check_provenance(provenance, metadata["provenance"], Path(path))
     return table

@@ -11,8 +11,8 @@ from kdlib.cache.sources import check_labels
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan
 from kdlib.repro import files
+from kdlib.repro.commands import delete_and_run, run_to_make
 from kdlib.repro.npy import map_npy, write_npy
-from kdlib.repro.run import maker
 from kdlib.repro.tables import check_provenance
 
 FORMAT = 2  # 1 had no seal
@@ -132,21 +132,20 @@ class DynamicsLog:
         """
         if not (folder / "index.json").exists():
             state = "an unfinished" if (folder / "header.json").exists() else "no"
-            # a notebook makes nothing again whose evidence is there
-            how = f"run {maker(folder)}"
-            if (folder.parent / "evidence.json").exists():
-                how = _remedy(folder)
+            finished = (folder.parent / "evidence.json").exists()  # then no step makes it again
+            how = delete_and_run(folder) if finished else run_to_make(folder)
             raise FileNotFoundError(f"{folder} holds {state} dynamics log; {how}")
         index = files.read_json(folder / "index.json")
         if index.get("format") not in (1, FORMAT):
             raise ValueError(
                 f"{folder} has dynamics log format {index.get('format')}; expected {FORMAT}: "
-                f"{_remedy(folder)}"
+                f"{delete_and_run(folder)}"
             )
         # format 1 has no seal; one flipped bit does not make a 1 of a 2
         if index["format"] == FORMAT and not files.is_sealed(index):
             raise ValueError(
-                f"{folder / 'index.json'} was changed after it was written; {_remedy(folder)}"
+                f"{folder / 'index.json'} was changed after it was written; "
+                f"{delete_and_run(folder)}"
             )
         check_provenance(provenance, index["provenance"], folder / "index.json")
         arrays = {
@@ -156,7 +155,7 @@ class DynamicsLog:
         if verify and (changed := files.damaged_files(folder, index["sha256"])):
             raise ValueError(
                 f"{folder / changed[0]} has changed since it was recorded (sha256 differs); "
-                f"{_remedy(folder)}"
+                f"{delete_and_run(folder)}"
             )
         return cls(folder, index, arrays)
 
@@ -354,11 +353,7 @@ def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...], mode: str) -> np.m
     try:
         return map_npy(path, dtype, shape, mode)
     except (FileNotFoundError, ValueError) as error:
-        raise ValueError(f"{error}; {_remedy(path.parent)}") from None
-
-
-def _remedy(folder: Path) -> str:
-    return f"delete {folder.parent}, the folder of its run, and run {maker(folder)} again"
+        raise ValueError(f"{error}; {delete_and_run(path.parent)}") from None
 
 
 def _integers(name: str, values: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -142,7 +142,8 @@ class Candidates:
         if bad.any():
             raise ValueError(
                 f"{name} is NaN or infinite for {bad.sum()} of {len(score)} examples (first: id "
-                f"{self.table.index[bad][0]}); expected finite scores: make the datamap again"
+                f"{self.table.index[bad][0]}); expected finite scores, which "
+                "`python -m kdlib step datamap STUDY` makes"
             )
         return score
 

@@ -7,11 +7,11 @@ import numpy as np
 import pandas as pd
 
 from kdlib.repro import files
+from kdlib.repro.commands import delete_and_run
 from kdlib.repro.tables import check_provenance, read_parquet, write_parquet
 
 FORMAT = 1  # of the subset file
 FIELDS = ("strategy", "fraction", "seed", "parent", "data_fingerprint")
-MAKER = "notebooks/04_distill.ipynb"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +84,12 @@ class Subset:
         Raises: FileNotFoundError; ValueError for a damaged file, another format, or a subset of
             another data set.
         """
-        table, metadata = read_parquet(path, MAKER)
+        table, metadata = read_parquet(path)
         if metadata.get("format") != FORMAT or list(table.columns) != ["example_id"]:
             raise ValueError(
                 f"{path} has subset format {metadata.get('format')} and columns "
-                f"{list(table.columns)}; expected format {FORMAT} and ['example_id']: run {MAKER} "
-                "again"
+                f"{list(table.columns)}; expected format {FORMAT} and ['example_id']: "
+                f"{delete_and_run(path)}"
             )
         if data_fingerprint is not None:
             check_provenance({"data_fingerprint": data_fingerprint}, metadata, path)

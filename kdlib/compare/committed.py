@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.repro import files
+from kdlib.repro.commands import run_to_make
 from kdlib.repro.tables import read_parquet, write_parquet
 from kdlib.study.evaluation import AXES
 from kdlib.study.fingerprints import dumped
@@ -20,7 +21,6 @@ from kdlib.study.study import Study
 NAMES = ("results", "curves", "probes", "costs")
 POINTS = 8_000  # rows of all curves together, where each then has between LEAST and MOST
 LEAST, MOST = 12, 40
-MAKER = "notebooks/06_compare.ipynb"
 
 # keys of `compare` that are read after the tables are compiled
 READ_LATER = ("baseline", "objective", "margin", "confidence_level")
@@ -65,7 +65,7 @@ def read_committed(study: Study) -> dict[str, pd.DataFrame]:
     tables = {}
     for name in NAMES:
         path = committed_folder(study) / f"{name}.parquet"
-        tables[name], metadata = read_parquet(path, MAKER)
+        tables[name], metadata = read_parquet(path)
         belongs = {"table": metadata.get("table"), "study": metadata.get("study")}
         lines = files.difference({"table": name, "study": study.name}, belongs)
         now, written = _settings(study), _settings(study, exclude_defaults=True)
@@ -73,7 +73,7 @@ def read_committed(study: Study) -> dict[str, pd.DataFrame]:
         if lines:
             raise ValueError(
                 f"{path} was compiled before the study was changed (there -> now): "
-                f"{'; '.join(lines)}; run the study again, or take the change back"
+                f"{'; '.join(lines)}; {run_to_make(study.runs)}, or take the change back"
             )
     return tables
 

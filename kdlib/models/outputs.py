@@ -11,6 +11,7 @@ from scipy.special import bdtrc
 
 from kdlib.cache.build import build_shards
 from kdlib.cache.outputs import CLEAN_VIEW, KIND, SPARSE, encoded, stored_columns, stored_logits
+from kdlib.cache.remedies import delete_and_run
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset import views
 from kdlib.dataset.pixels import Pixels
@@ -180,7 +181,7 @@ def verify_outputs(
     if not drift <= 0.01:  # NaN, too
         raise CacheError(
             f"stored teacher outputs in {stored.folder} differ from recomputed ones by {drift:.1%} "
-            "of the largest value; delete the folder and run notebooks/02_teacher.ipynb"
+            f"of the largest value; {delete_and_run(stored.folder)}"
         )
     return drift
 

@@ -300,8 +300,8 @@ def _scores(
         if not column.between(-1e-6, top + 1e-6).all():  # rounded to float32
             raise ValueError(
                 f"{score} runs from {column.min():g} to {column.max():g}, "
-                f"{column.isna().sum()} are NaN; expected numbers in [0, {top:g}]; run "
-                "notebooks/03_datamap.ipynb again"
+                f"{column.isna().sum()} are NaN; expected numbers in [0, {top:g}], "
+                "which `python -m kdlib step datamap STUDY` makes"
             )
     ordered = ("variability", "confidence", *scores[2:])
     return [np.clip(table[score].to_numpy(float), 0, HIGHEST[score]) for score in ordered]

@@ -147,20 +147,26 @@ def write_json(path: Path, content: Any) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str | None = None) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        remedy: What to do with a damaged one; None: delete its run, and run what makes it.
 
     Raises: FileNotFoundError; ValueError that names the file when it is cut, is not JSON, or holds
         anything but an object.
     """
-    remedy = "delete it and run the step that makes it again"
+    from kdlib.repro.commands import delete_and_run  # which itself reads files
+
     try:
         content = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, endless digits
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {type(content).__name__}; expected an object: {remedy}")
-    return content
+        fault = f"is not valid JSON ({error});"
+    else:
+        if isinstance(content, dict):
+            return content
+        fault = f"holds {type(content).__name__}; expected an object:"
+    raise ValueError(f"{path} {fault} {remedy or delete_and_run(path)}")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

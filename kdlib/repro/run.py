@@ -18,18 +18,11 @@ from typing import Any
 
 import pandas as pd
 
-from kdlib.repro import files, processor
+from kdlib.repro import commands, files, processor
 from kdlib.repro.tables import read_parquet
 
 # since 3, settings.json holds every default and no null; since 4, what was read and executed
 FORMAT = 4
-# Folder of a step in the runs of a study -> its notebook
-NOTEBOOKS = {
-    "cache": "01_cache", "teacher": "02_teacher", "teachers": "02_teacher",
-    "dynamics": "02_teacher", "datamap": "03_datamap", "distill": "04_distill",
-    "probe": "05_probe", "compare": "06_compare", "recorded": "07_scores", "scores": "07_scores",
-    "noise": "08_noise", "audit": "09_audit",
-}  # fmt: skip
 KEPT = (".json", ".npy", ".parquet", ".safetensors")  # suffixes of the files of a run
 
 
@@ -125,30 +118,20 @@ def read_evidence(folder: Path, expected: dict[str, Any] | None = None) -> dict[
     """
     path = folder / "evidence.json"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} holds no finished run; run {maker(folder)}")
+        raise FileNotFoundError(f"{folder} holds no finished run; {commands.run_to_make(folder)}")
     evidence = _whole(path)
     settings = files.read_json(folder / "settings.json")
     if evidence["settings_sha256"] != files.fingerprint(settings):
         raise ValueError(
-            f"{path} belongs to other settings than the settings.json beside it; run "
-            f"{maker(folder)} again"
+            f"{path} belongs to other settings than the settings.json beside it; "
+            f"{commands.delete_and_run(folder)}"
         )
     if expected is not None and (lines := files.difference(expected, settings["step"])):
         raise ValueError(
             f"{folder} was made before the study was changed (there -> now): {'; '.join(lines)}; "
-            f"run {maker(folder)} again"
+            f"{commands.run_to_make(folder)}"
         )
     return evidence
-
-
-def maker(folder: Path) -> str:
-    """The notebook that makes a run, by its folder `.../runs/<study>/<step>/...`."""
-    parts = folder.parts
-    at = len(parts) - parts[::-1].index("runs") if "runs" in parts else len(parts)
-    number = NOTEBOOKS.get(parts[at + 1], "") if at + 1 < len(parts) else ""
-    if any(part.startswith("subset=") for part in parts[at + 2 :]):
-        number = NOTEBOOKS["distill"]  # a teacher of a student's subset is trained before it
-    return f"notebooks/{number}.ipynb" if number else "the notebook that makes it"
 
 
 def incomplete(folder: Path, evidence: dict[str, Any]) -> str:
@@ -191,7 +174,7 @@ def _whole(path: Path) -> dict[str, Any]:
         fault = "was changed after it was written"
     else:
         return evidence
-    raise ValueError(f"{path} {fault}: delete it and run {maker(path.parent)} again")
+    raise ValueError(f"{path} {fault}: {commands.delete_and_run(path)}")
 
 
 def read_metrics(folder: Path) -> pd.DataFrame:
@@ -203,31 +186,26 @@ def read_metrics(folder: Path) -> pd.DataFrame:
     expected = read_evidence(folder)["metrics_sha256"]
     if not path.is_file() or files.sha256_file(path) != expected:
         raise ValueError(
-            f"{path} is missing or was changed after the training; delete {folder} and run "
-            f"{maker(folder)} again"
+            f"{path} is missing or was changed after the training; "
+            f"{commands.delete_and_run(folder)}"
         )
     return pd.read_parquet(path, partitioning=None)
 
 
-def read_table(
-    path: Path, expected: dict[str, Any], maker: str, key: str = "table_sha256"
-) -> pd.DataFrame:
+def read_table(path: Path, expected: dict[str, Any], key: str = "table_sha256") -> pd.DataFrame:
     """A table of a finished run, in its folder.
 
     Args:
         expected: As of `read_evidence`.
-        maker: What makes it, for the messages.
         key: Where the evidence holds the hash of the file.
 
     Raises: As `read_evidence` and `tables.read_parquet`; ValueError for a table that differs from
         the evidence.
     """
     evidence = read_evidence(path.parent, expected)
-    table, _ = read_parquet(path, maker)
+    table, _ = read_parquet(path)
     if files.sha256_file(path) != evidence[key]:
-        raise ValueError(
-            f"{path} differs from its evidence; delete {path.parent} and run {maker} again"
-        )
+        raise ValueError(f"{path} differs from its evidence; {commands.delete_and_run(path)}")
     return table
 
 

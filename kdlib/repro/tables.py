@@ -7,7 +7,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdlib.repro import files
+from kdlib.repro import commands, files
 
 
 def check_provenance(expected: dict | None, stored: dict, path: Path) -> None:
@@ -25,7 +25,7 @@ def check_provenance(expected: dict | None, stored: dict, path: Path) -> None:
         raise ValueError(
             f"{path} was made from something else (key: there -> expected):\n  "
             + "\n  ".join(lines)
-            + "\nrun the step that makes it again, or point to the file that belongs to this study"
+            + f"\n{commands.delete_and_run(path)}, or point to the file that belongs to this study"
         )
 
 
@@ -66,20 +66,16 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
+def read_parquet(path: Path) -> tuple[pd.DataFrame, dict]:
     """Read what `write_parquet` wrote.
 
-    Args:
-        maker: The step that makes it, for the messages.
-
     Returns: The table and its metadata.
-    Raises: FileNotFoundError that names the maker; ValueError for a file that is cut, changed, or
-        was not written by `write_parquet`.
+    Raises: FileNotFoundError that names the command which makes it; ValueError for a file that is
+        cut, changed, or was not written by `write_parquet`.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}; run {maker}, which makes it")
-    remedy = f"delete it, and the evidence.json beside it where there is one, and run {maker} again"
+        raise FileNotFoundError(f"no file {path}; {commands.run_to_make(path)}")
     try:
         # One file as it is: pq.read_table looks for a data set, and reads `axis=value` in paths.
         with pq.ParquetFile(path) as file:
@@ -91,5 +87,7 @@ def read_parquet(path: Path, maker: str) -> tuple[pd.DataFrame, dict]:
         if stored["sha256"] != _content_sha256(table, stored["content"]):
             raise ValueError("its content does not match its sha256")
     except _DAMAGE as error:
-        raise ValueError(f"{path} is cut or damaged ({files.one_line(error)}); {remedy}") from None
+        raise ValueError(
+            f"{path} is cut or damaged ({files.one_line(error)}); {commands.delete_and_run(path)}"
+        ) from None
     return table, stored["content"]

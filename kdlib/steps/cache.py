@@ -16,6 +16,7 @@ from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels, pixel_statistics
 from kdlib.dataset.plan import split_ids
 from kdlib.repro import checks, files, processor
+from kdlib.repro.commands import run_to_make
 from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.tables import write_parquet
 from kdlib.study.study import Study
@@ -90,21 +91,20 @@ def _checked(
     except checks.CheckError as error:
         raise checks.CheckError(
             f"{error}\n  Once the images are changed, delete {study.cache}, which holds them as "
-            "they were, and run the same again"
+            f"they were, then {run_to_make(study.runs / 'cache')}"
         ) from None
 
 
 def open_duplicates(study: Study) -> pd.DataFrame:
     """The images of step 01 whose pixels occur more than once, as of `find_duplicates`.
 
-    Raises: FileNotFoundError or ValueError that names notebook 01 when it has not run or the table
-        was changed.
+    Raises: FileNotFoundError or ValueError that names the command when step 01 has not run or the
+        table was changed.
     """
     study = study.upstream
     return read_table(
         study.runs / "cache" / DUPLICATES,
         study.step_settings("cache"),
-        "notebooks/01_cache.ipynb",
         "duplicates_sha256",
     )
 
@@ -126,7 +126,7 @@ def _ask_for_portable(study: Study) -> None:
 def open_images(study: Study) -> Images:
     """The images of step 01.
 
-    Raises: FileNotFoundError or CacheError that name notebook 01 when it has not run.
+    Raises: FileNotFoundError or CacheError that name the command when it has not run.
     """
     _ask_for_portable(study)
     study = study.upstream

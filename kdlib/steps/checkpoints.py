@@ -9,7 +9,7 @@ from kdlib.models.base import Network
 from kdlib.models.evaluation import evaluate
 from kdlib.models.weights import load_weights
 from kdlib.repro import files
-from kdlib.repro.run import maker
+from kdlib.repro.commands import delete_and_run
 from kdlib.study.training import Training
 from kdlib.trainer.loop import Trained
 
@@ -81,8 +81,5 @@ def load_step(network: Network, folder: Path, evidence: dict[str, Any], step: in
 
 def _load(network: Network, path: Path, weights_sha256: str) -> str:
     if load_weights(network, path) != weights_sha256:
-        raise ValueError(
-            f"{path} was changed after it was written; delete {path.parent} and run "
-            f"{maker(path.parent)} again"
-        )
+        raise ValueError(f"{path} was changed after it was written; {delete_and_run(path)}")
     return weights_sha256

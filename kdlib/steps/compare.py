@@ -21,6 +21,7 @@ from kdlib.compare.committed import (
 )
 from kdlib.compare.comparisons import PROBED, Tables, comparisons, rerun_command, with_untrained
 from kdlib.repro import checks, files
+from kdlib.repro.commands import run_to_make
 from kdlib.repro.run import Run, read_evidence, read_metrics
 from kdlib.steps.cache import reader_sentence
 from kdlib.steps.distill import open_student, outcome
@@ -80,12 +81,12 @@ def results(study: Study) -> pd.DataFrame:
             reference = reference or settings
             row |= _measured(evidence)
             reasons = _reasons(folder, evidence, settings, reference)
-            reasons += inputs.changed(cell, evidence)
+            reasons += inputs.changed(cell, seed, evidence)
             second = again.student(cell, seed, evidence)
             row["test_accuracy_distinct"] = second.distinct
             reasons += second.reasons
             cell_probes = probed.get(cell, f"{cell.path} is not probed")
-            reasons += _add_probes(row, cell_probes, study.compare.measure, again.recount.probed)
+            reasons += _add_probes(study, row, cell_probes, again.recount.probed)
             evidences[cell].append((len(rows), evidence))
         except (FileNotFoundError, KeyError, ValueError) as error:
             reasons = [str(error)]
@@ -142,7 +143,7 @@ class _Inputs:
         self.datamap = upstream["datamap"]["datamap_sha256"]
         self.teacher = functools.cache(lambda name: open_teacher(study, name))
 
-    def changed(self, cell: Cell, evidence: dict[str, Any]) -> list[str]:
+    def changed(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> list[str]:
         """The inputs that changed since a run was made, as a reason to refuse it."""
         changed, parent = [], evidence["subset"]["parent_datamap"]
         name = self.study.objectives[cell.objective].teacher
@@ -154,9 +155,10 @@ class _Inputs:
         if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
             changed.append("datamap")
         names = ", ".join(changed)
-        again = "delete its folder and run notebooks/04_distill.ipynb again"
-        reasons = [f"made from another study's {names}: {again}"] if changed else []
-        return self.faults + reasons
+        if not changed:
+            return self.faults
+        folder = student_folder(self.study, cell, seed)
+        return [*self.faults, f"made from another study's {names}: {run_to_make(folder)}"]
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
@@ -188,10 +190,11 @@ def _last_probes(study: Study, cell: Cell) -> pd.DataFrame | str:
 
 
 def _add_probes(
-    row: dict[str, Any], table: pd.DataFrame | str, measure: str, examples: dict[str, str]
+    study: Study, row: dict[str, Any], table: pd.DataFrame | str, examples: dict[str, str]
 ) -> list[str]:
     """Add the probe accuracies of a run's last step to its row; reasons to refuse the row where the
     compared one is missing, or read other weights or examples."""
+    measure, again = study.compare.measure, run_to_make(study.runs / "probe")
     lacking = {measure: table} if isinstance(table, str) else {}
     for probe, column in PROBED.items() if not lacking else ():
         last = table[
@@ -203,13 +206,12 @@ def _add_probes(
             & (table["layer"] == "features")
         ]
         if len(last) != 1:
-            lacking[probe] = f"{len(last)} {probe} probes of its last step; expected one"
+            lacking[probe] = f"{len(last)} {probe} probes of its last step; expected one: {again}"
         elif last["weights_sha256"].iloc[0] != row["weights_sha256"]:
-            lacking[probe] = (
-                f"its {probe} probe is of other weights: run notebooks/05_probe.ipynb again"
-            )
+            lacking[probe] = f"its {probe} probe is of other weights: {again}"
         elif others := [c for c, read in examples.items() if last[c].iloc[0] != read]:
-            lacking[probe] = f"its {probe} probe read other {' and '.join(others)} than the study's"
+            names = " and ".join(others)
+            lacking[probe] = f"its {probe} probe read other {names} than the study's: {again}"
         else:
             row[column] = float(last["accuracy"].iloc[0])
     return [lacking[measure]] if measure in PROBED and measure in lacking else []

@@ -13,6 +13,7 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
 from kdlib.models.base import Network
 from kdlib.repro import files
+from kdlib.repro.commands import delete_and_run
 from kdlib.repro.run import open_run, read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_epoch
@@ -94,7 +95,7 @@ def gradients(
 def open_datamap(study: Study, images: Images) -> pd.DataFrame:
     """The datamap of step 03, checked against the images and the evidence.
 
-    Raises: FileNotFoundError that names notebook 03; ValueError for a datamap of other images,
+    Raises: FileNotFoundError that names the command; ValueError for a datamap of other images,
         another recording or another teacher.
     """
     study = study.upstream
@@ -102,8 +103,5 @@ def open_datamap(study: Study, images: Images) -> pd.DataFrame:
     path = study.runs / "datamap" / "datamap.parquet"
     table = read_datamap(path, images.fingerprints | _inputs(study))
     if files.sha256_file(path) != evidence["datamap_sha256"]:
-        raise ValueError(
-            f"{path} differs from its evidence; delete {path.parent} and run "
-            "notebooks/03_datamap.ipynb again"
-        )
+        raise ValueError(f"{path} differs from its evidence; {delete_and_run(path)}")
     return table

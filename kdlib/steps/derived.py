@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kdlib.cache.remedies import run_to_make
+
 CORNERS = {"easy": (0.0, 1.0), "hard": (0.0, 0.0), "ambiguous_corner": (1.0, 0.5)}
 
 
@@ -71,7 +73,7 @@ class Shards:
         """Read the indexes of a cache; `part` (i, k) takes the shards of one part of k alone."""
         indexes = [json.loads(path.read_text()) for path in sorted(folder.glob("index*.json"))]
         if not indexes:
-            raise FileNotFoundError(f"{folder} holds no cache; run the step that makes it again")
+            raise FileNotFoundError(f"{folder} holds no cache; {run_to_make(folder)}")
         header = indexes[0]["header"]
         n_shards = -(-header["n_examples"] // header["shard_size"])
         i, k = part or (1, 1)

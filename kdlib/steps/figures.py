@@ -31,6 +31,7 @@ from kdlib.plots.differences import forest_plot_by_student
 from kdlib.plots.images import region_grid, shard_visits
 from kdlib.plots.scores import detectors, rank_correlations, stability
 from kdlib.plots.theme import WIDE, save_figures
+from kdlib.repro.commands import run_to_make
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import open_tables
 from kdlib.steps.datamap import open_datamap
@@ -313,9 +314,9 @@ def redraw(study: Study) -> None:
                 missing += FIGURES["datamap"]
     print(f"{', '.join(drawn)} drawn in {study.figures}")
     wrong_labels = study.recordings and study.data.relabel
-    for number, step, asked in (("07", "scores", study.recordings), ("08", "noise", wrong_labels)):
+    for step, asked in (("scores", study.recordings), ("noise", wrong_labels)):
         if asked and not _is_finished(study, step):
-            missing.append(f"those of notebook {number}")
+            missing.append(f"those of step {step} ({run_to_make(study.runs / step)})")
     if missing:
         print(f"not drawn, since their records are not in {study.runs}: {', '.join(missing)}")
 

@@ -35,8 +35,6 @@ from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.study.cells import Cell
 from kdlib.study.study import Study
 
-MAKER = "notebooks/05_probe.ipynb"
-
 
 def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     """Step 05: probes and diagnostics of every checkpoint of a cell's students, and of the teacher.
@@ -82,10 +80,10 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
 def open_probes(study: Study, cell: Cell) -> pd.DataFrame:
     """The table of step 05 for one cell.
 
-    Raises: FileNotFoundError that names notebook 05; ValueError for a table that was changed.
+    Raises: FileNotFoundError that names the command; ValueError for a table that was changed.
     """
     path = probe_folder(study, cell) / "probes.parquet"
-    return read_table(path, study.step_settings("probe"), MAKER)
+    return read_table(path, study.step_settings("probe"))
 
 
 def _fingerprints(others: dict[str, Examples]) -> dict[str, list[str]]:
@@ -189,7 +187,7 @@ class _Probing:
                 evidence = {"step": "probe", "study": study.name}
                 evidence["table_sha256"] = files.sha256_file(path)
                 run.finish(evidence, self.device)
-        return read_table(path, asked, MAKER).to_dict("records")
+        return read_table(path, asked).to_dict("records")
 
 
 def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:

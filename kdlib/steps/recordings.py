@@ -14,6 +14,7 @@ from kdlib.models.base import Network
 from kdlib.models.evaluation import all_outputs
 from kdlib.models.networks import network_for
 from kdlib.repro import checks, files
+from kdlib.repro.commands import run_to_make
 from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
@@ -175,7 +176,7 @@ def open_gradients(study: Study, model: str, part: str) -> pd.DataFrame | None:
 def _read(study: Study, model: str, part: str, name: str) -> pd.DataFrame:
     path = recording_folder(study, model, part) / f"{name}.parquet"
     settings = recording_settings(study, model, part)
-    return read_table(path, settings, f"recording {model}/{part}", f"{name}_sha256")
+    return read_table(path, settings, f"{name}_sha256")
 
 
 def open_held_out(study: Study, images: Images) -> pd.DataFrame:
@@ -191,5 +192,9 @@ def open_held_out(study: Study, images: Images) -> pd.DataFrame:
     parts = [_read(study, model, f"fold={fold}", "held_out") for fold in folds]
     whole = pd.concat(parts).sort_index()
     if not np.array_equal(whole.index, images.train_ids):
-        raise ValueError("the folds do not make up this study's training images; record them again")
+        folder = recording_folder(study, model, f"fold={folds[0]}").parent
+        raise ValueError(
+            f"the folds in {folder} do not make up this study's training images; delete its "
+            f"folders fold=..., then {run_to_make(study.runs / 'noise')}"
+        )
     return whole

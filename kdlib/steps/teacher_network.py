@@ -10,7 +10,7 @@ from kdlib.models.networks import build_network, network_for
 from kdlib.models.published import load_pretrained
 from kdlib.models.weights import load_weights, weights_fingerprint
 from kdlib.repro import files
-from kdlib.repro.run import maker
+from kdlib.repro.commands import delete_and_run
 from kdlib.repro.seeds import derive
 from kdlib.study.base import StudyError
 from kdlib.study.data import data_path
@@ -83,8 +83,7 @@ def load_teacher(
         load_weights(network, folder / evidence["checkpoints"]["last"]["file"])
     if weights_fingerprint(network) != evidence["teacher"]["weights_sha256"]:
         raise ValueError(
-            f"the teacher's weights are not those of {folder}; delete {folder} and run "
-            f"{maker(folder)} again"
+            f"the teacher's weights are not those of {folder}; {delete_and_run(folder)}"
         )
     return network
 

@@ -18,6 +18,7 @@ from kdlib.models.outputs import (
 from kdlib.models.weights import weights_fingerprint
 from kdlib.probes.classifiers import knn_probe
 from kdlib.probes.features import labelled_features
+from kdlib.repro.commands import run_to_make
 from kdlib.repro.run import read_evidence
 from kdlib.steps.folders import teacher_folder
 from kdlib.steps.processes import prepare_device
@@ -94,8 +95,9 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
     study = study.upstream
     if isinstance(study.teacher, TrainedTeacher):
         raise ValueError(
-            "the teacher of this study is trained by notebooks/02_teacher.ipynb, which then stores "
-            "its outputs; parts are for a loaded one (study: teacher.weights or teacher.pretrained)"
+            "the teacher of this study is trained here, and its outputs stored after that: "
+            f"{run_to_make(teacher_folder(study))}; parts are for a loaded one "
+            "(study: teacher.weights or teacher.pretrained)"
         )
     device = prepare_device(study.compute)
     network = teacher_network(study, images, device)

@@ -134,6 +134,5 @@ def fraction_of(study: "Study", strategy: str) -> float | None:
         return None
     from kdlib.repro.tables import read_parquet  # pandas, only here
 
-    maker = "the map in notebooks/03_datamap.ipynb and save a selection of that name"
-    _, metadata = read_parquet(study.picked(strategy), maker)
+    _, metadata = read_parquet(study.picked(strategy))
     return float(metadata["fraction"])

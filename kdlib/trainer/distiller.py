@@ -108,8 +108,8 @@ class Distiller(nn.Module):
         """
         if missing := [name for name in self.reads if name not in teacher]:
             raise ValueError(
-                f"the {self.objective.kind} objective needs teacher {', '.join(missing)}; run "
-                "notebooks/02_teacher.ipynb"
+                f"the {self.objective.kind} objective needs teacher {', '.join(missing)}; "
+                "`python -m kdlib step teacher STUDY` stores what the study's objectives read"
             )
         return self.term(*widened_pair(projected, teacher), labels)
 

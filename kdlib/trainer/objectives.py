@@ -80,8 +80,8 @@ def build_distiller(
     """
     if needs_teacher(objective) and not teacher_shapes:
         raise ValueError(
-            f"objective {objective.kind} reads a teacher's outputs, and there are none; run "
-            "notebooks/02_teacher.ipynb"
+            f"objective {objective.kind} reads a teacher's outputs, and there are none; "
+            "`python -m kdlib step teacher STUDY` stores what the study's objectives read"
         )
     with torch_seeded(seed, "projector"):
         cls = cls or DISTILLERS[type(objective)]

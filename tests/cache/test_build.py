@@ -61,7 +61,9 @@ def test_a_cache_of_something_else_is_refused_and_left_alone(folder, finished, p
 def test_a_build_whose_source_fails_resumes_after_the_last_whole_shard(pristine, tmp_path, shard):
     with pytest.raises(OSError, match="disk on fire"):
         make_cache(tmp_path, stopping(shard, OSError("disk on fire")))
-    with pytest.raises(CacheError, match=r"unfinished build .*run notebooks/01_cache\.ipynb"):
+    with pytest.raises(
+        CacheError, match=r"unfinished build .*run `python -m kdlib cache build STUDY`"
+    ):
         Cache(tmp_path)
     starts = []
     make_cache(tmp_path, recording(starts)).verify()

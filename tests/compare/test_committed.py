@@ -177,7 +177,9 @@ def test_a_table_of_another_study_another_name_or_none_is_refused(home):
     with pytest.raises(ValueError, match="table: curves -> probes"):
         read_committed(study)
     (folder / "probes.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"probes.parquet; run notebooks/06_compare.ipynb"):
+    with pytest.raises(
+        FileNotFoundError, match=r"probes.parquet; run `python -m kdlib step compare"
+    ):
         read_committed(study)
 
 

@@ -181,7 +181,7 @@ def test_verify_accepts_what_was_stored_within_rounding(images, stored):
 )
 def test_verify_finds_rows_that_are_not_those_of_their_examples(images, stored, change):
     damaged = overwrite(stored, "logits", change)
-    with pytest.raises(CacheError, match=r"differ from recomputed .*run notebooks/02_teacher"):
+    with pytest.raises(CacheError, match=r"differ from recomputed .*delete .*, then run `"):
         verify_outputs(network_of(), PIXELS, images, damaged)
 
 

@@ -79,14 +79,14 @@ def test_evidence_of_other_settings_does_not_finish_a_run(study):
 
 def test_a_missing_foreign_or_cut_evidence_says_so(study):
     with pytest.raises(
-        FileNotFoundError, match=r"holds no finished run; run notebooks/02_teacher\.ipynb"
+        FileNotFoundError, match="no finished run; run `python -m kdlib step teacher"
     ):
         read_evidence(study.runs / "teacher")
     _finish(study, {"lr": 1})
     path = study.runs / "teacher" / "evidence.json"
     whole = path.read_text()
     path.write_text(json.dumps(json.loads(whole) | {"format": 9}))
-    with pytest.raises(ValueError, match="has format 9; expected 4: delete it and run"):
+    with pytest.raises(ValueError, match="has format 9; expected 4: delete .*teacher, then run `"):
         read_evidence(study.runs / "teacher")
     path.write_text(whole[:40])
     with pytest.raises(ValueError, match="not valid JSON"):
@@ -100,7 +100,9 @@ def test_evidence_that_was_changed_is_refused_by_reader_and_step(study):
     whole = json.loads(path.read_text())
     for change in ({"measured": 0.9}, {"seal": "0" * 64}, {"settings_sha256": "0" * 64}):
         path.write_text(json.dumps(whole | change))
-        with pytest.raises(ValueError, match=r"evidence\.json was changed .*delete it and run"):
+        with pytest.raises(
+            ValueError, match=r"evidence\.json was changed .*delete .*teacher, then run `"
+        ):
             read_evidence(folder)
         with (
             open_run(study.runs, folder, {"lr": 1}) as run,

@@ -196,7 +196,7 @@ def test_a_table_of_duplicates_that_is_gone_is_made_again(study, pictures):
     mine = study(source="folder", folder="pets")
     cache_images(mine)
     (mine.runs / "cache" / "duplicates.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"run notebooks/01_cache.ipynb"):
+    with pytest.raises(FileNotFoundError, match=r"run `python -m kdlib step cache"):
         open_duplicates(mine)
     cache_images(mine)
     assert open_duplicates(mine).empty

@@ -22,7 +22,7 @@ from kdlib.steps.teacher_outputs import teacher_features
 
 def test_a_changed_study_does_not_silently_use_what_was_made_before(lab):
     images = open_images(tiny_study(lab))
-    with pytest.raises(ValueError, match=r"split_seed: 0 -> 3; run notebooks/01_cache\.ipynb"):
+    with pytest.raises(ValueError, match="split_seed: 0 -> 3; run `python -m kdlib step"):
         open_images(tiny_study(lab, data__split_seed=3))
     study = tiny_study(lab, dynamics__window=4)
     with pytest.raises(ValueError, match=r"study was changed .* dynamics.window: 3 -> 4"):

@@ -67,7 +67,7 @@ def test_a_missing_weight_file_and_a_missing_step_say_what_to_do(lab, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors are not there"):
         teacher_module.make_teacher(study, open_images(study))
     shutil.rmtree(study.runs)
-    with pytest.raises(FileNotFoundError, match=r"run notebooks/0\d_\w+\.ipynb"):
+    with pytest.raises(FileNotFoundError, match="run `python -m kdlib step"):
         open_images(study)
 
 
@@ -101,7 +101,7 @@ def test_a_loaded_teacher_s_outputs_can_be_stored_in_parts_from_the_command_line
     shutil.copy(before.runs / "teacher" / evidence["checkpoints"]["last"]["file"], weights)
     whole = lab / "whole"
     shutil.move(before.runs / "teacher", whole)
-    with pytest.raises(ValueError, match="trained by notebooks/02_teacher"):
+    with pytest.raises(ValueError, match="run `python -m kdlib step teacher params/tiny.yaml`"):
         store_part(before, open_images(before), (1, 2))
     teacher = {"model": {"name": "tiny_cnn", "options": {"width": 8}},
                "weights": "teacher.safetensors", "trained_on": "kept",

@@ -435,5 +435,5 @@ def test_a_constant_column_of_an_embedding_has_a_finite_gradient():
 
 @pytest.mark.parametrize("objective", ALL, ids=lambda o: o.kind)
 def test_an_objective_without_its_teacher_says_which_notebook_to_run(objective):
-    with pytest.raises(ValueError, match="run notebooks/02_teacher"):
+    with pytest.raises(ValueError, match="python -m kdlib step teacher STUDY"):
         build_distiller(objective, {"features": (4,)}, {}, seed=0, n_examples=9)

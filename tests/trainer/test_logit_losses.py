@@ -295,7 +295,7 @@ def test_huge_logits_and_constant_rows_stay_finite(objective):
 
 def test_an_objective_without_its_teacher_is_refused_with_the_notebook_that_makes_one():
     student, _, labels = drawn()
-    with pytest.raises(ValueError, match=r"needs teacher logits; run\s+notebooks/02_teacher"):
+    with pytest.raises(ValueError, match=r"needs teacher logits; `python -m kdlib step teacher"):
         objective_loss(kd(0.5, 2.0), student, labels)
 
 

@@ -1,0 +1,96 @@
+"""The command that makes a file again, by the place of the file.
+
+Messages about something missing, unfinished, changed or of another format name it. Steps write
+below `runs/<study>/`, tables to commit lie in `figures/<study>/tables/`, and a study file in
+`params/`.
+"""
+
+import shlex
+from pathlib import Path
+
+from kdlib.repro import files
+
+KDLIB = "python -m kdlib"
+_STEPS = {"cache": "cache", "teacher": "teacher", "dynamics": "teacher", "datamap": "datamap",
+          "compare": "compare", "measured.json": "compare"}  # fmt: skip
+_ASKED_FOR = ("scores", "noise", "audit")  # steps of the pipeline alone
+_MAP = "notebooks/03_datamap.ipynb, opened by `make lab`"
+_N_AXES = 4  # of a student's folder, before its seed
+
+
+def run_to_make(path: Path) -> str:
+    """`run` and the command that makes a file or folder which is not there, unfinished, or made
+    with other settings. A picked selection is made by hand.
+
+    Args:
+        path: Of the file, or of a folder above it.
+    """
+    known = _made_by(path)
+    if known is None:
+        return f"run `{KDLIB} study STUDY` with the study file that it belongs to"
+    return known[1]
+
+
+def delete_and_run(path: Path) -> str:
+    """The same of a file that is there and cannot be used: first the folder of its run has to be
+    deleted, or of stored teacher outputs, since a step makes nothing again whose evidence is there.
+    """
+    known = _made_by(path)
+    return f"delete {path if known is None else known[0]}, then {run_to_make(path)}"
+
+
+def _made_by(path: Path) -> tuple[Path, str] | None:
+    """The folder of the run that wrote a file, and how to write it; None of other places."""
+    home, path = files.workspace(), Path(path).absolute()
+    for root in (home / "runs", home / "figures"):
+        if path.is_relative_to(root) and path != root:
+            name, *parts = path.relative_to(root).parts
+            study = shlex.quote(f"params/{name}.yaml")
+            if root.name == "figures":
+                return path, f"run `{KDLIB} step compare {study}`"
+            if parts[:1] == ["selections"]:
+                return path, f"save a selection named {path.stem} in the map: {_MAP}"
+            depth, command = _of_run(root / name, parts, study)
+            depth += len(parts) > depth and parts[depth].startswith("outputs-")
+            return root.joinpath(name, *parts[:depth]), f"run `{KDLIB} {command}`"
+    return None
+
+
+def _of_run(runs: Path, parts: list[str], study: str) -> tuple[int, str]:
+    """How many parts of a path below a study's runs name its run, and the run's command."""
+    step, *below = parts or [""]
+    if step == "teachers" and below:
+        if not below[1:2] or not below[1].startswith("subset="):
+            return 2, f"step teacher {study} --teacher {shlex.quote(below[0])}"
+        student = _student_of(runs, below)
+        return 4, _of_run(runs, student, study)[1] if student else f"study {study}"
+    if step == "distill" and len(below) > _N_AXES:
+        axes = [shlex.join([f"--{a}", v]) for a, v in _pairs(below[: _N_AXES + 1])]
+        return _N_AXES + 2, f"step distill {study} {' '.join(axes)}"
+    if step == "recorded" and len(below) > 1:
+        model = shlex.quote(below[0].removeprefix("model="))
+        return 3, f"record {study} --model {model} --part {shlex.quote(below[1])}"
+    if step in _ASKED_FOR:
+        return 1, f"study {study} {step}"
+    if step == "probe":
+        return (3 if below[:1] == ["once"] else _N_AXES + 1), f"step probe {study}"
+    return (1, f"step {_STEPS[step]} {study}") if step in _STEPS else (len(parts), f"study {study}")
+
+
+def _pairs(parts: list[str]) -> list[list[str]]:
+    return [part.split("=", 1) for part in parts]
+
+
+def _student_of(runs: Path, below: list[str]) -> list[str] | None:
+    """The place of a student whose run makes a teacher of its subset, which lies in
+    `teachers/<name>/subset=.../seed=...`."""
+    name, subset, seed = below[0], below[1].removeprefix("subset="), below[2:3]
+    for path in sorted(runs.glob(f"distill/*/*/*/*/{seed[0] if seed else '*'}/settings.json")):
+        try:
+            settings = files.read_json(path)
+            asked, drawn = settings["step"]["objective"], settings["inputs"]["subset"]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged as well: another may be whole
+            continue
+        if asked.get("teacher") == name and drawn.startswith(subset):
+            return list(path.parent.relative_to(runs).parts)
+    return None
