@@ -128,7 +128,7 @@ def read_index(path: Path) -> tuple[dict[str, Any], Shards]:
     Raises: CacheError for an index that is cut, foreign or of another format.
     """
     try:
-        index = files.read_json(path, delete_and_run(path.parent))
+        index = files.read_json(path, lambda path: delete_and_run(path.parent))
     except ValueError as error:
         raise CacheError(str(error)) from None
     header = index.get("header") if isinstance(index, dict) else None

@@ -147,11 +147,11 @@ def write_json(path: Path, content: Any) -> Path:
     return write_atomic(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path, remedy: str | None = None) -> dict[str, Any]:
+def read_json(path: Path, remedy: Callable[[Path], str] | None = None) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
-        remedy: What to do with a damaged one; None: delete its run, and run what makes it.
+        remedy: Says what to do with a damaged one; None: delete its run, and run what makes it.
 
     Raises: FileNotFoundError; ValueError that names the file when it is cut, is not JSON, or holds
         anything but an object.
@@ -166,7 +166,7 @@ def read_json(path: Path, remedy: str | None = None) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         fault = f"holds {type(content).__name__}; expected an object:"
-    raise ValueError(f"{path} {fault} {remedy or delete_and_run(path)}")
+    raise ValueError(f"{path} {fault} {(remedy or delete_and_run)(path)}")
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,9 @@ def test_an_index_that_build_never_wrote_is_refused(folder, change):
 def test_a_cut_index_is_refused(folder, keep):
     path = folder / "index.json"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CacheError, match=r"index\.json is not valid JSON.*delete it and run"):
+    with pytest.raises(
+        CacheError, match=r"index\.json is not valid JSON.*delete .*cache, then run `"
+    ):
         Cache(folder)
 
 

@@ -278,7 +278,7 @@ def test_a_part_out_of_range_is_refused(pristine, part):
 
 
 def test_a_missing_cache_names_the_remedy(tmp_path):
-    remedy = r"no cache \(index.json is missing\); run notebooks/01_cache.*cache build STUDY`"
+    remedy = r"no cache \(index.json is missing\); run `python -m kdlib cache build STUDY`"
     with pytest.raises(CacheError, match=remedy):
         Cache(tmp_path / "nowhere")
 

@@ -74,14 +74,14 @@ def test_a_subset_of_another_data_set_is_refused(tmp_path):
         Subset.load(path, data_fingerprint="data1")
 
 
-def test_cut_and_absent_files_are_refused_with_the_notebook_to_run(tmp_path):
+def test_cut_and_absent_files_are_refused_with_what_to_do(tmp_path):
     path = subset(range(1000)).save(tmp_path / "subset.parquet")
     whole = path.read_bytes()
     for size in (0, 3, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"cut or damaged.*04_distill"):
+        with pytest.raises(ValueError, match=r"cut or damaged.*delete .*, then run `"):
             Subset.load(path)
-    with pytest.raises(FileNotFoundError, match="04_distill"):
+    with pytest.raises(FileNotFoundError, match="run `python -m kdlib study"):
         Subset.load(tmp_path / "absent.parquet")
 
 

@@ -86,7 +86,7 @@ def test_a_missing_foreign_or_cut_evidence_says_so(study):
     path = study.runs / "teacher" / "evidence.json"
     whole = path.read_text()
     path.write_text(json.dumps(json.loads(whole) | {"format": 9}))
-    with pytest.raises(ValueError, match="has format 9; expected 4: delete .*teacher, then run `"):
+    with pytest.raises(ValueError, match=r"has format 9; expected 4: delete .*teacher, then run `"):
         read_evidence(study.runs / "teacher")
     path.write_text(whole[:40])
     with pytest.raises(ValueError, match="not valid JSON"):

@@ -101,7 +101,7 @@ def test_a_loaded_teacher_s_outputs_can_be_stored_in_parts_from_the_command_line
     shutil.copy(before.runs / "teacher" / evidence["checkpoints"]["last"]["file"], weights)
     whole = lab / "whole"
     shutil.move(before.runs / "teacher", whole)
-    with pytest.raises(ValueError, match="run `python -m kdlib step teacher params/tiny.yaml`"):
+    with pytest.raises(ValueError, match=r"run `python -m kdlib step teacher params/tiny\.yaml`"):
         store_part(before, open_images(before), (1, 2))
     teacher = {"model": {"name": "tiny_cnn", "options": {"width": 8}},
                "weights": "teacher.safetensors", "trained_on": "kept",
