@@ -21,7 +21,7 @@ from kdlib.compare.committed import (
 )
 from kdlib.compare.comparisons import PROBED, Tables, comparisons, rerun_command, with_untrained
 from kdlib.repro import checks, files
-from kdlib.repro.commands import run_to_make
+from kdlib.repro.commands import delete_and_run, run_to_make
 from kdlib.repro.run import Run, read_evidence, read_metrics
 from kdlib.steps.cache import reader_sentence
 from kdlib.steps.distill import open_student, outcome
@@ -158,7 +158,7 @@ class _Inputs:
         if not changed:
             return self.faults
         folder = student_folder(self.study, cell, seed)
-        return [*self.faults, f"made from another study's {names}: {run_to_make(folder)}"]
+        return [*self.faults, f"made from another study's {names}: {delete_and_run(folder)}"]
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,9 @@ def test_rows_of_another_study_s_making_are_refused(lab, change, message):
     forge(folder, change)
     table = results(study)
     reason = table[table["refused"]]["reason"].item()
-    assert f"made from another study's {message}: delete its folder and run notebooks/04" in reason
+    assert (
+        f"made from another study's {message}: delete {folder.relative_to(lab)}, then run" in reason
+    )
 
 
 def test_a_missing_run_is_refused_and_named(lab):
