@@ -1,7 +1,9 @@
 """The remedy that a message names is what a user does: it is read from the message, done, and the
 fault is gone."""
 
+import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +11,20 @@ from pathlib import Path
 import pytest
 from tiny import flip, forge, tiny_study
 
+from kdlib.__main__ import main
+from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.subset import Subset
+from kdlib.compare.committed import read_committed
 from kdlib.repro.run import read_metrics
-from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import compile_tables, finish_tables, results
+from kdlib.steps.cache import open_duplicates, open_images
+from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap, open_datamap
-from kdlib.steps.distill import open_student, student_network, train_student
+from kdlib.steps.distill import open_student, student_network
 from kdlib.steps.folders import probe_folder, student_folder
-from kdlib.steps.probe import open_probes, probe_cell
+from kdlib.steps.probe import open_probes
+from kdlib.steps.recordings import open_log
 from kdlib.steps.teacher import make_teacher
-from kdlib.steps.teacher_outputs import open_stored
+from kdlib.steps.teacher_outputs import open_stored, open_teacher
 from kdlib.study.base import StudyError
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
@@ -36,38 +42,17 @@ def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
 
-def _students(study: Study) -> None:
-    for cell in study.cells():
-        for seed in study.seeds:
-            train_student(study, open_images(study), cell, seed)
-
-
-# What a notebook does
-NOTEBOOKS: dict[str, Callable[[Study], object]] = {
-    "01_cache": cache_images,
-    "02_teacher": lambda study: make_teacher(study, open_images(study)),
-    "03_datamap": lambda study: make_datamap(study, open_images(study)),
-    "04_distill": _students,
-    "05_probe": lambda study: [
-        probe_cell(study, open_images(study), cell) for cell in study.probed_cells()
-    ],
-    "06_compare": lambda study: finish_tables(study, "compare", compile_tables(study)),
-}
-
-
-def _follow(message: str, study: Study) -> None:
-    """Do what a message says: delete the file or folder it names, run the notebook it names."""
-    if found := re.search(r"delete (its? ?|/[^,;: ]+)", message):
-        first = re.search(r"/[^,;: ]+", message)[0]
-        path = Path(first if found[1].startswith("it") else found[1])
-        assert study.runs in path.parents
+def _follow(message: str, expected: str, patch: pytest.MonkeyPatch) -> None:
+    """Do what a message says: delete the file or folder it names, run the commands it names."""
+    commands = re.findall(r"`python -m kdlib ([^`]+)`", message)
+    assert commands, f"no remedy: {message}"
+    assert commands[-1].startswith(f"{expected} params/tiny.yaml")
+    for name in re.findall(r"delete (\S+), then run `", message):
+        path = Path(name)
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if "the evidence.json beside it" in message:
-            path.with_name("evidence.json").unlink()
-    notebook = re.search(r"run (?:python -m kdlib .*)?notebooks/(\w+)\.ipynb", message)
-    assert found or notebook, f"no remedy: {message}"
-    if notebook:
-        NOTEBOOKS[notebook[1]](study)
+    for command in commands:
+        patch.setattr("sys.argv", ["kdlib", *shlex.split(command)])
+        assert main() == (1 if "--repair" in command else 0)  # 1: there was something to repair
 
 
 def _accepted(study: Study) -> None:
@@ -77,66 +62,82 @@ def _accepted(study: Study) -> None:
         raise ValueError(f"{study.runs / run}: {reason}")
 
 
-FAULTS: dict[str, tuple[Callable[[Study], object], Callable[[Study], object]]] = {
+# What is broken, what reads it, and the command that its message has to name
+FAULTS: dict[str, tuple[Callable[[Study], object], Callable[[Study], object], str]] = {
     "a student that was not trained": (
         lambda s: shutil.rmtree(_first(s)),
         lambda s: open_student(s, s.cells()[0], 0),
+        "step distill",
     ),
     "evidence that was edited": (
         lambda s: _edit(_first(s) / "evidence.json"),
         lambda s: open_student(s, s.cells()[0], 0),
+        "step distill",
     ),
     "evidence of another format": (
         lambda s: forge(_first(s), lambda e: e.update(format=1)),
         lambda s: open_student(s, s.cells()[0], 0),
+        "step distill",
     ),
     "evidence beside other settings": (
         lambda s: _edit(_first(s) / "settings.json"),
         lambda s: open_student(s, s.cells()[0], 0),
+        "step distill",
     ),
     "a study that was changed": (
         lambda s: _change(s, dynamics__el2n_epoch=3),
         lambda s: open_datamap(_now(s), open_images(_now(s))),
+        "step datamap",
     ),
     "metrics that are cut": (
         lambda s: _cut(_first(s) / "metrics.parquet"),
         lambda s: read_metrics(_first(s)),
+        "step distill",
     ),
     "a subset that is cut": (
         lambda s: _cut(_first(s) / "subset.parquet"),
         lambda s: Subset.load(_first(s) / "subset.parquet"),
+        "step distill",
     ),
     "weights that were changed": (
         lambda s: flip(next(_first(s).glob("weights-00000060*"))),
         lambda s: student_network(s, open_images(s), s.cells()[0], 0),
+        "step distill",
     ),
     "a datamap that is not there": (
         lambda s: (s.runs / "datamap" / "datamap.parquet").unlink(),
         lambda s: open_datamap(s, open_images(s)),
+        "step datamap",
     ),
     "a datamap that is cut": (
         lambda s: _cut(s.runs / "datamap" / "datamap.parquet"),
         lambda s: open_datamap(s, open_images(s)),
+        "step datamap",
     ),
     "a datamap of another run": (
         lambda s: forge(s.runs / "datamap", lambda e: e.update(datamap_sha256="0" * 64)),
         lambda s: open_datamap(s, open_images(s)),
+        "step datamap",
     ),
     "probes that are cut": (
         lambda s: _cut(_probed(s) / "probes.parquet"),
         lambda s: open_probes(s, s.probed_cells()[0]),
+        "step probe",
     ),
     "probes of another run": (
         lambda s: forge(_probed(s), lambda e: e.update(table_sha256="0" * 64)),
         lambda s: open_probes(s, s.probed_cells()[0]),
+        "step probe",
     ),
     "a dynamics log that is cut": (
         lambda s: _cut(s.runs / "teacher" / "dynamics" / "gold_prob.npy"),
         lambda s: make_datamap(s, open_images(s)),
+        "step teacher",
     ),
     "teacher outputs that are not there": (
         lambda s: shutil.rmtree(s.runs / "teacher" / "outputs-train"),
         lambda s: open_stored(s, open_images(s).train),
+        "step teacher",
     ),
     "a teacher's weights that were changed": (
         lambda s: [
@@ -144,16 +145,80 @@ FAULTS: dict[str, tuple[Callable[[Study], object], Callable[[Study], object]]] =
             flip(sorted((s.runs / "teacher").glob("weights-*"))[-1]),
         ],
         lambda s: make_teacher(s, open_images(s)),
+        "step teacher",
     ),
     "a teacher that is another one now": (
         lambda s: forge(_first(s), lambda e: e["teacher"].update(measured=0.9)),
         _accepted,
+        "step distill",
     ),
     "images that are not there": (
         lambda s: shutil.rmtree(s.cache),
         lambda s: open_images(s),
+        "cache build",
+    ),
+    "images of another format": (
+        lambda s: _format(s.cache / "test" / "index.json"),
+        open_images,
+        "cache build",
+    ),
+    "a shard that is not there": (
+        lambda s: (s.cache / "train" / "images-00001.npy").unlink(),
+        open_images,
+        "cache build",
+    ),
+    "images without a run": (
+        lambda s: (s.runs / "cache" / "evidence.json").unlink(),
+        open_images,
+        "step cache",
+    ),
+    "duplicates that are not there": (
+        lambda s: (s.runs / "cache" / "duplicates.parquet").unlink(),
+        open_duplicates,
+        "step cache",
+    ),
+    "a teacher that is not there": (
+        lambda s: shutil.rmtree(s.runs / "teacher"),
+        open_teacher,
+        "step teacher",
+    ),
+    "evidence that is cut": (
+        lambda s: _cut(s.runs / "teacher" / "evidence.json"),
+        open_teacher,
+        "step teacher",
+    ),
+    "teacher outputs whose index is cut": (
+        lambda s: _cut(s.runs / "teacher" / "outputs-test" / "index.json"),
+        lambda s: open_stored(s, open_images(s).test),
+        "step teacher",
+    ),
+    "a dynamics log that is not there": (
+        lambda s: (s.runs / "teacher" / "dynamics" / "index.json").unlink(),
+        lambda s: DynamicsLog.open(s.runs / "teacher" / "dynamics"),
+        "step teacher",
+    ),
+    "a recording that was not made": (
+        lambda s: None,
+        lambda s: open_log(s, open_images(s), "tiny", "seed=0"),
+        "record",
+    ),
+    "probes of before the study was changed": (
+        lambda s: _change(s, probe__k=4),
+        lambda s: open_probes(s, s.probed_cells()[0]),
+        "step probe",
+    ),
+    "tables to commit that are not there": (
+        lambda s: None,
+        read_committed,
+        "step compare",
     ),
 }
+
+
+def _format(path: Path) -> None:
+    index = json.loads(path.read_text())
+    index["header"]["format"] = 7
+    path.write_text(json.dumps(index))
 
 
 def _edit(path: Path) -> None:
@@ -169,14 +234,15 @@ def _now(study: Study) -> Study:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_message_tells_to_do_mends_what_it_names(lab, fault):
+def test_what_a_message_tells_to_do_mends_what_it_names(lab, fault, monkeypatch):
+    monkeypatch.chdir(lab)  # where `params/tiny.yaml` is
     study = tiny_study(lab)
-    break_it, provoke = FAULTS[fault]
+    break_it, provoke, command = FAULTS[fault]
     break_it(study)
     study = _now(study)
     with pytest.raises((ValueError, OSError, RuntimeError)) as refused:
         provoke(study)
-    _follow(str(refused.value), study)
+    _follow(str(refused.value), command, monkeypatch)
     provoke(study)
 
 
