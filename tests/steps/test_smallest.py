@@ -9,15 +9,16 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tiny import tiny_study
+from tiny import flip, tiny_study
 
+from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.plan import Plan
 from kdlib.models.networks import TinyCNN
 from kdlib.probes import classifiers
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
-from kdlib.steps import probe, probe_network, training
+from kdlib.steps import distill, probe, probe_network, training
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
@@ -121,6 +122,12 @@ def no_gradient(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TinyCNN, "head", lambda self, features: self.linear(features.detach()))
 
 
+def chosen_on_test(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Images, "validation", lambda self, device: tuple(
+        self.test.resident(column).to(device) for column in ("images", "labels")
+    ))  # fmt: skip
+
+
 def rows_of_another(patch: pytest.MonkeyPatch) -> None:
     def rows(self, positions, views):
         return {name: values.flip(-1) for name, values in real(self, positions, views).items()}
@@ -135,6 +142,7 @@ def rows_of_another(patch: pytest.MonkeyPatch) -> None:
         (other_images, r"coverage: .* visits outside the subset"),
         (one_image_too_many, r"budget: declared -> recorded: unique_examples: 1 -> 2"),
         (no_gradient, r"gradient: gradient norm .*; 6 of 8 parameter tensors got none"),
+        (chosen_on_test, r"untouched_test: best epoch chosen on 2 images that are not the 2 held"),
         (rows_of_another, r"pairing: .*teacher rows 0\.00% right where the teacher is 100\.00%"),
     ],
 )
@@ -223,3 +231,47 @@ def test_pieces_of_one_image_are_refused_where_a_network_normalises_by_them(smal
     for more in ({"batch_size": 4}, {"accumulate": 1}):  # as the message says
         study = _study(small.runs.parents[1], training=asked | more)
         assert train_student(study, images, cell, 0)["budget"]["recorded"]["steps"] == 4
+
+
+def test_probes_of_fewer_than_the_untrained_network_knows_are_refused(small, monkeypatch):
+    """The test features of the last step are in another order than their labels."""
+    steps, load, label = [], probe.load_step, probe_network.labelled_features
+
+    def load_step(network, folder, evidence, step):
+        steps.append(step)
+        return load(network, folder, evidence, step)
+
+    def features(cache, ids, values, weights):
+        late = cache.header["split"] == "test" and steps[-1] != "0"
+        return label(cache, ids, values[::-1] if late else values, weights)
+
+    monkeypatch.setattr(probe, "load_step", load_step)
+    monkeypatch.setattr(probe_network, "labelled_features", features)
+    shutil.rmtree(small.runs / "probe")
+    with pytest.raises(
+        checks.CheckError, match=r"probe_floor: .*0\.00% trained, 100\.00% untrained"
+    ):
+        probe.probe_cell(small, open_images(small), small.probed_cells()[0])
+
+
+def test_weights_that_were_changed_refuse_their_row(small):
+    folder = student_folder(small, small.cells()[0], 0)
+    flip(folder / read_evidence(folder)["checkpoints"]["last"]["file"])
+    table = results(small)
+    assert table["refused"].sum() == 1
+    assert "checkpoints missing or changed: last" in table.query("refused")["reason"].item()
+
+
+def test_seeds_that_share_their_first_weights_refuse_their_rows(small, monkeypatch):
+    cell, images, real = small.cells()[0], open_images(small), distill.network_for
+    for seed in small.seeds:
+        shutil.rmtree(student_folder(small, cell, seed))
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "network_for", lambda images, model, _, *more: real(
+            images, model, 5, *more
+        ))  # fmt: skip
+        for seed in small.seeds:
+            train_student(small, images, cell, seed)
+    reasons = results(small).query("refused")["reason"]
+    assert len(reasons) == len(small.seeds)
+    assert all("shares initial weights or order with seed" in reason for reason in reasons)
