@@ -35,7 +35,7 @@ from kdlib.steps.folders import (
 )
 from kdlib.steps.probe import open_probes
 from kdlib.steps.recount import Recount
-from kdlib.steps.recount_splits import split_disagreements
+from kdlib.steps.recount_splits import pixel_disagreements, split_disagreements
 from kdlib.steps.remeasure import Remeasure
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
@@ -67,6 +67,7 @@ def results(study: Study) -> pd.DataFrame:
         images it was chosen on.
     """
     rows, inputs, again = [], _Inputs(study), Remeasure(study, Recount(study))
+    inputs.faults += pixel_disagreements(inputs.cache, again.mean, again.std)
     evidences: dict[Cell, list[tuple[int, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
     reference: dict[str, Any] | None = None
     probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
@@ -133,6 +134,7 @@ class _Inputs:
         cache = read_evidence(up.runs / "cache", up.step_settings("cache"))  # refuses another split
         outcomes = checks.run_all(checks.CACHE, cache)
         self.duplicates = {check.name: check.sentence for check in outcomes}["duplicates"]
+        self.cache = cache
         self.faults = _failed(outcomes) + split_disagreements(Recount(study), cache)
         self.reader = reader_sentence(cache)
         upstream = {

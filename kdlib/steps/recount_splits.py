@@ -27,6 +27,21 @@ def split_disagreements(recount: Recount, evidence: dict[str, Any]) -> list[str]
     return wrong
 
 
+def pixel_disagreements(evidence: dict[str, Any], mean: np.ndarray, std: np.ndarray) -> list[str]:
+    """Where the pixel statistics of step 01 are not those of the images learnt from.
+
+    Args:
+        mean, std: (C,) measured again, pixels in [0, 1].
+    """
+    return [
+        f"step 01 recorded {name} as {evidence.get(name)}, and the training images give "
+        f"{measured.tolist()}"
+        for name, measured in (("mean", mean), ("std", std))
+        if np.shape(evidence.get(name)) != measured.shape
+        or not np.allclose(evidence[name], measured, rtol=0, atol=1e-9)
+    ]
+
+
 def _agreement(recount: Recount) -> dict[str, Any]:
     both = {"train": recount.train, "test": recount.test}
     headers = {split: _header(shards) for split, shards in both.items()}

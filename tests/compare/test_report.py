@@ -83,16 +83,27 @@ def test_the_summary_says_what_was_converted_and_nothing_where_nothing_was(lab):
     ) in summary(study, compile_tables(study))
 
 
+def laid_over(below, above):
+    return {k: below[k] | v if isinstance(v, dict) else v for k, v in above.items()}
+
+
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        ({"crossing": 9, "pairs": {"train": 0, "test": 0, "across": 9}}, "duplicates: pairs of"),
-        ({"held_out": 1}, "recorded duplicates.held_out as 1, and the shards give 0"),
+        (
+            {"duplicates": {"crossing": 9, "pairs": {"train": 0, "test": 0, "across": 9}}},
+            "duplicates: pairs of",
+        ),
+        ({"mean": [0.25]}, r"recorded mean as \[0.25\], and the training images give \["),
+        (
+            {"duplicates": {"held_out": 1}},
+            "recorded duplicates.held_out as 1, and the shards give 0",
+        ),
     ],
 )
 def test_runs_on_images_that_fail_a_check_or_of_edited_evidence_are_refused(lab, facts, said):
     study = tiny_study(lab)
-    forge(study.runs / "cache", lambda e: e["duplicates"].update(facts))
+    forge(study.runs / "cache", lambda e: e.update(laid_over(e, facts)))
     table = results(study)
     assert table["refused"].all()
     assert table["reason"].str.contains(said).all()
