@@ -91,7 +91,7 @@ def test_a_picked_selection_has_the_fraction_it_was_saved_with(home):
     study = validated(
         changed("axes.strategy", ["random", "picked_mine"], changed("probe.strategy", ["full"]))
     )
-    with pytest.raises(FileNotFoundError, match="save a selection of that name"):
+    with pytest.raises(FileNotFoundError, match="save a selection named mine in the map"):
         study.cell(strategy="picked_mine")
     saved_selection(study, "mine", 30, 0.03)
     assert study.cell(strategy="picked_mine", fraction=0.5).fraction == 0.03
