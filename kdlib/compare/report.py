@@ -51,7 +51,7 @@ def summary(study: Study, tables: Tables) -> str:
         lines += [f"The runs were made by {versions} versions of the code.", ""]
     dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11
     if dirty:
-        lines += [f"{count(dirty, 'run')} of a clone with uncommitted changes.", ""]
+        lines += [f"{count(dirty, 'run')} of code with uncommitted changes.", ""]
     for row in refused.to_dict("records"):
         number = f" ({100 * row[measure]:.1f} %, which enters no mean)"
         number = "" if pd.isna(row[measure]) else number

@@ -223,9 +223,12 @@ def circumstances(device: str) -> dict[str, Any]:
     import torch  # loaded late: those who read evidence need none
 
     names = ("torch", "numpy", "pandas", "scikit-learn")
+    # of the code: a study draws figures and tables into tracked files while it runs
+    code = [f":/{name}" for name in ("kdlib", "audit", "notebooks", "Snakefile", "*.lock")]
     git = ["git", "-C", str(Path(__file__).parent), "status", "--porcelain=v2", "--branch"]
     try:
-        state = subprocess.run(git, capture_output=True, text=True).stdout.splitlines()
+        asked = subprocess.run([*git, "--", *code], capture_output=True, text=True)
+        state = asked.stdout.splitlines()
     except FileNotFoundError:  # no git on this machine
         state = []
     hardware = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor.name()

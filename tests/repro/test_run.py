@@ -1,12 +1,13 @@
 """Run folders: finished by evidence alone, never reused for other settings, never overwritten."""
 
 import json
+import subprocess
 
 import pandas as pd
 import pytest
 
-from kdlib.repro import files
-from kdlib.repro.run import open_run, read_evidence, read_metrics
+from kdlib.repro import files, run
+from kdlib.repro.run import circumstances, open_run, read_evidence, read_metrics
 from kdlib.study.load import load_study
 
 
@@ -128,3 +129,25 @@ def test_metrics_that_were_changed_are_refused(study):
     path.unlink()
     with pytest.raises(ValueError, match=r"metrics\.parquet is missing or was changed"):
         read_metrics(folder)
+
+
+def test_code_is_clean_beside_figures_that_a_study_has_drawn(tmp_path, monkeypatch):
+    package = tmp_path / "kdlib" / "repro"
+    package.mkdir(parents=True)
+    (package / "run.py").touch()
+    figure = tmp_path / "figures" / "accuracy.md"
+    figure.parent.mkdir()
+    figure.touch()
+
+    def git(*command):
+        user = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", "-C", tmp_path, *user, *command], check=True, capture_output=True)
+
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "Begin")
+    monkeypatch.setattr(run, "__file__", str(package / "run.py"))
+    figure.write_text("redrawn")
+    assert circumstances("cpu")["git_clean"]
+    (package / "new.py").touch()
+    assert not circumstances("cpu")["git_clean"]

@@ -60,7 +60,7 @@ def test_a_summary_says_which_runs_are_of_uncommitted_code(lab):
         forge(student_folder(study, cell, seed), lambda e: e["made"].update(git_clean=True))
     assert "uncommitted" not in summary(study, compile_tables(study))
     forge(first_run(study), lambda e: e["made"].update(git_clean=False))
-    assert "\n1 run of a clone with uncommitted changes.\n" in summary(study, compile_tables(study))
+    assert "\n1 run of code with uncommitted changes.\n" in summary(study, compile_tables(study))
 
 
 def test_metrics_that_were_changed_are_not_drawn(lab):
