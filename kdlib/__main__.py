@@ -159,6 +159,12 @@ def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell,
             yield cell, seed
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of at least 1")
+    return int(text)
+
+
 def _named_steps(text: str) -> list[str]:
     for name in text.split(","):
         if name not in STEP_COMMANDS:
@@ -279,7 +285,7 @@ def _add_commands(commands: Any) -> None:
     digits = "params/digits.yaml"
     study = _command(commands, "study", _study, digits)
     study.add_argument("step", nargs="?", choices=STEPS, help="only this, without the students")
-    study.add_argument("--cores", type=int, help="at once; 2 where no profile is given")
+    study.add_argument("--cores", type=_count, help="at once; 2 where no profile is given")
     study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
     _command(commands, "status", _status, digits)
     text = f"study file, such as {digits}; without one, all studies that have either"

@@ -523,6 +523,13 @@ def test_an_option_that_a_command_does_not_use_is_refused(study, run, arguments,
     assert not study.runs.exists()
 
 
+@pytest.mark.parametrize("given", ["0", "-1", "1.5", "all"])
+def test_no_core_at_all_is_refused_and_not_taken_for_the_default(study, run, given):
+    code, _, errors = run("study", "params/tiny.yaml", f"--cores={given}")
+    assert code == 2
+    assert f"argument --cores: '{given}' is no number of at least 1" in errors
+
+
 def test_an_option_is_not_taken_for_one_it_begins_and_the_nearest_is_named(study, run):
     code, _, errors = run("cache", "build", "params/tiny.yaml", "--work", "2")
     assert code == 2

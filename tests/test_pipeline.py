@@ -102,7 +102,7 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
         outputs = [output for cell in cells for output in cell.get("outputs", ())]
         shown = sum("image/png" in output.get("data", ()) for output in outputs)
         assert shown == pictures[path.stem], path
-    logs = list((home / "runs").rglob("*.log"))
+    logs = list((home / "runs" / "tiny").rglob("*.log"))
     recorded = [log for log in logs if log.parent.name.startswith("model=")]
     assert len(recorded) == len(study.recordings.runs())
     assert len(logs) == len(executed) + len(recorded)

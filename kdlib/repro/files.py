@@ -29,7 +29,7 @@ def settle() -> None:
     """Make `$KDLIB_HOME` and `$KDLIB_DATA` absolute, for this process and those it starts: a
     relative folder would be another one where they work."""
     for name in ("KDLIB_HOME", "KDLIB_DATA"):
-        if os.environ.get(name):
+        if os.environ.get(name, "").strip():
             os.environ[name] = os.path.abspath(os.environ[name])
 
 

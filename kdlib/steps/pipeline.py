@@ -43,9 +43,9 @@ def run_pipeline(
     command += [step] if step else []
     command += ["--nolock", "--rerun-triggers", "mtime", "--directory", str(study.runs.parent)]
     command += ["--config", f"study={os.path.abspath(file)}"]
-    command += ["--profile", _profile_folder(profile)] if profile else []
-    if cores or not profile:  # with a profile it would cap the threads of each job
-        command += ["--cores", str(cores or 2)]
+    command += [] if profile is None else ["--profile", _profile_folder(profile)]
+    if cores is not None or profile is None:  # with a profile it would cap the threads of each job
+        command += ["--cores", str(2 if cores is None else cores)]
     files.settle()
     # a kernel named python3 of the user's would else be taken before that of this environment
     kernels = [os.path.join(sys.prefix, "share", "jupyter"), os.environ.get("JUPYTER_PATH")]

@@ -13,10 +13,11 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.steps import distill
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import compile_tables, costs, finish_tables
+from kdlib.steps.compare import compile_tables, costs, finish_tables, open_tables
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.done import SHOWN, unfinished
+from kdlib.steps.figures import redraw
 from kdlib.steps.folders import student_folder
 from kdlib.study.study import Study
 
@@ -212,6 +213,25 @@ def test_a_datamap_made_anew_that_chooses_the_same_examples_trains_nothing_again
     now = read_evidence(study.runs / "datamap")["datamap_sha256"]
     assert evidence["subset"]["parent_datamap"] == now
     assert not compile_tables(study)["results"]["refused"].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training__lr_peak": 0.01}, r"every row is refused; .*training\.lr_peak: \S+ -> 0\.01"),
+        ({"teacher__seed": 5}, r"made before the study was changed .*teacher\.seed: 0 -> 5"),
+        ({"data__split_seed": 1}, r"made before the study was changed .*split_seed: 0 -> 1"),
+    ],
+    ids=["students", "teacher", "images"],
+)
+def test_no_figure_and_no_text_shows_numbers_of_other_settings(lab, changes, says):
+    study = whole(lab)
+    texts = {path: path.stat().st_mtime_ns for path in study.figures.rglob("*")}
+    edited = tiny_study(lab, recordings=None, **changes)
+    for show_again in (redraw, open_tables, compile_tables):
+        with pytest.raises((ValueError, checks.CheckError), match=says):
+            show_again(edited)
+    assert {path: path.stat().st_mtime_ns for path in study.figures.rglob("*")} == texts
 
 
 def test_costs_of_other_settings_are_in_no_ledger(lab):
