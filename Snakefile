@@ -3,8 +3,8 @@
 #   snakemake --cores 2 --config study=params/digits.yaml
 #
 # Which steps run is decided by kdlib.steps.done, from the evidence of each step and the study as it
-# is now: the steps that are not finished read a file that is always newer than their evidence, and
-# every other input counts as older (`ancient`). Snakemake orders the steps and makes what is missing.
+# is now: the steps that are not finished read a file that is newer than their evidence, and for the
+# others every input counts as older (`ancient`). Snakemake orders the steps.
 # Evidence is marked `update`: a notebook that runs again keeps the runs whose settings and inputs are
 # unchanged, so a new seed trains one seed. A changed notebook alone runs nothing again, but 06: a
 # comment must not cost GPU days; ask with --forcerun RULE.
@@ -38,9 +38,8 @@ RUNS = relative(study.runs)
 UPSTREAM = relative(study.upstream.runs)  # images, teacher and datamap may be shared
 NOTEBOOKS = relative(Path(workflow.basedir) / "notebooks")
 TEACHERS = [n for n, t in study.teachers.items() if not t.of_subset]
-CACHE, TEACHER, DATAMAP = (
-    f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")
-)
+SHARED = [f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")]
+CACHE, TEACHER, _ = SHARED
 FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]
 SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
@@ -76,7 +75,10 @@ UNFINISHED = set()  # evidence of runs that are not finished
 if workflow.is_main_process:  # one of them, where a job runs on another node
     from kdlib.steps.done import unfinished
 
-    for folder in unfinished(study) | unfinished(study, "audit"):
+    found = unfinished(study)
+    if (study.runs / "audit" / "evidence.json").exists():  # by its name, though not of the study
+        found |= unfinished(study, "audit")
+    for folder in found:
         of_study = folder.is_relative_to(study.runs)
         runs, place = (study.runs, RUNS) if of_study else (study.upstream.runs, UPSTREAM)
         UNFINISHED.add(f"{place}/{folder.relative_to(runs)}/evidence.json")
@@ -88,14 +90,15 @@ for path in filter(os.path.exists, UNFINISHED):
         os.utime(path, (now - 1, now - 1))
 
 
-def unless_done(*evidence):
-    """An input newer than all evidence where a run is not finished; else one that counts as older."""
-    path = f"{RUNS}/{NEWER.name}"
-    return ancient(path) if UNFINISHED.isdisjoint(evidence) else path
-
-
-def older(paths):
-    return [ancient(path) for path in paths]
+def reading(paths, *evidence):
+    """Inputs of a step: the evidence of all steps that come before it, directly or not. Where the
+    step is finished, all count as older. Where it is not, the last one is newer, and none counts as
+    older: Snakemake does not look at a step that comes after one that runs, but runs it if it reads
+    that one's output."""
+    newer = f"{RUNS}/{NEWER.name}"
+    if UNFINISHED.isdisjoint(evidence):
+        return [ancient(path) for path in (*paths, newer)]
+    return [*paths, newer]
 
 
 def students(cells):
@@ -124,15 +127,15 @@ rule all:
         QUESTIONS,
 
 
-# Steps of one notebook and no parameter but the study: what each waits for, and how many processes
+# Steps of one notebook and no parameter but the study: what comes before each, and how many processes
 # with the study's threads, and GPUs, it has. All can be asked for by name: `snakemake scores`.
-for step, folder, name, waits, processes in (
+for step, folder, name, before, processes in (
     ("cache", UPSTREAM, "01_cache", [], 0),
     ("teacher", UPSTREAM, "02_teacher", [CACHE], study.compute.processes),
-    ("datamap", UPSTREAM, "03_datamap", [TEACHER], 1),
-    ("compare", RUNS, "06_compare", [DATAMAP, *students(study.cells()), *PROBES], 0),
-    ("scores", RUNS, "07_scores", RECORDINGS, 0),
-    ("noise", RUNS, "08_noise", RECORDINGS, 0),
+    ("datamap", UPSTREAM, "03_datamap", [CACHE, TEACHER], 1),
+    ("compare", RUNS, "06_compare", [*SHARED, *FURTHER, *students(study.cells()), *PROBES], 0),
+    ("scores", RUNS, "07_scores", [CACHE, *RECORDINGS], 0),
+    ("noise", RUNS, "08_noise", [CACHE, *RECORDINGS], 0),
     ("audit", RUNS, "09_audit", [CACHE], 1),
 ):
     of_tables = step in ("compare", "scores", "noise")  # made anew of runs
@@ -142,8 +145,7 @@ for step, folder, name, waits, processes in (
         name:
             step
         input:
-            older(waits),
-            newer=unless_done(evidence),
+            reading(before, evidence),
             notebook=ancient(f"{NOTEBOOKS}/{name}.ipynb"),
         output:
             evidence if of_tables else update(evidence),
@@ -159,8 +161,7 @@ for step, folder, name, waits, processes in (
 
 rule further_teacher:
     input:
-        ancient(CACHE),
-        newer=lambda w: unless_done(f"{RUNS}/teachers/{w.teacher}/evidence.json"),
+        lambda w: reading([CACHE], f"{RUNS}/teachers/{w.teacher}/evidence.json"),
     output:
         update(f"{RUNS}/teachers/{{teacher}}/evidence.json"),
     log:
@@ -174,8 +175,7 @@ rule further_teacher:
 
 rule record:
     input:
-        ancient(CACHE),
-        newer=lambda w: unless_done(f"{RUNS}/recorded/model={w.model}/{w.part}/evidence.json"),
+        lambda w: reading([CACHE], f"{RUNS}/recorded/model={w.model}/{w.part}/evidence.json"),
     output:
         update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     log:
@@ -189,8 +189,7 @@ rule record:
 
 rule distill:
     input:
-        older([TEACHER, *FURTHER, DATAMAP]),
-        newer=lambda w: unless_done(*expand(STUDENTS, **w, allow_missing=True)),
+        lambda w: reading([*SHARED, *FURTHER], *expand(STUDENTS, **w)),
         notebook=ancient(f"{NOTEBOOKS}/04_distill.ipynb"),
     output:
         update(STUDENTS),
@@ -206,8 +205,10 @@ rule distill:
 
 rule probe:
     input:
-        older(expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, allow_missing=True)),
-        newer=lambda w: unless_done(*expand(PROBED, **w)),
+        lambda w: reading(
+            [*SHARED, *FURTHER, *expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, **w)],
+            *expand(PROBED, **w),
+        ),
         notebook=ancient(f"{NOTEBOOKS}/05_probe.ipynb"),
     output:
         update(PROBED),

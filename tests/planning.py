@@ -40,7 +40,7 @@ def planned(
     printed = dry_run(study, home, log, target, *options, environment=environment)
     lines = [line.split() for line in printed.splitlines()]
     counts = {line[0]: int(line[1]) for line in lines if len(line) == 2 and line[1].isdigit()}
-    counts.pop("total")
+    counts.pop("total", None)  # none where nothing is to be done
     return counts
 
 

@@ -299,8 +299,12 @@ def test_a_workspace_of_any_name_is_planned_alike_and_a_linked_folder_of_runs_to
     (odd / "runs" / "tiny").rename(odd / "disk" / "tiny")
     (odd / "runs" / "tiny").symlink_to(odd / "disk" / "tiny")
     assert _planned(odd, odd / STUDY) == {}
-    (odd / "figures" / "tiny" / "summary.md").unlink()
-    assert _planned(odd, odd / STUDY) == {"compare": 1}
+    (odd / "figures" / "tiny" / "shard_visits.png").unlink()  # no later step reads it
+    assert _planned(odd, odd / STUDY) == {"cache": 1}
+    text = (odd / STUDY).read_text()
+    (odd / STUDY).write_text(text.replace("training: {steps: 60", "training: {steps: 50"))
+    made = {"cache": 1, "distill": 3, "probe": 2, "compare": 1}
+    assert _planned(odd, odd / STUDY) == made
 
 
 def test_an_edit_a_deleted_text_and_no_record_of_snakemake_end_with_the_summary_of_now(home):
