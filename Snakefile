@@ -29,14 +29,15 @@ workdir: str(study.runs.parent)
 
 
 def relative(path):
-    """A path from the working directory; braces in it are no wildcards."""
-    return os.path.relpath(os.path.realpath(path)).replace("{", "{{").replace("}", "}}")
+    """A path from the working directory: an absolute one may hold braces, which are wildcards."""
+    return os.path.relpath(os.path.realpath(path))
 
 
 study.runs.mkdir(parents=True, exist_ok=True)
 RUNS = relative(study.runs)
 UPSTREAM = relative(study.upstream.runs)  # images, teacher and datamap may be shared
-NOTEBOOKS = relative(Path(workflow.basedir) / "notebooks")
+# papermill takes braces in a path for parameters, and two of them for one
+NOTEBOOKS = f"{workflow.basedir}/notebooks".replace("{", "{{").replace("}", "}}")
 TEACHERS = [n for n, t in study.teachers.items() if not t.of_subset]
 SHARED = [f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")]
 CACHE, TEACHER, _ = SHARED
@@ -49,7 +50,7 @@ STUDENTS = [f"{RUNS}/distill/{SUBSET}/{run}/evidence.json" for run in RUNS_OF_SU
 PROBED = f"{RUNS}/probe/{CELL}/evidence.json"
 PAPERMILL = (
     "{PYTHON:q} -m papermill --engine ipc --log-output --no-progress-bar"
-    " {input.notebook:q} {log.notebook:q} -p study {STUDY:q}"
+    " {NOTEBOOKS:q}/{params.notebook} {log.notebook:q} -p study {STUDY:q}"
 )
 AXES = (
     " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
@@ -130,13 +131,13 @@ rule all:
 # Steps of one notebook and no parameter but the study: what comes before each, and how many processes
 # with the study's threads, and GPUs, it has. All can be asked for by name: `snakemake scores`.
 for step, folder, name, before, processes in (
-    ("cache", UPSTREAM, "01_cache", [], 0),
-    ("teacher", UPSTREAM, "02_teacher", [CACHE], study.compute.processes),
-    ("datamap", UPSTREAM, "03_datamap", [CACHE, TEACHER], 1),
-    ("compare", RUNS, "06_compare", [*SHARED, *FURTHER, *students(study.cells()), *PROBES], 0),
-    ("scores", RUNS, "07_scores", [CACHE, *RECORDINGS], 0),
-    ("noise", RUNS, "08_noise", [CACHE, *RECORDINGS], 0),
-    ("audit", RUNS, "09_audit", [CACHE], 1),
+    ("cache", UPSTREAM, "01_cache.ipynb", [], 0),
+    ("teacher", UPSTREAM, "02_teacher.ipynb", [CACHE], study.compute.processes),
+    ("datamap", UPSTREAM, "03_datamap.ipynb", [CACHE, TEACHER], 1),
+    ("compare", RUNS, "06_compare.ipynb", [*SHARED, *FURTHER, *students(study.cells()), *PROBES], 0),
+    ("scores", RUNS, "07_scores.ipynb", [CACHE, *RECORDINGS], 0),
+    ("noise", RUNS, "08_noise.ipynb", [CACHE, *RECORDINGS], 0),
+    ("audit", RUNS, "09_audit.ipynb", [CACHE], 1),
 ):
     of_tables = step in ("compare", "scores", "noise")  # made anew of runs
     evidence = f"{folder}/{step}/evidence.json"
@@ -146,12 +147,13 @@ for step, folder, name, before, processes in (
             step
         input:
             reading(before, evidence),
-            notebook=ancient(f"{NOTEBOOKS}/{name}.ipynb"),
         output:
             evidence if of_tables else update(evidence),
         log:
-            notebook=f"{folder}/{step}/{name}.ipynb",
-            text=f"{folder}/{step}/{name}.log",
+            notebook=f"{folder}/{step}/{name}",
+            text=f"{folder}/{step}/{Path(name).stem}.log",
+        params:
+            notebook=name,
         threads: study.compute.threads * processes or 1
         resources:
             **({"gpu": min(GPUS, processes)} if processes else {}),
@@ -190,12 +192,13 @@ rule record:
 rule distill:
     input:
         lambda w: reading([*SHARED, *FURTHER], *expand(STUDENTS, **w)),
-        notebook=ancient(f"{NOTEBOOKS}/04_distill.ipynb"),
     output:
         update(STUDENTS),
     log:
         notebook=f"{RUNS}/distill/{SUBSET}/04_distill.ipynb",
         text=f"{RUNS}/distill/{SUBSET}/04_distill.log",
+    params:
+        notebook="04_distill.ipynb",
     threads: study.compute.threads * study.compute.processes
     resources:
         gpu=GPUS,
@@ -209,12 +212,13 @@ rule probe:
             [*SHARED, *FURTHER, *expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, **w)],
             *expand(PROBED, **w),
         ),
-        notebook=ancient(f"{NOTEBOOKS}/05_probe.ipynb"),
     output:
         update(PROBED),
     log:
         notebook=f"{RUNS}/probe/{CELL}/05_probe.ipynb",
         text=f"{RUNS}/probe/{CELL}/05_probe.log",
+    params:
+        notebook="05_probe.ipynb",
     threads: study.compute.threads
     resources:
         gpu=min(GPUS, 1),
