@@ -47,6 +47,7 @@ CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]
 RUNS_OF_SUBSET = [f"objective={o}/{seed}" for o in study.axes.objective for seed in SEEDS]
 STUDENTS = [f"{RUNS}/distill/{SUBSET}/{run}/evidence.json" for run in RUNS_OF_SUBSET]
+OF_CELL = [f"{RUNS}/distill/{CELL}/{seed}/evidence.json" for seed in SEEDS]
 PROBED = f"{RUNS}/probe/{CELL}/evidence.json"
 PAPERMILL = (
     "{PYTHON:q} -m papermill --engine ipc --log-output --no-progress-bar"
@@ -91,15 +92,20 @@ for path in filter(os.path.exists, UNFINISHED):
         os.utime(path, (now - 1, now - 1))
 
 
-def reading(paths, *evidence):
-    """Inputs of a step: the evidence of all steps that come before it, directly or not. Where the
-    step is finished, all count as older. Where it is not, the last one is newer, and none counts as
-    older: Snakemake does not look at a step that comes after one that runs, but runs it if it reads
-    that one's output."""
-    newer = f"{RUNS}/{NEWER.name}"
-    if UNFINISHED.isdisjoint(evidence):
-        return [ancient(path) for path in (*paths, newer)]
-    return [*paths, newer]
+def reading(rule, before, *evidence):
+    """Inputs of a step by its wildcards: the evidence of all steps that come before it, directly or
+    not. Where the step is finished and not forced, all count as older. Where it is not, the last
+    one is newer, and none counts as older: Snakemake does not look at a step that comes after one
+    that runs, but runs it if it reads that one's output."""
+
+    def inputs(wildcards):
+        paths = expand([*before, f"{RUNS}/{NEWER.name}"], **wildcards)
+        runs = {rule, *expand(evidence, **wildcards)}
+        if runs.isdisjoint(UNFINISHED) and runs.isdisjoint(workflow.dag_settings.forcerun):
+            return [ancient(path) for path in paths]
+        return paths
+
+    return inputs
 
 
 def students(cells):
@@ -146,7 +152,7 @@ for step, folder, name, before, processes in (
         name:
             step
         input:
-            reading(before, evidence),
+            reading(step, before, evidence),
         output:
             evidence if of_tables else update(evidence),
         log:
@@ -163,7 +169,7 @@ for step, folder, name, before, processes in (
 
 rule further_teacher:
     input:
-        lambda w: reading([CACHE], f"{RUNS}/teachers/{w.teacher}/evidence.json"),
+        reading("further_teacher", [CACHE], f"{RUNS}/teachers/{{teacher}}/evidence.json"),
     output:
         update(f"{RUNS}/teachers/{{teacher}}/evidence.json"),
     log:
@@ -177,7 +183,7 @@ rule further_teacher:
 
 rule record:
     input:
-        lambda w: reading([CACHE], f"{RUNS}/recorded/model={w.model}/{w.part}/evidence.json"),
+        reading("record", [CACHE], f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     output:
         update(f"{RUNS}/recorded/model={{model}}/{{part}}/evidence.json"),
     log:
@@ -191,7 +197,7 @@ rule record:
 
 rule distill:
     input:
-        lambda w: reading([*SHARED, *FURTHER], *expand(STUDENTS, **w)),
+        reading("distill", [*SHARED, *FURTHER], *STUDENTS),
     output:
         update(STUDENTS),
     log:
@@ -208,10 +214,7 @@ rule distill:
 
 rule probe:
     input:
-        lambda w: reading(
-            [*SHARED, *FURTHER, *expand(f"{RUNS}/distill/{CELL}/{{seed}}/evidence.json", seed=SEEDS, **w)],
-            *expand(PROBED, **w),
-        ),
+        reading("probe", [*SHARED, *FURTHER, *OF_CELL], PROBED),
     output:
         update(PROBED),
     log:
