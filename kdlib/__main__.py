@@ -264,9 +264,8 @@ def _cache_verify(arguments: argparse.Namespace) -> int:
         if arguments.source:
             whole &= compare_source(load_study(path))
             continue
-        study = path if Path(path).suffix in (".yaml", ".yml") else "STUDY"
         for folder in find_caches(path):
-            whole &= verify_cache(folder, arguments.repair, study)
+            whole &= verify_cache(folder, arguments.repair)
     return 0 if whole else 1
 
 

@@ -32,12 +32,11 @@ def open_sources(data: Data) -> dict[str, Source]:
 
 def declared(data: Data, both: Splits) -> splits.Facts:
     """The facts that are known before pixels and labels are read."""
-    described = {split: _described(opened) for split, opened in both.items()}
-    facts = {
-        key: {split: described[split][key] for split in splits.SPLITS}
-        for key in ("class_names", "shape", "n_images")
-    }
-    return facts | {"same_source": _same_source(data, described)}
+    facts = {key: {} for key in ("class_names", "shape", "n_images", "identity")}
+    for split in splits.SPLITS:
+        for key, fact in zip(facts, _described(both[split]), strict=True):
+            facts[key][split] = fact
+    return facts | {"same_source": _same_source(data, facts.pop("identity"))}
 
 
 def agreement(
@@ -65,20 +64,16 @@ def agreement(
     return facts
 
 
-def _described(opened: Source | Cache) -> dict[str, Any]:
+def _described(opened: Source | Cache) -> tuple[list[str], list[int], int, dict[str, Any]]:
+    """Class names, shape of an image, number of images, identity."""
     if isinstance(opened, Cache):
-        names, shape = opened.header["class_names"], opened.layout("images")[1]
-        identity, n_images = opened.header["identity"], len(opened.example_ids)
-    else:
-        names, shape = opened.class_names, opened.image_shape
-        identity, n_images = opened.identity, opened.n_examples
-    return {
-        "class_names": list(names), "shape": list(shape), "identity": identity,
-        "n_images": n_images,
-    }  # fmt: skip
+        header, shape = opened.header, opened.layout("images")[1]
+        return header["class_names"], list(shape), len(opened.example_ids), header["identity"]
+    names, shape = list(opened.class_names), list(opened.image_shape)
+    return names, shape, opened.n_examples, opened.identity
 
 
-def _same_source(data: Data, described: dict[str, dict[str, Any]]) -> str | None:
+def _same_source(data: Data, identities: dict[str, dict[str, Any]]) -> str | None:
     """Words for a source that both splits are read from."""
     if data.source == "folder":
         root = files.data_root() / data.folder
@@ -98,17 +93,16 @@ def _same_source(data: Data, described: dict[str, dict[str, Any]]) -> str | None
                 "data.huggingface.train_split, test_split)"
             )
         return None
-    train, test = (described[split]["identity"]["sha256"] for split in splits.SPLITS)
+    train, test = (identities[split]["sha256"] for split in splits.SPLITS)
     return f"both splits have the same bytes (sha256 {train})" if train == test else None
 
 
 def _why_fewer(data: Data) -> str | None:
     """Why images of a class of the source can be absent among those learnt from."""
-    why = []
-    if data.n_train is not None:
-        why.append(f"the first {data.n_train} images hold none (study: data.n_train)")
-    if data.part != "1/1":
-        why.append(f"part {data.part} of the shards holds none (study: data.part, data.shard_size)")
-    if data.relabel is not None:
-        why.append("the new labels may name none (study: data.relabel)")
-    return "; ".join(why) or None
+    part = f"part {data.part} of the shards holds none (study: data.part, data.shard_size)"
+    why = {
+        f"the first {data.n_train} images hold none (study: data.n_train)": data.n_train,
+        part: data.part != "1/1",
+        "the new labels may name none (study: data.relabel)": data.relabel,
+    }
+    return "; ".join(reason for reason, given in why.items() if given) or None

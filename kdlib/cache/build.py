@@ -199,7 +199,7 @@ def build_images(
     Raises: As `build_shards` and `look_at`.
     """
     folder = Path(folder)
-    n_workers = _workers(source, n_workers)
+    n_workers = survey.count_workers(source, n_workers)
     if not looked:
         look_at(source, folder, shard_size, part, n_workers)
     header, columns = _header_of(source)
@@ -220,7 +220,8 @@ def build_images(
     except ImageError:  # damage that the header does not show: find all of it now
         if not source.encoded.once:
             full = _full(header, columns, source.n_examples, shard_size)
-            survey.demand_readable(source, _spans_of(full, part), n_workers, deep=True)
+            shards = range(*index.part_range(index.count_shards(full), part))
+            survey.demand_readable(source, full, shards, n_workers, pixels=True)
         raise
     if line := readings.sentence(readings.counted(cache)):
         print(f"{source.name} {source.split}: {line}")
@@ -242,7 +243,7 @@ def look_at(
     if source.encoded is None:
         return
     full = _full(*_header_of(source), source.n_examples, shard_size)
-    survey.prepare(source, Path(folder), full, part, _workers(source, n_workers))
+    survey.prepare(source, Path(folder), full, part, survey.count_workers(source, n_workers))
 
 
 def build_splits(
@@ -270,13 +271,6 @@ def build_splits(
     }
 
 
-def _workers(source: Source, n_workers: int | None) -> int:
-    if n_workers is not None:
-        return n_workers
-    worth = source.parallel and source.n_examples >= survey.WORTH_WORKERS
-    return files.n_cpus() if worth else 0
-
-
 def _header_of(source: Source) -> tuple[dict[str, Any], index.Columns]:
     """What determines the bytes of a source's cache, and its columns."""
     header = {
@@ -290,11 +284,6 @@ def _header_of(source: Source) -> tuple[dict[str, Any], index.Columns]:
         c: ("|u1", source.image_shape) if c == "images" else ("<i8", ()) for c in source.columns
     }
     return header, columns
-
-
-def _spans_of(header: dict[str, Any], part: tuple[int, int]) -> list[tuple[int, int]]:
-    shards = range(*index.part_range(index.count_shards(header), part))
-    return [index.shard_span(header, shard) for shard in shards]
 
 
 def _decode(source: Source, payload: Any) -> dict[str, np.ndarray]:

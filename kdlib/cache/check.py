@@ -4,30 +4,27 @@ Headers are read, pixels only where a header cannot tell. What a study must deci
 can be built is told apart from what a reader converts or cuts by itself.
 """
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
-from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from kdlib.cache.agreement import declared
-from kdlib.cache.duplicates import LIMIT
-from kdlib.cache.encoded import NOTES, ImageError, Rules, decode, look
-from kdlib.cache.image_files import Payload, n_bytes, passed_over, shown
-from kdlib.cache.readings import names_of
+from kdlib.cache.duplicates import count_duplicates
+from kdlib.cache.encoded import NOTES, ImageError, look
+from kdlib.cache.image_files import passed_over, shown
+from kdlib.cache.readings import LISTED, sha256_of
 from kdlib.cache.sources import SPLITS, Source
 from kdlib.cache.study_source import open_source
-from kdlib.cache.survey import CHUNK, WORTH_WORKERS, fault, in_workers
+from kdlib.cache.survey import STORED, count_workers, look_over
 from kdlib.repro import files, splits
 from kdlib.study.data import Data
 from kdlib.study.study import Study
 
-LISTED = 20  # images that are named for each kind, unless all are asked for
 MOST_DECODED = 10_000  # images of a split whose pixels are compared without being asked for
-_STORED = Rules(exif="ignore", alpha="drop")  # pixels as they are stored, whatever the study says
 
 # Suffixes of images that Pillow may not open
 _UNREAD = (
@@ -35,7 +32,7 @@ _UNREAD = (
     ".nef", ".arw", ".orf", ".rw2", ".raf", ".exr", ".hdr", ".tga", ".eps",
 )  # fmt: skip
 
-Place = tuple[str, str]  # split, and name of an image in it
+Place = tuple[str, int, str, int]  # split, example id, name and label of an image
 
 
 @dataclass
@@ -51,17 +48,6 @@ class Findings:
     decisions: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     counts: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen of one image: `fault` needs a decision, `kinds` are noted, `pixels` is their
-    sha256."""
-
-    fault: str | None
-    kinds: tuple[str, ...]
-    n_bytes: int
-    pixels: str | None
 
 
 def check_study(study: Study, n_workers: int | None = None, every: bool = False) -> bool:
@@ -83,162 +69,123 @@ def check_study(study: Study, n_workers: int | None = None, every: bool = False)
 
 def check_data(data: Data, n_workers: int | None = None, every: bool = False) -> Findings:
     """As `check_study`, of one data set."""
-    findings, twins, sources = Findings(), defaultdict(list), {}
+    findings, alike, sources = Findings(), defaultdict(list), {}
     for split in SPLITS:
         try:
-            source = open_source(data, split)
+            sources[split] = open_source(data, split)
         except (ValueError, OSError) as error:
             findings.decisions["cannot be opened"].append(f"{split}: {error}")
-            continue
-        sources[split] = source
+    pixels = every or all(source.n_examples <= MOST_DECODED for source in sources.values())
+    for split, source in sources.items():
         if source.encoded is None:
             findings.counts.append(
                 f"{split}: {source.n_examples:,} images that are arrays of one size and 8 bits; "
                 "there is nothing to check"
             )
-            continue
-        _check_split(data, source, findings, twins, n_workers, every)
+        else:
+            _check_split(data, source, pixels, n_workers, findings, alike)
     if len(sources) == len(SPLITS):
         for text in splits.faults(declared(data, sources)):
             findings.decisions["the splits do not belong together"].append(text)
-        n_test = sources["test"].n_examples
-        _say_twins(data, twins.values(), n_test, sources["train"].n_examples + n_test, findings)
+        groups = alike.values() if pixels else _of_equal_bytes(sources, alike)
+        _say_twins(data, sources, groups, findings)
     return findings
 
 
 def _check_split(
     data: Data,
     source: Source,
-    findings: Findings,
-    twins: dict[str, list[tuple[Place, int]]],
+    pixels: bool,
     n_workers: int | None,
-    every: bool,
+    findings: Findings,
+    alike: dict[Any, list[Place]],
 ) -> None:
     """Look at each image of one split.
 
     Args:
-        twins: Images by the sha256 of their pixels or bytes, to which those of this split are
-            added.
+        alike: By the sha256 of their pixels, else by their size: this split's images are added.
     """
-    split, encoded = source.split, source.encoded
-    pixels = every or source.n_examples <= MOST_DECODED
-    if n_workers is None:
-        n_workers = files.n_cpus() if source.n_examples >= WORTH_WORKERS else 0
-    names, labels, n_even = [], [], 0
-    same_bytes: dict[int, list[int]] = defaultdict(list)
-    payloads = _payloads(source, names, labels)
-    for i, seen in enumerate(
-        chain.from_iterable(in_workers(partial(_seen, encoded, pixels), payloads, n_workers))
-    ):
-        name = f"{split}/{shown(names[i])}"
+    split, encoded, n, n_even = source.split, source.encoded, source.n_examples, 0
+    found = look_over(encoded, [(0, n)], count_workers(source, n_workers), pixels)
+    for i, seen in enumerate(found):
+        name = f"{split}/{shown(seen.place)}"
         if seen.fault:
             findings.decisions["needs a decision or a repair"].append(f"{name} {seen.fault}")
-        for kind in seen.kinds:
-            findings.notes[NOTES[kind]].append(name)
-        n_even += not seen.fault and not seen.kinds
-        if seen.pixels is not None:
-            twins[seen.pixels].append(((split, name), labels[i]))
-        else:
-            same_bytes[seen.n_bytes].append(i)
-    if not pixels:  # only files of equal size can be equal
-        for i in chain.from_iterable(ids for ids in same_bytes.values() if len(ids) > 1):
-            image = encoded.fetch(i, i + 1).images[0]
-            try:
-                content = image if isinstance(image, bytes) else Path(image).read_bytes()
-            except OSError:
-                continue
-            key = hashlib.sha256(content).hexdigest()
-            twins[key].append(((split, f"{split}/{shown(names[i])}"), labels[i]))
+        for note in seen.notes:
+            findings.notes[NOTES[note]].append(name)
+        n_even += not seen.fault and not seen.notes
+        if not pixels or seen.pixels is not None:
+            alike[seen.pixels or seen.n_bytes].append((split, i, name, seen.label))
     findings.counts.append(
-        f"{split}: {source.n_examples:,} images, {n_even:,} of them as they are read"
+        f"{split}: {n:,} images, {n_even:,} of them as they are read"
         + ("" if pixels else "; duplicates are those of equal bytes (--all compares pixels)")
     )
     if data.source == "folder":
         _check_others(data, split, findings)
         return
-    for kind, n in encoded.passed_over.items():
-        findings.notes[f"files passed over ({shown(kind)})"].append(f"{split}: {n:,}")
-
-
-def _payloads(source: Source, names: list[str], labels: list[int]) -> Any:
-    for first in range(0, source.n_examples, CHUNK):
-        payload = source.encoded.fetch(first, min(first + CHUNK, source.n_examples))
-        names += names_of(source.encoded, payload)
-        labels += payload.labels.tolist()
-        yield payload
-
-
-def _seen(encoded: Any, pixels: bool, payload: Payload) -> list[Seen]:
-    return [_seen_one(encoded, pixels, image) for image in payload.images]
-
-
-def _seen_one(encoded: Any, pixels: bool, image: bytes | str) -> Seen:
-    size, digest = len(image) if isinstance(image, bytes) else n_bytes(image), None
-    try:
-        seen = look(image, "", encoded.rules)
-        if pixels and not seen.deep:
-            digest = files.sha256_array(decode(image, "", _STORED)[0])
-    except ImageError as error:
-        return Seen(str(error).strip(), (), size, None)
-    reason = fault(encoded, seen)
-    return Seen(reason, tuple(seen.notes(encoded.rules)), size, digest)
+    for kind, n_files in encoded.passed_over.items():
+        findings.notes[f"files passed over ({shown(kind)})"].append(f"{split}: {n_files:,}")
 
 
 def _check_others(data: Data, split: str, findings: Findings) -> None:
     """Files that are not read; those that Pillow can open may be images that were forgotten."""
-    root = files.data_root() / data.folder
-    folder = root / (data.test_folder if split == "test" else "train")
+    folder = files.data_root() / data.folder / (data.test_folder if split == "test" else "train")
     for kind, path in passed_over(folder, data.labelled):
         name = f"{split}/{shown(path.removeprefix(f'{folder}/'))}"
         if kind != "hidden" and _is_readable(path):
-            why = (
-                "lies beside the class folders"
-                if kind == "outside class folders"
-                else f"is an image, but its name ends in {shown(kind)}"
-            )
-            findings.decisions["images that would be passed over"].append(f"{name} {why}")
+            why = f"is an image, but its name ends in {shown(kind)}"
+            if kind == "outside class folders":
+                why = "lies beside the class folders"
         elif kind in _UNREAD:
             why = f"is named like an image of a kind that is not read ({kind}); save it as PNG"
-            findings.decisions["images that would be passed over"].append(f"{name} {why}")
         else:
             findings.notes[f"files passed over ({shown(kind)})"].append(name)
+            continue
+        findings.decisions["images that would be passed over"].append(f"{name} {why}")
 
 
 def _is_readable(path: str) -> bool:
     try:
-        look(path, "", _STORED)
+        look(path, "", STORED)
     except (ImageError, OSError):
         return False
     return True
 
 
+def _of_equal_bytes(
+    sources: dict[str, Source], alike: dict[int, list[Place]]
+) -> Iterator[list[Place]]:
+    """Groups of images with the same bytes, of images by their size."""
+    for places in alike.values():
+        groups = defaultdict(list)
+        for split, i, *about in places if len(places) > 1 else ():
+            with contextlib.suppress(OSError):  # a fault that is listed already
+                digest = sha256_of(sources[split].encoded.fetch(i, i + 1).images[0])
+                groups[digest].append((split, i, *about))
+        yield from groups.values()
+
+
 def _say_twins(
-    data: Data,
-    twins: Iterable[list[tuple[Place, int]]],
-    n_test: int,
-    n_images: int,
-    findings: Findings,
+    data: Data, sources: dict[str, Source], groups: Iterable[list[Place]], findings: Findings
 ) -> None:
     """Sort images that are there twice; those in both splits or in two classes need a decision
-    where they are more than the share at which step 01 stops."""
-    kinds, counts = defaultdict(list), Counter()
-    for places in twins:
-        if len(places) < 2:
-            continue
-        text = " = ".join(name for (_, name), _ in places)
-        if len({split for (split, _), _ in places}) > 1:
-            kinds["the same image in train and test"].append(text)
-            counts["crossing"] += sum(split == "test" for (split, _), _ in places)
-        elif len({label for _, label in places}) > 1:
-            kinds["the same image in several classes"].append(text)
-        else:
-            findings.notes["more than once in one class"].append(text)
-        if len({label for _, label in places}) > 1:
-            counts["torn"] += len(places)
-    limit = LIMIT if data.duplicates is None else data.duplicates
-    many = max(counts["crossing"] / n_test, counts["torn"] / n_images) > limit
-    for kind, texts in kinds.items():
-        (findings.decisions if many else findings.notes)[kind] += texts
+    where step 01 would stop at them."""
+    rows = [(i, *place) for i, group in enumerate(groups) if len(group) > 1 for place in group]
+    if not rows:
+        return
+    table = pd.DataFrame(rows, columns=["group", "split", "example_id", "name", "label"])
+    n_images = [sources[split].n_examples for split in SPLITS]
+    counts = count_duplicates(table, *n_images, data.duplicates)
+    allowed, _ = splits.duplicates({"duplicates": counts})
+    for _, group in table.groupby("group", sort=False):
+        kind, found = "more than once in one class", findings.notes
+        if group["split"].nunique() > 1:
+            kind = "the same image in train and test"
+        elif group["label"].nunique() > 1:
+            kind = "the same image in several classes"
+        if kind != "more than once in one class" and not allowed:
+            found = findings.decisions
+        found[kind].append(" = ".join(group["name"]))
 
 
 def _lines(data: Data, findings: Findings, every: bool) -> list[str]:
@@ -251,10 +198,6 @@ def _lines(data: Data, findings: Findings, every: bool) -> list[str]:
             lines += [f"    {name}" for name in shown_here]
             if len(shown_here) < len(names):
                 lines.append(f"    and {len(names) - LISTED:,} more (--all names them)")
-    needed = sum(map(len, findings.decisions.values()))
-    lines.append(
-        f"  {needed:,} need{'s' if needed == 1 else ''} a decision (marked !)"
-        if needed
-        else "  nothing needs a decision"
-    )
-    return lines
+    if not (needed := sum(map(len, findings.decisions.values()))):
+        return [*lines, "  nothing needs a decision"]
+    return [*lines, f"  {needed:,} need{'s' if needed == 1 else ''} a decision (marked !)"]

@@ -70,25 +70,18 @@ def count_duplicates(
         pixels have another label elsewhere; `n_images`, `limit`.
     """
     is_test = table["split"] == "test"
-    marks = table.assign(
-        test=is_test,
-        train=~is_test,
-        kept=table["split"] == "train",
-        validation=table["split"] == "validation",
-    )
-    where = ["train", "test", "kept", "validation"]
+    held_out = table["split"] == "validation"
+    marks = table.assign(test=is_test, train=~is_test, kept=~is_test & ~held_out, held_out=held_out)
+    where = ["train", "test", "kept", "held_out"]
     groups = marks.groupby("group")[where].sum()
-    pairs, alike = (
-        _pairs(groups),
-        _pairs(marks.groupby(["group", "label"])[["train", "test"]].sum()),
-    )
+    pairs, alike = _pairs(groups), _pairs(marks.groupby(["group", "label"])[where].sum())
     n_labels = table.groupby("group")["label"].transform("nunique")
     return {
         "n_images": {"train": n_train, "test": n_test},
         "pairs": pairs,
         "contradicting": {key: pairs[key] - alike[key] for key in pairs},
         "crossing": int(groups.loc[groups["train"] > 0, "test"].sum()),
-        "held_out": int(groups.loc[groups["kept"] > 0, "validation"].sum()),
+        "held_out": int(groups.loc[groups["kept"] > 0, "held_out"].sum()),
         "two_labels": int((n_labels > 1).sum()),
         "limit": LIMIT if limit is None else limit,
     }
@@ -99,16 +92,3 @@ def _pairs(counts: pd.DataFrame) -> dict[str, int]:
     train, test = counts["train"], counts["test"]
     within = {"train": train * (train - 1) // 2, "test": test * (test - 1) // 2}
     return {key: int(n.sum()) for key, n in (within | {"across": train * test}).items()}
-
-
-def distinct(table: pd.DataFrame, split: str, example_ids: np.ndarray) -> np.ndarray:
-    """Those of some example ids whose pixels occur once in both splits together.
-
-    Args:
-        table: From `find_duplicates`.
-        split: `train`, which holds the validation images too, or `test`.
-        example_ids: (N,) int64.
-    """
-    is_test = table["split"] == "test"
-    twins = table.loc[is_test if split == "test" else ~is_test, "example_id"]
-    return np.setdiff1d(example_ids, twins)

@@ -26,8 +26,16 @@ _PILLOW_RAISES = (
     AttributeError, NotImplementedError, struct.error, zlib.error,
 )  # fmt: skip
 _ORIENTATION = 274  # of EXIF and TIFF
-_LIES = {2: "mirrored", 3: "upside down", 4: "mirrored and upside down", 5: "mirrored on its side",
-         6: "on its side", 7: "mirrored on its side", 8: "on its side"}  # fmt: skip
+# Orientation -> how the image lies as stored, and Pillow's name of what turns it upright
+_TURNS = {
+    2: ("mirrored", "FLIP_LEFT_RIGHT"),
+    3: ("upside down", "ROTATE_180"),
+    4: ("mirrored and upside down", "FLIP_TOP_BOTTOM"),
+    5: ("mirrored on its side", "TRANSPOSE"),
+    6: ("on its side", "ROTATE_270"),
+    7: ("mirrored on its side", "TRANSVERSE"),
+    8: ("on its side", "ROTATE_90"),
+}
 _DEEP = ("I", "F")  # modes that begin so; Pillow would clip these to 255 on conversion
 _READABLE = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _GREY = ("1", "L", "LA", "La")
@@ -109,10 +117,10 @@ class Look:
         if self.mode not in _READABLE:
             return f"has colours in mode {self.mode}; save it as RGB"
         if self.orientation != 1 and rules.exif is None:
+            lies, _ = _TURNS[self.orientation]
             return (
-                f"carries EXIF orientation {self.orientation}: as stored it lies "
-                f"{_LIES[self.orientation]}; `exif: apply` turns it upright, `exif: ignore` reads "
-                "it as stored (study: data.exif)"
+                f"carries EXIF orientation {self.orientation}: as stored it lies {lies}; `exif: "
+                "apply` turns it upright, `exif: ignore` reads it as stored (study: data.exif)"
             )
         if self.alpha == "transparent" and rules.alpha is None:
             return (
@@ -123,7 +131,7 @@ class Look:
 
     def notes(self, rules: Rules) -> list[str]:
         """Keys of `NOTES`: what reading it by these rules converts or cuts."""
-        grey, size, laid = self.mode in _GREY, rules.image_size, self.alpha == "transparent"
+        laid, fitted = self.alpha == "transparent", rules.image_size is not None
         true = {
             "turned": self.orientation != 1 and rules.exif == "apply",
             "not_turned": self.orientation != 1 and rules.exif == "ignore",
@@ -133,22 +141,19 @@ class Look:
             "opaque_alpha": self.alpha == "opaque",
             "cut_to_8_bits": self.bits > 8 and not self.deep,
             "first_frame": self.frames,
-            "greyscale": grey,
+            "greyscale": self.mode in _GREY,
             "palette": self.mode in ("P", "PA"),
             "cmyk": self.mode == "CMYK",
             "other_mode": self.mode in ("YCbCr", "HSV"),
             "profile": self.profile,
+            "resized": fitted and self.size != (rules.image_size, rules.image_size),
+            "enlarged": fitted and min(self.size) < rules.image_size,
+            "cut_to_square": fitted and self.size[0] != self.size[1],
         }
-        if size is not None:
-            true |= {
-                "resized": self.size != (size, size),
-                "enlarged": min(self.size) < size,
-                "cut_to_square": self.size[0] != self.size[1],
-            }
         return [key for key, is_so in true.items() if is_so]
 
 
-def look(encoded: bytes | str, name: str, rules: Rules, deep: bool = False) -> Look:
+def look(encoded: bytes | str, name: str, rules: Rules) -> Look:
     """What the header of an image says.
 
     Its pixels are decoded only where the header cannot tell: whether an alpha channel is used, and
@@ -157,21 +162,14 @@ def look(encoded: bytes | str, name: str, rules: Rules, deep: bool = False) -> L
     Args:
         encoded: The bytes of an image file, or the path of one.
         name: For error messages.
-        deep: Decode the pixels in any case, to find damage inside.
 
     Raises: ImageError that begins with the name, for an image that Pillow cannot read.
     """
     with _opened(encoded, name) as (image, file):
         seen = _look(image, file, rules)
-        if deep or not _ends_well(image.format, file):
+        if not _ends_well(image.format, file):
             image.load()
         return seen
-
-
-def size_of(encoded: bytes | str, name: str, rules: Rules = Rules()) -> tuple[int, int]:
-    """(height, width) of one image, from its header."""
-    with _opened(encoded, name) as (image, file):
-        return _size(image, _orientation(image, file), rules)
 
 
 def decode(encoded: bytes | str, name: str, rules: Rules) -> tuple[np.ndarray, Look]:
@@ -182,25 +180,24 @@ def decode(encoded: bytes | str, name: str, rules: Rules) -> tuple[np.ndarray, L
     """
     with _opened(encoded, name) as (image, file):
         seen = _look(image, file, rules)
-        refusal = seen.refusal(rules)
-        pixels = None if refusal else _pixels(image, seen, rules)
-    if refusal:
-        raise ImageError(f"{name} {refusal}")
-    return pixels, seen
+        if refusal := seen.refusal(rules):
+            raise ImageError(refusal)  # with its name in front where the block ends
+        return _pixels(image, seen, rules), seen
 
 
 def _look(image: Any, file: BinaryIO, rules: Rules) -> Look:
     bits, orientation = _bits(image), _orientation(image, file)  # before the pixels are decoded
-    size, frames = _size(image, orientation, rules), False
+    width, height = image.size  # of TIFF files: upright
+    swap = orientation >= 5 and (image.format == "TIFF") != (rules.exif == "apply")
+    size, frames = (width, height) if swap else (height, width), False
     with contextlib.suppress(*_PILLOW_RAISES):  # only the first one is read
         frames = bool(getattr(image, "is_animated", False))
     alpha = None
     if image.has_transparency_data and not image.mode.startswith(_DEEP):
         used = image.convert("RGBA").getchannel("A").getextrema()[0] < 255
         alpha = "transparent" if used else "opaque"
-    profile = image.info.get("icc_profile") or b""
-    is_srgb = b"sRGB" in profile or "sRGB".encode("utf-16-be") in profile
-    other = bool(profile) and not is_srgb
+    profile = image.info.get("icc_profile") or b"sRGB"
+    other = b"sRGB" not in profile and "sRGB".encode("utf-16-be") not in profile
     return Look(size, image.mode, bits, orientation, alpha, frames, other)
 
 
@@ -213,27 +210,10 @@ def _pixels(image: Any, seen: Look, rules: Rules) -> np.ndarray:
         image = Image.alpha_composite(Image.new("RGBA", image.size, rules.alpha), image)
     image = image.convert("RGB")
     if (rules.exif == "apply") != stored_upright and seen.orientation != 1:
-        image = image.transpose(_turn(seen.orientation, back=stored_upright))
+        back = {6: 8, 8: 6} if stored_upright else {}  # each other turn is its own inverse
+        _, turn = _TURNS[back.get(seen.orientation, seen.orientation)]
+        image = image.transpose(Image.Transpose[turn])
     return np.asarray(image if rules.image_size is None else fit(image, rules.image_size))
-
-
-def _turn(orientation: int, back: bool) -> Any:
-    """What turns an image of this EXIF orientation upright, or an upright one back."""
-    from PIL.Image import Transpose as T
-
-    turns = (
-        T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270,
-        T.TRANSVERSE, T.ROTATE_90,
-    )  # fmt: skip
-    turn = turns[orientation - 2]
-    inverse = {T.ROTATE_90: T.ROTATE_270, T.ROTATE_270: T.ROTATE_90}
-    return inverse.get(turn, turn) if back else turn
-
-
-def _size(image: Any, orientation: int, rules: Rules) -> tuple[int, int]:
-    width, height = image.size  # of TIFF files: upright
-    swap = orientation >= 5 and (image.format == "TIFF") != (rules.exif == "apply")
-    return (width, height) if swap else (height, width)
 
 
 def _bits(image: Any) -> int:
@@ -254,37 +234,36 @@ def _orientation(image: Any, file: BinaryIO) -> int:
         if image.format == "PNG" and "exif" not in image.info and _has_late_exif(file):
             image.load()
         orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
-        return orientation if orientation in _LIES else 1
+        return orientation if orientation in _TURNS else 1
     return 1
 
 
 def _has_late_exif(file: BinaryIO) -> bool:
     """Whether a PNG has its EXIF data behind its pixels, where opening does not come to."""
-    place, at = file.tell(), 8
-    try:
-        while len(head := _read_at(file, at, 8)) == 8:
-            if head[4:] == b"eXIf":
-                return True
-            at += 12 + int.from_bytes(head[:4], "big")
-    finally:
-        file.seek(place)
+    at = 8
+    while len(head := _read_at(file, at, 8)) == 8:
+        if head[4:] == b"eXIf":
+            return True
+        at += 12 + int.from_bytes(head[:4], "big")
     return False
 
 
 def _read_at(file: BinaryIO, at: int, n: int) -> bytes:
+    """Some bytes of a file, which stays where it was."""
+    place = file.tell()
     file.seek(at)
-    return file.read(n)
+    content = file.read(n)
+    file.seek(place)
+    return content
 
 
 def _ends_well(kind: str, file: BinaryIO) -> bool:
     """Whether a file ends like a whole one of its format; False where that cannot be seen."""
     place, n_bytes = file.tell(), file.seek(0, os.SEEK_END)
-    try:
-        tail = _read_at(file, max(0, n_bytes - 64), 64)
-        if kind == "WEBP":
-            return int.from_bytes(_read_at(file, 4, 4), "little") + 8 <= n_bytes
-    finally:
-        file.seek(place)
+    file.seek(place)
+    if kind == "WEBP":
+        return int.from_bytes(_read_at(file, 4, 4), "little") + 8 <= n_bytes
+    tail = _read_at(file, max(0, n_bytes - 64), 64)
     if kind == "PNG":
         return _PNG_END in tail
     return kind in ("JPEG", "MPO") and tail.rstrip(b"\0").endswith(b"\xff\xd9")
@@ -319,31 +298,24 @@ def _file(encoded: bytes | str) -> BinaryIO:
 
     Raises: ImageError without a name, for what is no file with content.
     """
-    if isinstance(encoded, bytes):
-        n_bytes, file = len(encoded), io.BytesIO(encoded)
-    else:
+    if isinstance(encoded, str):
         state = os.stat(encoded)
         if not stat.S_ISREG(state.st_mode):  # opening a pipe would wait for ever
             raise ImageError("is a folder, a pipe or a device; expected an image file")
-        n_bytes = state.st_size
-        file = open(encoded, "rb")  # noqa: SIM115
-    if n_bytes == 0:
-        file.close()
+    if (len(encoded) if isinstance(encoded, bytes) else state.st_size) == 0:
         raise ImageError("cannot be read as an image (it is empty); repair or remove it")
-    return file
+    return io.BytesIO(encoded) if isinstance(encoded, bytes) else open(encoded, "rb")
 
 
 def _reason(error: BaseException) -> str:
     from PIL import UnidentifiedImageError
 
-    if isinstance(error, UnidentifiedImageError):
-        return "its format is unknown"
-    if isinstance(error, FileNotFoundError):
-        return "the file is gone, or a link to nothing"
-    if isinstance(error, PermissionError):
-        return "this user may not read it"
-    if getattr(error, "errno", None) == errno.ELOOP:
-        return "it is a link that leads to itself"
-    if isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return "its data end too early"
-    return f"its data are damaged; Pillow says: {files.one_line(error)}"
+    reasons = {
+        "its format is unknown": isinstance(error, UnidentifiedImageError),
+        "the file is gone, or a link to nothing": isinstance(error, FileNotFoundError),
+        "this user may not read it": isinstance(error, PermissionError),
+        "it is a link that leads to itself": getattr(error, "errno", None) == errno.ELOOP,
+        "its data end too early": isinstance(error, EOFError) or "truncated" in str(error).lower(),
+    }
+    said = f"its data are damaged; Pillow says: {files.one_line(error)}"
+    return next((reason for reason, is_so in reasons.items() if is_so), said)

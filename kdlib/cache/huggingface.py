@@ -78,10 +78,7 @@ def open_huggingface(data: Data, split: str) -> Source:
     return Source(
         "huggingface", split, class_names, n_examples, (3, *size), identity, fetch_range,
         partial(decode_images, where, size, rules), parallel=True,
-        encoded=Encoded(
-            where, rules, size, fetch_range, place.base, place.containers, place.passed_over,
-            once=settings.streaming,
-        ),
+        encoded=Encoded(where, rules, size, fetch_range, once=settings.streaming, **place.files),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdlib.cache.image_files import SUFFIXES, all_files, is_image, n_bytes, passed_over
+from kdlib.cache.image_files import SUFFIXES, all_files, is_image, passed_over, state_of
 from kdlib.repro import files
 from kdlib.study.data import HuggingFace
 
@@ -27,17 +27,13 @@ class Place:
         arguments: Of `datasets.load_dataset`.
         identity: What determines the bytes there.
         n_rows: Where it is known without loading.
-        base: Folder from which the names of files count.
-        containers: Fingerprint over name, size and time of the files that hold many images each.
-        passed_over: Files that are not read, by what they are.
+        files: What `Encoded` says of them: `base`, and `containers` or `passed_over`.
     """
 
     arguments: dict[str, Any]
     identity: dict[str, Any]
     n_rows: int | None = None
-    base: str = ""
-    containers: str = ""
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
 
 
 def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
@@ -48,18 +44,15 @@ def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
     if name not in splits:
         raise no_split(settings, name, splits)
     base = path.parent if path.is_file() else path
-    listing = [[os.path.relpath(file, base), n_bytes(file)] for file in splits[name]]
+    listing = [[os.path.relpath(file, base), state_of(file)[0]] for file in splits[name]]
     if kind == "imagefolder":
         for file, entry in zip(splits[name], listing, strict=True):
             if os.path.basename(file).startswith("metadata."):  # where labels may stand
                 entry.append(files.sha256_file(Path(file)))
         root = _split_folder(path, settings) / name
-        return Place(
-            _image_folder(path, settings, splits),
-            {"sha256": files.fingerprint(listing)},
-            base=f"{root}/",
-            passed_over=Counter(kind for kind, _ in passed_over(root)),
-        )
+        found = {"base": f"{root}/", "passed_over": Counter(kind for kind, _ in passed_over(root))}
+        identity = {"sha256": files.fingerprint(listing)}
+        return Place(_image_folder(path, settings, splits), identity, files=found)
     n_rows = 0
     for file, entry in zip(splits[name], listing, strict=True):
         try:
@@ -72,10 +65,9 @@ def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
     # `datasets` takes every path for a pattern
     arguments = {"path": kind, "data_files": {name: [glob.escape(file) for file in splits[name]]}}
     identity = {"sha256": files.fingerprint(listing)}
-    times = [
-        [*entry[:2], os.stat(f).st_mtime_ns] for f, entry in zip(splits[name], listing, strict=True)
-    ]
-    return Place(arguments, identity, n_rows, f"{base}/", files.fingerprint(times))
+    times = [[entry[0], *state_of(file)] for file, entry in zip(splits[name], listing, strict=True)]
+    found = {"base": f"{base}/", "containers": files.fingerprint(times)}
+    return Place(arguments, identity, n_rows, found)
 
 
 def _image_folder(path: Path, settings: HuggingFace, splits: dict[str, list[str]]) -> dict:

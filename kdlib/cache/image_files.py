@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdlib.cache.encoded import ImageError, Look, Rules, decode, size_of
+from kdlib.cache.encoded import ImageError, Look, Rules, decode, look
 from kdlib.cache.sources import SPLITS, Encoded, Source, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data
@@ -106,7 +106,7 @@ def common_size(
     for i in range(min(n_examples, 100)):
         encoded = fetch(i, i + 1).images[0]
         try:
-            return size_of(encoded, named(encoded, f"example {i} of {where}"), rules)
+            return look(encoded, named(encoded, f"example {i} of {where}"), rules).size
         except ImageError as error:
             first = first or error
     raise first
@@ -138,7 +138,7 @@ def open_folder(data: Data, split: str) -> Source:
         labels = np.full(len(paths), -1, np.int64)
         identity["labelled"] = False
     base, where = f"{folders[split]}/", f"folder {split}"
-    listing = [[path.removeprefix(base), n_bytes(path)] for path in paths]
+    listing = [[path.removeprefix(base), state_of(path)[0]] for path in paths]
     rules, keys = rules_of(data)
     identity |= {"sha256": files.fingerprint(listing)} | size_identity(data.image_size) | keys
 
@@ -154,12 +154,16 @@ def open_folder(data: Data, split: str) -> Source:
     )  # fmt: skip
 
 
-def n_bytes(path: str) -> int:
-    """Size of a file; -1 of one that is not there, such as a link to nothing."""
+def state_of(image: bytes | str) -> tuple[int, int | None]:
+    """Size, and time of the last change where it is a file; -1 and None of one that is not there,
+    such as a link to nothing."""
+    if isinstance(image, bytes):
+        return len(image), None
     try:
-        return os.stat(path).st_size
+        state = os.stat(image)
     except OSError:
-        return -1
+        return -1, None
+    return state.st_size, state.st_mtime_ns
 
 
 def passed_over(folder: Path, labelled: bool = False) -> list[tuple[str, str]]:

@@ -11,9 +11,8 @@ import numpy as np
 from kdlib.cache import index
 from kdlib.cache.agreement import open_sources
 from kdlib.cache.build import build_splits, repair
-from kdlib.cache.changes import compare
 from kdlib.cache.index import CacheError
-from kdlib.cache.readings import counted, sentence
+from kdlib.cache.readings import compare, counted, sentence
 from kdlib.cache.remedies import delete_and_run, run_to_make
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
@@ -127,12 +126,11 @@ def describe(folder: Path) -> str:
     return "\n".join([str(folder), *(f"  {key:<12} {text}" for key, text in lines)])
 
 
-def verify_cache(folder: Path, keep_whole: bool = False, study: str = "STUDY") -> bool:
+def verify_cache(folder: Path, keep_whole: bool = False) -> bool:
     """Compare every byte of a cache with its checksums, and print the names of damaged files.
 
     Args:
         keep_whole: Also make a damaged cache an unfinished build that keeps what is whole.
-        study: The study file, where it is known.
 
     Returns: Whether the cache is whole as far as it was built.
     """

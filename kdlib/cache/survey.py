@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,20 +15,42 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from kdlib.cache import index
-from kdlib.cache.changes import by_name, changed_since
-from kdlib.cache.encoded import ImageError, Look, look
-from kdlib.cache.image_files import Payload, named, other_size
+from kdlib.cache.encoded import ImageError, Rules, decode, look
+from kdlib.cache.image_files import Payload, named, other_size, state_of
 from kdlib.cache.index import CacheError
 from kdlib.cache.part import Part
-from kdlib.cache.readings import COMPARE, listed, record_path
+from kdlib.cache.readings import COMPARE, by_name, changed_since, listed, names_of, record_path
 from kdlib.cache.remedies import delete_and_run
 from kdlib.cache.sources import Encoded, Source
 from kdlib.repro import files
 
 CHUNK = 256  # images that are looked at by one call
+STORED = Rules(exif="ignore", alpha="drop")  # pixels as they are stored, whatever a study says
 WORTH_WORKERS = 4096  # examples; fewer are decoded before worker processes have started
 # Entries of a header that follow from which files there are
 _OF_FILES = ("n_examples", "class_names", "columns", "identity")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen of one image.
+
+    Attributes:
+        name: In messages.
+        place: Its path below the folder of its split, or its number.
+        label: -1: none.
+        fault: Why it cannot be cached: what follows its name in a sentence.
+        notes: Keys of `NOTES`.
+        pixels: Their sha256, where they were decoded.
+    """
+
+    name: str
+    place: str
+    label: int
+    n_bytes: int
+    fault: str | None
+    notes: tuple[str, ...]
+    pixels: str | None
 
 
 def prepare(
@@ -69,18 +92,24 @@ def prepare(
             (folder / index.file_name(column, shard)).unlink(missing_ok=True)
     if not source.encoded.once:
         todo = [shard for shard in mine.shards if shard not in done or shard in changed]
-        demand_readable(source, [index.shard_span(header, shard) for shard in todo], n_workers)
+        demand_readable(source, header, todo, n_workers)
 
 
 def demand_readable(
-    source: Source, spans: Iterable[tuple[int, int]], n_workers: int = 0, deep: bool = False
+    source: Source,
+    header: dict[str, Any],
+    shards: Iterable[int],
+    n_workers: int,
+    pixels: bool = False,
 ) -> None:
-    """Raises: ImageError that names every image of some ranges that cannot be read.
+    """Raises: ImageError that names every image of some shards that cannot be read.
 
     Args:
-        deep: Decode the pixels too.
+        pixels: Decode them too.
     """
-    if bad := list(_unreadable(source.encoded, spans, n_workers, deep)):
+    spans = [index.shard_span(header, shard) for shard in shards]
+    seen = look_over(source.encoded, spans, n_workers, pixels)
+    if bad := [f"{image.name} {image.fault}" for image in seen if image.fault]:
         raise ImageError(
             bad[0]
             if len(bad) == 1
@@ -90,41 +119,51 @@ def demand_readable(
         )
 
 
-def _unreadable(
-    encoded: Encoded, spans: Iterable[tuple[int, int]], n_workers: int, deep: bool
-) -> Iterator[str]:
+def look_over(
+    encoded: Encoded, spans: Iterable[tuple[int, int]], n_workers: int, pixels: bool
+) -> Iterator[Seen]:
+    """What is seen of each image of some ranges, in their order.
+
+    Args:
+        pixels: Decode them, which finds damage inside.
+    """
     ranges = [
         (first, min(first + CHUNK, stop))
         for start, stop in spans
         for first in range(start, stop, CHUNK)
     ]
     chunks = (encoded.fetch(*ids) for ids in ranges)
-    found = in_workers(partial(_faults, encoded, deep), chunks, n_workers)
+    found = _in_workers(partial(_look_at, encoded, pixels), chunks, n_workers)
     about = f"looking at {encoded.where}"
-    for faults in tqdm(found, about, len(ranges), leave=False, unit="chunk", delay=1):
-        yield from faults
+    for seen in tqdm(found, about, len(ranges), leave=False, unit="chunk", delay=1):
+        yield from seen
 
 
-def _faults(encoded: Encoded, deep: bool, payload: Payload) -> list[str]:
-    faults = []
+def _look_at(encoded: Encoded, pixels: bool, payload: Payload) -> list[Seen]:
+    found, rules, names = [], encoded.rules, names_of(encoded, payload)
     for i, image in enumerate(payload.images):
-        name = named(image, f"example {payload.first_id + i} of {encoded.where}")
+        notes, digest = (), None
         try:
-            seen = look(image, name, encoded.rules, deep)
+            seen = look(image, "", rules)
+            if pixels and not seen.deep:
+                digest = files.sha256_array(decode(image, "", STORED)[0])
+            fault, notes = seen.refusal(rules), tuple(seen.notes(rules))
+            if not fault and rules.image_size is None and seen.size != encoded.size:
+                fault = other_size(seen.size, encoded.size)
         except ImageError as error:
-            faults.append(str(error))
-            continue
-        reason = fault(encoded, seen)
-        faults += [f"{name} {reason}"] if reason else []
-    return faults
+            fault = str(error).strip()
+        name = named(image, f"example {payload.first_id + i} of {encoded.where}")
+        label, n_bytes = int(payload.labels[i]), state_of(image)[0]
+        found.append(Seen(name, names[i], label, n_bytes, fault, notes, digest))
+    return found
 
 
-def fault(encoded: Encoded, seen: Look) -> str | None:
-    """Why an image cannot be cached: what follows its name in a sentence."""
-    reason = seen.refusal(encoded.rules)
-    if not reason and encoded.rules.image_size is None and seen.size != encoded.size:
-        reason = other_size(seen.size, encoded.size)
-    return reason
+def count_workers(source: Source, n_workers: int | None) -> int:
+    """Processes to read with: as asked for, else one per CPU where a source is worth it."""
+    if n_workers is not None:
+        return n_workers
+    worth = source.parallel and source.n_examples >= WORTH_WORKERS
+    return files.n_cpus() if worth else 0
 
 
 def demand_workers(n_workers: int) -> None:
@@ -133,7 +172,7 @@ def demand_workers(n_workers: int) -> None:
         raise ValueError(f"n_workers is {n_workers}; expected 0 or more")
 
 
-def in_workers(function: Any, payloads: Iterator[Any], n_workers: int) -> Iterator[Any]:
+def _in_workers(function: Any, payloads: Iterator[Any], n_workers: int) -> Iterator[Any]:
     """What a function returns for each of some payloads, in their order; at most 2 * n_workers of
     them are in memory."""
     demand_workers(n_workers)
@@ -179,12 +218,10 @@ def _drop_unfinished(folder: Path, header: dict[str, Any]) -> None:
 
 
 def _same_source(old: dict[str, Any], header: dict[str, Any]) -> bool:
-    lines = files.difference(
-        {key: value for key, value in header.items() if key not in _OF_FILES},
-        {key: value for key, value in old.items() if key not in _OF_FILES},
-    )
-    identities = [
-        {k: v for k, v in h.get("identity", {}).items() if k not in ("sha256", "n_examples")}
-        for h in (old, header)
-    ]
-    return not lines and identities[0] == identities[1]
+    def fixed(header: dict[str, Any]) -> dict[str, Any]:
+        of_source = header.get("identity", {}).items()
+        identity = {k: v for k, v in of_source if k not in ("sha256", "n_examples")}
+        rest = {k: v for k, v in header.items() if k not in _OF_FILES}
+        return rest | {"identity": identity}
+
+    return fixed(old) == fixed(header)

@@ -100,42 +100,31 @@ def _unlearnt(facts: Facts) -> list[str]:
     absent = [label for label, n in enumerate(counts["train"]) if n == 0]
     if not absent:
         return []
-    classes = _listed([names[label] for label in absent])
-    what = f"{'class' if len(absent) == 1 else 'classes'} {classes}: no image to learn from"
-    if n_held := sum(counts["validation"][label] for label in absent):
-        return [
-            f"{what}, while {n_held} of {'its' if len(absent) == 1 else 'their'} images are held "
-            "out; give another `split_seed` or a smaller `n_validation` (study: data)"
-        ]
-    if facts["fewer"]:
-        return [f"{what}; {facts['fewer']}"]
-    if n_test := sum(counts["test"][label] for label in absent):
-        return [
-            f"{what}, while {n_test} of {'its' if len(absent) == 1 else 'their'} images are in "
-            "test; add some to train, or leave the class out of both splits"
-        ]
-    held = len(names) - len(absent)
-    return [
-        f"{what}, though the data set names {len(names)} classes; leave names without images out, "
-        f"and number the labels 0 to {held - 1} without a gap"
-    ]
+    what, its = ("class", "its") if len(absent) == 1 else ("classes", "their")
+    held_out, tested = (sum(counts[s][i] for i in absent) for s in ("validation", "test"))
+    if held_out:
+        why = f", while {held_out} of {its} images are held out; give another `split_seed` or a "
+        why += "smaller `n_validation` (study: data)"
+    elif facts["fewer"]:
+        why = f"; {facts['fewer']}"
+    elif tested:
+        why = f", while {tested} of {its} images are in test; add some to train, or leave the "
+        why += "class out of both splits"
+    else:
+        why = f", though the data set names {len(names)} classes; leave names without images out, "
+        why += f"and number the labels 0 to {len(names) - len(absent) - 1} without a gap"
+    return [f"{what} {_listed([names[label] for label in absent])}: no image to learn from{why}"]
 
 
 def remarks(facts: Facts) -> list[str]:
     """What is unusual about splits that can be used together, in words."""
-    names, counts = facts["class_names"]["train"], facts.get("per_class")
-    if not names or counts is None:
-        return []
-    absent = {
-        split: [names[label] for label, n in enumerate(counts[split]) if n == 0]
-        for split in ("validation", "test")
-    }
-    return [
-        f"no {split} images of {len(absent[split])} of {len(names)} classes: "
-        f"{_listed(absent[split])}"
-        for split in absent
-        if absent[split]
-    ]
+    names, found = facts["class_names"]["train"], []
+    for split in ("validation", "test") if "per_class" in facts else ():
+        absent = [names[label] for label, n in enumerate(facts["per_class"][split]) if n == 0]
+        if absent:
+            of = f"{len(absent)} of {len(names)} classes"
+            found.append(f"no {split} images of {of}: {_listed(absent)}")
+    return found
 
 
 def agree(evidence: Facts) -> tuple[bool, str]:
@@ -180,4 +169,5 @@ def duplicates(evidence: Facts) -> tuple[bool, str]:
 
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:MOST_NAMES]))
-    return f"[{shown}]" if len(names) <= MOST_NAMES else f"[{shown} and {len(names) - 8} more]"
+    more = len(names) - MOST_NAMES
+    return f"[{shown} and {more} more]" if more > 0 else f"[{shown}]"

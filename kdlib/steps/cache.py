@@ -46,17 +46,14 @@ def cache_images(study: Study, built: bool = False) -> Images:
     }
     with open_run(study.runs, study.runs / "cache", settings) as run:
         if not run.finished:
-            evidence = {"step": "cache", "study": study.name} | _reading(caches)
+            evidence = {"step": "cache", "study": study.name}
+            reader = {split: counted(cache) for split, cache in caches.items()}
+            if any(reader.values()):  # of images that were files
+                evidence["reader"] = reader
             evidence |= _checked(study, caches, *ids, run.folder / DUPLICATES)
             mean, std = pixel_statistics(caches["train"], ids[0])
             run.finish(evidence | {"mean": mean, "std": std})
     return open_images(study)
-
-
-def _reading(caches: dict[str, Cache]) -> dict[str, Any]:
-    """Evidence `reader`: what was converted, cut or passed over, of images that were files."""
-    done = {split: counted(cache) for split, cache in caches.items()}
-    return {"reader": done} if any(done.values()) else {}
 
 
 def reader_sentence(evidence: dict[str, Any]) -> str:

@@ -44,7 +44,8 @@ def pixel_disagreements(evidence: dict[str, Any], mean: np.ndarray, std: np.ndar
 
 def _agreement(recount: Recount) -> dict[str, Any]:
     both = {"train": recount.train, "test": recount.test}
-    headers = {split: _header(shards) for split, shards in both.items()}
+    first = {split: min(shards.folder.glob("index*.json")) for split, shards in both.items()}
+    headers = {split: json.loads(path.read_text())["header"] for split, path in first.items()}
     names = {split: header["class_names"] for split, header in headers.items()}
     facts = {
         "class_names": names,
@@ -63,11 +64,6 @@ def _agreement(recount: Recount) -> dict[str, Any]:
             for split, count in counts.items()
         }
     return facts
-
-
-def _header(shards: Shards) -> dict[str, Any]:
-    first = min(shards.folder.glob("index*.json"))
-    return json.loads(first.read_text())["header"]
 
 
 def _duplicates(recount: Recount) -> dict[str, Any]:

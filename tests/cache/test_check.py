@@ -149,13 +149,21 @@ def test_names_that_are_no_text_are_listed(study, run, home):
     assert "cat/\\udcff\\n.png cannot be read" in output
 
 
-def test_without_pixels_files_of_equal_bytes_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdlib.cache.check.MOST_DECODED", 0)
+@pytest.mark.parametrize("most", [0, 7])  # 7: the images of train alone would be decoded
+def test_without_pixels_files_of_equal_bytes_are_found(tmp_path, monkeypatch, most):
+    monkeypatch.setattr("kdlib.cache.check.MOST_DECODED", most)
     root = image_folder(tmp_path)
+    for split in ("train", "test"):  # larger than any other of its split
+        write(root / split / "cat/large.png", encoded(pixels(9, size=(40, 60))))
     write(root / "test/cat/twin.png", encoded(pixels(0)))
     write(root / "test/cat/twin.bmp", encoded(pixels(0), "BMP"))
-    found = check_data(data_of(root)).decisions
-    assert found == {"the same image in train and test": ["train/cat/0.png = test/cat/twin.png"]}
+    found = check_data(data_of(root, image_size=4)).decisions
+    assert {kind: sorted(texts) for kind, texts in found.items()} == {
+        "the same image in train and test": [
+            "train/cat/0.png = test/cat/twin.png",
+            "train/cat/large.png = test/cat/large.png",
+        ]
+    }
 
 
 def test_arrays_have_nothing_to_check_and_an_unfit_layout_is_a_finding(tmp_path):

@@ -1,4 +1,4 @@
-"""`kdlib.cache.survey`, `readings` and `changes`: bad images are named at once before any is
+"""`kdlib.cache.survey` and `readings`: bad images are named at once before any is
 cached, what was done to the others is counted, and a source that changed is noticed."""
 
 import json
@@ -13,10 +13,9 @@ from cache.parquet_sets import open_hub, write_parquet
 from PIL import Image
 
 from kdlib.cache.build import build_images
-from kdlib.cache.changes import compare
 from kdlib.cache.encoded import ImageError
 from kdlib.cache.index import CacheError, read_index
-from kdlib.cache.readings import counted, read_record, record_path, sentence
+from kdlib.cache.readings import compare, counted, read_record, record_path, sentence
 from kdlib.cache.shards import Cache
 from kdlib.cache.study_source import open_source
 from kdlib.repro import files
