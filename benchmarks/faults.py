@@ -466,7 +466,7 @@ def _pipeline(home: Path) -> subprocess.Popen:
     }  # fmt: skip
     command = [sys.executable, "-m", "kdlib", "study", str(home / "params/piped.yaml")]
     return subprocess.Popen(
-        [*command, "--cores", "2", "--directory", str(home)], env=environment, cwd=ROOT,
+        [*command, "--cores", "2"], env=environment, cwd=ROOT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def children_s() -> float:
 def train(home: Path, environment: dict[str, str], *options: str) -> float:
     """Train all students; seconds that passed."""
     command = [sys.executable, "-m", "kdlib", "study", str(home / "params" / "jobs.yaml")]
-    command += ["--directory", str(home), "--until", "distill", *options]
+    command += ["--until", "distill", *options]
     begun = time.monotonic()
     environment = environment | {"KDLIB_HOME": str(home)}
     subprocess.run(command, env=environment, check=True, capture_output=True)

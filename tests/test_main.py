@@ -510,6 +510,7 @@ def test_status_names_each_run_that_is_not_finished(study, run):
         (["step", "distill", "--points", "-", "--fraction", "0"], "--fraction and --points both"),
         (["study", "--corse", "3"], "has an option --corse; did you mean '--cores'?"),
         (["study", "--dryrum"], "has an option --dryrum; did you mean '--dryrun'?"),
+        (["study", "--directory=/tmp"], "set KDLIB_HOME to run in another workspace"),
     ],
 )
 def test_an_option_that_a_command_does_not_use_is_refused(study, run, arguments, says):

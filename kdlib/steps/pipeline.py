@@ -74,6 +74,11 @@ def refuse_unknown(options: Sequence[str]) -> None:
 
     Raises: ValueError.
     """
+    if any(o.split("=")[0] in ("--directory", "-d") for o in options):
+        raise ValueError(
+            "--directory is no option here: jobs run beside the study's runs, on a cluster too; "
+            "set KDLIB_HOME to run in another workspace"
+        )
     given = [o.split("=")[0] for o in options if o.startswith("--") and o != "--"]
     if not given:
         return

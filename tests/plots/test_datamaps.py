@@ -213,7 +213,7 @@ def test_classes_are_left_out_without_labels_without_names_and_when_there_are_ma
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"variability": 0.7}, r"variability runs from 0.7 to 0.7.*\[0, 0.5\].*03_datamap"),
+        ({"variability": 0.7}, r"variability runs from 0.7 to 0.7.*\[0, 0.5\].*step datamap"),
         ({"correctness": 7.0}, r"correctness runs from 7"),
         ({"confidence": np.nan}, r"300 are NaN"),
         ({"region_variability": "simple"}, "unknown region 'simple' in 'region_variability'"),
