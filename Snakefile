@@ -38,7 +38,7 @@ RUNS = relative(study.runs)
 UPSTREAM = relative(study.upstream.runs)  # images, teacher and datamap may be shared
 # papermill takes braces in a path for parameters, and two of them for one
 NOTEBOOKS = f"{workflow.basedir}/notebooks".replace("{", "{{").replace("}", "}}")
-TEACHERS = [n for n, t in study.teachers.items() if not t.of_subset]
+TEACHERS = study.shared_teachers[1:]
 SHARED = [f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")]
 CACHE, TEACHER, _ = SHARED
 FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]

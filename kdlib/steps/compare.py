@@ -68,7 +68,7 @@ def results(study: Study) -> pd.DataFrame:
     """
     rows, inputs, again = [], _Inputs(study), Remeasure(study, Recount(study))
     inputs.faults += pixel_disagreements(inputs.cache, again.mean, again.std)
-    evidences: dict[Cell, list[tuple[int, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
+    evidences: dict[Cell, list[tuple[dict, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
     reference: dict[str, Any] | None = None
     probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
     for cell, seed in itertools.product(study.cells(), study.seeds):
@@ -83,32 +83,27 @@ def results(study: Study) -> pd.DataFrame:
             row |= _measured(evidence)
             reasons = _reasons(folder, evidence, settings, reference)
             reasons += inputs.changed(cell, seed, evidence)
-            second = again.student(cell, seed, evidence)
-            row["test_accuracy_distinct"] = second.distinct
-            reasons += second.reasons
+            row["test_accuracy_distinct"], unlike = again.student(cell, seed, evidence)
+            reasons += unlike
             cell_probes = probed.get(cell, f"{cell.path} is not probed")
             reasons += _add_probes(study, row, cell_probes, again.recount.probed)
-            evidences[cell].append((len(rows), evidence))
+            evidences[cell].append((row, evidence))
         except (FileNotFoundError, KeyError, ValueError) as error:
             reasons = [str(error)]
-        rows.append(row | {"reason": "; ".join(reasons)})
+        rows.append(row)
+        row["reason"] = "; ".join(reasons)
     again.save()
-    for row, sentence in zip(rows, checks.twins([_did(study, row) for row in rows]), strict=True):
-        row["reason"] = "; ".join(filter(None, [row["reason"], sentence]))
+    further = list(zip(rows, checks.twins([_did(study, row) for row in rows]), strict=True))
     for of_cell in evidences.values():
         verdicts = checks.distinct_seeds([evidence for _, evidence in of_cell])
-        for (index, _), check in zip(of_cell, verdicts, strict=True):
-            if not check.passed:
-                reasons = filter(None, [rows[index]["reason"], check.sentence])
-                rows[index]["reason"] = "; ".join(reasons)
+        failed = ["" if check.passed else check.sentence for check in verdicts]
+        further += zip([row for row, _ in of_cell], failed, strict=True)
+    for row, sentence in further:
+        row["reason"] = "; ".join(filter(None, [row["reason"], sentence]))
     here = f"{files.workspace()}/"  # a table holds the same text wherever the study lies
     table = pd.DataFrame([row | {"reason": row["reason"].replace(here, "")} for row in rows])
-    for column in (
-        "test_accuracy",
-        "test_accuracy_best",
-        "test_accuracy_distinct",
-        *PROBED.values(),
-    ):
+    measured = ["test_accuracy", "test_accuracy_best", "test_accuracy_distinct", *PROBED.values()]
+    for column in measured:
         if column not in table:  # no run has it
             table[column] = np.nan
     return table.assign(refused=table["reason"] != "")
@@ -149,18 +144,17 @@ class _Inputs:
         """The inputs that changed since a run was made, as a reason to refuse it."""
         changed, parent = [], evidence["subset"]["parent_datamap"]
         name = self.study.objectives[cell.objective].teacher
-        of_subset = name is not None and self.study.teachers[name].of_subset
+        shared = name in self.study.shared_teachers
         if evidence["data"] != self.data:
             changed.append("images")
-        if evidence["teacher"] and not of_subset and evidence["teacher"] != self.teacher(name):
+        if evidence["teacher"] and shared and evidence["teacher"] != self.teacher(name):
             changed.append("teacher outputs")
         if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
             changed.append("datamap")
-        names = ", ".join(changed)
         if not changed:
             return self.faults
-        folder = student_folder(self.study, cell, seed)
-        return [*self.faults, f"made from another study's {names}: {delete_and_run(folder)}"]
+        remedy = delete_and_run(student_folder(self.study, cell, seed))
+        return [*self.faults, f"made from another study's {', '.join(changed)}: {remedy}"]
 
 
 def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
@@ -260,17 +254,15 @@ def costs(study: Study) -> pd.DataFrame:
     """
     up, no_cell = study.upstream, {"student": "", "strategy": "", "fraction": 0.0}
     no_cell |= {"objective": "", "seed": -1}
-    asked = {what: up.step_settings(what) for what in ("cache", "teacher", "datamap")}
-    runs = {what: [(up.runs / what, asked[what])] for what in ("cache", "teacher")}
+    runs = {what: [(up.runs / what, up.step_settings(what))] for what in ("cache", "teacher")}
     if study.dynamics.model is not None:
         runs["dynamics"] = [(study.recorded_run, dynamics_settings(study))]
-    runs["datamap"] = [(up.runs / "datamap", asked["datamap"])]
+    runs["datamap"] = [(up.runs / "datamap", up.step_settings("datamap"))]
     for name, teacher in study.teachers.items():
         settings = study.step_settings("teacher", teacher=name)
-        paths = sorted(teacher_folder(study, name).glob("**/evidence.json"))
         runs[f"teacher {name}"] = [
-            (path.parent, settings | ({"seed": _seed_of(path.parent)} if teacher.of_subset else {}))
-            for path in paths
+            (path.parent, settings | (_seed_of(path) if teacher.of_subset else {}))
+            for path in sorted(teacher_folder(study, name).glob("**/evidence.json"))
         ]
     rows = []
     for what, of_step in runs.items():
@@ -285,8 +277,8 @@ def costs(study: Study) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _seed_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("seed="))
+def _seed_of(path: Path) -> dict[str, int]:
+    return {"seed": int(path.parent.name.removeprefix("seed="))}
 
 
 def _cost(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:

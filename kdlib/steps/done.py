@@ -5,8 +5,9 @@ and its files are there. The pipeline runs the steps that are not, `python -m kd
 them, and no summary is printed before there are none. All of it is read from the study's own files.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ SHOWN = {
     "noise": ("detectors.png", "suspects.png", "noise.md"),
     "audit": ("audit.png", "audit.md"),
 }
+_EXECUTED = {  # the notebook that makes a step, in its run's folder
+    "cache": "01_cache", "teacher": "02_teacher", "datamap": "03_datamap", "distill": "04_distill",
+    "probe": "05_probe", "compare": "06_compare", "scores": "07_scores", "noise": "08_noise",
+    "audit": "09_audit",
+}  # fmt: skip
 FAILED, CUT = "stopped at an error", "did not come to its last cell"
 _FAULTS = (OSError, ValueError, KeyError, TypeError)  # what evidence of another making raises
 
@@ -65,10 +71,16 @@ def unfinished(study: Study, step: str | None = None) -> dict[Path, str]:
 def read_by(study: Study, step: str) -> dict[str, str | None]:
     """The seals of the evidence that the tables of `compare`, `scores` or `noise` are made of, by
     folder; None where there is none."""
-    return {
-        str(folder.relative_to(files.workspace() / "runs")): _seal(folder)
-        for folder in _sources(study, step)
-    }
+    seals: dict[str, str | None] = {}
+    for folder in _sources(study, step):
+        seals[_named(folder)] = None
+        with contextlib.suppress(OSError, ValueError):
+            seals[_named(folder)] = files.read_json(folder / "evidence.json").get("seal")
+    return seals
+
+
+def _named(folder: Path) -> str:
+    return str(folder.relative_to(files.workspace() / "runs"))
 
 
 def _sources(study: Study, step: str) -> list[Path]:
@@ -76,17 +88,10 @@ def _sources(study: Study, step: str) -> list[Path]:
     if step != "compare":
         runs = study.recordings.runs() if study.recordings else []
         return [recording_folder(study, *run) for run in runs]
-    shared = [study.upstream.runs / name for name in ("cache", "teacher", "datamap")]
-    further = [teacher_folder(study, n) for n, t in study.teachers.items() if not t.of_subset]
+    teachers = [teacher_folder(study, name) for name in study.shared_teachers]
+    shared = [study.upstream.runs / "cache", *teachers, study.upstream.runs / "datamap"]
     students = [student_folder(study, c, seed) for c in study.cells() for seed in study.seeds]
-    return [*shared, *further, *students, *(probe_folder(study, c) for c in study.probed_cells())]
-
-
-def _seal(folder: Path) -> str | None:
-    try:
-        return files.read_json(folder / "evidence.json").get("seal")
-    except (OSError, ValueError):
-        return None
+    return [*shared, *students, *(probe_folder(study, c) for c in study.probed_cells())]
 
 
 class _Steps:
@@ -100,26 +105,26 @@ class _Steps:
     def __init__(self, study: Study) -> None:
         self.study, self.why, self.open = study, {}, set()
         self._evidence: dict[Path, Evidence] = {}
-        self._inputs: dict[Path, dict[str, Any]] = {}
+        self.cache, self.teacher, self.datamap = (
+            study.upstream.runs / step for step in ("cache", "teacher", "datamap")
+        )
         self._shared()
-        for model, part in study.recordings.runs() if study.recordings else ():
-            settings = recording_settings(study, model, part)
-            folder = recording_folder(study, model, part)
-            self._add(folder, settings, [self.cache], lambda: self.images)
-        cells = study.cells()
-        for cell in cells:
+        for run in study.recordings.runs() if study.recordings else ():
+            asked = recording_settings(study, *run)
+            self._add(recording_folder(study, *run), asked, [self.cache], self._images)
+        for cell in study.cells():
             for seed in study.seeds:
                 self._student(cell, seed)
         for cell in study.probed_cells():
             self._probes(cell)
-        self._tables("compare", "06_compare.ipynb")
+        self._tables("compare")
         if study.recordings:
-            self._tables("scores", "07_scores.ipynb")
+            self._tables("scores")
             if study.data.relabel:
-                self._tables("noise", "08_noise.ipynb")
-        asked = study.step_settings("audit")
-        self._add(study.runs / "audit", asked, [self.cache], lambda: self.images)
-        self._look(study.runs / "audit", "audit", "09_audit.ipynb")
+                self._tables("noise")
+        audit = study.runs / "audit"
+        self._add(audit, study.step_settings("audit"), [self.cache], self._images)
+        self._look(audit, "audit")
 
     def _add(
         self,
@@ -137,24 +142,20 @@ class _Steps:
             inputs: The fingerprints of its inputs as they are now, once those are finished.
             further: Another reason why the run is not finished, from its evidence.
         """
-        sentence = ""
-        for other in waits:
-            if other in self.open:
-                sentence = f"reads {self._named(other)}, which is not finished"
-                break
-        evidence = {}
+        evidence: Evidence = {}
+        unmade = [other for other in waits if other in self.open]
         try:
             if not (folder / "evidence.json").is_file():
                 sentence = "is not made yet"
             else:
                 evidence = read_evidence(folder, asked)
-                sentence = sentence or incomplete(folder, evidence)
-                if not sentence:
-                    made_of = files.read_json(folder / "settings.json")["inputs"]
-                    now = inputs()
+                if unmade:
+                    sentence = f"reads {_named(unmade[0])}, which is not finished"
+                elif not (sentence := incomplete(folder, evidence)):
+                    made_of, now = files.read_json(folder / "settings.json")["inputs"], inputs()
                     lines = files.difference(now, {k: made_of.get(k) for k in now})
                     sentence = f"was made of other inputs ({'; '.join(lines)})" if lines else ""
-                sentence = sentence or further(evidence)
+                    sentence = sentence or further(evidence)
         except _FAULTS as error:
             sentence = files.one_line(error)
         if sentence:
@@ -162,49 +163,49 @@ class _Steps:
             self.open.add(folder)
         self._evidence[folder] = evidence
 
-    def _look(self, folder: Path, step: str, notebook: str, figures: Path | None = None) -> None:
-        """Add what a finished run lacks for the eye: a figure, a text, the end of its notebook. No
-        other run reads these."""
+    def _look(self, folder: Path, step: str) -> None:
+        """Add what a finished run lacks for the eye: a figure, a text, the end of its notebook,
+        where that is younger than its evidence: a run that was made by hand after its notebook had
+        failed is finished. No other run reads these."""
         if folder in self.why:
             return
-        figures = figures or self.study.figures
-        for path in (figures / name for name in SHOWN.get(step, ())):
+        study = self.study.upstream if step in ("cache", "datamap") else self.study
+        for path in (study.figures / name for name in SHOWN.get(step, ())):
             if not path.is_file():
                 self.why[folder] = f"{path} is not there"
             elif path.stat().st_mtime < self._evidence[folder]["made"].get("at", 0):
                 self.why[folder] = f"{path} is older than the run that it shows"
-        if sentence := notebook_fault(folder / notebook, folder):
-            self.why[folder] = sentence
-
-    def _named(self, folder: Path) -> str:
-        return str(folder.relative_to(files.workspace() / "runs"))
+        # that of students is of all objectives and seeds
+        place = folder.parents[1] if step == "distill" else folder
+        notebook = place / f"{_EXECUTED[step]}.ipynb"
+        if notebook.is_file():
+            at = notebook.stat().st_mtime_ns
+            made = (folder / "evidence.json").stat().st_mtime_ns
+            if at >= made and (fault := end_of_notebook(notebook, at)):
+                self.why[folder] = f"{notebook} {fault}"
 
     def _shared(self) -> None:
         """Cache, teacher, recorded network, datamap and further teachers."""
         study, up = self.study, self.study.upstream
-        self.cache, self.teacher, self.datamap = (
-            up.runs / step for step in ("cache", "teacher", "datamap")
-        )
         self._add(self.cache, up.step_settings("cache"), (), self._cached)
-        self._look(self.cache, "cache", "01_cache.ipynb", up.figures)
+        self._look(self.cache, "cache")
         if up.recorded_run != self.teacher:
-            images = lambda: self.images  # noqa: E731
-            self._add(up.recorded_run, dynamics_settings(study), [self.cache], images)
-        for name in (None, *(n for n, t in study.teachers.items() if not t.of_subset)):
+            self._add(up.recorded_run, dynamics_settings(study), [self.cache], self._images)
+        for name in study.shared_teachers:
             self._teacher(up if name is None else study, name)
-        recorded = [up.recorded_run] if up.recorded_run in self.open else []
-        if recorded and self.teacher not in self.why:  # notebook 02 makes both
-            self.why[self.teacher] = f"{self._named(up.recorded_run)}: {self.why[recorded[0]]}"
+        if up.recorded_run in self.open and self.teacher not in self.why:  # notebook 02 makes both
+            why = self.why[up.recorded_run]
+            self.why[self.teacher] = f"{_named(up.recorded_run)}: {why}"
         waits = [self.cache, up.recorded_run, self.teacher]
         self._add(self.datamap, up.step_settings("datamap"), waits, self._of_datamap)
-        self._look(self.datamap, "datamap", "03_datamap.ipynb", up.figures)
+        self._look(self.datamap, "datamap")
 
     def _teacher(self, study: Study, name: str | None) -> None:
         settings = study.teacher if name is None else study.teachers[name]
         folder = teacher_folder(study, name)
 
         def inputs() -> dict[str, Any]:
-            now = dict(self.images)
+            now = self._images()
             if isinstance(settings, LoadedTeacher) and data_path(settings.weights).is_file():
                 now["weights_file"] = files.sha256_file(data_path(settings.weights))
             return now
@@ -219,7 +220,7 @@ class _Steps:
         asked = study.step_settings("teacher", teacher=name)
         self._add(folder, asked, [self.cache], inputs, outputs)
         if name is None:
-            self._look(folder, "teacher", "02_teacher.ipynb")
+            self._look(folder, "teacher")
 
     @functools.cached_property
     def _caches(self) -> dict[str, Cache]:
@@ -230,22 +231,24 @@ class _Steps:
     def _cached(self) -> dict[str, str]:
         return {split: cache.fingerprint for split, cache in self._caches.items()}
 
-    @functools.cached_property
-    def images(self) -> dict[str, str]:
+    def _images(self) -> dict[str, str]:
         """The fingerprints of the images, as `Images` has them."""
+        return self._cached() | {"split": self._split}
+
+    @functools.cached_property
+    def _split(self) -> str:
         data, ids = self.study.upstream.data, self._caches["train"].example_ids
-        split = split_ids(ids, data.n_validation, data.split_seed)
-        return self._cached() | {"split": files.sha256_array(*split)}
+        return files.sha256_array(*split_ids(ids, data.n_validation, data.split_seed))
 
     def _of_datamap(self) -> dict[str, Any]:
         recorded = self._evidence[self.study.recorded_run]["settings_sha256"]
         outputs = self._evidence[self.teacher]["teacher"]["outputs"]["train"]
-        return self.images | {"recorded": recorded, "teacher_outputs": outputs}
+        return self._images() | {"recorded": recorded, "teacher_outputs": outputs}
 
     def _student(self, cell: Cell, seed: int) -> None:
         study, waits = self.study, [self.cache]
         objective, teacher = study.objectives[cell.objective], None
-        if needs_teacher(objective) and not self._of_subset(objective.teacher):
+        if needs_teacher(objective) and objective.teacher in study.shared_teachers:
             teacher = teacher_folder(study, objective.teacher)
             waits.append(teacher)
         if mapped := self._reads_datamap(cell):
@@ -263,15 +266,9 @@ class _Steps:
                     return f"{study.picked(cell.strategy)} holds another selection"
             return ""
 
-        asked = student_settings(study, cell, seed)
         folder = student_folder(study, cell, seed)
-        self._add(folder, asked, waits, lambda: self.images, further)
-        notebook = study.runs / "distill" / cell.path.parent / "04_distill.ipynb"
-        if folder not in self.why and (sentence := notebook_fault(notebook, folder)):
-            self.why[folder] = sentence
-
-    def _of_subset(self, teacher: str | None) -> bool:
-        return teacher is not None and self.study.teachers[teacher].of_subset
+        self._add(folder, student_settings(study, cell, seed), waits, self._images, further)
+        self._look(folder, "distill")
 
     def _reads_datamap(self, cell: Cell) -> bool:
         if cell.strategy in ("full", *SHARD_POLICIES) or cell.strategy.startswith(PICKED):
@@ -285,20 +282,18 @@ class _Steps:
 
         def inputs() -> dict[str, Any]:
             of = {seed: self._evidence[folder] for seed, folder in folders.items()}
-            return self.images | {
-                "students": {
-                    seed: evidence["checkpoints"]["last"] for seed, evidence in of.items()
-                },
-                "series": {seed: evidence["series"] for seed, evidence in of.items()},
+            return self._images() | {
+                "students": {seed: e["checkpoints"]["last"] for seed, e in of.items()},
+                "series": {seed: e["series"] for seed, e in of.items()},
                 "teacher": self._evidence[self.teacher]["teacher"]["outputs"],
             }
 
         folder = probe_folder(study, cell)
         asked = study.step_settings("probe", cell)
         self._add(folder, asked, [self.cache, self.teacher, *folders.values()], inputs)
-        self._look(folder, "probe", "05_probe.ipynb")
+        self._look(folder, "probe")
 
-    def _tables(self, step: str, notebook: str) -> None:
+    def _tables(self, step: str) -> None:
         study, folder = self.study, self.study.runs / step
 
         def further(evidence: Evidence) -> str:
@@ -313,32 +308,20 @@ class _Steps:
             return ""
 
         self._add(folder, study.step_settings(step), _sources(study, step), dict, further)
-        self._look(folder, step, notebook)
-        executed = folder / notebook
-        comes_anew = step == "compare" and folder not in self.why and executed.is_file()
-        if comes_anew and _code(executed) != _code(NOTEBOOKS / notebook):
-            self.why[folder] = f"notebooks/{notebook} was changed since it was executed"
-
-
-def notebook_fault(path: Path, folder: Path) -> str:
-    """What is wrong with the executed notebook of a finished run, if it is younger than the run's
-    evidence: a run that was made by hand after its notebook had failed is finished."""
-    if (
-        not path.is_file()
-        or path.stat().st_mtime_ns < (folder / "evidence.json").stat().st_mtime_ns
-    ):
-        return ""
-    fault = end_of_notebook(path)
-    return f"{path} {fault}" if fault else ""
-
-
-def end_of_notebook(path: Path) -> str:
-    """How an executed notebook ended: `FAILED`, `CUT`, or empty where all cells were executed."""
-    return _end_of(path, path.stat().st_mtime_ns)
+        self._look(folder, step)
+        name = f"{_EXECUTED[step]}.ipynb"
+        comes_anew = step == "compare" and folder not in self.why and (folder / name).is_file()
+        if comes_anew and _code(folder / name) != _code(NOTEBOOKS / name):
+            self.why[folder] = f"notebooks/{name} was changed since it was executed"
 
 
 @functools.lru_cache
-def _end_of(path: Path, mtime_ns: int) -> str:
+def end_of_notebook(path: Path, mtime_ns: int) -> str:
+    """How an executed notebook ended: `FAILED`, `CUT`, or empty where all cells were executed.
+
+    Args:
+        mtime_ns: Its time: a notebook of many runs is read once.
+    """
     content = path.read_bytes()
     if b'"output_type": "error"' in content:
         return FAILED
@@ -348,15 +331,11 @@ def _end_of(path: Path, mtime_ns: int) -> str:
 
 def _code(path: Path) -> list[str]:
     """The code of a notebook without the parameters that papermill adds."""
-    try:
-        cells = files.read_json(path)["cells"]
-    except _FAULTS:
-        return []
-    return list(_sources_of(cells))
-
-
-def _sources_of(cells: list[dict[str, Any]]) -> Iterator[str]:
-    for cell in cells:
-        tags = cell.get("metadata", {}).get("tags", ())
-        if cell["cell_type"] == "code" and "injected-parameters" not in tags:
-            yield "".join(cell["source"])
+    with contextlib.suppress(*_FAULTS):
+        return [
+            "".join(cell["source"])
+            for cell in files.read_json(path)["cells"]
+            if cell["cell_type"] == "code"
+            and "injected-parameters" not in cell.get("metadata", {}).get("tags", ())
+        ]
+    return []

@@ -1,6 +1,5 @@
 """A study's pipeline: run by Snakemake under a lock, and what failed in it."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -116,26 +115,27 @@ def closing_message(study: Study, step: str | None, code: int) -> str:
     started = (study.runs / ".lock").stat().st_mtime_ns
     roots = dict.fromkeys((study.upstream.runs, study.runs))
     found = [one for root in roots for one in failed_notebooks(root) + failed_logs(root)]
-    now = [(path, why) for path, why in found if path.stat().st_mtime_ns >= started]
-    earlier = [one for one in found if one not in now and _is_of(one[0], open_steps)]
-    ended = [one for root in roots for one in _ended_early(root, started)]
+    now = [one for one in found if one[0].stat().st_mtime_ns >= started]
+    ended = [one for one in now if one[1] == CUT]
+    failed = [one for one in now if one[1] != CUT]
+    earlier = [
+        one for one in found if one not in now and one[1] != CUT and _is_of(one[0], open_steps)
+    ]
+    parts = [
+        (failed, "step(s) failed"),
+        (ended, "notebook(s) ended before their last cell and without an error: they were killed, "
+                "or ran out of time or memory"),
+        (earlier, "step(s) failed in an earlier call and were not tried in this one"),
+        ([] if code else list(open_steps.items()), "run(s) are not finished"),
+    ]  # fmt: skip
     lines = ["The study is not complete."]
-    if now:
-        lines += [f"{len(now)} step(s) failed:", *_listed(now)]
-    if ended:
-        lines += [f"{len(ended)} notebook(s) ended before their last cell and without an error: "
-                  "they were killed, or ran out of time or memory:", *_listed(ended)]  # fmt: skip
-    if code and not now and not ended:
+    if code and not now:
         lines += [
             f"Snakemake stopped with exit code {code}; no notebook or log of this call holds an "
             "error, and the reason is printed above."
         ]
-    if earlier:
-        lines += [f"{len(earlier)} step(s) failed in an earlier call and were not tried in this "
-                  "one:", *_listed(earlier)]  # fmt: skip
-    if open_steps and not code:
-        lines += [f"{len(open_steps)} run(s) are not finished:"]
-        lines += _listed([(folder, why) for folder, why in open_steps.items()])
+    for of_part, what in parts:
+        lines += [f"{len(of_part)} {what}:", *_listed(of_part)] if of_part else []
     return "\n".join([*lines, "What is finished is kept; run the same command again to go on."])
 
 
@@ -150,22 +150,9 @@ def _listed(found: Sequence[tuple[Path, str]], most: int = 20) -> list[str]:
     return lines + ([f"  and {len(found) - most} more"] if found[most:] else [])
 
 
-def _ended_early(root: Path, started: int) -> list[tuple[Path, str]]:
-    """Notebooks written since a time that hold neither an error nor all of their cells' ends."""
-    found = []
-    for path in sorted(root.glob("**/*.ipynb")):
-        if "archive" not in path.parts and path.stat().st_mtime_ns >= started:
-            ends = end_of_notebook(path)
-            if ends == CUT and path.stat().st_size:
-                found.append((path, ends))
-    return found
-
-
 def failed_notebooks(root: Path) -> list[tuple[Path, str]]:
-    """Executed notebooks of a study in which a cell failed: (path, `Error: message` of that cell).
-
-    Reads papermill's mark; a killed notebook carries none and shows as an unfinished run instead.
-    """
+    """Executed notebooks of a study that failed: (path, `Error: message` of the cell), or `CUT` for
+    one that was killed."""
     failed = []
     for path in sorted(root.glob("**/*.ipynb")):
         if "archive" in path.parts:
@@ -174,14 +161,14 @@ def failed_notebooks(root: Path) -> list[tuple[Path, str]]:
             failed.append((path, "did not start; the reason is printed above"))
             continue
         try:
-            cells = files.read_json(path)["cells"]
+            outputs = [o for c in files.read_json(path)["cells"] for o in c.get("outputs", ())]
         except (ValueError, KeyError, TypeError) as error:  # cut by a full disk, say
             failed.append((path, str(error)))
             continue
-        for cell in cells:
-            for output in cell.get("outputs", ()):
-                if output.get("output_type") == "error":
-                    failed.append((path, f"{output['ename']}: {output['evalue']}"))
+        errors = [o for o in outputs if o.get("output_type") == "error"]
+        failed += [(path, f"{error['ename']}: {error['evalue']}") for error in errors]
+        if end_of_notebook(path, path.stat().st_mtime_ns) == CUT:
+            failed.append((path, CUT))
     return failed
 
 
@@ -189,8 +176,7 @@ def failed_logs(root: Path) -> list[tuple[Path, str]]:
     """Logs of recordings and further teachers that have begun and are not finished: (path, last
     line)."""
     failed = []
-    logs = (root.glob(where) for where in ("recorded/model=*/*.log", "teachers/*.log"))
-    for path in sorted(itertools.chain(*logs)):
+    for path in sorted([*root.glob("recorded/model=*/*.log"), *root.glob("teachers/*.log")]):
         if not (path.with_suffix("") / "evidence.json").exists():
             lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
             failed.append((path, lines[-1] if lines else "stopped before it printed anything"))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,6 @@ from kdlib.study.cells import Cell
 from kdlib.study.selections import PICKED, Ranking
 from kdlib.study.study import Study
 
-Subsets = Callable[[Cell, int], np.ndarray | None]
-
 
 def unlike_executed(step: dict[str, Any], executed: dict[str, Any], n_steps: int) -> list[str]:
     """A sentence for each setting that the objects of a training had otherwise than its
@@ -48,18 +46,13 @@ def unlike_executed(step: dict[str, Any], executed: dict[str, Any], n_steps: int
         n_steps: Steps of the plan.
     """
     training = step["training"]
-    momentum = training["momentum"] if training["optimiser"] == "sgd" else 0.0
-    asked = {
-        "batch_size": training["batch_size"],
-        "accumulate": training["accumulate"],
+    same = ("batch_size", "accumulate", "optimiser", "weight_decay", "augment")
+    asked = {key: training[key] for key in same} | {
         "clip_norm": training.get("clip_norm"),
-        "precision": "bfloat16" if step["compute"]["precision"] == "bf16" else "float32",
-        "optimiser": training["optimiser"],
-        "weight_decay": training["weight_decay"],
-        "momentum": momentum,
-        "augment": training["augment"],
-        "objective": step["objective"],
         "ema": training.get("ema"),
+        "momentum": training["momentum"] if training["optimiser"] == "sgd" else 0.0,
+        "precision": "bfloat16" if step["compute"]["precision"] == "bf16" else "float32",
+        "objective": step["objective"],
     }
     wrong = [
         f"{name} as executed: {_short(executed[name])}, asked for {_short(value)}"
@@ -106,26 +99,28 @@ class Recount:
     @functools.cached_property
     def probed(self) -> dict[str, str]:
         """What a probe of the study's images reads, by column of its table."""
-        places = {"train": (self.train, self.train_ids), "test": (self.test, self.test.ids)}
-        return {
-            f"{split}_examples": f"{split} {len(ids)} "
-            f"{array_sha256(ids, shards.rows('labels', ids))}"
-            for split, (shards, ids) in places.items()
-        }
+        read = {}
+        for split, shards, ids in (
+            ("train", self.train, self.train_ids),
+            ("test", self.test, self.test.ids),
+        ):
+            sha256 = array_sha256(ids, shards.rows("labels", ids))
+            read[f"{split}_examples"] = f"{split} {len(ids)} {sha256}"
+        return read
 
     @functools.cached_property
     def distinct(self) -> np.ndarray:
         """Whether no other image of either split has the same pixels: (n_test,) bool."""
         train, test = (
-            [_pixels_sha256(image) for image in self._images(shards)]
+            [
+                hashlib.sha256(np.ascontiguousarray(image).data).digest()
+                for ids in np.array_split(shards.ids, max(1, len(shards.ids) // shards.size))
+                for image in shards.rows("images", ids)
+            ]
             for shards in (self.train, self.test)
         )
         n_images = Counter(train + test)
         return np.array([n_images[name] == 1 for name in test])
-
-    def _images(self, cache: Shards) -> Iterator[np.ndarray]:
-        for ids in np.array_split(cache.ids, max(1, len(cache.ids) // cache.size)):
-            yield from cache.rows("images", ids)
 
     @functools.cached_property
     def datamap(self) -> pd.DataFrame:
@@ -147,10 +142,8 @@ class Recount:
         rule = self.study.selection(cell.strategy)
         if rule.balanced or not isinstance(rule, Ranking):
             return None
-        if rule.kind == "random":
-            costs = np.zeros(len(ids))
-        else:
-            costs = ranking_costs(self.datamap.loc[ids], rule.kind)
+        drawn = rule.kind == "random"  # which reads no datamap
+        costs = np.zeros(len(ids)) if drawn else ranking_costs(self.datamap.loc[ids], rule.kind)
         return lowest(costs, ids, rounded(len(ids), cell.fraction), seed)
 
     def expected(self, cell: Cell, ids: np.ndarray, training: dict[str, Any]) -> Expected:
@@ -163,7 +156,12 @@ class Recount:
         return Expected(ids, steps_of(training, n), n_drawn)
 
     def reasons(
-        self, cell: Cell, seed: int, folder: Path, evidence: dict[str, Any], again: Subsets
+        self,
+        cell: Cell,
+        seed: int,
+        folder: Path,
+        evidence: dict[str, Any],
+        again: Callable[[Cell, int], np.ndarray | None],
     ) -> list[str]:
         """Why a student's record does not stand: a sentence for each fact that its files
         contradict.
@@ -173,25 +171,23 @@ class Recount:
                 returns None where it is not to be drawn.
         """
         settings = json.loads((folder / "settings.json").read_text())
-        training, step = settings["step"]["training"], settings["step"]
+        step, asked = settings["step"], settings["step"]["subset"]
         ids = pd.read_parquet(folder / "subset.parquet")["example_id"].to_numpy(np.int64)
-        wrong: list[str] = []
-        compare = functools.partial(_compare, wrong)
-        compare("seed", step["seed"], seed)
-        compare("cell", (step["subset"]["strategy"], step["subset"]["fraction"]),
-                (cell.strategy, cell.fraction))  # fmt: skip
-        compare("split", evidence["data"]["split"],
-                array_sha256(self.train_ids, self.validation_ids))  # fmt: skip
-        sha256 = array_sha256(ids)
-        compare("subset", evidence["subset"]["sha256"], sha256)
-        compare("subset of the settings", settings["inputs"]["subset"], sha256)
-        compare("examples outside the training split", len(np.setdiff1d(ids, self.train_ids)), 0)
+        split, sha256 = array_sha256(self.train_ids, self.validation_ids), array_sha256(ids)
+        outside = len(np.setdiff1d(ids, self.train_ids))
         drawn = self.subset(cell, seed)
         drawn = again(cell, seed) if drawn is None else drawn
-        if drawn is not None:
-            compare("subset drawn again", sha256, array_sha256(drawn))
-        expected = self.expected(cell, ids, training)
-        return wrong + self.training_reasons(step, expected, seed, evidence)
+        facts = [
+            ("seed", step["seed"], seed),
+            ("cell", (asked["strategy"], asked["fraction"]), (cell.strategy, cell.fraction)),
+            ("split", evidence["data"]["split"], split),
+            ("subset", evidence["subset"]["sha256"], sha256),
+            ("subset of the settings", settings["inputs"]["subset"], sha256),
+            ("examples outside the training split", outside, 0),
+            ("subset drawn again", sha256, sha256 if drawn is None else array_sha256(drawn)),
+        ]
+        expected = self.expected(cell, ids, step["training"])
+        return _contradicted(facts) + self.training_reasons(step, expected, seed, evidence)
 
     def training_reasons(
         self, step: dict[str, Any], expected: Expected, seed: int, evidence: dict[str, Any]
@@ -202,48 +198,40 @@ class Recount:
             step: Its settings: `training`, `compute`, `objective`.
             expected: What it is to have seen.
         """
-        wrong: list[str] = []
-        compare, training = functools.partial(_compare, wrong), step["training"]
-        recorded, planned = evidence["budget"]["recorded"], expected.n_steps
+        training, recorded = step["training"], evidence["budget"]["recorded"]
+        read, planned = evidence["read"], expected.n_steps
         if training.get("early_stopping") is not None:  # the budget is an upper bound
             expected = dataclasses.replace(expected, n_steps=min(recorded["steps"], planned))
         batches = list(expected.batches(training, seed, self.train.size))
-        budget = {
-            "steps": len(batches),
-            "samples": sum(map(len, batches)),
-            "unique_examples": len(np.unique(np.concatenate(batches))),
-        }
-        for name, number in budget.items():
-            compare(name, recorded[name], number)
-        compare("batches", evidence["read"]["batches_sha256"], chain(iter(batches), self.labels))
-        compare("validation images", evidence["read"]["validation"], [self.read["validation"]])
-        for name in ("last", "best"):
-            entry = evidence["checkpoints"][name]
-            compare(f"test images of `{name}`", entry["read"], self.read["test"])
-        return wrong + unlike_executed(step, evidence["executed"], planned)
+        n_unique = len(np.unique(np.concatenate(batches)))
+        tested = {name: evidence["checkpoints"][name]["read"] for name in ("last", "best")}
+        facts = [
+            ("steps", recorded["steps"], len(batches)),
+            ("samples", recorded["samples"], sum(map(len, batches))),
+            ("unique_examples", recorded["unique_examples"], n_unique),
+            ("batches", read["batches_sha256"], chain(iter(batches), self.labels)),
+            ("validation images", read["validation"], [self.read["validation"]]),
+            *((f"test images of `{name}`", of, self.read["test"]) for name, of in tested.items()),
+        ]
+        return _contradicted(facts) + unlike_executed(step, evidence["executed"], planned)
 
     def teacher_reasons(self, folder: Path, evidence: dict[str, Any]) -> list[str]:
         """The same of a training on all training images: a teacher's, or that of the network whose
         dynamics make the datamap."""
         asked = json.loads((folder / "settings.json").read_text())["step"]
         of = asked["teacher"] if evidence["step"] == "teacher" else asked["dynamics"]
-        step = {
-            "training": of["training"],
-            "compute": asked["compute"],
-            "objective": {"kind": "cross_entropy"},
-        }
+        step = asked | {"training": of["training"], "objective": {"kind": "cross_entropy"}}
         expected = Expected(self.train_ids, steps_of(of["training"], len(self.train_ids)))
         return self.training_reasons(step, expected, of["seed"], evidence)
 
 
-def _compare(wrong: list[str], what: str, recorded: Any, derived: Any) -> None:
-    """Add a sentence where a fact on record is not the one that was derived."""
-    if recorded != derived:
-        wrong.append(f"{what}: {_short(recorded)} on record, {_short(derived)} by the files")
-
-
-def _pixels_sha256(image: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(image).data).digest()
+def _contradicted(facts: list[tuple[str, Any, Any]]) -> list[str]:
+    """A sentence for each fact whose value on record is not the one that was derived."""
+    return [
+        f"{what}: {_short(recorded)} on record, {_short(derived)} by the files"
+        for what, recorded, derived in facts
+        if recorded != derived
+    ]
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,6 @@ VERSION = 2  # of what is kept; a measurement by an earlier version is made agai
 HALF_PRECISION = 0.001  # share of test images on which stored logits may have another class
 
 
-@dataclass(frozen=True)
-class Remeasured:
-    """What deriving and measuring a student's record again gave.
-
-    Attributes:
-        distinct: Accuracy of `last` on test images whose pixels occur only once, in [0, 1];
-            NaN where there is none.
-        reasons: Why its record does not stand; empty where it does.
-    """
-
-    distinct: float
-    reasons: list[str]
-
-
 def pixel_statistics(shards: Shards, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, pixels in [0, 1]: (C,) float64 each."""
     n, total, squares = 0, 0.0, 0.0
@@ -78,7 +63,7 @@ class Remeasure:
         self.mean, self.std = pixel_statistics(recount.train, recount.train_ids)
         self._path = study.runs / "measured.json"
         self._kept = files.read_json(self._path) if self._path.exists() else {}
-        self._teachers: dict[str | None, list[str]] = {}
+        self.teacher = functools.cache(self._teacher)  # of a name, None of the study's own
         self._initial: dict[tuple[str, int], str] = {}
         self._inputs = files.fingerprint(
             [recount.read["test"], recount.train.sha256(recount.train_ids), VERSION]
@@ -120,9 +105,11 @@ class Remeasure:
         """Keep what was measured."""
         files.write_json(self._path, self._kept)
 
-    def student(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> Remeasured:
+    def student(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> tuple[float, list[str]]:
         """A student's record, derived and measured again.
 
+        Returns: The accuracy of `last` on test images whose pixels occur only once, in [0, 1], NaN
+            where there is none; and why its record does not stand, empty where it does.
         Raises: FileNotFoundError or KeyError for a record without what this reads.
         """
         folder = student_folder(self.study, cell, seed)
@@ -138,15 +125,12 @@ class Remeasure:
             again = self.rights(folder / entry["file"], build)
             reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
         objective = self.study.objectives[cell.objective]
-        if needs_teacher(objective) and not self._of_subset(objective.teacher):
+        if needs_teacher(objective) and objective.teacher in self.study.shared_teachers:
             reasons += [f"teacher: {reason}" for reason in self.teacher(objective.teacher)]
         if evidence["subset"]["parent_datamap"] is not None:
             reasons += [f"datamap: {reason}" for reason in self.recorded]
         n = again["n_distinct"]
-        return Remeasured(again["right_distinct"] / n if n else math.nan, reasons)
-
-    def _of_subset(self, name: str | None) -> bool:
-        return name is not None and self.study.teachers[name].of_subset
+        return again["right_distinct"] / n if n else math.nan, reasons
 
     def _drawn_again(self, cell: Cell, seed: int) -> np.ndarray | None:
         """The subset of a rule that `Recount` does not derive, for one seed in five."""
@@ -178,13 +162,6 @@ class Remeasure:
             return []
         return ["its initial weights are not those that its seed draws"]
 
-    def teacher(self, name: str | None) -> list[str]:
-        """Why the card of a teacher does not stand: its stored logits and its checkpoint are
-        measured again. That of a network without a classifier is the accuracy of a probe."""
-        if name not in self._teachers:
-            self._teachers[name] = self._teacher(name)
-        return self._teachers[name]
-
     @functools.cached_property
     def recorded(self) -> list[str]:
         """Why the record of the training whose dynamics make the datamap does not stand."""
@@ -193,6 +170,8 @@ class Remeasure:
         return self.recount.teacher_reasons(folder, evidence) if "budget" in evidence else []
 
     def _teacher(self, name: str | None) -> list[str]:
+        """Why the card of a teacher does not stand: its stored logits and its checkpoint are
+        measured again. That of a network without a classifier is the accuracy of a probe."""
         folder = teacher_folder(self.study, name)
         evidence = read_evidence(folder)
         card, test = evidence["teacher"], self.recount.test

@@ -37,21 +37,16 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any] | None:
     Raises: CheckError when a check fails: a teacher misses its expected accuracy, for example.
     """
     evidence = make_one_teacher(study.upstream, images, None)
-    for name in further_teachers(study):
+    for name in study.shared_teachers[1:]:
         make_one_teacher(study, images, name)
     return evidence
-
-
-def further_teachers(study: Study) -> list[str]:
-    """Names of the further teachers that step 02 makes."""
-    return [name for name, teacher in study.teachers.items() if not teacher.of_subset]
 
 
 def teacher_table(study: Study) -> pd.DataFrame:
     """One row per teacher that step 02 made: its accuracy on the test images beside the expected
     one, what it was trained on, how many checks passed, and its folder."""
     rows = []
-    for name in (None, *further_teachers(study)):
+    for name in study.shared_teachers:
         folder = teacher_folder(study, name)
         evidence = read_evidence(folder)
         card, checked = evidence["teacher"], evidence["checks"]
@@ -153,7 +148,7 @@ def open_stored_teacher(
     subset is made here."""
     name = objective.teacher
     folder = teacher_folder(study, name)
-    if name is not None and study.teachers[name].of_subset:
+    if name not in study.shared_teachers:
         folder = folder / f"subset={subset.sha256[:16]}" / f"seed={seed}"
         asked = study.step_settings("teacher", teacher=name) | {"seed": seed}
         settings = {"step": asked, "inputs": images.fingerprints | {"subset": subset.sha256}}

@@ -87,7 +87,7 @@ def _of_student(study: "Study", dump: dict[str, Any], cell: Cell) -> dict[str, A
         "compute": dump["compute"],
     }
     name = study.objectives[cell.objective].teacher
-    if name is not None and study.teachers[name].of_subset:
+    if name not in study.shared_teachers:
         settings["teacher"] = dump["teachers"][name]
     return settings
 

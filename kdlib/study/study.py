@@ -107,6 +107,12 @@ class Study(Settings):
         trainings = [getattr(section, "training", None) for section in sections]
         return [training for training in trainings if training is not None]
 
+    @property
+    def shared_teachers(self) -> list[str | None]:
+        """Names of the teachers that step 02 makes, None of the study's own: all but those that
+        learn from the subsets of their students."""
+        return [None, *(name for name, t in self.teachers.items() if not t.of_subset)]
+
     def selection(self, strategy: str) -> Selection:
         """The rule behind a strategy that chooses an exact number of examples.
 
