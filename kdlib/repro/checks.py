@@ -229,15 +229,16 @@ def twins(rows: list[dict[str, Any] | None]) -> list[str]:
         rows: `weights_sha256` and `did`, what the run is to have done, JSON-able; None where there
             is no run.
     """
-    known: dict[str, list[tuple[str, str]]] = {}
-    for row in filter(None, rows):
-        did = files.canonical_json(row["did"])
-        known.setdefault(row["weights_sha256"], []).append((did, row["run"]))
+    made = [
+        (r["weights_sha256"], files.canonical_json(r["did"]), r["run"]) if r else None for r in rows
+    ]
     sentences = []
-    for row in rows:
-        same = known[row["weights_sha256"]] if row else []
-        did = files.canonical_json(row["did"]) if row else ""
-        others = [run for other, run in same if other != did]
+    for mine in made:
+        others = [
+            run
+            for weights, did, run in filter(None, made)
+            if mine and weights == mine[0] and did != mine[1]
+        ]
         sentences.append(f"twins: its weights are those of {others[0]}" if others else "")
     return sentences
 

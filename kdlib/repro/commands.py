@@ -11,9 +11,11 @@ from pathlib import Path
 from kdlib.repro import files
 
 KDLIB = "python -m kdlib"
-_STEPS = {"cache": "cache", "teacher": "teacher", "dynamics": "teacher", "datamap": "datamap",
-          "compare": "compare", "measured.json": "compare"}  # fmt: skip
-_ASKED_FOR = ("scores", "noise", "audit")  # steps of the pipeline alone
+_COMMANDS = {  # of a step's folder, with the study file
+    "cache": "step cache {}", "teacher": "step teacher {}", "dynamics": "step teacher {}",
+    "datamap": "step datamap {}", "compare": "step compare {}", "measured.json": "step compare {}",
+    "scores": "study {} scores", "noise": "study {} noise", "audit": "study {} audit",
+}  # fmt: skip
 _MAP = "notebooks/03_datamap.ipynb, opened by `make lab`"
 _N_AXES = 4  # of a student's folder, before its seed
 
@@ -25,23 +27,20 @@ def run_to_make(path: Path) -> str:
     Args:
         path: Of the file, or of a folder above it.
     """
-    known = _made_by(path)
-    if known is None:
-        return f"run `{KDLIB} study STUDY` with the study file that it belongs to"
-    return known[1]
+    return _made_by(path)[1]
 
 
 def delete_and_run(path: Path) -> str:
     """The same of a file that is there and cannot be used: first the folder of its run has to be
     deleted, or of stored teacher outputs, since a step makes nothing again whose evidence is there.
     """
-    known = _made_by(path)
-    return f"delete {path if known is None else known[0]}, then {run_to_make(path)}"
+    folder, command = _made_by(path)
+    return f"delete {folder}, then {command}"
 
 
-def _made_by(path: Path) -> tuple[Path, str] | None:
-    """The folder of the run that wrote a file, and how to write it; None of other places."""
-    home, path = files.workspace(), Path(path).absolute()
+def _made_by(given: Path) -> tuple[Path, str]:
+    """The folder of the run that wrote a file, and how to write it."""
+    home, path = files.workspace(), Path(given).absolute()
     for root in (home / "runs", home / "figures"):
         if path.is_relative_to(root) and path != root:
             name, *parts = path.relative_to(root).parts
@@ -53,7 +52,7 @@ def _made_by(path: Path) -> tuple[Path, str] | None:
             depth, command = _of_run(root / name, parts, study)
             depth += len(parts) > depth and parts[depth].startswith("outputs-")
             return root.joinpath(name, *parts[:depth]), f"run `{KDLIB} {command}`"
-    return None
+    return given, f"run `{KDLIB} study STUDY` with the study file that it belongs to"
 
 
 def _of_run(runs: Path, parts: list[str], study: str) -> tuple[int, str]:
@@ -65,20 +64,17 @@ def _of_run(runs: Path, parts: list[str], study: str) -> tuple[int, str]:
         student = _student_of(runs, below)
         return 4, _of_run(runs, student, study)[1] if student else f"study {study}"
     if step == "distill" and len(below) > _N_AXES:
-        axes = [shlex.join([f"--{a}", v]) for a, v in _pairs(below[: _N_AXES + 1])]
-        return _N_AXES + 2, f"step distill {study} {' '.join(axes)}"
+        pairs = (part.split("=", 1) for part in below[: _N_AXES + 1])
+        axes = shlex.join(word for axis, value in pairs for word in (f"--{axis}", value))
+        return _N_AXES + 2, f"step distill {study} {axes}"
     if step == "recorded" and len(below) > 1:
         model = shlex.quote(below[0].removeprefix("model="))
         return 3, f"record {study} --model {model} --part {shlex.quote(below[1])}"
-    if step in _ASKED_FOR:
-        return 1, f"study {study} {step}"
     if step == "probe":
         return (3 if below[:1] == ["once"] else _N_AXES + 1), f"step probe {study}"
-    return (1, f"step {_STEPS[step]} {study}") if step in _STEPS else (len(parts), f"study {study}")
-
-
-def _pairs(parts: list[str]) -> list[list[str]]:
-    return [part.split("=", 1) for part in parts]
+    if step in _COMMANDS:
+        return 1, _COMMANDS[step].format(study)
+    return len(parts), f"study {study}"
 
 
 def _student_of(runs: Path, below: list[str]) -> list[str] | None:
