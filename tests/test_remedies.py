@@ -1,7 +1,9 @@
 """The remedy that a message names is what a user does: it is read from the message, done, and the
 fault is gone."""
 
+import glob
 import json
+import os
 import re
 import shlex
 import shutil
@@ -34,10 +36,6 @@ def _first(study: Study) -> Path:
     return student_folder(study, study.cells()[0], 0)
 
 
-def _probed(study: Study) -> Path:
-    return probe_folder(study, study.probed_cells()[0])
-
-
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
@@ -62,159 +60,6 @@ def _accepted(study: Study) -> None:
         raise ValueError(f"{study.runs / run}: {reason}")
 
 
-# What is broken, what reads it, and the command that its message has to name
-FAULTS: dict[str, tuple[Callable[[Study], object], Callable[[Study], object], str]] = {
-    "a student that was not trained": (
-        lambda s: shutil.rmtree(_first(s)),
-        lambda s: open_student(s, s.cells()[0], 0),
-        "step distill",
-    ),
-    "evidence that was edited": (
-        lambda s: _edit(_first(s) / "evidence.json"),
-        lambda s: open_student(s, s.cells()[0], 0),
-        "step distill",
-    ),
-    "evidence of another format": (
-        lambda s: forge(_first(s), lambda e: e.update(format=1)),
-        lambda s: open_student(s, s.cells()[0], 0),
-        "step distill",
-    ),
-    "evidence beside other settings": (
-        lambda s: _edit(_first(s) / "settings.json"),
-        lambda s: open_student(s, s.cells()[0], 0),
-        "step distill",
-    ),
-    "a study that was changed": (
-        lambda s: _change(s, dynamics__el2n_epoch=3),
-        lambda s: open_datamap(_now(s), open_images(_now(s))),
-        "step datamap",
-    ),
-    "metrics that are cut": (
-        lambda s: _cut(_first(s) / "metrics.parquet"),
-        lambda s: read_metrics(_first(s)),
-        "step distill",
-    ),
-    "a subset that is cut": (
-        lambda s: _cut(_first(s) / "subset.parquet"),
-        lambda s: Subset.load(_first(s) / "subset.parquet"),
-        "step distill",
-    ),
-    "weights that were changed": (
-        lambda s: flip(next(_first(s).glob("weights-00000060*"))),
-        lambda s: student_network(s, open_images(s), s.cells()[0], 0),
-        "step distill",
-    ),
-    "a datamap that is not there": (
-        lambda s: (s.runs / "datamap" / "datamap.parquet").unlink(),
-        lambda s: open_datamap(s, open_images(s)),
-        "step datamap",
-    ),
-    "a datamap that is cut": (
-        lambda s: _cut(s.runs / "datamap" / "datamap.parquet"),
-        lambda s: open_datamap(s, open_images(s)),
-        "step datamap",
-    ),
-    "a datamap of another run": (
-        lambda s: forge(s.runs / "datamap", lambda e: e.update(datamap_sha256="0" * 64)),
-        lambda s: open_datamap(s, open_images(s)),
-        "step datamap",
-    ),
-    "probes that are cut": (
-        lambda s: _cut(_probed(s) / "probes.parquet"),
-        lambda s: open_probes(s, s.probed_cells()[0]),
-        "step probe",
-    ),
-    "probes of another run": (
-        lambda s: forge(_probed(s), lambda e: e.update(table_sha256="0" * 64)),
-        lambda s: open_probes(s, s.probed_cells()[0]),
-        "step probe",
-    ),
-    "a dynamics log that is cut": (
-        lambda s: _cut(s.runs / "teacher" / "dynamics" / "gold_prob.npy"),
-        lambda s: make_datamap(s, open_images(s)),
-        "step teacher",
-    ),
-    "teacher outputs that are not there": (
-        lambda s: shutil.rmtree(s.runs / "teacher" / "outputs-train"),
-        lambda s: open_stored(s, open_images(s).train),
-        "step teacher",
-    ),
-    "a teacher's weights that were changed": (
-        lambda s: [
-            shutil.rmtree(s.runs / "teacher" / "outputs-test"),
-            flip(sorted((s.runs / "teacher").glob("weights-*"))[-1]),
-        ],
-        lambda s: make_teacher(s, open_images(s)),
-        "step teacher",
-    ),
-    "a teacher that is another one now": (
-        lambda s: forge(_first(s), lambda e: e["teacher"].update(measured=0.9)),
-        _accepted,
-        "step distill",
-    ),
-    "images that are not there": (
-        lambda s: shutil.rmtree(s.cache),
-        lambda s: open_images(s),
-        "cache build",
-    ),
-    "images of another format": (
-        lambda s: _format(s.cache / "test" / "index.json"),
-        open_images,
-        "cache build",
-    ),
-    "a shard that is not there": (
-        lambda s: (s.cache / "train" / "images-00001.npy").unlink(),
-        open_images,
-        "cache build",
-    ),
-    "images without a run": (
-        lambda s: (s.runs / "cache" / "evidence.json").unlink(),
-        open_images,
-        "step cache",
-    ),
-    "duplicates that are not there": (
-        lambda s: (s.runs / "cache" / "duplicates.parquet").unlink(),
-        open_duplicates,
-        "step cache",
-    ),
-    "a teacher that is not there": (
-        lambda s: shutil.rmtree(s.runs / "teacher"),
-        open_teacher,
-        "step teacher",
-    ),
-    "evidence that is cut": (
-        lambda s: _cut(s.runs / "teacher" / "evidence.json"),
-        open_teacher,
-        "step teacher",
-    ),
-    "teacher outputs whose index is cut": (
-        lambda s: _cut(s.runs / "teacher" / "outputs-test" / "index.json"),
-        lambda s: open_stored(s, open_images(s).test),
-        "step teacher",
-    ),
-    "a dynamics log that is not there": (
-        lambda s: (s.runs / "teacher" / "dynamics" / "index.json").unlink(),
-        lambda s: DynamicsLog.open(s.runs / "teacher" / "dynamics"),
-        "step teacher",
-    ),
-    "a recording that was not made": (
-        lambda s: None,
-        lambda s: open_log(s, open_images(s), "tiny", "seed=0"),
-        "record",
-    ),
-    "probes of before the study was changed": (
-        lambda s: _change(s, probe__k=4),
-        lambda s: open_probes(s, s.probed_cells()[0]),
-        "step probe",
-    ),
-    "tables to commit that are not there": (
-        lambda s: None,
-        read_committed,
-        "step compare",
-    ),
-}
-
-
 def _format(path: Path) -> None:
     index = json.loads(path.read_text())
     index["header"]["format"] = 7
@@ -225,21 +70,113 @@ def _edit(path: Path) -> None:
     path.write_text(path.read_text().replace("64", "65", 1))
 
 
-def _change(study: Study, **changes) -> None:
-    tiny_study(study.runs.parents[1], **changes)
+def _change(**changes: object) -> Callable[[Path], object]:
+    return lambda params: tiny_study(params.parent, **changes)
 
 
-def _now(study: Study) -> Study:
-    return load_study(study.runs.parents[1] / "params" / "tiny.yaml")
+def _forge(change: Callable[[dict], object]) -> Callable[[Path], None]:
+    return lambda folder: forge(folder, change)
+
+
+def _flip_last(folder: Path) -> None:
+    """Its weights are read where stored outputs are made again."""
+    shutil.rmtree(folder / "outputs-test")
+    flip(sorted(folder.glob("weights-*"))[-1])
+
+
+def _nothing(params: Path) -> None:
+    """The file was never there."""
+
+
+rmtree, unlink = shutil.rmtree, Path.unlink
+STUDENT, PROBES, DATAMAP, STORED = (
+    lambda s: open_student(s, s.cells()[0], 0),
+    lambda s: open_probes(s, s.probed_cells()[0]),
+    lambda s: open_datamap(s, open_images(s)),
+    lambda s: [open_stored(s, cache) for cache in (open_images(s).train, open_images(s).test)],
+)
+LOG = "teacher/dynamics"
+# What is broken: how, which file below runs/tiny, what reads it, and the command that its message
+# has to name
+FAULTS = {
+    "a student that was not trained": (rmtree, "{first}", STUDENT, "step distill"),
+    "evidence that was edited": (_edit, "{first}/evidence.json", STUDENT, "step distill"),
+    "evidence of another format": (
+        _forge(lambda e: e.update(format=1)), "{first}", STUDENT, "step distill",
+    ),
+    "evidence beside other settings": (_edit, "{first}/settings.json", STUDENT, "step distill"),
+    "a study that was changed": (
+        _change(dynamics__el2n_epoch=3), "../../params", DATAMAP, "step datamap",
+    ),
+    "metrics that are cut": (
+        _cut, "{first}/metrics.parquet", lambda s: read_metrics(_first(s)), "step distill",
+    ),
+    "a subset that is cut": (
+        _cut, "{first}/subset.parquet", lambda s: Subset.load(_first(s) / "subset.parquet"),
+        "step distill",
+    ),
+    "weights that were changed": (
+        flip, "{first}/weights-00000060*",
+        lambda s: student_network(s, open_images(s), s.cells()[0], 0), "step distill",
+    ),
+    "a datamap that is not there": (unlink, "datamap/datamap.parquet", DATAMAP, "step datamap"),
+    "a datamap that is cut": (_cut, "datamap/datamap.parquet", DATAMAP, "step datamap"),
+    "a datamap of another run": (
+        _forge(lambda e: e.update(datamap_sha256="0" * 64)), "datamap", DATAMAP, "step datamap",
+    ),
+    "probes that are cut": (_cut, "{probed}/probes.parquet", PROBES, "step probe"),
+    "probes of another run": (
+        _forge(lambda e: e.update(table_sha256="0" * 64)), "{probed}", PROBES, "step probe",
+    ),
+    "a dynamics log that is cut": (
+        _cut, f"{LOG}/gold_prob.npy", lambda s: make_datamap(s, open_images(s)), "step teacher",
+    ),
+    "teacher outputs that are not there": (rmtree, "teacher/outputs-train", STORED, "step teacher"),
+    "a teacher's weights that were changed": (
+        _flip_last, "teacher", lambda s: make_teacher(s, open_images(s)), "step teacher",
+    ),
+    "a teacher that is another one now": (
+        _forge(lambda e: e["teacher"].update(measured=0.9)), "{first}", _accepted, "step distill",
+    ),
+    "images that are not there": (rmtree, "{cache}", open_images, "cache build"),
+    "images of another format": (_format, "{cache}/test/index.json", open_images, "cache build"),
+    "a shard that is not there": (
+        unlink, "{cache}/train/images-00001.npy", open_images, "cache build",
+    ),
+    "images without a run": (unlink, "cache/evidence.json", open_images, "step cache"),
+    "duplicates that are not there": (
+        unlink, "cache/duplicates.parquet", open_duplicates, "step cache",
+    ),
+    "a teacher that is not there": (rmtree, "teacher", open_teacher, "step teacher"),
+    "evidence that is cut": (_cut, "teacher/evidence.json", open_teacher, "step teacher"),
+    "teacher outputs whose index is cut": (
+        _cut, "teacher/outputs-test/index.json", STORED, "step teacher",
+    ),
+    "a dynamics log that is not there": (
+        unlink, f"{LOG}/index.json", lambda s: DynamicsLog.open(s.runs / LOG), "step teacher",
+    ),
+    "a recording that was not made": (
+        _nothing, "../../params", lambda s: open_log(s, open_images(s), "tiny", "seed=0"), "record",
+    ),
+    "probes of before the study was changed": (
+        _change(probe__k=4), "../../params", PROBES, "step probe",
+    ),
+    "tables to commit that are not there": (
+        _nothing, "../../params", read_committed, "step compare",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_a_message_tells_to_do_mends_what_it_names(lab, fault, monkeypatch):
     monkeypatch.chdir(lab)  # where `params/tiny.yaml` is
     study = tiny_study(lab)
-    break_it, provoke, command = FAULTS[fault]
-    break_it(study)
-    study = _now(study)
+    break_it, place, provoke, command = FAULTS[fault]
+    probed = probe_folder(study, study.probed_cells()[0])
+    place = place.format(first=_first(study), probed=probed, cache=study.cache)
+    (path,) = glob.glob(str(study.runs / place))
+    break_it(Path(os.path.normpath(path)))
+    study = load_study(lab / "params" / "tiny.yaml")
     with pytest.raises((ValueError, OSError, RuntimeError)) as refused:
         provoke(study)
     _follow(str(refused.value), command, monkeypatch)

@@ -44,16 +44,6 @@ def test_a_row_with_another_budget_is_refused_and_shown(lab):
     assert f"- refused: {message} mean): budget: " in summary(study, tables)
 
 
-def test_a_number_without_its_checkpoint_is_refused(lab):
-    study = tiny_study(lab)
-    evidence = read_evidence(first_run(study))
-    path = first_run(study) / evidence["checkpoints"]["last"]["file"]
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    table = results(study)
-    assert table["refused"].sum() == 1
-    assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
-
-
 def test_a_summary_says_which_runs_are_of_uncommitted_code(lab):
     study = tiny_study(lab)
     for cell, seed in itertools.product(study.cells(), study.seeds):
@@ -90,18 +80,6 @@ def test_rows_made_before_the_study_was_changed_are_refused(lab):
     table = results(tiny_study(lab, objectives__kd__alpha=0.9))
     assert table.groupby("objective")["refused"].mean().to_dict() == {"kd": 1.0, "plain": 0.0}
     assert "objective.alpha: 0.5 -> 0.9" in table[table["refused"]]["reason"].iloc[0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"data__split_seed": 3}, "split_seed: 0 -> 3"),
-        ({"teacher__seed": 7}, "teacher.seed: 0 -> 7"),
-    ],
-)
-def test_a_table_is_of_the_images_and_the_teacher_the_study_has_now(lab, changes, message):
-    with pytest.raises(ValueError, match=message):
-        results(tiny_study(lab, **changes))
 
 
 @pytest.mark.parametrize(

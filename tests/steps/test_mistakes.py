@@ -17,7 +17,6 @@ import pytest
 from tiny import tiny_study
 
 from kdlib.dataset import plan as plans
-from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan
 from kdlib.models import evaluation
 from kdlib.models.evaluation import evaluate
@@ -58,15 +57,6 @@ def another_split(patch: Patch) -> None:
         return evaluate(network, pixels, images[:197], labels[:197])
 
     patch.setattr(checkpoints, "evaluate", measure)
-
-
-def best_on_test(patch: Patch) -> None:
-    """The best epoch is chosen on test images."""
-
-    def test_images(self: Images, device: str):
-        return self.test.resident("images").to(device), self.test.resident("labels").to(device)
-
-    patch.setattr(Images, "validation", test_images)
 
 
 def rate_of_taught(patch: Patch) -> None:
@@ -123,7 +113,6 @@ MISTAKES: dict[Callable[[Patch], None], str] = {
     subset_ignored: "unique_examples: 1297 on record, 363 by the files|were trained on",
     pass_added_to_seed: "batches: ",
     another_split: "test images of `last`: n 197",
-    best_on_test: "chosen on 500 images that are not the 197 held out",
     rate_of_taught: "learning rate of step",
     labels_rolled: "batches: |teacher rows",
     one_initialisation: "its initial weights are not those that its seed draws",
