@@ -44,6 +44,16 @@ def test_a_row_with_another_budget_is_refused_and_shown(lab):
     assert f"- refused: {message} mean): budget: " in summary(study, tables)
 
 
+def test_a_number_without_its_checkpoint_is_refused(lab):
+    study = tiny_study(lab)
+    evidence = read_evidence(first_run(study))
+    path = first_run(study) / evidence["checkpoints"]["last"]["file"]
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    table = results(study)
+    assert table["refused"].sum() == 1
+    assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
+
+
 def test_a_summary_says_which_runs_are_of_uncommitted_code(lab):
     study = tiny_study(lab)
     for cell, seed in itertools.product(study.cells(), study.seeds):
