@@ -215,9 +215,11 @@ class Holder:
         """Kill every descendant but the daemons that are kept, and wait until they are gone."""
         spared = {self.started[name].pid for name in kept}
         while found := descendants(spared):
-            for pid in found:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            # all are stopped before any is killed: a daemon would report the end of its job
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in found:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
             for pid in found:
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
