@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 import torch
 from devices import DEVICES
-from tiny import TINY, tiny_study
+from tiny import TINY, make_study, tiny_study
 
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import array_source
 from kdlib.repro import files
-from kdlib.steps.cache import cache_images
-from kdlib.steps.datamap import make_datamap
-from kdlib.steps.distill import train_student
-from kdlib.steps.probe import probe_cell
 from kdlib.steps.processes import prepare_device
-from kdlib.steps.teacher import make_teacher
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 from kdlib.study.training import Compute
@@ -87,14 +82,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             return home
         patch.setenv("KDLIB_HOME", str(home))
         study = tiny_study(home)
-        images = cache_images(study)
-        make_teacher(study, images)
-        make_datamap(study, images)
-        for cell in study.cells():
-            for seed in study.seeds:
-                train_student(study, images, cell, seed)
-        for cell in study.probed_cells():
-            probe_cell(study, images, cell)
+        make_study(study)
         done.touch()
     return home
 

@@ -9,8 +9,12 @@ import yaml
 
 from kdlib.dataset.images import Images
 from kdlib.repro import files
+from kdlib.steps.cache import cache_images
+from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.folders import student_folder
+from kdlib.steps.probe import probe_cell
+from kdlib.steps.teacher import make_teacher
 from kdlib.study.cells import Cell
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
@@ -33,6 +37,18 @@ def tiny_study(home: Path, **changes: Any) -> Study:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(content))
     return load_study(path)
+
+
+def make_study(study: Study) -> None:
+    """Steps 01 to 05 of a study, without notebooks."""
+    images = cache_images(study)
+    make_teacher(study, images)
+    make_datamap(study, images)
+    for cell in study.cells():
+        for seed in study.seeds:
+            train_student(study, images, cell, seed)
+    for cell in study.probed_cells():
+        probe_cell(study, images, cell)
 
 
 def first_run(study: Study) -> Path:

@@ -1,7 +1,7 @@
 """Every odd image of a study's data sets, before a byte is built: `python -m kdlib cache check`.
 
 Headers are read, pixels only where a header cannot tell. What a study must decide before its cache
-can be built is told apart from what a reader converts or cuts by itself.
+can be built stands apart from what a reader converts or cuts by itself.
 """
 
 import contextlib

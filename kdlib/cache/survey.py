@@ -200,7 +200,7 @@ def _in_workers(function: Any, payloads: Iterator[Any], n_workers: int) -> Itera
 
 def _drop_unfinished(folder: Path, header: dict[str, Any]) -> None:
     """Remove the beginnings of a cache of the same source with other files: no shard of it can be
-    told to be right, since a file more or less moves all others."""
+    shown to be right, since a file more or less moves all others."""
     for journal in index.journal_paths(folder):
         old, done = index.read_journal(journal)
         if not old or old == header or not _same_source(old, header):

@@ -144,7 +144,7 @@ def chance_accuracy(predicted: np.ndarray, labels: np.ndarray) -> float:
     Args:
         predicted, labels: (N,) integers from 0, N > 0.
 
-    Returns: In [0, 1]; 1 when N answers are too few to be told from chance.
+    Returns: In [0, 1]; 1 when N answers are too few to differ from chance.
 
     >>> chance_accuracy(np.arange(500) % 10, np.arange(500) % 10)
     0.132

@@ -66,7 +66,8 @@ def results(study: Study) -> pd.DataFrame:
         where there is no evidence, and at the best epoch also where the teacher was trained on the
         images it was chosen on.
     """
-    rows, inputs, again = [], _Inputs(study), Remeasure(study, Recount(study))
+    rows, inputs = [], _Inputs(study)
+    again = Remeasure(study, inputs.recount)
     inputs.faults += pixel_disagreements(inputs.cache, again.mean, again.std)
     evidences: dict[Cell, list[tuple[dict, dict[str, Any]]]] = defaultdict(list)  # (row, evidence)
     reference: dict[str, Any] | None = None
@@ -130,7 +131,8 @@ class _Inputs:
         outcomes = checks.run_all(checks.CACHE, cache)
         self.duplicates = {check.name: check.sentence for check in outcomes}["duplicates"]
         self.cache = cache
-        self.faults = _failed(outcomes) + split_disagreements(Recount(study), cache)
+        self.recount = Recount(study)
+        self.faults = _failed(outcomes) + split_disagreements(self.recount, cache)
         self.reader = reader_sentence(cache)
         upstream = {
             step: read_evidence(up.runs / step, up.step_settings(step))

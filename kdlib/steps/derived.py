@@ -36,8 +36,11 @@ def stream(seed: int, purpose: str, *parts: int) -> np.random.Generator:
 
 def array_sha256(*arrays: np.ndarray) -> str:
     """sha256 over dtype, shape and bytes of arrays, as evidence holds it."""
-    parts = [f"{a.dtype.str}{a.shape}".encode() + a.tobytes() for a in arrays]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def tie_numbers(ids: np.ndarray, seed: int) -> np.ndarray:

@@ -109,18 +109,22 @@ class Recount:
         return read
 
     @functools.cached_property
-    def distinct(self) -> np.ndarray:
-        """Whether no other image of either split has the same pixels: (n_test,) bool."""
-        train, test = (
-            [
-                hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    def pixels(self) -> dict[str, list[bytes]]:
+        """A hash of the pixels of each image, in the order of ids, by split."""
+        return {
+            split: [
+                hashlib.blake2b(image.tobytes(), digest_size=16).digest()
                 for ids in np.array_split(shards.ids, max(1, len(shards.ids) // shards.size))
                 for image in shards.rows("images", ids)
             ]
-            for shards in (self.train, self.test)
-        )
-        n_images = Counter(train + test)
-        return np.array([n_images[name] == 1 for name in test])
+            for split, shards in (("train", self.train), ("test", self.test))
+        }
+
+    @functools.cached_property
+    def distinct(self) -> np.ndarray:
+        """Whether no other image of either split has the same pixels: (n_test,) bool."""
+        n_images = Counter(self.pixels["train"] + self.pixels["test"])
+        return np.array([n_images[pixels] == 1 for pixels in self.pixels["test"]])
 
     @functools.cached_property
     def datamap(self) -> pd.DataFrame:
@@ -129,7 +133,7 @@ class Recount:
         return (table.set_index("example_id") if "example_id" in table else table).sort_index()
 
     def subset(self, cell: Cell, seed: int) -> np.ndarray | None:
-        """The subset of a cell and seed, sorted ids; None for a rule that is not told here."""
+        """The subset of a cell and seed, sorted ids; None for a rule that is not derived here."""
         shards, ids = np.unique(self.train_ids // self.train.size), self.train_ids
         if cell.strategy in ("full", "random_shards"):
             return ids

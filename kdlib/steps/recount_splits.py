@@ -3,12 +3,11 @@
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from kdlib.steps.recount import Recount, Shards
+from kdlib.steps.recount import Recount
 
 
 def split_disagreements(recount: Recount, evidence: dict[str, Any]) -> list[str]:
@@ -70,9 +69,9 @@ def _duplicates(recount: Recount) -> dict[str, Any]:
     """Counts of images with the same pixels, from one dictionary of all images."""
     held_out = set(recount.validation_ids.tolist())
     groups: dict[bytes, Counter[tuple[str, int]]] = defaultdict(Counter)  # -> (place, label)
-    for pixels, example_id, label in _rows(recount.train):
+    for pixels, example_id, label in _rows(recount, "train"):
         groups[pixels]["validation" if example_id in held_out else "kept", label] += 1
-    for pixels, _, label in _rows(recount.test):
+    for pixels, _, label in _rows(recount, "test"):
         groups[pixels]["test", label] += 1
     pairs, other = Counter(train=0, test=0, across=0), Counter(train=0, test=0, across=0)
     crossing = among_kept = two_labels = 0
@@ -103,12 +102,9 @@ def _pairs(places: Counter[str]) -> dict[str, int]:
             "across": train * test}  # fmt: skip
 
 
-def _rows(shards: Shards) -> Iterator[tuple[bytes, int, int]]:
-    """A name of its pixels, id and label (the source's) of each image, a shard at a time."""
+def _rows(recount: Recount, split: str) -> Iterator[tuple[bytes, int, int]]:
+    """A hash of its pixels, id and label (the source's) of each image."""
+    shards = {"train": recount.train, "test": recount.test}[split]
     replaced = any(shards.folder.glob("original_labels-*.npy"))
-    for ids in np.array_split(shards.ids, max(1, len(shards.ids) // shards.size)):
-        labels = shards.rows("original_labels" if replaced else "labels", ids)
-        for image, example_id, label in zip(
-            shards.rows("images", ids), ids.tolist(), labels.tolist(), strict=True
-        ):
-            yield blake2b(image.tobytes(), digest_size=16).digest(), example_id, label
+    labels = shards.rows("original_labels" if replaced else "labels", shards.ids)
+    return zip(recount.pixels[split], shards.ids.tolist(), labels.tolist(), strict=True)

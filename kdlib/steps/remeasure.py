@@ -23,7 +23,7 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
-from kdlib.steps.derived import Shards, stream_seed
+from kdlib.steps.derived import Shards, array_sha256, stream_seed
 from kdlib.steps.distill import make_subset
 from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
@@ -35,7 +35,7 @@ from kdlib.study.objectives import needs_teacher
 from kdlib.study.study import Study
 
 BATCH = 1000  # images in memory at once
-VERSION = 2  # of what is kept; a measurement by an earlier version is made again
+VERSION = 3  # of what is kept; a measurement by an earlier version is made again
 HALF_PRECISION = 0.001  # share of test images on which stored logits may have another class
 
 
@@ -65,8 +65,9 @@ class Remeasure:
         self._kept = files.read_json(self._path) if self._path.exists() else {}
         self.teacher = functools.cache(self._teacher)  # of a name, None of the study's own
         self._initial: dict[tuple[str, int], str] = {}
+        distinct = array_sha256(recount.distinct)
         self._inputs = files.fingerprint(
-            [recount.read["test"], recount.train.sha256(recount.train_ids), VERSION]
+            [recount.read["test"], self.mean.tolist(), self.std.tolist(), distinct, VERSION]
         )
 
     def rights(self, path: Path, build: Callable[[], nn.Module]) -> dict[str, int]:
@@ -113,15 +114,15 @@ class Remeasure:
         Raises: FileNotFoundError or KeyError for a record without what this reads.
         """
         folder = student_folder(self.study, cell, seed)
-        reasons = self._unlike_pixels() + self.recount.reasons(
-            cell, seed, folder, evidence, self._drawn_again
-        )
+        reasons = self.recount.reasons(cell, seed, folder, evidence, self._drawn_again)
         model = self.study.students[cell.student].model
         init = stream_seed(seed, "init")
         build = functools.partial(network_for, self.images, model, init, self.device)
         reasons += self._unlike_initial(model, init, evidence, build)
         for name in ("best", "last"):
             entry = evidence["checkpoints"][name]
+            if files.sha256_file(folder / entry["file"]) != entry["file_sha256"]:
+                return math.nan, reasons  # another check refuses weights that were changed
             again = self.rights(folder / entry["file"], build)
             reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
         objective = self.study.objectives[cell.objective]
@@ -137,16 +138,6 @@ class Remeasure:
         if seed not in self.study.seeds[::5]:
             return None
         return make_subset(self.study, self.images, cell, seed).example_ids
-
-    def _unlike_pixels(self) -> list[str]:
-        pixels = self.images.pixels
-        if np.allclose([pixels.mean, pixels.std], [self.mean, self.std], rtol=1e-6):
-            return []
-        return [
-            f"mean and std of the training pixels are {self.mean.round(4).tolist()} and "
-            f"{self.std.round(4).tolist()}, and students were given "
-            f"{np.round(pixels.mean, 4).tolist()} and {np.round(pixels.std, 4).tolist()}"
-        ]
 
     def _unlike_initial(
         self, model: Model, init: int, evidence: dict[str, Any], build: Callable[[], nn.Module]

@@ -63,6 +63,16 @@ def test_a_summary_says_which_runs_are_of_uncommitted_code(lab):
     assert "\n1 run of code with uncommitted changes.\n" in summary(study, compile_tables(study))
 
 
+def test_weights_that_are_cut_refuse_their_row_alone(lab):
+    study = tiny_study(lab)
+    evidence = read_evidence(first_run(study))
+    path = first_run(study) / evidence["checkpoints"]["last"]["file"]
+    path.write_bytes(path.read_bytes()[:-40])
+    table = results(study)
+    assert table["refused"].sum() == 1
+    assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
+
+
 def test_metrics_that_were_changed_are_not_drawn(lab):
     study = tiny_study(lab)
     path = first_run(study) / "metrics.parquet"

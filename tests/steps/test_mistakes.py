@@ -152,4 +152,4 @@ def test_pixel_statistics_of_other_images_are_refused(lab: Path, monkeypatch: Pa
         patch.setattr(steps_cache, "pixel_statistics", lambda cache, ids: real(cache, ids[:9]))
         steps_cache.cache_images(study)
     table = results(study)
-    assert table["reason"].str.contains("mean and std of the training pixels are").all()
+    assert table["reason"].str.contains("step 01 recorded mean as").all()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tiny import flip, tiny_study
+from tiny import flip, make_study, tiny_study
 
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader
@@ -21,7 +21,6 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps import distill, probe, probe_network, training
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import results
-from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.folders import student_folder
 from kdlib.steps.teacher import make_teacher
@@ -69,14 +68,7 @@ def smallest(tmp_path_factory) -> Path:
         patch.setenv("KDLIB_HOME", str(home))
         _draw(home, 6, 2)
         study = _study(home)
-        images = cache_images(study)
-        make_teacher(study, images)
-        make_datamap(study, images)
-        for cell in study.cells():
-            for seed in study.seeds:
-                train_student(study, images, cell, seed)
-        for cell in study.probed_cells():
-            probe.probe_cell(study, images, cell)
+        make_study(study)
     return home
 
 
