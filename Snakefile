@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from kdlib.repro import files, processor
+from kdlib.steps.folders import recording_of_seed
 from kdlib.study import load_study, study_file
 
 files.settle()
@@ -41,6 +42,11 @@ NOTEBOOKS = f"{workflow.basedir}/notebooks".replace("{", "{{").replace("}", "}}"
 TEACHERS = study.shared_teachers[1:]
 SHARED = [f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")]
 CACHE, TEACHER, _ = SHARED
+OF_SEEDS = []  # recordings by which each seed's subsets are chosen; 03 makes those of a shared study
+if study.dynamics.per_seed and study.shares is None:
+    names = [recording_of_seed(study, seed) for seed in study.seeds]
+    OF_SEEDS = [f"{RUNS}/recorded/model={m}/{part}/evidence.json" for m, part in names]
+SHARED += OF_SEEDS
 FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]
 SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
 CELL = SUBSET + "/objective={objective}"
@@ -139,7 +145,7 @@ rule all:
 for step, folder, name, before, processes in (
     ("cache", UPSTREAM, "01_cache.ipynb", [], 0),
     ("teacher", UPSTREAM, "02_teacher.ipynb", [CACHE], study.compute.processes),
-    ("datamap", UPSTREAM, "03_datamap.ipynb", [CACHE, TEACHER], 1),
+    ("datamap", UPSTREAM, "03_datamap.ipynb", [CACHE, TEACHER, *OF_SEEDS], 1),
     ("compare", RUNS, "06_compare.ipynb", [*SHARED, *FURTHER, *students(study.cells()), *PROBES], 0),
     ("scores", RUNS, "07_scores.ipynb", [CACHE, *RECORDINGS], 0),
     ("noise", RUNS, "08_noise.ipynb", [CACHE, *RECORDINGS], 0),

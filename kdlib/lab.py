@@ -36,7 +36,7 @@ from kdlib.steps.cache import (
     split_table,
 )
 from kdlib.steps.compare import compile_tables, finish_tables, open_tables
-from kdlib.steps.datamap import make_datamap
+from kdlib.steps.datamap import make_datamap, open_datamap
 from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, meanings, step_of
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.near import near_duplicates
@@ -136,12 +136,19 @@ class Lab:
         """The recorded training dynamics: an array (E, N) for each quantity, `log["gold_prob"]`."""
         return DynamicsLog.open(self.study.recorded_run / "dynamics", self.images.fingerprints)
 
-    def datamap(self) -> pd.DataFrame:
+    def datamap(self, seed: int | None = None) -> pd.DataFrame:
         """Step 03: every score of every training example.
+
+        Args:
+            seed: The map by which the subsets of this seed are chosen, which is another one in a
+                study with `dynamics.per_seed`.
 
         Returns: Index `example_id`; `lab.columns(table)` explains the columns.
         """
-        return make_datamap(self.study, self.images)
+        table = make_datamap(self.study, self.images)
+        if seed is None:
+            return table
+        return open_datamap(self.study, self.images, *checked_seeds([seed]))
 
     def explore(self, **options: Any) -> Any:
         """The datamap as an app; make it the last line of a cell.

@@ -41,7 +41,8 @@ def selection_s(study: Study, costs: pd.DataFrame, strategy: str, objective: str
     """Seconds spent on a strategy's selection that a student on the full set does not need.
 
     A strategy that reads the datamap needs it and the training recorded for it. Where that is the
-    training of the teacher, a student with this teacher needs it anyway. Teachers of the study's
+    training of the teacher, a student with this teacher needs it anyway. Where each seed has a
+    recording and a datamap of its own, it needs those of one seed. Teachers of the study's
     `teachers` are not charged: the full set needs them as well.
 
     Args:
@@ -51,6 +52,9 @@ def selection_s(study: Study, costs: pd.DataFrame, strategy: str, objective: str
         return 0.0
     if not strategy.startswith(PICKED) and study.selection(strategy).kind == "random":
         return 0.0
+    if study.dynamics.per_seed:
+        of_seeds = costs["what"].isin(("recordings", "datamaps"))
+        return float(costs[of_seeds]["wall_s"].sum()) / len(study.seeds)
     needed = {"datamap"}
     if study.dynamics.model is not None:
         needed.add("dynamics")

@@ -131,6 +131,7 @@ def finding(study: Study, question: str, repository: str = "") -> str:
         f"[figure]({repository}figures/{name}/{pictures[kind]}.png), "
         f"[table]({repository}figures/{name}/comparison.md), "
         f"[study]({repository}params/{name}.yaml), {count(len(study.seeds), 'seed')}"
+        + (", each with a recording of its own" if study.dynamics.per_seed else "")
     )
     verdicts = "".join(f"\n  - {line}." for line in _groups(tables[kind], kind))
     refused = tables["results"]["refused"]

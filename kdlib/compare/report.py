@@ -47,6 +47,13 @@ def summary(study: Study, tables: Tables) -> str:
         lines += [f"Duplicates: {results['duplicates'].iloc[0]}.", ""]
     if "reader" in results:  # of images in files of which some were converted or cut
         lines += [f"Images as they were read: {results['reader'].iloc[0]}.", ""]
+    if study.dynamics.per_seed:
+        lines += [
+            "Every seed had a recording of its own, by whose scores its subsets were chosen "
+            f"(`{next(iter(study.upstream.recordings.models))}`): an interval over seeds is one "
+            "over recordings.",
+            "",
+        ]
     if versions > 1:
         lines += [f"The runs were made by {versions} versions of the code.", ""]
     dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11

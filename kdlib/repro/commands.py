@@ -70,6 +70,8 @@ def _of_run(runs: Path, parts: list[str], study: str) -> tuple[int, str]:
     if step == "recorded" and len(below) > 1:
         model = shlex.quote(below[0].removeprefix("model="))
         return 3, f"record {study} --model {model} --part {shlex.quote(below[1])}"
+    if step == "datamaps" and below:
+        return 2, f"step datamap {study}"
     if step == "probe":
         return (3 if below[:1] == ["once"] else _N_AXES + 1), f"step probe {study}"
     if step in _COMMANDS:

@@ -27,8 +27,13 @@ from kdlib.steps.cache import reader_sentence
 from kdlib.steps.distill import open_student, outcome
 from kdlib.steps.done import read_by
 from kdlib.steps.folders import (
+    datamap_folder,
+    datamap_settings,
     dynamics_settings,
     probe_folder,
+    recording_folder,
+    recording_of_seed,
+    recording_settings,
     student_folder,
     student_settings,
     teacher_folder,
@@ -134,12 +139,12 @@ class _Inputs:
         self.recount = Recount(study)
         self.faults = _failed(outcomes) + split_disagreements(self.recount, cache)
         self.reader = reader_sentence(cache)
-        upstream = {
-            step: read_evidence(up.runs / step, up.step_settings(step))
-            for step in ("teacher", "datamap")
+        self.study = study
+        self.data = read_evidence(up.runs / "teacher", up.step_settings("teacher"))["data"]
+        self.datamaps = {
+            seed: read_evidence(datamap_folder(study, seed), datamap_settings(study, seed))
+            for seed in study.seeds
         }
-        self.study, self.data = study, upstream["teacher"]["data"]
-        self.datamap = upstream["datamap"]["datamap_sha256"]
         self.teacher = functools.cache(lambda name: open_teacher(study, name))
 
     def changed(self, cell: Cell, seed: int, evidence: dict[str, Any]) -> list[str]:
@@ -151,7 +156,8 @@ class _Inputs:
             changed.append("images")
         if evidence["teacher"] and shared and evidence["teacher"] != self.teacher(name):
             changed.append("teacher outputs")
-        if not cell.strategy.startswith(PICKED) and parent not in (None, self.datamap):
+        datamap = self.datamaps[seed]["datamap_sha256"]
+        if not cell.strategy.startswith(PICKED) and parent not in (None, datamap):
             changed.append("datamap")
         if not changed:
             return self.faults
@@ -249,7 +255,8 @@ def costs(study: Study) -> pd.DataFrame:
     """Wall times of the runs that were made with the settings of now: one row for each student, and
     one each for `cache`, `teacher` (its training, if any, and its stored outputs), `dynamics`
     (where another network is recorded than the teacher), `datamap` and each further teacher; the
-    trainings of a teacher that learns from subsets are added up.
+    trainings of a teacher that learns from subsets are added up, and so are the `recordings` and
+    `datamaps` of seeds.
 
     Returns: `what`, the axes and `seed` ("", 0 and -1 where there are none), `wall_s` of the
         process that finished it, `steps` of optimisation, and the circumstances.
@@ -259,7 +266,13 @@ def costs(study: Study) -> pd.DataFrame:
     runs = {what: [(up.runs / what, up.step_settings(what))] for what in ("cache", "teacher")}
     if study.dynamics.model is not None:
         runs["dynamics"] = [(study.recorded_run, dynamics_settings(study))]
-    runs["datamap"] = [(up.runs / "datamap", up.step_settings("datamap"))]
+    runs["datamap"] = [(datamap_folder(study), datamap_settings(study))]
+    if study.dynamics.per_seed:
+        places = [(up, *recording_of_seed(study, seed)) for seed in study.seeds]
+        runs["recordings"] = [(recording_folder(*p), recording_settings(*p)) for p in places]
+        runs["datamaps"] = [
+            (datamap_folder(study, s), datamap_settings(study, s)) for s in study.seeds
+        ]
     for name, teacher in study.teachers.items():
         settings = study.step_settings("teacher", teacher=name)
         runs[f"teacher {name}"] = [

@@ -1,71 +1,107 @@
-"""Step 03: the datamap of a study: every score of every training example."""
-
-from typing import Any
+"""Step 03: the datamap of a study: every score of every training example. With
+`dynamics.per_seed` also one for each seed, of a recording of its own.
+"""
 
 import numpy as np
 import pandas as pd
-import torch
 
 from kdlib.cartography.datamap import compute_datamap, read_datamap, write_datamap
 from kdlib.cartography.feature_scores import class_distance, prototypicality
-from kdlib.cartography.gradients import gradient_norms
 from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
-from kdlib.models.base import Network
 from kdlib.repro import files
 from kdlib.repro.commands import delete_and_run
 from kdlib.repro.run import open_run, read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_epoch
+from kdlib.steps.folders import (
+    datamap_folder,
+    datamap_settings,
+    recording_folder,
+    recording_of_seed,
+    recording_settings,
+)
 from kdlib.steps.processes import prepare_device
+from kdlib.steps.recordings import gradients, open_gradients, open_log, record
 from kdlib.steps.teacher_network import recorded_network
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
+from kdlib.study.base import StudyError
 from kdlib.study.study import Study
+
+_OF_TEACHER = ["prototypicality", "class_distance"]  # scores that read no dynamics
 
 
 def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     """Step 03: every score of every training example, from the recorded dynamics, the recorded
-    network's gradients where the study asks for them, and the teacher's features."""
-    study = study.upstream
-    recorded = read_evidence(study.recorded_run)
-    log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
+    network's gradients where the study asks for them, and the teacher's features.
+
+    With `dynamics.per_seed` the datamap of each seed is made too, and its recording where there is
+    none yet.
+
+    Returns: The study's datamap, of its recorded network.
+    """
+    whole = _make(study, images, None)
+    for seed in study.seeds if study.dynamics.per_seed else ():
+        record(study.upstream, images, *recording_of_seed(study, seed))
+        _make(study, images, seed)
+    return whole
+
+
+def _make(study: Study, images: Images, seed: int | None) -> pd.DataFrame:
+    """Make the datamap of a seed, after the study's own, or that one (None)."""
     settings = {
-        "step": study.step_settings("datamap"),
-        "inputs": images.fingerprints | _inputs(study),
+        "step": datamap_settings(study, seed),
+        "inputs": images.fingerprints | _inputs(study, seed),
     }
-    path = study.runs / "datamap" / "datamap.parquet"
-    with open_run(study.runs, path.parent, settings) as run:
+    log = _open_log(study, images, seed)
+    path = datamap_folder(study, seed) / "datamap.parquet"
+    with open_run(study.upstream.runs, path.parent, settings) as run:
         if not run.finished:
             images.train.verify()
-            device, scoring = prepare_device(study.compute), study.dynamics
+            device, scoring = prepare_device(study.upstream.compute), study.dynamics
             table = compute_datamap(log, el2n_epoch=scoring.el2n_epoch, window=scoring.window)
-            table = table.assign(**_further_scores(study, images, table, recorded, device))
+            if seed is None:
+                table = table.assign(**_further_scores(study.upstream, images, table, device))
+            else:
+                table = table.assign(**_further_scores_of_seed(study, images, table, seed))
             provenance = settings["inputs"] | {"settings": run.settings_sha256}
             write_datamap(table, path, provenance)
             run.finish(
                 {
                     "step": "datamap",
-                    "study": study.name,
+                    "study": study.upstream.name,
                     "datamap_sha256": files.sha256_file(path),
                     "n_examples": len(table),
                     "n_epochs": log.n_epochs,
                     "observed": log.observed,
                 }
             )
-        return open_datamap(study, images)
+        return open_datamap(study, images, seed)
 
 
-def _inputs(study: Study) -> dict[str, str]:
+def _open_log(study: Study, images: Images, seed: int | None) -> DynamicsLog:
+    """The dynamics of the recording of a seed, or of the study's recorded network."""
+    if seed is not None:
+        return open_log(study.upstream, images, *recording_of_seed(study, seed))
+    return DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
+
+
+def _inputs(study: Study, seed: int | None) -> dict[str, str]:
     """Fingerprints of a datamap's inputs beside the images: the recorded training and the teacher's
     outputs."""
+    if seed is None:
+        recorded = read_evidence(study.recorded_run)
+    else:
+        place = (study.upstream, *recording_of_seed(study, seed))
+        recorded = read_evidence(recording_folder(*place), recording_settings(*place))
     return {
-        "recorded": read_evidence(study.recorded_run)["settings_sha256"],
-        "teacher_outputs": open_teacher(study)["outputs"]["train"],
+        "recorded": recorded["settings_sha256"],
+        "teacher_outputs": open_teacher(study.upstream)["outputs"]["train"],
     }
 
 
 def _further_scores(
-    study: Study, images: Images, table: pd.DataFrame, recorded: dict[str, Any], device: str
+    study: Study, images: Images, table: pd.DataFrame, device: str
 ) -> dict[str, np.ndarray]:
     """Scores that follow from gradients and from the teacher's features, which are in memory as
     float32."""
@@ -74,34 +110,46 @@ def _further_scores(
     epoch = study.dynamics.gradient_epoch
     if epoch is not None:
         network = recorded_network(study, images, device)
-        load_epoch(network, study.recorded_run, recorded, epoch)
+        load_epoch(network, study.recorded_run, read_evidence(study.recorded_run), epoch)
         scores["grand"], scores["grand_last"] = gradients(images, network, ids, device)
     features = teacher_features(study, images.train, ids)
     n_clusters = study.dynamics.clusters or images.n_classes
     seed = derive(study.dynamics.seed, "clusters") % 2**32  # scikit-learn takes 32 bits
-    scores["prototypicality"] = prototypicality(features, n_clusters, seed)
-    return scores | {"class_distance": class_distance(features, table["label"].to_numpy())}
+    distance = class_distance(features, table["label"].to_numpy())
+    named = (prototypicality(features, n_clusters, seed), distance)
+    return scores | dict(zip(_OF_TEACHER, named, strict=True))
 
 
-def gradients(
-    images: Images, network: Network, ids: np.ndarray, device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """`grand` and `grand_last` of some training examples under a network's weights."""
-    pixels = torch.from_numpy(images.train.read("images", ids)).to(device)
-    labels = torch.from_numpy(images.train.read("labels", ids)).to(device)
-    return gradient_norms(network, images.pixels, pixels, labels, describe="gradients")
+def _further_scores_of_seed(
+    study: Study, images: Images, table: pd.DataFrame, seed: int
+) -> dict[str, pd.Series]:
+    """The same for the map of a seed: its recording's gradients, and the teacher's scores, which
+    are those of the study's map."""
+    norms = open_gradients(study.upstream, *recording_of_seed(study, seed))
+    of_teacher = open_datamap(study, images)[_OF_TEACHER]
+    parts = [of_teacher] if norms is None else [norms, of_teacher]
+    return {name: part[name] for part in parts for name in part}
 
 
-def open_datamap(study: Study, images: Images) -> pd.DataFrame:
+def open_datamap(study: Study, images: Images, seed: int | None = None) -> pd.DataFrame:
     """The datamap of step 03, checked against the images and the evidence.
 
+    Args:
+        seed: That by which the subsets of this seed are chosen; None: the study's.
+
     Raises: FileNotFoundError that names the command; ValueError for a datamap of other images,
-        another recording or another teacher.
+        another recording or another teacher; StudyError for a seed without a recording.
     """
-    study = study.upstream
-    evidence = read_evidence(study.runs / "datamap", study.step_settings("datamap"))
-    path = study.runs / "datamap" / "datamap.parquet"
-    table = read_datamap(path, images.fingerprints | _inputs(study))
+    if not study.dynamics.per_seed:
+        seed = None
+    elif seed is not None and seed not in study.seeds:
+        raise StudyError(
+            f"seed {seed} has no recording of its own (dynamics.per_seed); {study.name} has the "
+            f"seeds {', '.join(map(str, study.seeds))}"
+        )
+    evidence = read_evidence(datamap_folder(study, seed), datamap_settings(study, seed))
+    path = datamap_folder(study, seed) / "datamap.parquet"
+    table = read_datamap(path, images.fingerprints | _inputs(study, seed))
     if files.sha256_file(path) != evidence["datamap_sha256"]:
         raise ValueError(f"{path} differs from its evidence; {delete_and_run(path)}")
     return table

@@ -16,7 +16,7 @@ from kdlib.repro.run import Run, read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
 from kdlib.steps.datamap import open_datamap
-from kdlib.steps.folders import student_folder, student_settings
+from kdlib.steps.folders import datamap_folder, student_folder, student_settings
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
 from kdlib.steps.teacher_outputs import teacher_features
@@ -47,8 +47,8 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     if rule == "full" or (rule.kind == "random" and not rule.balanced):  # these look at ids alone
         table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
     else:
-        table = open_datamap(study, images)
-        parent = read_evidence(study.upstream.runs / "datamap")["datamap_sha256"]
+        table = open_datamap(study, images, seed)
+        parent = read_evidence(datamap_folder(study, seed))["datamap_sha256"]
         if rule.reads_features:
             features = teacher_features(study, images.train, table.index.to_numpy())
     asked = budget(len(ids), cell.fraction)

@@ -18,9 +18,12 @@ from kdlib.dataset.plan import split_ids
 from kdlib.repro import files
 from kdlib.repro.run import incomplete, read_evidence
 from kdlib.steps.folders import (
+    datamap_folder,
+    datamap_settings,
     dynamics_settings,
     probe_folder,
     recording_folder,
+    recording_of_seed,
     recording_settings,
     student_folder,
     student_settings,
@@ -89,7 +92,10 @@ def _sources(study: Study, step: str) -> list[Path]:
         runs = study.recordings.runs() if study.recordings else []
         return [recording_folder(study, *run) for run in runs]
     teachers = [teacher_folder(study, name) for name in study.shared_teachers]
-    shared = [study.upstream.runs / "cache", *teachers, study.upstream.runs / "datamap"]
+    shared = [study.upstream.runs / "cache", *teachers, datamap_folder(study)]
+    for seed in study.seeds if study.dynamics.per_seed else ():
+        recording = recording_folder(study.upstream, *recording_of_seed(study, seed))
+        shared += [recording, datamap_folder(study, seed)]
     students = [student_folder(study, c, seed) for c in study.cells() for seed in study.seeds]
     return [*shared, *students, *(probe_folder(study, c) for c in study.probed_cells())]
 
@@ -110,8 +116,7 @@ class _Steps:
         )
         self._shared()
         for run in study.recordings.runs() if study.recordings else ():
-            asked = recording_settings(study, *run)
-            self._add(recording_folder(study, *run), asked, [self.cache], self._images)
+            self._recording(study, *run)
         for cell in study.cells():
             for seed in study.seeds:
                 self._student(cell, seed)
@@ -197,8 +202,28 @@ class _Steps:
             why = self.why[up.recorded_run]
             self.why[self.teacher] = f"{_named(up.recorded_run)}: {why}"
         waits = [self.cache, up.recorded_run, self.teacher]
-        self._add(self.datamap, up.step_settings("datamap"), waits, self._of_datamap)
+        inputs = functools.partial(self._of_datamap, up.recorded_run)
+        self._add(self.datamap, datamap_settings(study), waits, inputs)
         self._look(self.datamap, "datamap")
+        for seed in study.seeds if study.dynamics.per_seed else ():
+            self._datamap_of_seed(seed)
+
+    def _recording(self, study: Study, model: str, part: str) -> Path:
+        """Look at a recording, once; its folder."""
+        folder = recording_folder(study, model, part)
+        if folder not in self._evidence:
+            asked = recording_settings(study, model, part)
+            self._add(folder, asked, [self.cache], self._images)
+        return folder
+
+    def _datamap_of_seed(self, seed: int) -> None:
+        study, folder = self.study, datamap_folder(self.study, seed)
+        recording = self._recording(study.upstream, *recording_of_seed(study, seed))
+        inputs = functools.partial(self._of_datamap, recording)
+        waits = [self.cache, recording, self.teacher]
+        self._add(folder, datamap_settings(study, seed), waits, inputs)
+        if folder in self.open and self.datamap not in self.why:  # notebook 03 makes both
+            self.why[self.datamap] = f"{_named(folder)}: {self.why[folder]}"
 
     def _teacher(self, study: Study, name: str | None) -> None:
         settings = study.teacher if name is None else study.teachers[name]
@@ -240,8 +265,8 @@ class _Steps:
         data, ids = self.study.upstream.data, self._caches["train"].example_ids
         return files.sha256_array(*split_ids(ids, data.n_validation, data.split_seed))
 
-    def _of_datamap(self) -> dict[str, Any]:
-        recorded = self._evidence[self.study.recorded_run]["settings_sha256"]
+    def _of_datamap(self, recorded_run: Path) -> dict[str, Any]:
+        recorded = self._evidence[recorded_run]["settings_sha256"]
         outputs = self._evidence[self.teacher]["teacher"]["outputs"]["train"]
         return self._images() | {"recorded": recorded, "teacher_outputs": outputs}
 
@@ -252,13 +277,14 @@ class _Steps:
             teacher = teacher_folder(study, objective.teacher)
             waits.append(teacher)
         if mapped := self._reads_datamap(cell):
-            waits.append(self.datamap)
+            waits.append(datamap_folder(study, seed))
 
         def further(evidence: Evidence) -> str:
             if teacher is not None and evidence["teacher"] != self._evidence[teacher]["teacher"]:
                 return "was made from another teacher's outputs"
             parent = evidence["subset"]["parent_datamap"]
-            if mapped and parent != self._evidence[self.datamap]["datamap_sha256"]:
+            datamap = self._evidence.get(datamap_folder(study, seed))
+            if mapped and parent != datamap["datamap_sha256"]:
                 return "its subset was chosen by another datamap"
             if cell.strategy.startswith(PICKED):
                 saved = Subset.load(study.picked(cell.strategy)).sha256

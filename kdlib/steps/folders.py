@@ -28,6 +28,24 @@ def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
     return study.step_settings("distill", cell) | {"seed": seed}
 
 
+def datamap_folder(study: Study, seed: int | None = None) -> Path:
+    """The folder of the datamap by which the subsets of a seed are chosen; None: of the study's."""
+    of_seed = seed is not None and study.dynamics.per_seed
+    return study.upstream.runs / (f"datamaps/seed={seed}" if of_seed else "datamap")
+
+
+def datamap_settings(study: Study, seed: int | None = None) -> dict[str, Any]:
+    """The settings of the same datamap."""
+    of_seed = seed is not None and study.dynamics.per_seed
+    return study.upstream.step_settings("datamap") | ({"seed": seed} if of_seed else {})
+
+
+def recording_of_seed(study: Study, seed: int) -> tuple[str, str]:
+    """Of a study with `per_seed`, the recording (model, part), of the study that it shares with,
+    whose scores choose the subsets of a seed."""
+    return next(iter(study.upstream.recordings.models)), f"seed={seed}"
+
+
 def probe_folder(study: Study, cell: Cell) -> Path:
     """The folder of the probes of one cell."""
     return study.runs / "probe" / cell.path

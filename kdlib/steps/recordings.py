@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from kdlib.cartography.gradients import gradient_norms
 from kdlib.cartography.log import DynamicsLog
 from kdlib.dataset.images import Images
 from kdlib.models.base import Network
@@ -19,7 +20,6 @@ from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.checkpoints import load_epoch, load_last
-from kdlib.steps.datamap import gradients
 from kdlib.steps.folders import recording_folder, recording_settings
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.training import finish_run, train_run
@@ -109,6 +109,15 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
             path = write_parquet(folder / "held_out.parquet", table, {"fold": int(number)})
             evidence["held_out_sha256"] = files.sha256_file(path)
         return finish_run(run, study, images, "record", evidence, checks.RUN)
+
+
+def gradients(
+    images: Images, network: Network, ids: np.ndarray, device: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`grand` and `grand_last` of some training examples under a network's weights."""
+    pixels = torch.from_numpy(images.train.read("images", ids)).to(device)
+    labels = torch.from_numpy(images.train.read("labels", ids)).to(device)
+    return gradient_norms(network, images.pixels, pixels, labels, describe="gradients")
 
 
 def _held_out(images: Images, network: Network, ids: np.ndarray, device: str) -> pd.DataFrame:

@@ -86,6 +86,7 @@ class Recount:
         self.validation_ids = np.sort(self.train.ids[held_out])
         self.labels = np.full(self.train.ids[-1] + 1, -1, np.int64)
         self.labels[self.train.ids] = self.train.rows("labels", self.train.ids)
+        self.datamap = functools.cache(self._datamap)  # of a seed
 
     @functools.cached_property
     def read(self) -> dict[str, dict[str, Any]]:
@@ -126,10 +127,10 @@ class Recount:
         n_images = Counter(self.pixels["train"] + self.pixels["test"])
         return np.array([n_images[pixels] == 1 for pixels in self.pixels["test"]])
 
-    @functools.cached_property
-    def datamap(self) -> pd.DataFrame:
-        """The datamap's file, by example id."""
-        table = pd.read_parquet(self.study.upstream.runs / "datamap" / "datamap.parquet")
+    def _datamap(self, seed: int) -> pd.DataFrame:
+        """The file of the datamap that chooses the subsets of a seed, by example id."""
+        folder = f"datamaps/seed={seed}" if self.study.dynamics.per_seed else "datamap"
+        table = pd.read_parquet(self.study.upstream.runs / folder / "datamap.parquet")
         return (table.set_index("example_id") if "example_id" in table else table).sort_index()
 
     def subset(self, cell: Cell, seed: int) -> np.ndarray | None:
@@ -147,7 +148,9 @@ class Recount:
         if rule.balanced or not isinstance(rule, Ranking):
             return None
         drawn = rule.kind == "random"  # which reads no datamap
-        costs = np.zeros(len(ids)) if drawn else ranking_costs(self.datamap.loc[ids], rule.kind)
+        costs = (
+            np.zeros(len(ids)) if drawn else ranking_costs(self.datamap(seed).loc[ids], rule.kind)
+        )
         return lowest(costs, ids, rounded(len(ids), cell.fraction), seed)
 
     def expected(self, cell: Cell, ids: np.ndarray, training: dict[str, Any]) -> Expected:
@@ -227,6 +230,31 @@ class Recount:
         step = asked | {"training": of["training"], "objective": {"kind": "cross_entropy"}}
         expected = Expected(self.train_ids, steps_of(of["training"], len(self.train_ids)))
         return self.training_reasons(step, expected, of["seed"], evidence)
+
+    def recording_reasons(self, seed: int, folder: Path, evidence: dict[str, Any]) -> list[str]:
+        """The same of the recording of a seed, and of what its datamap took from its log."""
+        step = _without_null(json.loads((folder / "settings.json").read_text())["step"])
+        ids = np.load(folder / "dynamics" / "example_ids.npy", allow_pickle=False)
+        facts = [
+            ("seed of the recording", step["seed"], seed),
+            ("examples of the recording", array_sha256(ids), array_sha256(self.train_ids)),
+        ]
+        reasons, datamap = _contradicted(facts), self.datamap(seed).reindex(ids)
+        for score, logged in (("confidence", "gold_prob"), ("correctness", "correct")):
+            epochs = np.load(folder / "dynamics" / f"{logged}.npy", allow_pickle=False)  # (E, N)
+            unlike = ~(np.abs(datamap[score] - epochs.mean(0, np.float64)) < 1e-6)  # NaN is unlike
+            if unlike.any():
+                reasons.append(f"{score} of {unlike.sum()} examples is not that of its recording")
+        step = step | {"objective": {"kind": "cross_entropy"}}
+        expected = Expected(self.train_ids, steps_of(step["training"], len(self.train_ids)))
+        return reasons + self.training_reasons(step, expected, seed, evidence)
+
+
+def _without_null(value: Any) -> Any:
+    """Settings without the keys that have no value, as evidence has them."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_null(v) for key, v in value.items() if v is not None}
 
 
 def _contradicted(facts: list[tuple[str, Any, Any]]) -> list[str]:

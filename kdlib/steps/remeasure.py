@@ -64,6 +64,7 @@ class Remeasure:
         self._path = study.runs / "measured.json"
         self._kept = files.read_json(self._path) if self._path.exists() else {}
         self.teacher = functools.cache(self._teacher)  # of a name, None of the study's own
+        self.recording = functools.cache(self._recording)  # of a seed
         self._initial: dict[tuple[str, int], str] = {}
         distinct = array_sha256(recount.distinct)
         self._inputs = files.fingerprint(
@@ -129,7 +130,8 @@ class Remeasure:
         if needs_teacher(objective) and objective.teacher in self.study.shared_teachers:
             reasons += [f"teacher: {reason}" for reason in self.teacher(objective.teacher)]
         if evidence["subset"]["parent_datamap"] is not None:
-            reasons += [f"datamap: {reason}" for reason in self.recorded]
+            recorded = self.recording(seed) if self.study.dynamics.per_seed else self.recorded
+            reasons += [f"datamap: {reason}" for reason in recorded]
         n = again["n_distinct"]
         return again["right_distinct"] / n if n else math.nan, reasons
 
@@ -152,6 +154,15 @@ class Remeasure:
         if evidence["initialisation"]["weights_sha256"] == self._initial[key]:
             return []
         return ["its initial weights are not those that its seed draws"]
+
+    def _recording(self, seed: int) -> list[str]:
+        """Why the recording of a seed does not stand, or its datamap is not made of it."""
+        name, model = next(iter(self.study.upstream.recordings.models.items()))
+        folder = self.study.upstream.runs / "recorded" / f"model={name}" / f"seed={seed}"
+        evidence, init = read_evidence(folder), stream_seed(seed, "init")
+        build = functools.partial(network_for, self.images, model, init, self.device)
+        reasons = self._unlike_initial(model, init, evidence, build)
+        return reasons + self.recount.recording_reasons(seed, folder, evidence)
 
     @functools.cached_property
     def recorded(self) -> list[str]:

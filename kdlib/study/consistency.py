@@ -23,6 +23,7 @@ def check(study: "Study") -> None:
     _check_probes(study)
     _check_teachers(study)
     _check_trainings(study)
+    _check_recordings(study)
     _check_objectives(study)
     if study.compute.portable:
         _check_portable(study)
@@ -112,6 +113,17 @@ def _check_trainings(study: "Study") -> None:
     if study.recorded_training.early_stopping is not None:
         raise ValueError(
             "`early_stopping` is for students: every epoch of the recorded training is planned"
+        )
+
+
+def _check_recordings(study: "Study") -> None:
+    if not study.dynamics.per_seed or study.shares is not None:  # else they are the other study's
+        return
+    recorded = study.recordings.seeds if study.recordings else ()
+    if lacking := sorted(set(study.seeds) - set(recorded)):
+        raise ValueError(
+            f"dynamics.per_seed needs a recording of each seed, and there is none of {lacking}: "
+            f"give `recordings` a model and `seeds: {list(study.seeds)}`"
         )
 
 

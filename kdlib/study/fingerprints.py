@@ -17,7 +17,9 @@ _RECORDED = tuple(f"dynamics.{key}" for key in ("observed", "logits", "gradient_
 # Sections, and keys of sections, that each step reads; `-` and a key leaves it out again
 READS = {
     "cache": ("data",),
-    "teacher": ("teacher", "dynamics", *(f"-{key}" for key in _SCORING), "compute"),
+    "teacher": (
+        "teacher", "dynamics", *(f"-{key}" for key in _SCORING), "-dynamics.per_seed", "compute",
+    ),
     "datamap": _SCORING,
     "record": ("recordings", *_RECORDED, "compute"),
     "audit": ("compute",),
@@ -57,6 +59,8 @@ def step_settings(
             settings.setdefault(section, {})[name] = dump[section][name]
     if step == "record":
         settings["training"] = study.recorded_training.model_dump(mode="json", exclude_none=True)
+    if step == "compare" and study.dynamics.per_seed:  # they choose its subsets
+        settings["recordings"] = dumped(study.upstream)["recordings"]
     if step == "teacher":
         if teacher is not None:
             del settings["dynamics"]
@@ -104,6 +108,10 @@ def sharing(study: "Study", other: "Study") -> "Study":
             missing = set(ours.pop("features_for")) - set(theirs.pop("features_for"))
             lines += [f"objectives: no teacher outputs for {m}" for m in sorted(missing)]
         lines += difference(ours, theirs)
+    if study.dynamics.per_seed and not other.dynamics.per_seed:
+        lines.append("dynamics.per_seed: None -> True")
+    elif study.dynamics.per_seed and (more := set(study.seeds) - set(other.recordings.seeds)):
+        lines.append(f"seeds: no recordings of {sorted(more)}")
     if other.shares is not None:
         lines.append(f"it shares those of {other.shares} itself: name that one")
     if lines:

@@ -31,8 +31,10 @@ def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
     for key in ("properties", "patternProperties"):
         if isinstance(kept.get(key), dict):
             kept[key] = {name: _nullable(value) for name, value in kept[key].items()}
-    if isinstance(kept.get("additionalProperties"), dict):
-        kept["additionalProperties"] = _nullable(kept["additionalProperties"])
+    if isinstance(more := kept.get("additionalProperties"), dict):
+        kept["additionalProperties"] = _nullable(more)
+    elif more is False:  # a key of the base's class, taken away for another class
+        kept["additionalProperties"] = {"type": "null"}
     if "oneOf" in kept:  # parts of several classes may fit where keys come from the base
         kept["anyOf"] = kept.pop("oneOf")
     return kept

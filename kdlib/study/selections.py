@@ -47,6 +47,10 @@ class Dynamics(Settings):
     datamap has no `grand` and `grand_last`."""
     clusters: Count | None = None
     """Of `prototypicality`; without it as many as classes."""
+    per_seed: Literal[True] | None = None
+    """Choose the subsets of each seed by a datamap of its own, of the recording of the first of
+    `recordings.models` with this seed: a comparison over seeds is then about the score, and not
+    about one recording of it. `gradient_epoch`, `el2n_epoch` and `window` hold for these too."""
 
     @model_validator(mode="after")
     def _whole(self) -> "Dynamics":
