@@ -3,7 +3,8 @@
 papermill's default engine chooses free TCP ports and closes them before the kernel binds them, so
 that two notebooks started at the same moment can get the same port, and one of them fails. The
 pipeline starts many notebooks at once. Parameters that the notebook does not have are refused
-before a kernel starts. This is the only module that imports papermill.
+before a kernel starts. This is the only module that imports papermill, and only when asked for its
+engine: papermill asks at the end of its own import, before which no class of it can be inherited.
 """
 
 import os
@@ -12,7 +13,6 @@ import tempfile
 from typing import Any
 
 from jupyter_client.kernelspec import KernelSpecManager
-from papermill.engines import NBClientEngine
 from traitlets.config import Config
 
 from kdlib.study.parameters import assigned, refuse_unknown
@@ -20,8 +20,18 @@ from kdlib.study.parameters import assigned, refuse_unknown
 LONGEST = 80  # characters of a folder in which `kernel-xxxxxxxx/socket-1` fits a socket's 107
 
 
-class IpcEngine(NBClientEngine):
-    """papermill's engine, with each kernel's Unix sockets in a separate folder."""
+def __getattr__(name: str) -> type:
+    """`IpcEngine`: papermill's engine, with each kernel's Unix sockets in a separate folder."""
+    if name != "IpcEngine":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from papermill.engines import NBClientEngine
+
+    globals()[name] = type(name, (_Ipc, NBClientEngine), {"__doc__": __getattr__.__doc__})
+    return globals()[name]
+
+
+class _Ipc:
+    """What the engine does before and instead of papermill's."""
 
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> None:
