@@ -342,7 +342,7 @@ def test_the_bare_loop_crops_as_kdlib_does(scripts, make_images):
     chosen, flip = torch.tensor([4, 0, 2]), torch.tensor([True, False, True])
     box = torch.tensor([[-4, 2, 6, 6], [0, 0, 6, 6], [3, -1, 6, 6]], dtype=torch.int32)
     order = torch.empty((3, 0), dtype=torch.int32)
-    views = Views(gpu_speed.VIEWS, (3, 6, 6), flip, box, torch.empty((3, 4)), order)
+    views = Views(gpu_speed.VIEWS, (3, 6, 6), flip, box, torch.empty((3, 4)), order, order)
     padded = F.pad(images.float().permute(0, 2, 3, 1), (0, 0, 4, 4, 4, 4))
     top, left = (box[:, k, None].long() + gpu_speed.PADDING for k in (0, 1))
     found = gpu_speed.cropped(padded, chosen, top, left, flip[:, None])

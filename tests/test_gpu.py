@@ -32,7 +32,7 @@ from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.teacher import make_teacher
-from kdlib.study.training import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, Blur, ColourJitter, ResizedCrop
 from kdlib.trainer.loop import train as run_loop
 
 JITTER = ColourJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2)
@@ -41,7 +41,13 @@ VIEWS = {
     "crop": Augment(crop_padding=2),
     "resized crop": Augment(resized_crop=ResizedCrop()),
     "colour jitter": Augment(colour_jitter=JITTER),
-    "all": Augment(flip=True, resized_crop=ResizedCrop(), colour_jitter=JITTER),
+    "all": Augment(
+        flip=True,
+        resized_crop=ResizedCrop(),
+        colour_jitter=JITTER,
+        grayscale=0.3,
+        blur=Blur(probability=0.5),
+    ),
 }
 HALF = 2.0**-11  # rounding of float16, relatively
 

@@ -23,8 +23,11 @@ from kdlib.dataset.views import (
     CONTRAST,
     GREEN,
     HUE,
+    KERNEL_BITS,
+    NOTHING,
     ONE,
     RED,
+    ROW_BITS,
     SATURATION,
     TAP_BITS,
     Views,
@@ -218,7 +221,47 @@ def _recolour(pixels, n_channels, operation, factor):
             pixels[n + n + i] = _blend(blue, factor, rest)
 
 
-def _block(memory, begins, shape, flip, box, factors, order, scale, shift, last, out):
+def _mirrored(i, n):
+    return min(abs(i), 2 * (n - 1) - abs(i))
+
+
+def _tap(memory, first, second, weight, total):
+    """Adds the weighted sum of two runs of `memory` to `total`: int32, vectorised."""
+    a, b, weight = np.uint64(first), np.uint64(second), np.int32(weight)
+    for x in range(np.uint64(len(total))):
+        pair = np.int32(memory[a + x] + memory[b + x])
+        total[x] = np.int32(total[x] + np.int32(weight * pair))
+
+
+def _blur(pixels, shape, kernel):
+    """Flat (C, H, W) uint8 pixels under a kernel, in place: rows, then columns."""
+    n_channels, height, width = shape
+    radius = len(kernel) - 1
+    wide, total = np.empty(width + 2 * radius, np.int32), np.empty(width, np.int32)
+    rows = np.empty(height * width, np.int32)
+    for c in range(n_channels):
+        for y in range(height):
+            o = (c * height + y) * width
+            for x in range(width + 2 * radius):
+                wide[x] = pixels[o + _mirrored(x - radius, width)]
+            for x in range(width):
+                total[x] = kernel[0] * wide[radius + x] + (1 << (KERNEL_BITS - ROW_BITS - 1))
+            for k in range(1, radius + 1):
+                _tap(wide, radius - k, radius + k, kernel[k], total)
+            for x in range(width):
+                rows[y * width + x] = total[x] >> (KERNEL_BITS - ROW_BITS)
+        for y in range(height):
+            o = (c * height + y) * width
+            for x in range(width):
+                total[x] = kernel[0] * rows[y * width + x] + (1 << (KERNEL_BITS + ROW_BITS - 1))
+            for k in range(1, radius + 1):
+                above, below = _mirrored(y - k, height), _mirrored(y + k, height)
+                _tap(rows, above * width, below * width, kernel[k], total)
+            for x in range(width):
+                pixels[o + x] = total[x] >> (KERNEL_BITS + ROW_BITS)
+
+
+def _block(memory, begins, shape, flip, box, factors, order, blur, scale, shift, last, out):
     """`out` from the images at `begins` in `memory`."""
     n_channels, height, width = shape
     size = n_channels * height * width
@@ -228,14 +271,17 @@ def _block(memory, begins, shape, flip, box, factors, order, scale, shift, last,
         image = memory[begins[i] : begins[i] + size]
         (top, left, h, w), flipped, target = box[i], flip[i], out[i]
         resized = h != height or w != width
-        if resized or order.shape[1]:
+        if resized or order.shape[1] or blur.shape[1]:
             if resized:
                 _resize(image, shape, (top, left, h, w), flipped, scratch)
             else:
                 _write(image, shape, top, left, flipped, ones, zeros, False, scratch)
             for k in range(order.shape[1]):
                 operation = order[i, k]
-                _recolour(scratch, n_channels, operation, factors[i, operation])
+                if operation != NOTHING:
+                    _recolour(scratch, n_channels, operation, factors[i, operation])
+            if blur.shape[1] and blur[i, 0] < 1 << KERNEL_BITS:
+                _blur(scratch, shape, blur[i])
             image, top, left, flipped = scratch, 0, 0, False
         if last and n_channels == 3:
             _write_colours(image, shape, top, left, flipped, scale, shift, target)
@@ -253,13 +299,14 @@ def _compiled() -> Callable[..., None]:
     def array(dtype: types.Type, ndim: int, readonly: bool = True) -> types.Array:
         return types.Array(dtype, ndim, "C", readonly=readonly)  # writable ones are taken, too
 
-    helpers = (_columns, _write, _write_colours, _taps, _resize, _blend, _grey, _turned, _recolour)
+    helpers = (_columns, _write, _write_colours, _taps, _resize, _blend, _grey, _turned, _recolour,
+               _mirrored, _tap, _blur)  # fmt: skip
     for function in helpers:
         register_jitable(function)
     i32, i64, f32 = types.int32, types.int64, types.float32
     signature = types.void(
         array(types.uint8, 1), array(i64, 1), types.UniTuple(i64, 3),
-        array(types.boolean, 1), array(i32, 2), array(i32, 2), array(i32, 2),
+        array(types.boolean, 1), array(i32, 2), array(i32, 2), array(i32, 2), array(i32, 2),
         array(f32, 1), array(f32, 1), types.boolean, array(f32, 2, readonly=False),
     )  # fmt: skip
     try:
@@ -312,7 +359,7 @@ def deliver(
         views = draw(Augment(), 0, ids, ids, shape)
     views.check(n, shape)
     scale, shift = pixels.scale
-    drawn = [x.numpy() for x in (views.flip, views.box, views.factors, views.order)]
+    drawn = [x.numpy() for x in (views.flip, views.box, views.factors, views.order, views.blur)]
     last = not out.is_contiguous()
     flat = (out.permute(0, 2, 3, 1) if last else out).numpy().reshape(n, size)
     begins, n_bytes = rows * source.strides[0], 0

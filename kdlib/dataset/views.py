@@ -13,16 +13,20 @@ import numpy as np
 import torch
 
 from kdlib.repro.seeds import FACTOR_BITS, counter_hash
-from kdlib.study.training import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, Blur, ColourJitter, ResizedCrop
 
 ONE = 1 << FACTOR_BITS  # a blending factor of 1, and a sixth of a turn of hue
 TAP_BITS = 11  # bits of a bilinear weight; two of them and a pixel stay below 2**31
+KERNEL_BITS = 15  # of a weight of a blur's kernel
+ROW_BITS = 8  # of a blurred row's fraction; a pixel and both of them stay below 2**31
 RED, GREEN, BLUE = 19595, 38470, 7471  # 0.299, 0.587, 0.114 of 2**16, their sum: BT.601 grey
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NOTHING, GREY = -1, 4  # in an order: no operation, and saturation by a factor of 0
 _TRIES = 10  # of a random resized crop, before the central one
 
 # Streams of the hash. A resized crop's area and ratio take two for each try from _CROP on.
 _FLIP, _X, _Y, _ORDER, _FACTORS, _CROP = 0, 1, 2, 3, 4, 8
+_JITTERED, _GREY, _BLURRED, _SIGMA = range(_CROP + 2 * _TRIES, _CROP + 2 * _TRIES + 4)
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Views:
     """What was drawn for B views: small tensors on the CPU; what is off is the identity.
 
     A view is a box cut out of the image (zeros outside), brought to the image's size, mirrored,
-    and recoloured.
+    recoloured, and blurred.
     """
 
     settings: Augment
@@ -38,7 +42,9 @@ class Views:
     flip: torch.Tensor  # (B,) bool
     box: torch.Tensor  # (B, 4) int32: top, left, height, width; padded: top, left from -pad to pad
     factors: torch.Tensor  # (B, 4) int32 of brightness, contrast, saturation, hue; unit 1 / ONE
+    # (with GREY (B, 5), the last 0)
     order: torch.Tensor  # (B, K) int32: the K colour operations switched on, first to last
+    blur: torch.Tensor  # (B, R + 1) int32: the kernel from its centre outwards; (B, 0): no blur
 
     def check(self, n: int, image_shape: tuple[int, ...]) -> None:
         """Raises ValueError unless drawn for `n` images of this (C, H, W)."""
@@ -72,9 +78,13 @@ def _crops(crop: ResizedCrop, hashes: np.ndarray, height: int, width: int) -> np
     return np.where(fits.any(0)[:, None], np.stack([top, left, h, w], 1), central)
 
 
+def _strengths(jitter: ColourJitter) -> tuple[float, ...]:
+    return jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue
+
+
 def _jitters(jitter: ColourJitter, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(B, 4) factors and (B, K) order; an operation of strength 0 is in no order."""
-    strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    strengths = _strengths(jitter)
     factors = np.empty((hashes.shape[1], 4))
     for i, strength in enumerate(strengths):
         low, high = (-strength, strength) if i == HUE else (max(0.0, 1 - strength), 1 + strength)
@@ -83,6 +93,49 @@ def _jitters(jitter: ColourJitter, hashes: np.ndarray) -> tuple[np.ndarray, np.n
     factors[:, HUE] %= 6 * ONE
     orders = np.array(list(itertools.permutations(np.flatnonzero(strengths))))
     return factors, orders[hashes[_ORDER] % len(orders)]
+
+
+def _kernels(blur: Blur, hashes: np.ndarray) -> np.ndarray:
+    """(B, R + 1) int64 weights of Gaussian kernels from the centre outwards, whose sum over both
+    sides is 2**KERNEL_BITS.
+
+    In float64, as the crops are: 1 of 10**10 views may differ between two CPUs.
+    """
+    low, high = blur.sigma
+    sigma = low + (high - low) * (hashes[1] / 2**32)
+    weights = np.exp(-0.5 * (np.arange(blur.radius + 1) / sigma[:, None]) ** 2)
+    weights *= 2**KERNEL_BITS / (2 * weights.sum(1, keepdims=True) - 1)  # the centre is 1
+    weights = np.rint(weights).astype(np.int64)
+    weights[:, 0] = 2**KERNEL_BITS - 2 * weights[:, 1:].sum(1)
+    weights[hashes[0] >= blur.probability * 2**32] = [2**KERNEL_BITS] + [0] * blur.radius
+    return weights
+
+
+def check_shape(settings: Augment, image_shape: tuple[int, int, int]) -> None:
+    """Demand that images of this (C, H, W) have the views.
+
+    Raises: ValueError where colour is asked of images that have none, or of a kernel that is wider
+        than they are.
+    """
+    n_channels, jitter, blur = image_shape[0], settings.colour_jitter, settings.blur
+    if jitter and any(_strengths(jitter)) and n_channels not in (1, 3):
+        raise ValueError(f"images have {n_channels} channels; colour_jitter expects 1 or 3")
+    if jitter and (jitter.saturation or jitter.hue) and n_channels != 3:
+        raise ValueError(
+            f"colour_jitter has saturation {jitter.saturation} and hue {jitter.hue}, but images "
+            "have 1 channel; grey images have neither, set both to 0"
+        )
+    if settings.grayscale and n_channels != 3:
+        raise ValueError(
+            f"grayscale is {settings.grayscale}, but images have {n_channels} channel(s); expected "
+            "3, remove it (study: training.augment.grayscale)"
+        )
+    if blur and blur.radius >= min(image_shape[1:]):
+        raise ValueError(
+            f"blur has a kernel of {2 * blur.radius + 1} pixels, which reaches beyond the mirrored "
+            f"image of {image_shape[1]} x {image_shape[2]}; expected a radius below its side: give "
+            "a smaller kernel_size (study: training.augment.blur)"
+        )
 
 
 def draw(
@@ -95,9 +148,9 @@ def draw(
     """What is random about the views that belong to (seed, epoch, example id).
 
     Flip: mirrored with probability 1/2. Padded crop: of the native size out of the zero-padded
-    image, each of the (2 * padding + 1)**2 places equally likely. Resized crop and colour jitter:
-    distributed as torchvision's RandomResizedCrop and ColorJitter, whose levels are truncated where
-    these are rounded.
+    image, each of the (2 * padding + 1)**2 places equally likely. Resized crop, colour jitter,
+    grayscale and blur: distributed as torchvision's RandomResizedCrop, ColorJitter, RandomGrayscale
+    and GaussianBlur, in this order; levels of colour are truncated there and rounded here.
 
     Args:
         settings: Which of them are on.
@@ -106,17 +159,11 @@ def draw(
         example_ids: (B,) int64, on the CPU.
         image_shape: (C, H, W) of one image.
 
-    Raises: ValueError where colour is asked of images that have none.
+    Raises: ValueError as `check_shape`.
     """
-    n_channels, height, width = image_shape
+    check_shape(settings, image_shape)
+    _, height, width = image_shape
     crop, jitter, pad = settings.resized_crop, settings.colour_jitter, settings.crop_padding
-    if jitter and any(jitter.model_dump().values()) and n_channels not in (1, 3):
-        raise ValueError(f"images have {n_channels} channels; colour_jitter expects 1 or 3")
-    if jitter and (jitter.saturation or jitter.hue) and n_channels != 3:
-        raise ValueError(
-            f"colour_jitter has saturation {jitter.saturation} and hue {jitter.hue}, but images "
-            "have 1 channel; grey images have neither, set both to 0"
-        )
     n = len(example_ids)
     n_streams = _CROP + 2 * _TRIES if crop else _CROP if jitter else _ORDER
     hashes = counter_hash(seed, epochs, example_ids, np.arange(n_streams)[:, None])
@@ -130,8 +177,20 @@ def draw(
     factors, order = np.tile([ONE, ONE, ONE, 0], (n, 1)), np.empty((n, 0))
     if jitter:
         factors, order = _jitters(jitter, hashes)
-    box, factors, order = (torch.from_numpy(x.astype(np.int32)) for x in (box, factors, order))
-    return Views(settings, tuple(image_shape), torch.from_numpy(flip), box, factors, order)
+
+    def later(*streams: int) -> np.ndarray:
+        return counter_hash(seed, epochs, example_ids, np.array(streams)[:, None])
+
+    if jitter and jitter.probability is not None:
+        order[later(_JITTERED)[0] >= jitter.probability * 2**32] = NOTHING
+    if settings.grayscale:
+        grey = np.where(later(_GREY)[0] < settings.grayscale * 2**32, GREY, NOTHING)
+        order, factors = np.column_stack([order, grey]), np.column_stack([factors, np.zeros(n)])
+    blur = np.empty((n, 0))
+    if settings.blur:
+        blur = _kernels(settings.blur, later(_BLURRED, _SIGMA))
+    drawn = (torch.from_numpy(x.astype(np.int32)) for x in (box, factors, order, blur))
+    return Views(settings, tuple(image_shape), torch.from_numpy(flip), *drawn)
 
 
 def _shifted(images: torch.Tensor, box: torch.Tensor, flip: torch.Tensor, pad: int) -> torch.Tensor:
@@ -223,9 +282,29 @@ def _recoloured(pixels: torch.Tensor, operation: int, factor: torch.Tensor) -> t
         grey = grey_levels(pixels)
         total = grey.sum((1, 2, 3), keepdim=True, dtype=torch.int64)
         rest = ((ONE - factor) * total // grey[0].numel()).int()
-    elif operation == SATURATION:
+    elif operation in (SATURATION, GREY):
         rest = (ONE - factor) * grey_levels(pixels)
     return ((factor * pixels + rest + ONE // 2) >> FACTOR_BITS).clamp(0, 255)
+
+
+def _mirrored(n: int, radius: int, device: torch.device) -> torch.Tensor:
+    """(n + 2 * radius,) int64: places in [0, n) of -radius to n + radius - 1, mirrored."""
+    place = torch.arange(-radius, n + radius, device=device).abs()
+    return torch.minimum(place, 2 * (n - 1) - place)
+
+
+def _blurred(pixels: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) int32 pixels under their (B, R + 1) int32 kernels: rows, then columns."""
+    radius = kernel.shape[1] - 1
+    for axis, bits in ((3, KERNEL_BITS - ROW_BITS), (2, KERNEL_BITS + ROW_BITS)):
+        n = pixels.shape[axis]
+        wide = pixels.index_select(axis, _mirrored(n, radius, pixels.device))
+        total = kernel[:, 0, None, None, None] * pixels
+        for k in range(1, radius + 1):
+            pair = wide.narrow(axis, radius - k, n) + wide.narrow(axis, radius + k, n)
+            total += kernel[:, k, None, None, None] * pair
+        pixels = (total + (1 << (bits - 1))) >> bits
+    return pixels
 
 
 def apply(images: torch.Tensor, views: Views) -> torch.Tensor:
@@ -246,13 +325,18 @@ def apply(images: torch.Tensor, views: Views) -> torch.Tensor:
             images = _resized(images, box, flip)
         else:
             images = _shifted(images, box, flip, settings.crop_padding)
-    if views.order.shape[1] == 0:
+    if views.order.shape[1] == 0 and views.blur.shape[1] == 0:
         return images
     pixels, factors = images.int(), views.factors.to(device)[:, :, None, None, None]
     for step in views.order.unbind(1):
         for operation in step.unique().tolist():  # of tensors on the CPU: waits for no device
-            rows = (step == operation).nonzero()[:, 0].to(device)
-            pixels[rows] = _recoloured(pixels[rows], operation, factors[rows, operation])
+            if operation != NOTHING:
+                rows = (step == operation).nonzero()[:, 0].to(device)
+                pixels[rows] = _recoloured(pixels[rows], operation, factors[rows, operation])
+    if views.blur.shape[1]:
+        blurred = (views.blur[:, 0] < 1 << KERNEL_BITS).nonzero()[:, 0]
+        rows = blurred.to(device)
+        pixels[rows] = _blurred(pixels[rows], views.blur[blurred].to(device))
     return pixels.to(torch.uint8)
 
 

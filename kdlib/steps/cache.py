@@ -15,6 +15,7 @@ from kdlib.cache.sources import SPLITS
 from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels, pixel_statistics
 from kdlib.dataset.plan import split_ids
+from kdlib.dataset.views import check_shape
 from kdlib.repro import checks, files, processor
 from kdlib.repro.commands import run_to_make
 from kdlib.repro.run import open_run, read_evidence, read_table
@@ -31,7 +32,7 @@ def cache_images(study: Study, built: bool = False) -> Images:
         built: The caches are whole already (unpacked, say), and their source is not opened.
     """
     _ask_for_portable(study)
-    study, data = study.upstream, study.data
+    trainings, study, data = study.trainings, study.upstream, study.data
     parts = {split: data.part_of(split) for split in SPLITS}
     if built:
         caches = {split: Cache(study.cache / split, part=parts[split]) for split in SPLITS}
@@ -39,6 +40,8 @@ def cache_images(study: Study, built: bool = False) -> Images:
         caches = build_splits(open_sources(data), study.cache, data.shard_size, parts)
     for cache in caches.values():
         cache.verify()
+    for training in trainings:
+        check_shape(training.augment, caches["train"].layout("images")[1])
     ids = split_ids(caches["train"].example_ids, data.n_validation, data.split_seed)
     settings = {
         "step": study.step_settings("cache"),

@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "data_path"],
         "models": ["MODELS", "parse_hub", "Model", "StoredOutputs", "Teacher",
             "TrainedTeacher", "LoadedTeacher", "PretrainedTeacher", "AnyTeacher", "Student"],
-        "training": ["ResizedCrop", "ColourJitter", "Augment", "Training", "Compute",
+        "training": ["ResizedCrop", "ColourJitter", "Blur", "Augment", "Training", "Compute",
             "Tracking"],
         "user_code": ["UserCode"],
         "objectives": ["Objective", "CrossEntropy", "LabelSmoothing", "KD", "LogitMSE",

@@ -2,14 +2,19 @@
 
 import math
 from fractions import Fraction as Exact
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from kdlib.study.base import Count, NonNegative, Positive, Settings, Share, matching
+from kdlib.study.base import Count, Fraction, NonNegative, Positive, Settings, Share, matching
 
 _Change = Annotated[float, Field(ge=0, le=8)]
 _Inside = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _without(dump: dict[str, Any], *later: str) -> dict[str, Any]:
+    """Settings as stored outputs and runs of before there were some keys hold them."""
+    return {key: value for key, value in dump.items() if key not in later or value is not None}
 
 
 class ResizedCrop(Settings):
@@ -38,10 +43,41 @@ class ColourJitter(Settings):
     contrast: _Change = 0.0
     saturation: _Change = 0.0
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    probability: Fraction | None = None
+    """Of a view to be recoloured; without it all are."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(dump(self), "probability")
+
+
+class Blur(Settings):
+    """Gaussian blur, as torchvision defines it; beyond its border an image is mirrored."""
+
+    probability: Fraction = 1.0
+    """Of a view to be blurred."""
+    sigma: tuple[Positive, Positive] = (0.1, 2.0)
+    """Range of the standard deviation, in pixels."""
+    kernel_size: Annotated[int, Field(ge=3)] | None = None
+    """Pixels across the kernel, odd; without it 2 * ceil(2 * largest sigma) + 1."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Blur":
+        if self.sigma[0] > self.sigma[1]:
+            raise ValueError(f"sigma is {self.sigma}; expected the lower end first")
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size is {self.kernel_size}; expected an odd number")
+        return self
+
+    @property
+    def radius(self) -> int:
+        """Pixels from the centre of the kernel to its end."""
+        return self.kernel_size // 2 if self.kernel_size else math.ceil(2 * self.sigma[1])
 
 
 class Augment(Settings):
-    """Random views of a training image; all off by default."""
+    """Random views of a training image; all off by default. Their order is that of torchvision's
+    recipes for SimCLR and Barlow Twins: crop, flip, colour jitter, grayscale, blur."""
 
     crop_padding: Annotated[int, Field(ge=0)] = 0
     """Pixels of zero padding before a random crop of the native size."""
@@ -50,6 +86,13 @@ class Augment(Settings):
     resized_crop: ResizedCrop | None = None
     """In place of the padded crop."""
     colour_jitter: ColourJitter | None = None
+    grayscale: Fraction | None = None
+    """Probability of a view without colours, as of torchvision's RandomGrayscale."""
+    blur: Blur | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(dump(self), "grayscale", "blur")
 
     @model_validator(mode="after")
     def _one_crop(self) -> "Augment":

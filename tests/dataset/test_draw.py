@@ -5,9 +5,9 @@ import torch
 from dataset.test_views import BOTH, images_of
 from scipy import stats
 
-from kdlib.dataset.views import ONE, augment, draw
+from kdlib.dataset.views import GREY, ONE, augment, draw
 from kdlib.repro.seeds import counter_hash, torch_seeded
-from kdlib.study.training import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, Blur, ColourJitter, ResizedCrop
 
 
 def test_boxes_are_distributed_as_torchvision_s():
@@ -52,6 +52,28 @@ def test_factors_and_orders_are_distributed_as_torchvision_s():
     _, counts = np.unique(views.order.numpy(), axis=0, return_counts=True)
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_probabilities_are_kept_and_unrelated():
+    n, ids = 20_000, torch.arange(20_000)
+    jitter = ColourJitter(contrast=0.4, hue=0.1, probability=0.8)
+    blur = Blur(probability=0.5, sigma=(0.5, 2.0))
+    plain = draw(Augment(colour_jitter=jitter.model_copy(update={"probability": None})),
+                 8, ids * 0, ids, (3, 9, 9))  # fmt: skip
+    settings = Augment(colour_jitter=jitter, grayscale=0.2, blur=blur)
+    views = draw(settings, 8, ids * 0, ids, (3, 9, 9))
+    order, kernel = views.order.numpy(), views.blur.numpy()
+    jittered, grey, blurred = order[:, 0] >= 0, order[:, 2] == GREY, kernel[:, 0] < 2**15
+    for chosen, probability in ((jittered, 0.8), (grey, 0.2), (blurred, 0.5)):
+        sd = (probability * (1 - probability) / n) ** 0.5
+        assert abs(chosen.mean() - probability) < 5 * sd
+    assert np.abs(np.corrcoef([jittered, grey, blurred]) - np.eye(3)).max() < 5 / n**0.5
+    # a view that is recoloured is the one that would be without a probability
+    np.testing.assert_array_equal(order[jittered, :2], plain.order.numpy()[jittered])
+    assert (order[~jittered, :2] == -1).all()
+    assert (kernel[:, 0] + 2 * kernel[:, 1:].sum(1) == 2**15).all()
+    sigma = (1 / np.log(kernel[blurred, 0] / kernel[blurred, 1]) / 2) ** 0.5  # of w1 / w0
+    assert stats.kstest(sigma, stats.uniform(0.5, 1.5).cdf).pvalue > 1e-3
 
 
 def test_views_differ_over_epochs_seeds_and_examples():

@@ -13,14 +13,18 @@ from hypothesis import strategies as st
 from kdlib.dataset.fused import _block, _compiled, available, deliver
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import apply, draw
-from kdlib.study.training import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, Blur, ColourJitter, ResizedCrop
 
 compiled = pytest.mark.skipif(not available(), reason="numba is not installed")
 FORMATS = (torch.contiguous_format, torch.channels_last)
 EVERYTHING = Augment(
     flip=True,
     resized_crop=ResizedCrop(),
-    colour_jitter=ColourJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    colour_jitter=ColourJitter(
+        brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, probability=0.8
+    ),
+    grayscale=0.3,
+    blur=Blur(probability=0.6, sigma=(0.1, 1.5)),
 )
 WITHOUT_NUMBA = """
 import sys
@@ -70,20 +74,24 @@ def strengths(n_channels: int) -> st.SearchStrategy[ColourJitter | None]:
         contrast=some,
         saturation=some if n_channels == 3 else none,
         hue=hue,
+        probability=st.sampled_from([None, 0.5]),
     )
 
 
 @st.composite
-def views_of(draw_one, n_channels: int) -> Augment | None:
+def views_of(draw_one, n_channels: int, side: int) -> Augment | None:
     kind = draw_one(st.sampled_from(["none", "padded", "resized"]))
     if kind == "none":
         return None
     crop = ResizedCrop(scale=(0.05, 1.0), ratio=(0.3, 3.0)) if kind == "resized" else None
+    kernels = st.integers(1, side - 1).map(lambda radius: 2 * radius + 1)
     return Augment(
         crop_padding=draw_one(st.integers(0, 12)) if kind == "padded" else 0,
         flip=draw_one(st.booleans()),
         resized_crop=crop,
         colour_jitter=draw_one(strengths(n_channels)),
+        grayscale=draw_one(st.sampled_from([None, 0.5])) if n_channels == 3 else None,
+        blur=draw_one(st.none() | st.builds(Blur, kernel_size=kernels)) if side > 1 else None,
     )
 
 
@@ -93,7 +101,7 @@ def views_of(draw_one, n_channels: int) -> Augment | None:
 def test_the_bits_are_those_of_the_plain_path(data):
     n_channels = data.draw(st.sampled_from([1, 3, 3]))
     shape = (n_channels, data.draw(st.integers(1, 19)), data.draw(st.integers(1, 19)))
-    settings = data.draw(views_of(n_channels))
+    settings = data.draw(views_of(n_channels, min(shape[1:])))
     source = source_of(9, shape, data.draw(st.integers(0, 5)))
     rows = torch.tensor(data.draw(st.lists(st.integers(0, 8), max_size=12)), dtype=torch.int64)
     n_threads = data.draw(st.integers(1, 3))
@@ -108,7 +116,9 @@ def test_the_bits_are_those_of_the_plain_path_in_images_of_usual_size(
     shape, settings, memory_format
 ):
     if shape[0] == 1 and settings is EVERYTHING:
-        settings = Augment(resized_crop=ResizedCrop(), colour_jitter=ColourJitter(contrast=0.4))
+        settings = Augment(
+            resized_crop=ResizedCrop(), colour_jitter=ColourJitter(contrast=0.4), blur=Blur()
+        )
     rows = torch.arange(40) * 7 % 30
     deliver_and_compare(source_of(30, shape), rows, settings, memory_format, 2)
 

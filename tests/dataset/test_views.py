@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.views import ONE, Views, apply, augment, draw
 from kdlib.repro.seeds import counter_hash, torch_seeded
-from kdlib.study.training import Augment, ColourJitter, ResizedCrop
+from kdlib.study.training import Augment, Blur, ColourJitter, ResizedCrop
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 JITTER = ColourJitter(brightness=0.4, contrast=0.5, saturation=0.6, hue=0.2)
@@ -27,7 +27,14 @@ KINDS = {
     "hue": Augment(colour_jitter=ColourJitter(hue=0.5)),
     "padded, flip, jitter": Augment(crop_padding=2, flip=True, colour_jitter=JITTER),
     "crop, flip, jitter": Augment(flip=True, resized_crop=ResizedCrop(), colour_jitter=JITTER),
-}
+    "grey": Augment(grayscale=0.5),
+    "blur": Augment(blur=Blur(sigma=(0.3, 1.0))),
+    "all": Augment(
+        flip=True, resized_crop=ResizedCrop(),
+        colour_jitter=JITTER.model_copy(update={"probability": 0.6}), grayscale=0.4,
+        blur=Blur(probability=0.5, sigma=(0.1, 2.0), kernel_size=5),
+    ),
+}  # fmt: skip
 
 BOTH = Augment(crop_padding=2, flip=True)
 MASK = 2**64 - 1
@@ -238,7 +245,29 @@ def slow_colour(image: np.ndarray, operation: int, factor: int) -> np.ndarray:
     return out
 
 
+def slow_chance(key: tuple[int, int, int], stream: int, probability: float | None) -> bool:
+    return probability is not None and slow_hash(*key, stream) / 2**32 < probability
+
+
+def slow_blur(image: np.ndarray, blur: Blur, key: tuple[int, int, int]) -> np.ndarray:
+    """Under the whole square kernel, pixel by pixel, mirrored by NumPy; rows keep 8 bits."""
+    low, high = blur.sigma
+    sigma, r = low + (high - low) * (slow_hash(*key, 31) / 2**32), blur.radius
+    density = [math.exp(-(i * i) / (2 * sigma * sigma)) for i in range(-r, r + 1)]
+    kernel = [round(d / sum(density) * 2**15) for d in density]
+    kernel[r] = 0
+    kernel[r] = 2**15 - sum(kernel)
+    wide = np.pad(image.astype(int), ((0, 0), (r, r), (r, r)), mode="reflect").astype(object)
+    height, width = image.shape[1:]
+    rows = sum(Fraction(w, 2**15) * wide[:, :, i : i + width] for i, w in enumerate(kernel))
+    rows = np.vectorize(lambda x: Fraction(math.floor(x * 256 + Fraction(1, 2)), 256))(rows)
+    both = sum(Fraction(w, 2**15) * rows[:, i : i + height] for i, w in enumerate(kernel))
+    return np.vectorize(lambda x: math.floor(x + Fraction(1, 2)))(both).astype(np.uint8)
+
+
 def slow_jitter(image, jitter, seed, epoch, example_id) -> np.ndarray:
+    if jitter.probability and not slow_chance((seed, epoch, example_id), 28, jitter.probability):
+        return image
     strengths = (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
     on = [i for i in range(4) if strengths[i]]
     orders = list(itertools.permutations(on))
@@ -257,6 +286,8 @@ def test_crops_and_colours_are_those_of_a_slow_loop(kind, shape):
     if shape[0] == 1 and kind.colour_jitter:
         grey = ColourJitter(brightness=0.8, contrast=0.7)
         kind = kind.model_copy(update={"colour_jitter": grey})
+    if shape[0] == 1:
+        kind = kind.model_copy(update={"grayscale": None})
     images, ids, epochs = images_of(12, shape), torch.arange(12) * 7, torch.arange(12) % 3
     images[0, :, :2] = images[0, :1, :2]  # grey pixels, and two channels alike
     images[1, 0] = images[1, -1]
@@ -272,6 +303,10 @@ def test_crops_and_colours_are_those_of_a_slow_loop(kind, shape):
             expected = slow_view(images[i].numpy(), kind.crop_padding, kind.flip, *key)
         if kind.colour_jitter:
             expected = slow_jitter(expected, kind.colour_jitter, *key)
+        if slow_chance(key, 29, kind.grayscale):
+            expected = slow_colour(expected, 2, 0)
+        if kind.blur and slow_chance(key, 30, kind.blur.probability):
+            expected = slow_blur(expected, kind.blur, key)
         np.testing.assert_array_equal(views[i].numpy(), expected)
 
 
@@ -332,6 +367,35 @@ def test_colours_are_torchvision_s_within_two_grey_levels(name, strength, bound)
     assert worst <= bound
 
 
+@pytest.mark.parametrize("blur", [Blur(), Blur(sigma=(0.1, 8.0), kernel_size=23)])
+def test_blurs_are_torchvision_s_within_one_grey_level(blur):
+    """Measured over noise and soft pictures: another level in 1 of 500 pixels."""
+    from torchvision.transforms.v2.functional import gaussian_blur
+
+    images, ids = smooth_images(100, (32, 24)), torch.arange(100)
+    ours = apply(images, draw(Augment(blur=blur), 3, ids, ids, (3, 32, 24)))
+    differ, (low, high) = [], blur.sigma
+    for i, our in enumerate(ours):
+        sigma = low + (high - low) * slow_hash(3, i, i, 31) / 2**32
+        theirs = gaussian_blur(images[i], [2 * blur.radius + 1] * 2, [sigma] * 2)
+        differ.append((our.int() - theirs.int()).abs())
+    assert torch.stack(differ).max() <= 1
+    assert (torch.stack(differ) > 0).float().mean() < 1 / 200
+    assert not torch.equal(ours, images)
+
+
+def test_grey_views_are_pil_s_and_torchvision_s_within_one_level():
+    from PIL import Image
+    from torchvision.transforms.v2.functional import rgb_to_grayscale
+
+    images, ids = smooth_images(40, (16, 16)), torch.arange(40)
+    ours = augment(images, ids, ids, Augment(grayscale=1.0), 0)
+    assert (ours.int() - rgb_to_grayscale(images, 3).int()).abs().max() <= 1
+    for image, our in zip(images, ours, strict=True):
+        pil = np.array(Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L"))
+        np.testing.assert_array_equal(our.numpy(), np.broadcast_to(pil, our.shape))
+
+
 @pytest.mark.parametrize("size", [(4, 40), (40, 4)])
 def test_an_image_no_box_fits_into_is_cut_in_the_middle_as_torchvision_does(size):
     from torchvision.transforms import RandomResizedCrop
@@ -366,7 +430,8 @@ def test_a_factor_of_one_and_a_turn_of_nought_change_nothing():
     factors = torch.tensor([[ONE, ONE, ONE, 0]] * 24, dtype=torch.int32)
     box = torch.tensor([[0, 0, 5, 6]] * 24, dtype=torch.int32)
     on = Augment(colour_jitter=JITTER, resized_crop=ResizedCrop())
-    views = Views(on, (3, 5, 6), torch.zeros(24, dtype=torch.bool), box, factors, order)
+    kernel = torch.tensor([[2**15, 0, 0]] * 24, dtype=torch.int32)
+    views = Views(on, (3, 5, 6), torch.zeros(24, dtype=torch.bool), box, factors, order, kernel)
     assert torch.equal(apply(images, views), images)
 
 
@@ -388,6 +453,36 @@ def test_grey_images_have_neither_saturation_nor_hue(jitter):
         draw(Augment(colour_jitter=ColourJitter(**jitter)), 0, ids, ids, (1, 4, 4))
     with pytest.raises(ValueError, match="4 channels; colour_jitter expects 1 or 3"):
         draw(Augment(colour_jitter=both), 0, ids, ids, (4, 4, 4))
+
+
+def test_views_that_images_cannot_have_are_refused():
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match=r"grayscale is 0.2, but images have 1 channel.*remove it"):
+        draw(Augment(grayscale=0.2), 0, ids, ids, (1, 8, 8))
+    with pytest.raises(ValueError, match=r"kernel of 9 pixels.* 8 x 4; .* a smaller kernel_size"):
+        draw(Augment(blur=Blur()), 0, ids, ids, (1, 8, 4))
+    assert draw(Augment(blur=Blur()), 0, ids, ids, (1, 8, 5)).blur.shape == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"sigma": (2.0, 0.1)}, "the lower end first"),
+        ({"kernel_size": 8}, "an odd number"),
+        ({"probability": 0.0}, "greater than 0"),
+    ],
+)
+def test_a_blur_that_cannot_be_is_refused(section, message):
+    with pytest.raises(ValueError, match=message):
+        Blur(**section)
+
+
+def test_settings_without_the_later_views_are_dumped_as_before():
+    jitter = {"brightness": 0.1, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+    assert Augment(colour_jitter=ColourJitter(brightness=0.1)).model_dump() == {
+        "crop_padding": 0, "flip": False, "resized_crop": None, "colour_jitter": jitter,
+    }  # fmt: skip
+    assert Augment(grayscale=0.2).model_dump()["grayscale"] == 0.2
 
 
 def test_augmenting_leaves_the_global_generators_alone():

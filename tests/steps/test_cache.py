@@ -220,3 +220,11 @@ def test_the_data_sets_of_probes_are_compared_too(pictures, home):
         other_examples(data)
     with pytest.raises(checks.CheckError, match="the training and the test split do not belong"):
         open_sources(data)
+
+
+def test_views_that_the_images_cannot_have_are_refused_before_a_network_is_trained(home):
+    mine = tiny_study(home, training__augment={"grayscale": 0.2})
+    with pytest.raises(ValueError, match=r"1 channel\(s\).* training.augment.grayscale"):
+        cache_images(mine)
+    with pytest.raises(FileNotFoundError):
+        open_images(mine)
