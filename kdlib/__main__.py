@@ -223,6 +223,13 @@ def _cache_build(arguments: argparse.Namespace) -> None:
     build_caches(study, arguments.split, arguments.part, arguments.workers)
 
 
+def _cache_seal(arguments: argparse.Namespace) -> None:
+    """Make what an unfinished build has of the training images a smaller cache to learn from."""
+    from kdlib.cache.info import seal
+
+    seal(load_study(arguments.study))
+
+
 def _cache_outputs(arguments: argparse.Namespace) -> None:
     """Store a part of a loaded teacher's outputs."""
     from kdlib.cache.info import state
@@ -331,6 +338,7 @@ def _add_cache(commands: Any) -> None:
     build.add_argument("--split", choices=("train", "test"), help="with --part: train, else both")
     build.add_argument("--part", metavar="I/K", help="only the i-th of k equal runs of shards")
     build.add_argument("--workers", type=int, help="processes that decode images")
+    _command(commands, "seal", _cache_seal, "params/cifar10.yaml")
     outputs = _command(commands, "outputs", _cache_outputs, "params/cifar10.yaml")
     outputs.add_argument("--part", metavar="I/K", required=True, help="the i-th of k equal runs")
     check = _command(commands, "check", _cache_check, "params/cifar10.yaml")

@@ -163,6 +163,40 @@ def test_an_unfinished_cache_has_no_fingerprint_yet_and_cannot_be_verified(study
     assert "holds an unfinished build" in errors
 
 
+def test_what_an_unfinished_build_has_is_a_smaller_cache_and_the_build_goes_on(
+    study, run, monkeypatch
+):
+    write = Job.write
+
+    def stops(job: Job, shard: int, *rest: object) -> dict[str, str]:
+        if shard == 3:
+            raise OSError("stopped here")
+        return write(job, shard, *rest)
+
+    seal, build = (("cache", name, "params/tiny.yaml") for name in ("seal", "build"))
+    assert "holds no cache" in run(*seal)[2]
+    with monkeypatch.context() as patched:
+        patched.setattr(Job, "write", stops)
+        assert run(*build, "--split", "train")[0] == 1
+    code, output, errors = run(*seal)
+    assert (code, errors) == (0, "")
+    assert "train: whole, 900 examples in 3 shards\n`data: {n_train: 900}` in a study" in output
+    text = Path("params/tiny.yaml").read_text()
+    Path("params/smaller.yaml").write_text(text.replace("data:\n", "data:\n  n_train: 900\n", 1))
+    sealed = Cache(load_study("params/smaller.yaml").cache / "train")
+    sealed.verify()
+    assert run(*build, "--split", "train")[1].endswith("whole, 1,297 examples in 5 shards\n")
+    whole = Cache(study.cache / "train")
+    np.testing.assert_array_equal(sealed.resident("images"), whole.resident("images")[:900])
+    shutil.rmtree(sealed.folder)
+    run("cache", "build", "params/smaller.yaml", "--split", "train")
+    assert Cache(sealed.folder).fingerprint == sealed.fingerprint
+    assert "is whole: there is nothing to seal" in run(*seal)[2]
+    (whole.folder / "labels-00000.npy").unlink()
+    repair(whole.folder)
+    assert "has no whole shard at its beginning" in run(*seal)[2]
+
+
 def test_many_gaps_are_counted(tmp_path, run):
     for i in range(1, 40, 2):
         build_shards(

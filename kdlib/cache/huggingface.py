@@ -5,7 +5,7 @@ import errno
 import itertools
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 
 from kdlib.cache.huggingface_files import Place, local_place, no_split
 from kdlib.cache.image_files import Payload, common_size, decode_images, rules_of
+from kdlib.cache.parquet import ParquetRows
 from kdlib.cache.sources import Encoded, Source, check_labels, limited, size_identity
 from kdlib.repro import files
 from kdlib.study.data import Data, HuggingFace
@@ -60,7 +61,8 @@ def open_huggingface(data: Data, split: str) -> Source:
     n_examples = data.n_train if n_known is None else limited(data, split, n_known)
     if n_examples == 0:
         raise ValueError(f"{where} has no examples")
-    fetch_range = _reader(rows, data, where, len(class_names))
+    take = _Stream(rows, place, where) if settings.streaming else lambda i, j: rows[i:j]
+    fetch_range = _reader(take, data, where, len(class_names))
     if data.labelled and not settings.streaming:  # before hours of building
         labels = _label_column(rows, settings.label_column)[:n_examples]
         check_labels(labels, len(class_names), where, hint=_UNLABELLED)
@@ -82,10 +84,11 @@ def open_huggingface(data: Data, split: str) -> Source:
     )  # fmt: skip
 
 
-def _reader(rows: Any, data: Data, where: str, n_classes: int) -> Callable[[int, int], Payload]:
+def _reader(
+    take: Callable[[int, int], dict[str, list]], data: Data, where: str, n_classes: int
+) -> Callable[[int, int], Payload]:
     """From a range of example ids to their encoded images and labels."""
     settings = data.huggingface
-    take = _Stream(rows, where) if settings.streaming else lambda start, stop: rows[start:stop]
 
     def fetch_range(start: int, stop: int) -> Payload:
         part = take(start, stop)
@@ -119,17 +122,19 @@ def _open(settings: HuggingFace, name: str, streaming: bool) -> tuple[Place, Any
             ) from error
     else:
         datasets.enable_progress_bars()  # a download can take hours
-        place, opened = _from_hub(path, settings, options)
+        place, opened = _from_hub(path, settings, name, options)
     if name not in opened:
         raise no_split(settings, name, opened)
     return place, opened[name]
 
 
-def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[Place, dict[str, Any]]:
+def _from_hub(
+    path: Path, settings: HuggingFace, split: str, options: dict
+) -> tuple[Place, dict[str, Any]]:
     import datasets
     from huggingface_hub import HfApi
 
-    name = settings.dataset
+    name, parquet = settings.dataset, ()
     if not _HUB_NAME.fullmatch(name) or name.endswith(".parquet"):
         raise FileNotFoundError(
             f"there is no {path}, and {name!r} is no name on the Hugging Face hub (study: "
@@ -146,7 +151,11 @@ def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[Place, 
             api = HfApi()
             commit = api.dataset_info(name, revision=settings.revision, timeout=ASK_TIMEOUT_S).sha
         arguments = {"path": name, "name": settings.config, "revision": commit}
-        opened = datasets.load_dataset(**arguments, **options)
+        if options.pop("streaming"):
+            builder = datasets.load_dataset_builder(**arguments, **options)
+            opened, parquet = builder.as_streaming_dataset(), _parquet_files(builder.config, split)
+        else:
+            opened = datasets.load_dataset(**arguments, **options)
     except ValueError as error:  # a configuration that is not there, and the like
         raise ValueError(f"{name} cannot be opened: {files.one_line(error)}") from error
     except Exception as error:  # of three libraries, with no common base
@@ -159,7 +168,14 @@ def _from_hub(path: Path, settings: HuggingFace, options: dict) -> tuple[Place, 
             "data.huggingface.dataset)"
         ) from error
     identity = {"dataset": name, "config": settings.config, "commit": commit}
-    return Place(arguments, identity), opened
+    return Place(arguments, identity, parquet), opened
+
+
+def _parquet_files(config: Any, split: str) -> tuple[str, ...]:
+    """Addresses of the files of a split, where all of its rows lie in parquet files."""
+    found = [str(file) for file in (config.data_files or {}).get(split, ())]
+    plain = getattr(config, "filters", None) is None
+    return tuple(found) if plain and all(file.endswith(".parquet") for file in found) else ()
 
 
 def _check_columns(features: dict[str, Any], columns: list[str], where: str) -> None:
@@ -233,8 +249,8 @@ def _encoded(image: dict[str, Any] | None) -> bytes | str:
 
 def _count(rows: Any, place: Place, name: str) -> int | None:
     """Rows of a stream, as far as they are known."""
-    if place.n_rows is not None:
-        return place.n_rows
+    if place.counts:
+        return sum(place.counts)
     if "data_files" in place.arguments:  # an image folder: a pass over paths, not over images
         return sum(1 for _ in rows)
     splits = rows.info.splits or {}
@@ -242,11 +258,16 @@ def _count(rows: Any, place: Place, name: str) -> int | None:
 
 
 class _Stream:
-    """Rows of a stream by ascending ranges: one iterator stays open, and a gap is skipped. Going
-    back opens the stream again."""
+    """Rows of a stream by ascending ranges: one iterator stays open. Going back opens it again; a
+    gap is passed over by the metadata of parquet files, and read where there are none."""
 
-    def __init__(self, rows: Any, where: str) -> None:
-        self._rows, self._where, self._next_id = rows, where, 0
+    def __init__(self, rows: Any, place: Place, where: str) -> None:
+        self._columns, self._where, self._next_id = rows.column_names, where, 0
+        self._is_local = "data_files" in place.arguments  # paths are passed over, not images
+        self._rows, self._parquet = rows, None
+        if place.parquet:
+            features = {column: rows.features[column] for column in self._columns}
+            self._parquet = ParquetRows(place.parquet, place.counts, features, where)
         self._open = []  # the iterator, unless it has ended or failed
         # at the latest before the interpreter ends: an iterator cannot close itself after pyarrow
         weakref.finalize(self, self._open.clear)
@@ -254,12 +275,13 @@ class _Stream:
     def __call__(self, start: int, stop: int) -> dict[str, list]:
         """Columns of the rows [start, stop).
 
-        Raises: ValueError that says where, when the stream ends too early.
+        Raises: ValueError that says where, when the stream ends too early; FileNotFoundError as
+            `ParquetRows.since`.
         """
-        if start < self._next_id:
+        if start < self._next_id or (start > self._next_id and self._parquet):
             self._open.clear()
         if not self._open:
-            self._open.append(iter(self._rows.skip(start)))
+            self._open.append(self._since(start))
             self._next_id = start
         iterator, gap = self._open.pop(), start - self._next_id
         rows = list(itertools.islice(iterator, gap, gap + stop - start))
@@ -271,4 +293,14 @@ class _Stream:
             )
         self._open.append(iterator)
         self._next_id = stop
-        return {column: [row[column] for row in rows] for column in self._rows.column_names}
+        return {column: [row[column] for row in rows] for column in self._columns}
+
+    def _since(self, start: int) -> Iterator[dict[str, Any]]:
+        if self._parquet:
+            return self._parquet.since(start)
+        if start and not self._is_local:
+            print(
+                f"{self._where} is no set of parquet files, whose metadata would say where "
+                f"example {start:,} lies: its stream is read from the start up to there"
+            )
+        return iter(self._rows.skip(start))

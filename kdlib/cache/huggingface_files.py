@@ -26,13 +26,16 @@ class Place:
     Attributes:
         arguments: Of `datasets.load_dataset`.
         identity: What determines the bytes there.
-        n_rows: Where it is known without loading.
+        parquet: The parquet files that its rows lie in, one after another; empty where they lie
+            elsewhere.
+        counts: Rows of each of these files; empty where they are not known without a network.
         files: What `Encoded` says of them: `base`, and `containers` or `passed_over`.
     """
 
     arguments: dict[str, Any]
     identity: dict[str, Any]
-    n_rows: int | None = None
+    parquet: tuple[str, ...] = ()
+    counts: tuple[int, ...] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -53,10 +56,10 @@ def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
         found = {"base": f"{root}/", "passed_over": Counter(kind for kind, _ in passed_over(root))}
         identity = {"sha256": files.fingerprint(listing)}
         return Place(_image_folder(path, settings, splits), identity, files=found)
-    n_rows = 0
+    counts = []
     for file, entry in zip(splits[name], listing, strict=True):
         try:
-            n_rows += pq.read_metadata(file).num_rows
+            counts.append(pq.read_metadata(file).num_rows)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(
                 f"{file} is not a whole parquet file ({files.one_line(error)}); fetch it again"
@@ -67,7 +70,7 @@ def local_place(path: Path, settings: HuggingFace, name: str) -> Place:
     identity = {"sha256": files.fingerprint(listing)}
     times = [[entry[0], *state_of(file)] for file, entry in zip(splits[name], listing, strict=True)]
     found = {"base": f"{base}/", "containers": files.fingerprint(times)}
-    return Place(arguments, identity, n_rows, found)
+    return Place(arguments, identity, tuple(splits[name]), tuple(counts), found)
 
 
 def _image_folder(path: Path, settings: HuggingFace, splits: dict[str, list[str]]) -> dict:

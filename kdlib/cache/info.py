@@ -1,8 +1,11 @@
 """Caches on the command line: build them, see what they hold, verify and repair them."""
 
+import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,9 @@ import numpy as np
 
 from kdlib.cache import index
 from kdlib.cache.agreement import open_sources
-from kdlib.cache.build import build_splits, repair
+from kdlib.cache.build import build_images, build_splits, repair
 from kdlib.cache.index import CacheError
-from kdlib.cache.readings import compare, counted, sentence
+from kdlib.cache.readings import compare, counted, record_path, sentence
 from kdlib.cache.remedies import delete_and_run, run_to_make
 from kdlib.cache.shards import Cache
 from kdlib.cache.sources import SPLITS
@@ -156,6 +159,48 @@ def verify_cache(folder: Path, keep_whole: bool = False) -> bool:
     repair(folder)
     print(f"whole shards are kept; {run_to_make(folder)} to make the others")
     return False
+
+
+def seal(study: Study) -> None:
+    """Make the whole shards at the beginning of a study's unfinished training cache a cache of its
+    own, and print how to learn from it. It is that of the same study with `n_train`, to the byte;
+    its files are links, and the build can go on.
+
+    Raises: CacheError for an unfinished build of other images, or without a whole shard at its
+        beginning.
+    """
+    data, begun = study.data, cache_folder(study.data) / "train"
+    header, shards = index.read_indexes(begun)
+    for journal in index.journal_paths(begun):
+        noted, more = index.read_journal(journal)
+        header = header or noted
+        index.refuse_other(journal, header, noted or header)
+        shards |= more
+    if not header:
+        Cache(begun)  # raises, and says what is there
+    source = open_source(data, "train")
+    expected = {"class_names": list(source.class_names), "identity": source.identity}
+    index.refuse_other(begun, expected, {key: header[key] for key in expected})
+    whole = index.whole_shards(begun, shards)
+    first = list(takewhile(whole.__contains__, range(index.count_shards(header))))
+    if not first or len(whole) == index.count_shards(header):
+        what = "is whole" if first else "has no whole shard at its beginning"
+        raise CacheError(f"{begun} {what}: there is nothing to seal; {run_to_make(begun)}")
+    smaller = data.model_copy(update={"n_train": len(first) * data.shard_size, "part": "1/1"})
+    source, folder = open_source(smaller, "train"), cache_folder(smaller) / "train"
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = {shard: whole[shard] for shard in first}
+    records = [record_path(begun, shard) for shard in first]  # which arrays have not
+    for path in [*(begun / name for name in index.all_sums(taken)), *filter(Path.exists, records)]:
+        with contextlib.suppress(FileExistsError):
+            os.link(path, folder / path.name)
+    header |= {"n_examples": source.n_examples, "identity": source.identity}
+    index.write_journal(folder / "journal.jsonl", header, taken)
+    print(state(build_images(source, folder, data.shard_size)))
+    print(
+        f"`data: {{n_train: {source.n_examples}}}` in a study learns from these; the others: "
+        f"{run_to_make(begun)}"
+    )
 
 
 def compare_source(study: Study) -> bool:

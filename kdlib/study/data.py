@@ -24,7 +24,8 @@ class HuggingFace(Settings):
     image_column: str = "image"
     label_column: str = "label"
     streaming: bool = False
-    """Read once, in order, without keeping the files."""
+    """Read once, in order, without keeping the files. Of parquet files a part, or a build that goes
+    on, reads none of the rows before its own; of others it reads the stream from its start."""
 
 
 class Relabel(Settings):

@@ -43,3 +43,18 @@ def parquet(tmp_path: Path) -> Path:
         write_parquet(path, images[part], labels[part], row_group_size=2)
     write_parquet(folder / "data" / "test-00000-of-00001.parquet", images[:3], [2, 1, 0])
     return folder
+
+
+@pytest.fixture
+def row_groups(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The row groups of each parquet file whose rows are read as a stream."""
+    import pyarrow.parquet as pq
+
+    read, batches = [], pq.ParquetFile.iter_batches
+
+    def iter_batches(self: object, n: int, groups: range, columns: list[str]) -> object:
+        read.append(list(groups))
+        return batches(self, n, groups, columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", iter_batches)
+    return read

@@ -1,11 +1,13 @@
 """`kdlib.cache.huggingface`: data sets of the Hugging Face hub, with and without a network."""
 
 import glob
+import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cache.parquet_sets import BOTH, open_hub
 
@@ -57,7 +59,7 @@ def fake_hub(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
     import datasets
     import huggingface_hub
 
-    load, asked = datasets.load_dataset, []
+    load, load_builder, asked = datasets.load_dataset, datasets.load_dataset_builder, []
 
     class Api:
         def dataset_info(self, name: str, revision: str | None, timeout: float) -> object:
@@ -65,16 +67,20 @@ def fake_hub(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], lis
             assert timeout <= 30
             return type("Info", (), {"sha": {None: "1" * 40, "v2": "2" * 40}[revision]})
 
-    def load_dataset(path: str, name: str | None, revision: str, **options: object) -> object:
-        if name == "absent":
-            raise ValueError("BuilderConfig 'absent' not found.\nAvailable: ['plain']")
-        asked.append({"path": path, "name": name, "revision": revision})
-        folder = glob.escape(str(parquet / "data"))
-        paths = {s: [f"{folder}/{s}*"] for s in SPLITS}
-        return load("parquet", data_files=paths, **options)
+    def with_files(call: Callable) -> Callable:
+        def loaded(path: str, name: str | None, revision: str, **options: object) -> object:
+            if name == "absent":
+                raise ValueError("BuilderConfig 'absent' not found.\nAvailable: ['plain']")
+            asked.append({"path": path, "name": name, "revision": revision})
+            folder = glob.escape(str(parquet / "data"))
+            paths = {s: [f"{folder}/{s}*"] for s in SPLITS}
+            return call("parquet", data_files=paths, **options)
+
+        return loaded
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", with_files(load))
+    monkeypatch.setattr(datasets, "load_dataset_builder", with_files(load_builder))
     return asked
 
 
@@ -115,6 +121,38 @@ def test_a_stream_of_unknown_length_needs_n_train(fake_hub, monkeypatch):
         open_hub("someone/something", "test", streaming=True, n_train=5)
     source = open_hub("someone/something", streaming=True, n_train=5, image_size=4)
     assert source.n_examples == 5
+
+
+def test_a_stream_of_the_hub_is_read_from_the_row_group_of_a_part_on(fake_hub, row_groups):
+    """The files of the split are found; the metadata alone of those before the part are read."""
+    whole = open_hub("someone/something", image_size=4).read(0, 11)
+    row_groups.clear()
+    source = open_hub("someone/something", streaming=True, n_train=11, image_size=4)
+    for ours, theirs in zip(source.read(8, 11), whole, strict=True):
+        np.testing.assert_array_equal(ours, theirs[8:])
+    assert row_groups == [[1, 2]]  # of the second file, which begins with example 5
+    assert source.identity == open_hub("someone/something", n_train=11, image_size=4).identity
+
+
+def test_a_stream_that_is_no_parquet_is_read_from_its_start_and_says_so(
+    fake_hub, parquet, tmp_path, monkeypatch, capsys
+):
+    import datasets
+
+    lines = [json.dumps({"image": None, "label": i}) for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    label = datasets.ClassLabel(names=list("abcdef"))
+    features = datasets.Features(image=datasets.Image(), label=label)
+    of_json = {"data_files": str(tmp_path / "rows.jsonl"), "features": features}
+    builder = datasets.load.load_dataset_builder("json", **of_json)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    source = open_hub("someone/something", streaming=True, n_train=6, image_size=4)
+    assert source.fetch(0, 2).labels.tolist() == [0, 1]
+    assert capsys.readouterr().out == ""
+    source = open_hub("someone/something", streaming=True, n_train=6, image_size=4)
+    assert source.fetch(4, 6).labels.tolist() == [4, 5]
+    assert "no set of parquet files" in (said := capsys.readouterr().out)
+    assert "where example 4 lies: its stream is read from the start up to there" in said
 
 
 def test_without_the_library_the_error_says_how_to_install_it(parquet, monkeypatch):

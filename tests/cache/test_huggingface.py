@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,11 @@ import pytest
 from cache.parquet_sets import BOTH, STRUCT, open_hub, pixels, png, write_parquet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from kdlib.cache.build import build_images
+from kdlib.cache.image_files import Payload
+from kdlib.cache.parquet import ParquetRows
+from kdlib.cache.shards import Cache
 
 pytestmark = pytest.mark.usefixtures("no_network")
 
@@ -58,20 +64,88 @@ def test_a_stream_gives_any_range_in_order_with_gaps_and_going_back(parquet, ran
         np.testing.assert_array_equal(labels, all_labels[start:stop])
 
 
-def test_ascending_ranges_open_the_stream_once_and_going_back_opens_it_again(parquet, monkeypatch):
+def test_ascending_ranges_open_the_stream_once_and_a_gap_is_passed_over(parquet, row_groups):
+    """Train: 5 + 6 images in two files of row groups of 2."""
+    source = open_hub(parquet, streaming=True, image_size=4)
+    for start, stop in ((3, 4), (4, 5), (5, 6)):
+        source.fetch(start, stop)
+    assert row_groups == [[1, 2], [0, 1, 2]]  # both files, row group 0 of the first left out
+    source.fetch(9, 11)
+    assert row_groups[2:] == [[2]]
+    source.fetch(2, 3)  # going back
+    assert row_groups[3:] == [[1, 2]]
+
+
+@pytest.fixture
+def five_files(tmp_path: Path) -> Path:
+    """30 images in 5 files of row groups of 2."""
+    images = [png(image) for image in pixels(30)]
+    for i in range(5):
+        path = tmp_path / f"set/train-{i:05d}-of-00005.parquet"
+        write_parquet(path, images[6 * i : 6 * i + 6], [0, 1, 2] * 2, row_group_size=2)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the parquet files whose rows are asked for."""
+    names, whole = [], ParquetRows._opened
+
+    def _opened(self: ParquetRows, path: str) -> object:
+        names.append(Path(path).name[:11])
+        return whole(self, path)
+
+    monkeypatch.setattr(ParquetRows, "_opened", _opened)
+    return names
+
+
+def test_a_part_opens_no_file_before_its_own_and_parts_make_the_bytes_of_a_whole(
+    five_files, opened, tmp_path
+):
+    whole = build_images(open_hub(five_files, streaming=True, image_size=4), tmp_path / "whole", 5)
+    opened.clear()
+    for part in ((3, 3), (1, 3), (2, 3)):  # shards 4-5, 0-1, 2-3
+        source = open_hub(five_files, streaming=True, image_size=4)
+        build_images(source, tmp_path / "parts", 5, part)
+    assert opened == [
+        "train-00003", "train-00004", "train-00000", "train-00001", "train-00001", "train-00002",
+        "train-00003",
+    ]  # fmt: skip
+    assert Cache(tmp_path / "parts").fingerprint == whole.fingerprint
+    for path in sorted((tmp_path / "whole").glob("[ilr]*-0*")):  # images, labels, what was read
+        assert (tmp_path / "parts" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_resumed_build_opens_no_file_before_the_one_it_stopped_in(five_files, opened, tmp_path):
+    source = open_hub(five_files, streaming=True, image_size=4)
+
+    def fetch(start: int, stop: int) -> Payload:
+        if start >= 20:
+            raise InterruptedError
+        return source.fetch_range(start, stop)
+
+    with pytest.raises(InterruptedError):
+        build_images(replace(source, fetch_range=fetch), tmp_path / "cache", 5)
+    opened.clear()
+    source = open_hub(five_files, streaming=True, image_size=4)
+    assert build_images(source, tmp_path / "cache", 5).whole
+    assert opened == ["train-00003", "train-00004"]
+
+
+def test_rows_of_files_of_unknown_length_are_found_by_their_metadata(five_files, row_groups):
     import datasets
 
-    opened = []
-    skip = datasets.IterableDataset.skip
-    monkeypatch.setattr(
-        datasets.IterableDataset, "skip", lambda self, n: opened.append(n) or skip(self, n)
-    )
-    source = open_hub(parquet, streaming=True, image_size=4)
-    for start, stop in ((3, 4), (4, 6), (8, 10)):
-        source.fetch(start, stop)
-    assert opened == [3]
-    source.fetch(2, 4)
-    assert opened == [3, 2]
+    paths, features = sorted(map(str, five_files.iterdir())), {"text": datasets.Value("string")}
+    features["label"] = datasets.Value("int64")
+    rows = ParquetRows(paths, (), features, "here")
+    assert [row["label"] for row in rows.since(25)] == [1, 2, 0, 1, 2]
+    assert row_groups == [[0, 1, 2]]  # of the last file; of the others the metadata alone
+    assert list(rows.since(30)) == []
+    Path(paths[1]).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"train-00001-of-00005\.parquet of here cannot be "
+    ):
+        list(ParquetRows(paths, (), features, "here").since(25))
 
 
 def test_a_process_may_end_with_a_stream_half_read(parquet):
