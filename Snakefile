@@ -56,7 +56,7 @@ STUDENTS = [f"{RUNS}/distill/{SUBSET}/{run}/evidence.json" for run in RUNS_OF_SU
 OF_CELL = [f"{RUNS}/distill/{CELL}/{seed}/evidence.json" for seed in SEEDS]
 PROBED = f"{RUNS}/probe/{CELL}/evidence.json"
 PAPERMILL = (
-    "{PYTHON:q} -m papermill --engine ipc --log-output --no-progress-bar"
+    "{PYTHON:q} -m kdlib.papermill_engine --log-output --no-progress-bar"
     " {NOTEBOOKS:q}/{params.notebook} {log.notebook:q} -p study {STUDY:q}"
 )
 AXES = (

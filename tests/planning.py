@@ -9,7 +9,7 @@ from pathlib import Path
 from tiny import ROOT
 
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["snakemake.cli", "kdlib.study.load", "kdlib.repro.processor"])
+PROCESSES.set_forkserver_preload(["snakemake.cli", "kdlib.steps.done", "kdlib.repro.processor"])
 
 
 def dry_run(

@@ -118,10 +118,9 @@ def test_a_loader_makes_the_batches_of_the_plain_one(
     plan = Plan(np.arange(80), 16, 12, 0, order="windowed", shard_size=devices.SHARD)
     view = View(AUGMENT, 5, PIXELS, n_views=3)
     more = {"view": view, "teacher": replayed, "reads": KEPT, "second": View(AUGMENT, 6, PIXELS)}
-    with monkeypatch.context() as patch:
-        patch.setattr(fused, "available", lambda: False)
-        plain = Loader(plan, images, residence="resident", **more)
-        expected = [plain.batch(step) for step in range(plan.n_steps)]
+    plain = Loader(plan, images, residence="resident", **more)  # too few for the compiled loops
+    expected = [plain.batch(step) for step in range(plan.n_steps)]
+    monkeypatch.setattr("kdlib.dataset.loader.COMPILED", 0)
     loader = Loader(plan, images, device=device, residence=residence, reuse=reuse, **more)
     if device == "cpu" and residence == "mapped":  # a thread works ahead, as for a GPU
         loader._works_ahead, loader._buffers = True, [{}, {}]

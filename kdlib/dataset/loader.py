@@ -19,6 +19,7 @@ from kdlib.dataset.rows import ReadAhead, Rows, TeacherRows, free_memory
 from kdlib.dataset.views import apply, draw
 
 SHARE = 0.5  # of the free memory that `auto` lets pixels take
+COMPILED = 64 * 2**20  # bytes of pixels that a plan draws for which loading machine code pays
 
 
 class Loader:
@@ -77,6 +78,8 @@ class Loader:
         fits = len(ids) * n_bytes <= SHARE * free_memory(self.device)
         self.residence = residence if residence != "auto" else "resident" if fits else "mapped"
         resident, self._on_cpu = self.residence == "resident", self.device.type == "cpu"
+        n_drawn = plan.n_steps * plan.batch_size * images.row_bytes()["images"]
+        self._fused = self._on_cpu and n_drawn >= COMPILED and available()
         self._pixels = Rows(images, "images", ids, self.device, resident)
         self._labels = images.read("labels", ids) if labels is None else np.array(labels, np.int64)
         if self._labels.shape != ids.shape:
@@ -212,7 +215,7 @@ class Loader:
         drawn = draw(
             view.settings, view.seed, torch.from_numpy(views), torch.from_numpy(ids), shape
         )
-        if not (self._on_cpu and available()):
+        if not self._fused:
             return pixels.prepare(apply(self._pixels.gather(index), drawn), out)
         if out is None:
             out = torch.empty((len(index), *shape), memory_format=pixels.memory_format)

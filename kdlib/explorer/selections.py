@@ -41,7 +41,7 @@ def training_commands(study: Study, name: str) -> list[list[str]]:
     path, file = write_study(study), selection_path(study, name)
     fraction = repr(Subset.load(file).fraction)
     return [
-        [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar",
+        [sys.executable, "-m", "kdlib.papermill_engine", "--no-progress-bar",
          "notebooks/04_distill.ipynb", str(file.with_name(f"{executed}-04_distill.ipynb")),
          "-p", "study", str(path), "-p", "strategy", *strategy]
         for executed, strategy in (

@@ -11,6 +11,8 @@ Sources:
         Control Optim. 30(4) (averaged weights).
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 
@@ -49,10 +51,21 @@ def make_optimiser(parameters: Iterable[nn.Parameter], training: Training) -> to
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if training.optimiser == "adamw":
-        return torch.optim.AdamW(groups, lr=training.lr_peak, fused=True)
+        return _plain(torch.optim.AdamW)(groups, lr=training.lr_peak, fused=True)
     momentum = training.momentum
-    return torch.optim.SGD(
+    return _plain(torch.optim.SGD)(
         groups, lr=training.lr_peak, momentum=momentum, nesterov=momentum > 0, fused=True
+    )
+
+
+@functools.cache
+def _plain(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """An optimiser of torch, of the same name, whose methods do not import torch's compiler: that
+    takes as long as torch itself. They are wrapped for programs that compile the optimiser."""
+    wrapped = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in wrapped}
+    return type(
+        kind.__name__, (kind,), methods | {"step": torch.no_grad()(inspect.unwrap(kind.step))}
     )
 
 
