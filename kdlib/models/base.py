@@ -108,6 +108,21 @@ class Network(nn.Module):
         return {name: tuple(value.shape[1:]) for name, value in values.items()}
 
 
+def resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
+    """A grid (B, C, H, W) resized to another (height, width): averaged over areas where it shrinks,
+    interpolated bilinearly where it grows; corners stay corners.
+
+    >>> round(resized(torch.arange(4.0).view(1, 1, 2, 2), (1, 1)).item(), 6)
+    1.5
+    """
+    height, width = grid.shape[-2:]
+    if (height, width) == tuple(size):
+        return grid
+    if size[0] <= height and size[1] <= width:
+        return F.adaptive_avg_pool2d(grid, size)
+    return F.interpolate(grid, size, mode="bilinear", antialias=True, align_corners=False)
+
+
 def attention_map(grid: Tensor) -> Tensor:
     """Where a feature grid is active: mean of squares over channels, of norm 1 for each example.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdlib.study.base import NAME, known
 from kdlib.study.models import StoredOutputs
-from kdlib.study.objectives import RKD, GridObjective, Objective, needs_teacher
+from kdlib.study.objectives import RKD, Objective, needs_teacher
 from kdlib.study.selections import PICKED, STRATEGIES
 from kdlib.study.training import Augment
 
@@ -137,7 +137,7 @@ def _check_objectives(study: "Study") -> None:
                 )
             known(objective.teacher, study.teachers, f"teacher of objective {name}")
         clean = study.teacher.outputs.views is None  # grids cannot be augmented afterwards
-        if isinstance(objective, GridObjective) and augmented and clean:
+        if objective.compares_grids and augmented and clean:
             raise ValueError(
                 f"objective {name} compares grids of features, and the flipped grid is not that of "
                 "the flipped image: give teacher.outputs.views, which the students then see, or no "

@@ -6,7 +6,7 @@ paper, and in its last line the test that works the loss by hand.
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdlib.study.base import Count, Distinct, Name, NonNegative, Positive, Settings, Share, matching
 from kdlib.study.user_code import UserCode
@@ -25,6 +25,11 @@ class Objective(Settings):
     def teacher_features(self) -> str | None:
         """What it reads of a teacher beside logits, as the teacher's settings name it."""
         return None
+
+    @property
+    def compares_grids(self) -> bool:
+        """Whether it compares grids of features, which are those of one view of an image."""
+        return False
 
     @property
     def compares_views(self) -> bool:
@@ -128,7 +133,11 @@ class FeatureObjective(Objective):
 
 
 class GridObjective(FeatureObjective):
-    """An objective that compares grids of features, which are those of one view of an image."""
+    """An objective that compares grids of features."""
+
+    @property
+    def compares_grids(self) -> bool:
+        return True
 
 
 class Hint(GridObjective):
@@ -207,6 +216,28 @@ class Tokens(GridObjective):
     patch_weight: NonNegative
     barlow_weight: Positive | None = None
     """Without it there is no second view."""
+
+    @property
+    def compares_grids(self) -> bool:
+        return self.patch_weight > 0
+
+    @property
+    def teacher_features(self) -> str:
+        return self.kind if self.compares_grids else f"{self.kind} features"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Outputs of student and teacher; no grid where its weight is 0."""
+        return ("features", "stage") if self.compares_grids else ("features",)
+
+    @model_validator(mode="after")
+    def _heard(self) -> "Tokens":
+        if self.cls_weight == self.patch_weight == 0:
+            raise ValueError(
+                "cls_weight and patch_weight are 0, and nothing is learnt from the teacher; "
+                "expected at least one of them > 0"
+            )
+        return self
 
 
 Read = matching(

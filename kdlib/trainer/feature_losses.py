@@ -22,22 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdlib.models.base import resized
+
 EPSILON = 1e-12
-
-
-def resized(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """A grid (B, C, H, W) resized to another (height, width): averaged over areas where it shrinks,
-    interpolated bilinearly where it grows; corners stay corners.
-
-    >>> round(resized(torch.arange(4.0).view(1, 1, 2, 2), (1, 1)).item(), 6)
-    1.5
-    """
-    height, width = grid.shape[-2:]
-    if (height, width) == tuple(size):
-        return grid
-    if size[0] <= height and size[1] <= width:
-        return F.adaptive_avg_pool2d(grid, size)
-    return F.interpolate(grid, size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def hint(projected: Tensor, teacher_grid: Tensor) -> Tensor:
@@ -181,24 +168,21 @@ def crd(
     return 2 * same + wrong.sum(1).mean() + wrong.sum(0).mean()
 
 
-def tokens(
-    cls: Tensor, patches: Tensor, teacher_cls: Tensor, teacher_patches: Tensor
-) -> tuple[Tensor, Tensor]:
-    """1 - cosine of projected student features and the teacher's.
+def tokens(projected: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine of projected student features, or grids of them, and the teacher's.
 
     Args:
-        cls: (B, D) float.
-        patches: (B, D, H, W) float; the teacher's grid is resized to (H, W).
-        teacher_cls, teacher_patches: (B, D) and (B, D, H_t, W_t) float.
+        projected: (B, D) or (B, D, H, W) float.
+        teacher: (B, D) or (B, D, H_t, W_t) float; a grid is resized to (H, W).
 
-    Returns: (of the vectors, of the grids), scalars in [0, 2], means over examples and places.
+    Returns: Scalar in [0, 2], mean over examples and places.
     Raises: ValueError when batches or widths differ.
     """
-    _check(cls, teacher_cls, 2)
-    _check(patches, teacher_patches, 2)
-    target = resized(teacher_patches.detach(), patches.shape[-2:])
-    apart = 1 - F.cosine_similarity(cls, teacher_cls.detach(), dim=1)
-    return apart.mean(), (1 - F.cosine_similarity(patches, target, dim=1)).mean()
+    _check(projected, teacher, 2)
+    target = teacher.detach()
+    if projected.ndim == 4:
+        target = resized(target, projected.shape[-2:])
+    return (1 - F.cosine_similarity(projected, target, dim=1)).mean()
 
 
 def two_views(first: Tensor, second: Tensor) -> None:

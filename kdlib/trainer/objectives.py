@@ -228,15 +228,18 @@ class CRDDistiller(WeightedDistiller):
 
 @register_for(settings.Tokens)
 class TokensDistiller(Distiller):
-    """The two parts of `feature_losses.tokens`, and `feature_losses.barlow` of two views."""
+    """`feature_losses.tokens` of features and of grids, each where its weight is above 0, and
+    `feature_losses.barlow` of two views."""
 
     columns = ("features", "stage")
     labels_train_head_only = True
 
     def draw(self, student: Shapes, teacher: Shapes) -> None:
         (n_in,), (n_out,) = student["features"], teacher["features"]
-        self.projectors[_grid(student)] = _grid_projector(student, teacher)
-        self.projectors["features"] = nn.Linear(n_in, n_out)
+        if self.objective.compares_grids:
+            self.projectors[_grid(student)] = _grid_projector(student, teacher)
+        if self.objective.cls_weight > 0:
+            self.projectors["features"] = nn.Linear(n_in, n_out)
         if self.objective.compares_views:
             self.expander = nn.Sequential(
                 nn.Linear(n_in, n_in, bias=False),
@@ -262,10 +265,11 @@ class TokensDistiller(Distiller):
         return hard + soft
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
-        ours, theirs = _grid(student), _grid(teacher)
-        cls, patches = feature_losses.tokens(
-            student["features"], student[ours], teacher["features"], teacher[theirs]
-        )
+        cls = patches = 0.0
+        if self.objective.cls_weight > 0:
+            cls = feature_losses.tokens(student["features"], teacher["features"])
+        if self.objective.compares_grids:
+            patches = feature_losses.tokens(student[_grid(student)], teacher[_grid(teacher)])
         return self.objective.cls_weight * cls + self.objective.patch_weight * patches
 
 

@@ -139,8 +139,8 @@ def test_tokens_worked_by_hand():
     other = torch.tensor([[0.5, math.sqrt(3) / 2]])
     patches = torch.tensor([[[[1.0, 1.0]], [[0.0, 0.0]]]])
     turned = torch.tensor([[[[3.0, -2.0]], [[0.0, 0.0]]]])
-    found = feature_losses.tokens(cls, patches, other, turned)
-    assert [x.item() for x in found] == pytest.approx([0.5, 1.0], abs=1e-6)
+    found = [feature_losses.tokens(*pair).item() for pair in ((cls, other), (patches, turned))]
+    assert found == pytest.approx([0.5, 1.0], abs=1e-6)
 
 
 def test_barlow_worked_by_hand():
@@ -340,9 +340,24 @@ def test_vectors_of_one_length_do_not_make_tokens_blind():
     vectors."""
     rows = F.normalize(drawn(0)["features"], dim=1)
     grid = F.normalize(drawn(0)["stage2"], dim=1)
-    cls, patch = feature_losses.tokens(rows, grid, rows.roll(1, 0), grid.roll(1, 0))
-    assert cls > 0.1
-    assert patch > 0.1
+    assert feature_losses.tokens(rows, rows.roll(1, 0)) > 0.1
+    assert feature_losses.tokens(grid, grid.roll(1, 0)) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("cls", "patch", "reads"), [(1.0, 0.0, ("features",)), (0.0, 0.5, ("features", "stage2"))]
+)
+def test_a_part_of_tokens_whose_weight_is_0_is_neither_read_nor_trained(cls, patch, reads):
+    made, student, teacher = built(Tokens(cls_weight=cls, patch_weight=patch))
+    assert made.reads == reads
+    made.loss(made.project(student), LABELS, teacher).backward()
+    assert all(p.grad.abs().sum() > 0 for p in made.parameters())  # as the check demands
+    assert len(list(made.projectors)) == 1
+
+
+def test_tokens_of_no_weight_are_refused():
+    with pytest.raises(ValueError, match="cls_weight and patch_weight are 0, and nothing is"):
+        Tokens(cls_weight=0.0, patch_weight=0.0)
 
 
 def test_projectors_are_drawn_from_the_seed_and_leave_the_generator():
