@@ -20,11 +20,12 @@ import torch
 from kdlib.cache.build import build_images
 from kdlib.cache.shards import Cache
 from kdlib.cache.study_source import open_source
-from kdlib.dataset.batch import Batch, View
+from kdlib.dataset.batch import View
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.models.evaluation import evaluate
+from kdlib.models.live import LiveOutputs
 from kdlib.models.networks import build_network
 from kdlib.models.outputs import Replay, store_outputs, stored_accuracy
 from kdlib.models.weights import load_weights
@@ -49,20 +50,23 @@ def network(name: str, seed: int = 0) -> torch.nn.Module:
 
 
 class Form:
-    """One way to train: a student with its optimiser, its loader and, when online, its teacher."""
+    """One way to train: a student with its optimiser and its loader, which reads or asks the
+    teacher."""
 
     def __init__(
         self, images: Cache, n_steps: int, stored: Cache | None = None,
-        replay: Replay | None = None, online: torch.nn.Module | None = None,
+        replay: Replay | None = None, live: LiveOutputs | None = None,
     ) -> None:  # fmt: skip
         training = Training(steps=n_steps, batch_size=BATCH, lr_peak=0.1, warmup_steps=50)
         ids = images.example_ids
         view = View(VIEW, 0, PIXELS, None if replay is None else replay.n)
-        loader = Loader(Plan(ids, BATCH, n_steps, 0), images, view=view, teacher=stored, reuse=True)
-        taught = stored is not None or online is not None
+        loader = Loader(
+            Plan(ids, BATCH, n_steps, 0), images, view=view, teacher=stored, live=live, reuse=True
+        )
+        taught = stored is not None or live is not None
         objective = KD if taught else CrossEntropy()
         outputs = {"logits": (10,)}
-        self.online, self.step = online, 0
+        self.step = 0
         self.task = Task(
             network=network("cifar_resnet8"),
             distiller=build_distiller(
@@ -81,11 +85,7 @@ class Form:
 
     def advance(self) -> None:
         """One step, batch and teacher included."""
-        batch: Batch = self.task.loader.batch(self.step)
-        if self.online is not None:
-            with torch.no_grad():
-                batch = batch._replace(teacher={"logits": self.online(batch.images)})
-        self.train_one(batch, self.step)
+        self.train_one(self.task.loader.batch(self.step), self.step)
         self.step += 1
 
 
@@ -136,7 +136,9 @@ def main() -> None:
                 kind: Form(images, n_steps, cache, kinds[kind].get("replay"))
                 for kind, cache in stored.items()
             }
-            return made | {"teacher online": Form(images, n_steps, online=teacher)}
+            return made | {
+                "teacher live": Form(images, n_steps, live=LiveOutputs(teacher, PIXELS, ["logits"]))
+            }
 
         timed = forms(chosen.rounds * BLOCK + BLOCK)
         blocks: dict[str, list[float]] = {kind: [] for kind in timed}

@@ -231,13 +231,17 @@ def _cache_seal(arguments: argparse.Namespace) -> None:
 
 
 def _cache_outputs(arguments: argparse.Namespace) -> None:
-    """Store a part of a loaded teacher's outputs."""
+    """Store a part of a loaded teacher's outputs; or print what storing them costs."""
     from kdlib.cache.info import state
     from kdlib.cache.shards import Cache
     from kdlib.steps.cache import open_images
+    from kdlib.steps.output_costs import output_costs
     from kdlib.steps.teacher_outputs import store_part
 
     study = load_study(arguments.study)
+    if arguments.costs:
+        print(output_costs(study, open_images(study)).to_string(index=False))
+        return
     for stored in store_part(study, open_images(study), parse_part(arguments.part)):
         print(state(Cache(stored.folder)))  # all parts that are there
 
@@ -340,7 +344,10 @@ def _add_cache(commands: Any) -> None:
     build.add_argument("--workers", type=int, help="processes that decode images")
     _command(commands, "seal", _cache_seal, "params/cifar10.yaml")
     outputs = _command(commands, "outputs", _cache_outputs, "params/cifar10.yaml")
-    outputs.add_argument("--part", metavar="I/K", required=True, help="the i-th of k equal runs")
+    what = outputs.add_mutually_exclusive_group(required=True)
+    what.add_argument("--part", metavar="I/K", help="the i-th of k equal runs")
+    text = "print bytes and seconds of each way to read the teacher, and store nothing"
+    what.add_argument("--costs", action="store_true", help=text)
     check = _command(commands, "check", _cache_check, "params/cifar10.yaml")
     check.add_argument("--workers", type=int, help="processes that read images")
     text = "name every image, and compare the pixels of any number of them"

@@ -41,6 +41,7 @@ from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, m
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.near import near_duplicates
 from kdlib.steps.noise import noise_tables
+from kdlib.steps.output_costs import output_costs
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.recordings import record_all, recording_table
 from kdlib.steps.scores import score_tables
@@ -126,6 +127,11 @@ class Lab:
         table = near_duplicates(self.study, self.images, similarity, most)
         draw_near(self.study, self.images, table)
         return table
+
+    def teacher_costs(self, teacher: Name = None) -> pd.DataFrame:
+        """What it costs to store the teacher's outputs or to compute them live, measured on one
+        batch before step 02; columns as of `kdlib.steps.output_costs`."""
+        return output_costs(self.study, self.images, teacher)
 
     def teacher(self) -> pd.DataFrame:
         """Step 02: train or load the teachers, store their outputs. Returns: One row each."""

@@ -1,7 +1,7 @@
 """What a batch holds, and how stored pixels become a network's input."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +24,19 @@ class View:
     seed: int
     pixels: Pixels
     n_views: int | None = None
+
+
+class Live(Protocol):
+    """A teacher that computes its outputs for each batch, as `kdlib.models.LiveOutputs` does.
+
+    Attributes:
+        pixels: The normalisation it was trained with.
+    """
+
+    pixels: Pixels
+
+    def __call__(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Outputs of normalised images (B, C, H, W) float32: (B, ...) float32 by name."""
 
 
 class Batch(NamedTuple):  # made 10,000 times a second, three times as fast as a frozen dataclass

@@ -4,6 +4,7 @@ A batch is one gather per column and one pass over its pixels; there are no work
 Python code runs per image. Where pixels are kept changes no byte of any batch.
 """
 
+import dataclasses
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -12,7 +13,7 @@ import torch
 
 from kdlib.cache.outputs import stored_columns
 from kdlib.cache.shards import Cache
-from kdlib.dataset.batch import Batch, View
+from kdlib.dataset.batch import Batch, Live, View
 from kdlib.dataset.fused import available, deliver
 from kdlib.dataset.plan import Plan
 from kdlib.dataset.rows import ReadAhead, Rows, TeacherRows, free_memory
@@ -37,6 +38,7 @@ class Loader:
         view: View | None = None,
         teacher: Cache | None = None,
         reads: Collection[str] = ("logits",),
+        live: Live | None = None,
         second: View | None = None,
         labels: np.ndarray | None = None,
         device: str = "cpu",
@@ -52,6 +54,8 @@ class Loader:
             view: How pixels become inputs; None hands them out as they are stored.
             teacher: Stored outputs of the same images, which go with each batch.
             reads: Which of them.
+            live: Instead of stored outputs, a teacher that is asked for those of each batch's own
+                views; it needs a `view`.
             second: How a second view of each image is made, for objectives that compare two.
             labels: (N,) int64, one for each of the plan's sorted ids, instead of the stored ones.
             device: Where batches are made.
@@ -87,6 +91,10 @@ class Loader:
         self._teacher = None
         if teacher is not None:
             self._teacher = TeacherRows(teacher, columns, view, ids, self.device, resident)
+        self.live = live
+        if live is not None:  # the same views, normalised for the teacher where that differs
+            same = live.pixels == view.pixels
+            self._live_view = None if same else dataclasses.replace(view, pixels=live.pixels)
         self._share = (rank, world_size)
         self._passes: dict[int, tuple[np.ndarray, ...]] = {}
         self._thread = self._read_ahead = None
@@ -133,8 +141,10 @@ class Loader:
         return self._pixels.gather(self._pixels.index_of(np.asarray(positions, np.int64)))
 
     def teacher_rows(self, positions: np.ndarray, views: np.ndarray) -> dict[str, torch.Tensor]:
-        """Stored teacher outputs at some positions, each for one of its views: (B, ...) float32 by
-        name."""
+        """Teacher outputs at some positions: (B, ...) float32 by name. Stored ones are those of one
+        view each, those of a live teacher are of images without augmentation."""
+        if self.live is not None:
+            return self.live(self.live.pixels.prepare(self.raw(positions)))
         return self._teacher.gather(positions, views)
 
     def close(self) -> None:
@@ -161,7 +171,14 @@ class Loader:
             images = self._pixels.gather(index, self._buffer("raw", len(ids)))
         else:
             images = self._inputs("inputs", self.view, index, ids, views)
-        second = None
+        teacher = second = None
+        if self._teacher is not None:
+            teacher = self.teacher_rows(positions, views)
+        elif self.live is not None:
+            same = self._live_view is None
+            teacher = self.live(
+                images if same else self._inputs("live", self._live_view, index, ids, views)
+            )
         if self.second is not None:
             second = self._inputs("second", self.second, index, ids, passes)
         return Batch(
@@ -170,7 +187,7 @@ class Loader:
             passes=self._small(passes),
             images=images,
             labels=self._small(labels),
-            teacher=None if self._teacher is None else self.teacher_rows(positions, views),
+            teacher=teacher,
             second=second,
         )
 

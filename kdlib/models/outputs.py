@@ -15,7 +15,7 @@ from kdlib.cache.remedies import delete_and_run
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset import views
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.base import Network
+from kdlib.models.base import Network, resized
 from kdlib.models.evaluation import accuracy, all_outputs
 from kdlib.models.weights import weights_fingerprint
 from kdlib.study.training import Augment
@@ -31,14 +31,20 @@ class Replay:
 
 
 def output_header(
-    network: Network, pixels: Pixels, images: Cache, replay: Replay | None, top_k: int | None
+    network: Network,
+    pixels: Pixels,
+    images: Cache,
+    replay: Replay | None,
+    top_k: int | None,
+    grid: int | None = None,
 ) -> dict[str, Any]:
     """All that determines a teacher's stored outputs: weights, normalisation, images, views, and
-    how logits are stored."""
+    how logits and grids are stored."""
     view: Any = CLEAN_VIEW
     if replay is not None:
         augment = replay.augment.model_dump(mode="json")
         view = {"n": replay.n, "augment": augment, "seed": replay.seed}
+    optional = {"image_size": network.image_size, "grid": grid}
     return {
         "kind": KIND,
         "split": images.header["split"],
@@ -48,7 +54,7 @@ def output_header(
         "view": view,
         "n_classes": network.n_classes,
         "top_k": top_k,
-    } | ({"image_size": network.image_size} if network.image_size is not None else {})
+    } | {key: value for key, value in optional.items() if value is not None}
 
 
 def store_outputs(
@@ -60,6 +66,7 @@ def store_outputs(
     *,
     replay: Replay | None = None,
     top_k: int | None = None,
+    grid: int | None = None,
     wanted: Collection[str] = ("logits", "features"),
     part: tuple[int, int] = (1, 1),
 ) -> Cache:
@@ -73,6 +80,7 @@ def store_outputs(
     Args:
         replay: Views to store; None stores outputs for the images without augmentation.
         top_k: In [1, C); None stores all logits.
+        grid: Side to which feature grids are resized; None stores whole ones.
         wanted: Names of `Network.outputs`.
         part: (i, k): the i-th of k equal runs of shards.
 
@@ -81,24 +89,21 @@ def store_outputs(
         OverflowError when an output does not fit into float16; ValueError for a `top_k` outside its
         range, or an output the network does not have.
     """
-    n_classes, n_views = network.n_classes, 1 if replay is None else replay.n
-    if top_k is not None and not 1 <= top_k < n_classes:
-        raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
-    shapes = network.output_shapes(images.layout("images")[1], wanted)
-    zeros = encoded({name: torch.zeros(1, *shape) for name, shape in shapes.items()}, top_k)
-    columns = {c: (rows.dtype.str, (n_views, *rows.shape[1:])) for c, rows in zeros.items()}
+    n_views = 1 if replay is None else replay.n
+    columns = output_columns(network, images.layout("images")[1], replay, top_k, grid, wanted)
 
     def make(span: tuple[int, int]) -> dict[str, np.ndarray]:
         ids = np.arange(*span)
-        parts = [
-            encoded(_outputs(network, pixels, images, ids, v, replay, device, wanted), top_k)
+        values = (
+            view_outputs(network, pixels, images, ids, v, replay, device, wanted, grid)
             for v in range(n_views)
-        ]
+        )
+        parts = [encoded(of_view, top_k) for of_view in values]
         return {column: np.stack([part[column] for part in parts], 1) for column in columns}
 
     return build_shards(
         folder,
-        output_header(network, pixels, images, replay, top_k),
+        output_header(network, pixels, images, replay, top_k, grid),
         columns,
         make,
         n_examples=images.n_examples,
@@ -108,23 +113,59 @@ def store_outputs(
     )
 
 
-def _outputs(
+def output_columns(
+    network: Network,
+    image_shape: tuple[int, ...],
+    replay: Replay | None,
+    top_k: int | None,
+    grid: int | None,
+    wanted: Collection[str],
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of one example's row in each column of stored outputs; arguments as of
+    `store_outputs`.
+
+    Raises: ValueError as `store_outputs`.
+    """
+    n_classes, n_views = network.n_classes, 1 if replay is None else replay.n
+    if top_k is not None and not 1 <= top_k < n_classes:
+        raise ValueError(f"top_k is {top_k} of {n_classes} classes; expected [1, {n_classes})")
+    shapes = network.output_shapes(image_shape, wanted)
+    rows = {name: torch.zeros(1, *shape) for name, shape in shapes.items()}
+    zeros = encoded(_shrunk(rows, grid), top_k)
+    return {c: (rows.dtype.str, (n_views, *rows.shape[1:])) for c, rows in zeros.items()}
+
+
+def _shrunk(outputs: Mapping[str, torch.Tensor], grid: int | None) -> dict[str, torch.Tensor]:
+    """Outputs with their feature grids resized to a side, as losses resize them."""
+    return {
+        name: resized(values, (grid, grid)) if grid and name.startswith("stage") else values
+        for name, values in outputs.items()
+    }
+
+
+def view_outputs(
     network: Network,
     pixels: Pixels,
     images: Cache,
     ids: np.ndarray,
-    view: int,
+    view: int | torch.Tensor,
     replay: Replay | None,
     device: str | torch.device,
     wanted: Collection[str],
+    grid: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Outputs of one view of some examples, by name."""
+    """Outputs of one view of some examples, by name.
+
+    Args:
+        view: The same of all, or of each (B,) int64; without `replay` the images are not augmented.
+    """
     raw = torch.from_numpy(images.read("images", ids)).to(device)
     if replay is not None:
-        epochs = torch.full((len(ids),), view)
+        epochs = torch.as_tensor(view).expand(len(ids))
         raw = views.augment(raw, torch.from_numpy(ids), epochs, replay.augment, replay.seed)
     wanted = tuple(wanted)
-    return dict(zip(wanted, all_outputs(network, pixels, raw, wanted), strict=True))
+    values = dict(zip(wanted, all_outputs(network, pixels, raw, wanted), strict=True))
+    return _shrunk(values, grid)
 
 
 def stored_accuracy(stored: Cache, images: Cache, example_ids: np.ndarray | None = None) -> float:
@@ -176,7 +217,8 @@ def verify_outputs(
     wanted = dict.fromkeys("logits" if c in SPARSE else c for c in stored.header["columns"])
     device = next(network.parameters()).device
     for view, some in enumerate(np.array_split(ids, min(n_views, len(ids)))):
-        fresh = _outputs(network, pixels, images, some, view, replay, device, wanted)
+        grid = stored.header.get("grid")
+        fresh = view_outputs(network, pixels, images, some, view, replay, device, wanted, grid)
         drift = float(np.maximum(drift, _drift(stored, some, view, fresh)))  # keeps NaN
     if not drift <= 0.01:  # NaN, too
         raise CacheError(

@@ -20,6 +20,10 @@ from kdlib.repro.splits import agree, duplicates
 # measured (2026-11), in either direction.
 ROUNDING = 1e-12
 
+# By which live outputs of a teacher may differ from those computed again in float32, relative to
+# the largest: bfloat16 keeps 8 bits in each layer
+LIVE_DRIFT = {"float32": 0.01, "bf16": 0.1}
+
 
 @dataclass(frozen=True)
 class Check:
@@ -84,6 +88,15 @@ def pairing(evidence: Evidence) -> Outcome:
         read, measured = terms["teacher_accuracy"], terms["stored_accuracy"]
         passed = passed and abs(read - measured) < 1e-9
         sentence += f"; teacher rows {read:.2%} right where the teacher is {measured:.2%}"
+    if (live := terms.get("live")) is not None:
+        same = live["weights_sha256"] == evidence["teacher"]["weights_sha256"]
+        passed = passed and same and live["drift"] <= LIVE_DRIFT[live["precision"]]
+        sentence += (
+            f"; live outputs of {live['n']} views differ by {live['drift']:.2%} from those "
+            f"computed again, by {'the' if same else 'OTHER'} weights of the teacher's card"
+        )
+        if live["accuracy"] is not None:
+            sentence += f", and are right for {live['accuracy']:.2%}"
     return passed, sentence
 
 

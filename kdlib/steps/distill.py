@@ -87,7 +87,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     fingerprints = images.fingerprints | {"subset": subset.sha256}
     if needs_teacher(objective):
         teacher = open_stored_teacher(study, images, objective, subset, seed)
-        fingerprints["teacher_outputs"] = teacher.outputs.fingerprint
+        fingerprints["teacher_outputs"] = teacher.fingerprint
     settings = {"step": student_settings(study, cell, seed), "inputs": fingerprints}
     folder = student_folder(study, cell, seed)
     launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed)

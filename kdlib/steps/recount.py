@@ -30,6 +30,7 @@ from kdlib.steps.derived import (
     rounded,
     steps_of,
     stream,
+    stream_seed,
 )
 from kdlib.study.cells import Cell
 from kdlib.study.selections import PICKED, Ranking
@@ -194,7 +195,31 @@ class Recount:
             ("subset drawn again", sha256, sha256 if drawn is None else array_sha256(drawn)),
         ]
         expected = self.expected(cell, ids, step["training"])
+        facts += self._live(step, expected, seed, evidence)
         return _contradicted(facts) + self.training_reasons(step, expected, seed, evidence)
+
+    def _live(
+        self, step: dict[str, Any], expected: Expected, seed: int, evidence: dict[str, Any]
+    ) -> list[tuple[str, Any, Any]]:
+        """Facts of a teacher that computed its outputs live: its weights, and which examples and
+        views it was asked for first, by the first of the processes that shared each batch."""
+        live = (evidence["pairing"] or {}).get("live")
+        asked = step.get("teacher_outputs") == "live"
+        if live is None or not asked:
+            return [("a live teacher", live is not None, asked)]
+        share, first = step["training"]["batch_size"] // step["compute"]["processes"], []
+        for ids in expected.batches(step["training"], seed, self.train.size):
+            first.append(ids[:share])
+            if sum(map(len, first)) >= live["n"]:
+                break
+        return [
+            ("the live teacher's weights", live["weights_sha256"],
+             evidence["teacher"]["weights_sha256"]),
+            ("its views", live["view"]["augment"], step["training"]["augment"]),
+            ("the seed of its views", live["view"]["seed"], stream_seed(seed, "augment")),
+            ("the examples it was asked for", live["examples_sha256"],
+             array_sha256(np.concatenate(first))),
+        ]  # fmt: skip
 
     def training_reasons(
         self, step: dict[str, Any], expected: Expected, seed: int, evidence: dict[str, Any]

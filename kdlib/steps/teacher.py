@@ -9,20 +9,30 @@ import pandas as pd
 from kdlib.cache.outputs import open_outputs
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
+from kdlib.models.base import Network
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
 from kdlib.steps.folders import dynamics_settings, teacher_folder
+from kdlib.steps.output_costs import demand_room
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher_network import (
+    load_teacher,
     recorded_network,
     teacher_network,
+    teacher_pixels,
     teacher_settings,
     weights_file,
 )
-from kdlib.steps.teacher_outputs import REPLAYED, open_teacher, restore_outputs, store_all_outputs
-from kdlib.steps.training import StoredTeacher, finish_run, replay, train_run
+from kdlib.steps.teacher_outputs import (
+    REPLAYED,
+    demand_grids,
+    open_teacher,
+    restore_outputs,
+    store_all_outputs,
+)
+from kdlib.steps.training import LiveTeacher, StoredTeacher, finish_run, replay, train_run
 from kdlib.study.models import LoadedTeacher, TrainedTeacher
 from kdlib.study.objectives import Objective
 from kdlib.study.study import Study
@@ -62,6 +72,7 @@ def teacher_table(study: Study) -> pd.DataFrame:
 def make_one_teacher(study: Study, images: Images, name: str | None) -> dict[str, Any] | None:
     """The teacher of the study (`name` None), or one of its further ones; as `make_teacher`."""
     prepare_device(study.compute)
+    demand_grids(study, images, name)
     teacher, folder = teacher_settings(study, name), teacher_folder(study, name)
     settings = {"step": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
     if isinstance(teacher, LoadedTeacher):
@@ -100,6 +111,7 @@ def _make(
                 restore_outputs(study, images, name, folder, evidence, device)
             return evidence
         network, evidence = teacher_network(study, images, device, name, own_seed), {}
+        demand_room(study, images, network, name, folder)
         if isinstance(teacher, TrainedTeacher):
             recorded = name is None and study.dynamics.model is None
             evidence = train_run(
@@ -162,4 +174,12 @@ def open_stored_teacher(
     views, part = replay(study), study.data.part_of("train")
     place = folder / f"outputs-{'train' if views is None else REPLAYED}"
     outputs = open_outputs(place, images.train, card["weights_sha256"], part)
-    return StoredTeacher(outputs, card, views)
+    if not study.teacher.live:
+        return StoredTeacher(outputs, card, views)
+    owner = study.upstream if name is None else study
+    device = this_process(study.compute.device).device
+
+    def load() -> Network:
+        return load_teacher(owner, images, device, folder, read_evidence(folder), name)
+
+    return LiveTeacher(outputs, card, load=load, pixels=teacher_pixels(owner, images, name))

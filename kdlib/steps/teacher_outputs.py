@@ -9,7 +9,9 @@ from kdlib.cache.outputs import open_outputs, stored_logits
 from kdlib.cache.shards import Cache, CacheError
 from kdlib.dataset.images import Images, probe_examples
 from kdlib.models.base import Network
+from kdlib.models.networks import network_for
 from kdlib.models.outputs import (
+    Replay,
     chance_accuracy,
     store_outputs,
     stored_accuracy,
@@ -29,9 +31,11 @@ from kdlib.steps.teacher_network import (
     teacher_settings,
 )
 from kdlib.steps.training import replay
+from kdlib.study.base import StudyError
 from kdlib.study.models import TrainedTeacher
+from kdlib.study.objectives import Hint, Tokens
 from kdlib.study.study import Study
-from kdlib.trainer.objectives import teacher_columns
+from kdlib.trainer.objectives import student_outputs, teacher_columns
 
 REPLAYED = "replayed"  # teacher outputs of the views that the students see
 
@@ -42,20 +46,25 @@ def store_all_outputs(
     """Store a teacher's outputs in the folder of its run; returns its card, with the accuracy of
     the stored outputs."""
     teacher = teacher_settings(study, name)
-    kinds = ("train", "test") if replay(study) is None else ("train", "test", REPLAYED)
-    stored = {which: _store(study, images, network, name, folder, which, device) for which in kinds}
-    return _measured(study, images, network.n_classes, stored) | {
-        "name": name or "teacher",
-        "claimed": teacher.expected_accuracy,
-        "tolerance": teacher.tolerance,
-        "uninformed": teacher.uninformed is True,
-        "split": "test",
-        "weights_sha256": weights_fingerprint(network),
-        "n_stages": network.n_stages,
-        "outputs": {which: cache.fingerprint for which, cache in stored.items()},
-        "trained_here": isinstance(teacher, TrainedTeacher),
-        "trained_on": teacher.trained_on,
+    stored = {
+        which: _store(study, images, network, name, folder, which, device) for which in kinds(study)
     }
+    return (
+        _measured(study, images, network.n_classes, stored)
+        | {
+            "name": name or "teacher",
+            "claimed": teacher.expected_accuracy,
+            "tolerance": teacher.tolerance,
+            "uninformed": teacher.uninformed is True,
+            "split": "test",
+            "weights_sha256": weights_fingerprint(network),
+            "n_stages": network.n_stages,
+            "outputs": {which: cache.fingerprint for which, cache in stored.items()},
+            "trained_here": isinstance(teacher, TrainedTeacher),
+            "trained_on": teacher.trained_on,
+        }
+        | ({"live": True} if study.teacher.live else {})
+    )
 
 
 def _measured(
@@ -99,11 +108,32 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
             f"{run_to_make(teacher_folder(study))}; parts are for a loaded one "
             "(study: teacher.weights or teacher.pretrained)"
         )
+    demand_grids(study, images, None)
     device = prepare_device(study.compute)
     network = teacher_network(study, images, device)
-    kinds = ("train",) if replay(study) is None else ("train", REPLAYED)
-    place = teacher_folder(study)
-    return [_store(study, images, network, None, place, which, device, part) for which in kinds]
+    place, of_train = teacher_folder(study), [which for which in kinds(study) if which != "test"]
+    return [_store(study, images, network, None, place, which, device, part) for which in of_train]
+
+
+def kinds(study: Study) -> tuple[str, ...]:
+    """What is stored of a teacher: outputs of both splits, and of replayed views."""
+    return ("train", "test") if replay(study) is None else ("train", "test", REPLAYED)
+
+
+def replay_of(study: Study, which: str) -> Replay | None:
+    """The views of which outputs are stored; None for images without augmentation."""
+    return replay(study) if which == REPLAYED else None
+
+
+def stored_outputs(study: Study, network: Network, name: str | None, which: str) -> tuple[str, ...]:
+    """The outputs of a teacher that are stored, by name: what datamap and probes read, and what
+    students read, unless those of a live teacher are computed while they are trained."""
+    wanted = ["logits"] if network.n_classes else []
+    if which != REPLAYED:
+        wanted.append("features")
+    if which == REPLAYED or (which == "train" and kinds(study)[-1] != REPLAYED):
+        wanted += [] if study.teacher.live else read_by_students(study, network, name)
+    return tuple(dict.fromkeys(wanted))
 
 
 def _store(
@@ -122,17 +152,11 @@ def _store(
         folder: Of its run.
         which: `train`, `test` or `REPLAYED`, which is of the training images.
     """
-    views = replay(study)
+    views = replay_of(study, which)
     cache = images.test if which == "test" else images.train
     pixels, place = teacher_pixels(study, images, name), folder / f"outputs-{which}"
-    wanted = ["logits"] if network.n_classes else []
-    if which != REPLAYED:  # for the probes
-        wanted.append("features")
-    if which == REPLAYED or (which == "train" and views is None):
-        for objective in study.objectives.values():
-            if objective.teacher == name:
-                wanted += teacher_columns(objective, network.n_stages)
-    views = views if which == REPLAYED else None
+    # refuses what the network does not have, also where it is not stored
+    network.output_shapes(images.image_shape, read_by_students(study, network, name))
     stored = store_outputs(
         network,
         pixels,
@@ -140,12 +164,49 @@ def _store(
         place,
         device,
         replay=views,
-        top_k=study.teacher.outputs.top_k,
-        wanted=tuple(dict.fromkeys(wanted)),
+        top_k=study.teacher.stored.top_k,
+        grid=study.teacher.stored.grid,
+        wanted=stored_outputs(study, network, name, which),
         part=part or study.data.part_of(cache.header["split"]),
     )
     verify_outputs(network, pixels, cache, stored, views)
     return stored
+
+
+def demand_grids(study: Study, images: Images, name: str | None) -> None:
+    """Compare the side at which a teacher's grids are to be stored with the students' grids.
+
+    Raises: StudyError for a student whose grid has another side: its loss would resize the grid a
+        second time.
+    """
+    grid = study.teacher.stored.grid
+    if grid is None:
+        return
+    for key, objective in study.objectives.items():
+        if objective.teacher != name or not isinstance(objective, Hint | Tokens):
+            continue
+        for student in study.axes.student:
+            network = network_for(images, study.students[student].model, 0, "cpu")
+            wanted = student_outputs(objective, network.n_stages)
+            shapes = network.output_shapes(images.image_shape, wanted)
+            sides = {shape[1:] for n, shape in shapes.items() if n.startswith("stage")}
+            if other := sides - {(grid, grid)}:
+                height, width = other.pop()
+                raise StudyError(
+                    f"teacher.outputs.grid is {grid}, and student {student} has a grid of {height} "
+                    f"x {width} in objective {key}: store grids of the students' side, or leave "
+                    "`grid` out"
+                )
+
+
+def read_by_students(study: Study, network: Network, name: str | None) -> list[str]:
+    """The outputs of a teacher that the study's objectives read."""
+    return [
+        column
+        for objective in study.objectives.values()
+        if objective.teacher == name
+        for column in teacher_columns(objective, network.n_stages)
+    ]
 
 
 def restore_outputs(

@@ -12,8 +12,10 @@ from kdlib.cartography.log import DynamicsLog, begin_log
 from kdlib.dataset.batch import View
 from kdlib.dataset.images import Images
 from kdlib.dataset.loader import Loader
+from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network
+from kdlib.models.live import LiveOutputs, live_evidence
 from kdlib.models.outputs import Replay, stored_accuracy
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run
@@ -36,7 +38,7 @@ CROSS_ENTROPY = CrossEntropy()
 
 @dataclass(frozen=True)
 class StoredTeacher:
-    """A teacher as its students use it.
+    """A teacher whose students read stored outputs.
 
     Attributes:
         outputs: Its stored outputs for the training images.
@@ -47,6 +49,31 @@ class StoredTeacher:
     outputs: Cache
     card: dict[str, Any]
     replay: Replay | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that determines what students read."""
+        return self.outputs.fingerprint
+
+
+@dataclass(frozen=True)
+class LiveTeacher(StoredTeacher):
+    """A teacher that computes its outputs while its students are trained.
+
+    Attributes:
+        outputs: Stored ones of images without augmentation, which students do not read.
+        load: Its network, with its weights, on the device.
+        pixels: The normalisation it was trained with.
+    """
+
+    load: Callable[[], Network] = field(kw_only=True)
+    pixels: Pixels = field(kw_only=True)
+
+    @property
+    def fingerprint(self) -> str:
+        keys = ("teacher", "pixels", "images", "image_size", "n_classes")
+        header = {key: self.outputs.header.get(key) for key in keys}
+        return files.fingerprint(header | {"view": "live"})
 
 
 @dataclass(frozen=True)
@@ -79,7 +106,7 @@ class TrainingInputs:
 
 def replay(study: Study) -> Replay | None:
     """The views that the study's teacher and students share; None when each pass has a new one."""
-    outputs = study.teacher.outputs
+    outputs = study.teacher.stored
     if outputs.views is None:
         return None
     return Replay(outputs.views, study.training.augment, derive(outputs.seed, "augment"))
@@ -117,14 +144,18 @@ def build_task(inputs: TrainingInputs, cls: type[Distiller] | None = None) -> Ta
     images, network, objective = inputs.images, inputs.network, inputs.objective
     teacher = inputs.teacher
     reads = teacher_columns(objective, teacher.card["n_stages"] if teacher else 0)
-    # without the axis of views; of logits the cache may hold the largest alone
-    shapes = {
-        name: (images.n_classes,)
-        if name == "logits"
-        else tuple(teacher.outputs.layout(name)[1][1:])
-        for name in (reads if teacher else ())
-    }
-    loader = _open_loader(inputs, reads)
+    live = None
+    if isinstance(teacher, LiveTeacher):
+        live = LiveOutputs(teacher.load(), teacher.pixels, reads, inputs.compute.precision)
+        shapes = live.network.output_shapes(images.image_shape, reads)
+    else:  # without the axis of views; of logits the cache may hold the largest alone
+        shapes = {
+            name: (images.n_classes,)
+            if name == "logits"
+            else tuple(teacher.outputs.layout(name)[1][1:])
+            for name in (reads if teacher else ())
+        }
+    loader = _open_loader(inputs, reads, live)
     distiller = build_distiller(
         objective,
         network.output_shapes(images.image_shape, student_outputs(objective, network.n_stages)),
@@ -151,7 +182,9 @@ def build_task(inputs: TrainingInputs, cls: type[Distiller] | None = None) -> Ta
     )
 
 
-def _open_loader(inputs: TrainingInputs, reads: tuple[str, ...]) -> Loader:
+def _open_loader(
+    inputs: TrainingInputs, reads: tuple[str, ...], live: LiveOutputs | None
+) -> Loader:
     images, teacher, seed, world = inputs.images, inputs.teacher, inputs.seed, inputs.world
     augment = inputs.training.augment
     view, second = View(augment, derive(seed, "augment"), images.pixels), None
@@ -164,8 +197,9 @@ def _open_loader(inputs: TrainingInputs, reads: tuple[str, ...]) -> Loader:
         inputs.plan,
         images.train,
         view=view,
-        teacher=teacher and teacher.outputs,
+        teacher=teacher.outputs if teacher and live is None else None,
         reads=reads,
+        live=live,
         second=second,
         labels=inputs.labels,
         device=world.device,
@@ -239,7 +273,11 @@ def train_run(
         log.finish()
     evidence = training_evidence(inputs, trained)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
-    if "logits" in task.distiller.reads:  # read past the loader, to compare with what it returned
+    if task.loader.live is not None:
+        view = task.loader.view
+        found = live_evidence(task.loader.live, task.loader, images.train, view.settings, view.seed)
+        evidence["pairing"] |= {"live": found}
+    elif "logits" in task.distiller.reads:  # read past the loader, to compare with what it returned
         stored = stored_accuracy(teacher.outputs, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": stored}
     checkpoints = measure_checkpoints(run.folder, network, images, trained)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kdlib.study.base import NAME, known
 from kdlib.study.models import StoredOutputs
-from kdlib.study.objectives import RKD, Objective, needs_teacher
+from kdlib.study.objectives import RKD, Objective, Similarity, needs_teacher
 from kdlib.study.selections import PICKED, STRATEGIES
 from kdlib.study.training import Augment
 
@@ -136,12 +136,19 @@ def _check_objectives(study: "Study") -> None:
                     f"objective {name} uses no teacher: remove `teacher: {objective.teacher}`"
                 )
             known(objective.teacher, study.teachers, f"teacher of objective {name}")
-        clean = study.teacher.outputs.views is None  # grids cannot be augmented afterwards
+        stored = study.teacher.stored
+        # grids cannot be augmented afterwards
+        clean = stored.views is None and not study.teacher.live
         if objective.compares_grids and augmented and clean:
             raise ValueError(
                 f"objective {name} compares grids of features, and the flipped grid is not that of "
-                "the flipped image: give teacher.outputs.views, which the students then see, or no "
-                "training.augment"
+                "the flipped image: give teacher.outputs.views, which the students then see, or "
+                "teacher.outputs: live, or no training.augment"
+            )
+        if isinstance(objective, Similarity) and stored.grid is not None:
+            raise ValueError(
+                f"objective {name} compares whole grids, and resized ones have other similarities: "
+                "leave teacher.outputs.grid out"
             )
         if objective.compares_views and not augmented:
             raise ValueError(
@@ -154,7 +161,7 @@ def _check_portable(study: "Study") -> None:
     processors, whose last bits differ on another one."""
     asked = {
         "optimiser: adamw": any(training.optimiser == "adamw" for training in study.trainings),
-        "outputs: top_k": study.teacher.outputs.top_k is not None,
+        "outputs: top_k": study.teacher.stored.top_k is not None,
         **{f"objective {name}": _takes_roots(o) for name, o in study.objectives.items()},
     }
     for what, is_asked in asked.items():

@@ -6,6 +6,7 @@ from kdlib.repro.files import difference
 from kdlib.study.base import StudyError
 from kdlib.study.cells import Cell
 from kdlib.study.evaluation import AXES
+from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import CORESETS
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def step_settings(
         if teacher is not None:
             del settings["dynamics"]
             settings["teacher"] = dump["teachers"][teacher]
-        if study.teacher.outputs.views:  # replayed views are those of the students' augmentation
+            settings |= _read_as(study)
+        if study.teacher.stored.views:  # replayed views are those of the students' augmentation
             settings["augment"] = dump["training"]["augment"]
         read = {o.teacher_features for o in study.objectives.values() if o.teacher == teacher}
         settings["features_for"] = sorted(read - {None})
@@ -90,10 +92,18 @@ def _of_student(study: "Study", dump: dict[str, Any], cell: Cell) -> dict[str, A
         "training": dump["training"],
         "compute": dump["compute"],
     }
-    name = study.objectives[cell.objective].teacher
-    if name not in study.shared_teachers:
-        settings["teacher"] = dump["teachers"][name]
-    return settings
+    objective = study.objectives[cell.objective]
+    if objective.teacher not in study.shared_teachers:
+        settings["teacher"] = dump["teachers"][objective.teacher]
+    return settings | (_read_as(study) if needs_teacher(objective) else {})
+
+
+def _read_as(study: "Study") -> dict[str, Any]:
+    """How teachers' outputs are read, for settings without those of the study's own teacher."""
+    if study.teacher.live:
+        return {"teacher_outputs": "live"}
+    grid = study.teacher.stored.grid
+    return {} if grid is None else {"teacher_outputs": {"grid": grid}}
 
 
 def sharing(study: "Study", other: "Study") -> "Study":

@@ -66,6 +66,20 @@ class StoredOutputs(Settings):
     """Of the replayed views."""
     top_k: Count | None = None
     """Store the k largest logits and the mass of the others."""
+    grid: Count | None = None
+    """Store feature grids resized to this side, which must be that of the students' grids: the loss
+    resizes to it anyway. Without it the teacher's whole grids are stored."""
+
+
+def _way(content: Any) -> str:
+    """The tag of how students read a teacher's outputs."""
+    return "live" if isinstance(content, str) else "stored"
+
+
+Outputs = Annotated[
+    Annotated[StoredOutputs, Tag("stored")] | Annotated[Literal["live"], Tag("live")],
+    Discriminator(_way),
+]
 
 
 class Teacher(Settings):
@@ -83,7 +97,9 @@ class Teacher(Settings):
     """By how much the measured accuracy may lie below the expected one."""
     uninformed: Literal[True] | None = None
     """Let a teacher pass that is no better than chance on the test split, as a control."""
-    outputs: StoredOutputs = StoredOutputs()
+    outputs: Outputs = StoredOutputs()
+    """What is stored for students; or `live`: in each step the teacher computes its outputs on the
+    very views that the student sees, and nothing is stored for students."""
 
     @model_validator(mode="after")
     def _trusted(self) -> "Teacher":
@@ -93,6 +109,16 @@ class Teacher(Settings):
                 "`trust_code: true` and `pretrained: true`; it cannot be trained"
             )
         return self
+
+    @property
+    def live(self) -> bool:
+        """Whether it computes its outputs while students are trained."""
+        return self.outputs == "live"
+
+    @property
+    def stored(self) -> StoredOutputs:
+        """How its outputs are stored."""
+        return StoredOutputs() if self.live else self.outputs
 
     @property
     def of_subset(self) -> bool:

@@ -231,7 +231,7 @@ class Tokens(GridObjective):
         return ("features", "stage") if self.compares_grids else ("features",)
 
     @model_validator(mode="after")
-    def _heard(self) -> "Tokens":
+    def _read_at_all(self) -> "Tokens":
         if self.cls_weight == self.patch_weight == 0:
             raise ValueError(
                 "cls_weight and patch_weight are 0, and nothing is learnt from the teacher; "

@@ -24,8 +24,8 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
 
     Returns: {"paired", "permuted"}: the two terms, the second None where there is one example;
         "teacher_accuracy": of the teacher logits of all
-        training examples as the loader returns them, None when the objective reads no logits. None
-        for an objective without a teacher.
+        training examples as the loader returns them, None when the objective reads no logits or
+        the teacher computes them live. None for an objective without a teacher.
     """
     loader = task.loader
     if not needs_teacher(task.objective):
@@ -50,7 +50,7 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
         terms[key] = float(task.distiller.soft_term(student, outputs, labels))
     if len(chosen) == 1:
         terms["permuted"] = None
-    if "logits" not in teacher:
+    if "logits" not in teacher or loader.live is not None:
         return terms | {"teacher_accuracy": None}
     chunks = np.split(every, every[CHUNK::CHUNK])
     logits = [loader.teacher_rows(some, np.zeros_like(some))["logits"] for some in chunks]

@@ -182,3 +182,24 @@ def test_settings_that_differ_beside_the_factor_are_named():
     ours = {"step": {"subset": {"strategy": "easy"}, "training": {"steps": 50}}}
     theirs = {"step": {"subset": {"strategy": "random"}, "training": {"steps": 100}}}
     assert checks.differing(ours, theirs, ["step.subset."]) == ["step.training.steps: 100 -> 50"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, True),
+        ({"drift": 0.02}, False),
+        ({"drift": 0.02, "precision": "bf16"}, True),
+        ({"drift": float("nan"), "precision": "bf16"}, False),
+        ({"weights_sha256": "other"}, False),
+    ],
+)
+def test_live_outputs_are_those_of_the_teacher_and_of_their_examples(changes, passes):
+    live = {"weights_sha256": "w", "n": 256, "drift": 1e-6, "accuracy": 0.9, "precision": "float32"}
+    evidence = copy.deepcopy(HONEST)
+    evidence["teacher"]["weights_sha256"] = "w"
+    evidence["pairing"] |= {"teacher_accuracy": None, "live": live | changes}
+    passed, sentence = checks.pairing(evidence)
+    assert passed == passes
+    assert "256 views" in sentence
+    assert sentence.endswith("and are right for 90.00%")
