@@ -1,6 +1,7 @@
 """Comparisons of a study, computed from its table of runs."""
 
 import shlex
+from collections.abc import Iterator
 
 import pandas as pd
 
@@ -66,9 +67,38 @@ def selection_s(study: Study, costs: pd.DataFrame, strategy: str, objective: str
 def comparisons(study: Study, tables: Tables) -> Tables:
     """The tables, and what follows from them: `strategies` (each strategy minus the baseline),
     `objectives` (each objective minus the one without a teacher, when the study has one),
-    `controls` (each minus `compare.objective`, when the study names one), `ledger`."""
-    settings, results, names = study.compare, tables["results"], study.axes.objective
-    how = (settings.margin, settings.confidence_level, MEASURES[settings.measure])
+    `controls` (each minus `compare.objective`, when the study names one), `ledger`. Where
+    `compare.on` names data sets, a comparison holds the rows of each, by the column `on`; p-values
+    are corrected within one data set."""
+    parts = {on: _compared(study, tables["results"], c) for on, c in study.compare.columns.items()}
+    compared = next(iter(parts.values()))
+    if study.compare.on is not None:
+        for name in compared:
+            of_name = [part[name].assign(on=on) for on, part in parts.items()]
+            compared[name] = pd.concat(of_name, ignore_index=True)
+    costs = tables["costs"]
+    compared["ledger"] = ledger(
+        tables["results"],
+        tables["curves"],
+        costs[costs["what"] == "student"],
+        study.compare.margin,
+        lambda strategy, objective: selection_s(study, costs, strategy, objective),
+    )
+    return tables | compared
+
+
+def by_place(comparison: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each data set of a comparison and its rows; "" where the study names none."""
+    if "on" not in comparison or comparison.empty:
+        yield "", comparison
+    else:
+        yield from comparison.groupby("on", sort=False)
+
+
+def _compared(study: Study, results: pd.DataFrame, measure: str) -> Tables:
+    """The comparisons of one column of the results table."""
+    settings, names = study.compare, study.axes.objective
+    how = (settings.margin, settings.confidence_level, measure)
     compared = {"strategies": paired_differences(results, settings.baseline, *how)}
     plain = [n for n in names if study.objectives[n].kind == "cross_entropy"][:1]
     against = {"objectives": plain[0] if plain else None, "controls": settings.objective}
@@ -82,12 +112,4 @@ def comparisons(study: Study, tables: Tables) -> Tables:
     for name, table in compared.items():
         cells = zip(*(table[axis] for axis in AXES), strict=True)
         compared[name] = table.assign(command=[commands[cell] for cell in cells])
-    costs = tables["costs"]
-    compared["ledger"] = ledger(
-        results,
-        tables["curves"],
-        costs[costs["what"] == "student"],
-        settings.margin,
-        lambda strategy, objective: selection_s(study, costs, strategy, objective),
-    )
-    return tables | compared
+    return compared

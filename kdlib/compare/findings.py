@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 
 from kdlib.compare.committed import is_committed, read_committed
-from kdlib.compare.comparisons import comparisons
+from kdlib.compare.comparisons import by_place, comparisons
 from kdlib.compare.statistics import VERDICTS
-from kdlib.compare.text import count
+from kdlib.compare.text import count, place_in_words
 from kdlib.repro.files import workspace
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
@@ -127,13 +127,22 @@ def finding(study: Study, question: str, repository: str = "") -> str:
     against = study.compare.baseline if kind == "strategies" else study.compare.objective
     pictures = {"strategies": "differences", "controls": "control_differences",
                 "objectives": "objective_differences"}  # fmt: skip
+    figures = ", ".join(
+        f"[figure{f' on {place_in_words(on)}' if study.compare.on else ''}]"
+        f"({repository}figures/{name}/{study.compare.placed(pictures[kind], on)}.png)"
+        for on in study.compare.places
+    )
     links = (
-        f"[figure]({repository}figures/{name}/{pictures[kind]}.png), "
+        f"{figures}, "
         f"[table]({repository}figures/{name}/comparison.md), "
         f"[study]({repository}params/{name}.yaml), {count(len(study.seeds), 'seed')}"
         + (", each with a recording of its own" if study.dynamics.per_seed else "")
     )
-    verdicts = "".join(f"\n  - {line}." for line in _groups(tables[kind], kind))
+    verdicts = "".join(
+        f"\n  - {f'on {place_in_words(on)}, ' if on else ''}{line}."
+        for on, rows in by_place(tables[kind])
+        for line in _groups(rows, kind)
+    )
     refused = tables["results"]["refused"]
     lost = f", {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
     training = study.training

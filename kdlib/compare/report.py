@@ -3,36 +3,42 @@
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.comparisons import Tables
+from kdlib.compare.comparisons import Tables, by_place
 from kdlib.compare.costs import ledger_markdown
 from kdlib.compare.text import (
-    MEASURED,
     comparison_latex,
     comparison_markdown,
     count,
+    measured_on,
+    place_in_words,
     summary_lines,
     table,
     write_text,
 )
-from kdlib.study.evaluation import AXES, MEASURES
+from kdlib.study.evaluation import AXES
 from kdlib.study.study import Study
 
 LARGEST = 10  # sentences of a summary: two of counts, then the largest differences
 
 
-def titles(study: Study, tables: Tables) -> dict[str, str]:
-    """Comparison -> its title, of those that there are."""
+def titled(study: Study, tables: Tables) -> list[tuple[str, str, pd.DataFrame]]:
+    """Label, title and rows of each comparison that there is, and of each data set apart."""
     known = {
         "strategies": f"Every strategy against {study.compare.baseline}",
         "objectives": "With the teacher against without",
         "controls": f"Every objective against {study.compare.objective}",
     }
-    return {name: title for name, title in known.items() if name in tables}
+    found = []
+    for name in filter(tables.__contains__, known):
+        for on, rows in by_place(tables[name]):
+            label, place = (f"{name}-{on}", f", on {place_in_words(on)}") if on else (name, "")
+            found.append((label, known[name] + place, rows))
+    return found
 
 
 def summary(study: Study, tables: Tables) -> str:
     """The results in plain sentences, as Markdown; also written to the figures folder."""
-    results, measure = tables["results"], MEASURES[study.compare.measure]
+    results, measured = tables["results"], list(study.compare.columns.values())
     refused = results[results["refused"]]
     versions = results["code_sha256"].nunique()
     lines = [
@@ -40,7 +46,7 @@ def summary(study: Study, tables: Tables) -> str:
         "",
         f"{len(results) - len(refused)} of {len(results)} runs accepted, {len(study.seeds)} paired "
         f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the "
-        f"{MEASURED[measure]}. {_best_epoch(study, tables)}",
+        f"{measured_on(measured)}. {_best_epoch(study, tables)}",
         "",
     ]
     if "duplicates" in results:  # since 2026-11
@@ -60,16 +66,17 @@ def summary(study: Study, tables: Tables) -> str:
     if dirty:
         lines += [f"{count(dirty, 'run')} of code with uncommitted changes.", ""]
     for row in refused.to_dict("records"):
-        number = f" ({100 * row[measure]:.1f} %, which enters no mean)"
-        number = "" if pd.isna(row[measure]) else number
+        accuracy = row[measured[0]]
+        number = f" ({100 * accuracy:.1f} %, which enters no mean)"
+        number = "" if pd.isna(accuracy) else number
         lines.append(f"- refused: {row['run']}{number}: {row['reason']}")
     lines += [""] if len(refused) else []
-    for name, title in titles(study, tables).items():
-        sentences = summary_lines(tables[name])
+    for _, title, rows in titled(study, tables):
+        sentences = summary_lines(rows)
         lines += [f"## {title}", "", *[f"- {line}" for line in sentences[:LARGEST]]]
         if len(sentences) > LARGEST:
             lines.append(f"- The other {len(sentences) - LARGEST} comparisons are in the table.")
-        lines += ["", comparison_markdown(tables[name]), ""]
+        lines += ["", comparison_markdown(rows), ""]
     lines += _distinct(tables)
     lines += ["## The command that makes a cell again", "", _where_again(study, results), ""]
     commands = [
@@ -150,6 +157,8 @@ def objective_table(study: Study, tables: Tables) -> str:
     accepted = accepted[accepted["student"] == study.axes.student[0]]
     subsets = accepted[["strategy", "fraction"]].drop_duplicates().to_records(index=False)
     heads = [s if s == "full" else f"{s} {100 * f:.4g} %" for s, f in subsets]
+    if study.compare.on is not None:
+        heads = [f"{head}, on {place_in_words(on)}" for head in heads for on in study.compare.on]
     rows = []
     for name in study.axes.objective:
         settings = study.objectives[name]
@@ -164,9 +173,10 @@ def objective_table(study: Study, tables: Tables) -> str:
         for strategy, fraction in subsets:
             point = {"strategy": strategy, "fraction": fraction, "objective": name}
             of_cell = np.all([accepted[axis] == v for axis, v in point.items()], axis=0)
-            accuracy = 100 * accepted[of_cell][MEASURES[study.compare.measure]]
-            mean_sd = f"{accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f}"
-            cells.append(mean_sd if len(accuracy) else "-")
+            for column in study.compare.columns.values():
+                accuracy = 100 * accepted[of_cell][column]
+                mean_sd = f"{accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f}"
+                cells.append(mean_sd if len(accuracy) else "-")
         loss = formula.replace("|", "\\|") + (f" ({given})" if given else "")
         test = f"`{test.removeprefix('tests/')}`"
         rows.append([name, loss, paper, test, *cells])
@@ -177,12 +187,13 @@ def objective_table(study: Study, tables: Tables) -> str:
 def comparison_texts(study: Study, tables: Tables) -> str:
     """The tables of the comparison as Markdown; also written to the figures folder, there with
     `comparison.tex` for a paper."""
-    markdown, latex = [], [r"% \usepackage{booktabs,longtable}; from the run records"]
-    measured = MEASURED[MEASURES[study.compare.measure]]
-    for name, title in titles(study, tables).items():
-        markdown += [f"**{title}**", "", comparison_markdown(tables[name]), ""]
+    columns, markdown = study.compare.columns.values(), []
+    latex = [r"% \usepackage{booktabs,longtable}; from the run records"]
+    for name, title, rows in titled(study, tables):
+        markdown += [f"**{title}**", "", comparison_markdown(rows), ""]
+        measured = measured_on(rows["measure"].unique() if len(rows) else columns)
         caption = f"{study.name}: {title[0].lower()}{title[1:]}; {measured}, in %."
-        latex += ["", comparison_latex(tables[name], caption, f"{study.name}-{name}")]
+        latex += ["", comparison_latex(rows, caption, f"{study.name}-{name}")]
     write_text(study, "comparison.tex", latex)
     return write_text(study, "comparison.md", markdown)
 

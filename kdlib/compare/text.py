@@ -10,7 +10,7 @@ import pandas as pd
 from kdlib.compare.differences import AGAINST
 from kdlib.compare.statistics import EQUIVALENCE_LEVEL, VERDICTS
 from kdlib.repro.files import write_atomic
-from kdlib.study.evaluation import AXES
+from kdlib.study.evaluation import AXES, OWN, named_place
 from kdlib.study.study import Study
 
 MEASURED = {  # column of the results table -> what the compared accuracy is measured on
@@ -19,12 +19,29 @@ MEASURED = {  # column of the results table -> what the compared accuracy is mea
     "knn_accuracy": "k-NN probe of the last step's features, on the test split",
 }
 
+
 LONG = 40  # rows that fit on a page of LaTeX
 
 _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "±": r"$\pm$",
 }  # fmt: skip
+
+
+def measured_on(columns: Iterable[str]) -> str:
+    """What the accuracies in columns of the results table, of one measure, are measured on.
+
+    >>> measured_on(["knn_accuracy_on_mnist"])
+    "k-NN probe of the last step's features, on the test split of mnist"
+    """
+    bases, places = zip(*map(named_place, columns), strict=True)
+    names = " and of ".join(place_in_words(place) for place in places)
+    return MEASURED[bases[0]] + (f" of {names}" if any(places) else "")
+
+
+def place_in_words(on: str) -> str:
+    """A data set's name in a sentence."""
+    return "the study's data" if on in ("", OWN) else on
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], align: str = "") -> str:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from kdlib.plots import layout, theme
-from kdlib.plots.differences import ACCURACIES, verdict_handles, verdict_mark
+from kdlib.plots.differences import accuracy_label, verdict_handles, verdict_mark
 from kdlib.study.evaluation import AXES
 
 
@@ -47,7 +47,7 @@ def accuracy_by_strategy(
     panels = [(student, fraction) for student in students for fraction in fractions]
     most = len(fractions) if 1 < len(fractions) <= layout.PANELS else layout.PANELS
     most = 2 if len(panels) == 4 else most
-    xlabel = f"{ACCURACIES[measure]} (%)"
+    xlabel = f"{accuracy_label(measure)} (%)"
     row_in = len(strategies) * (0.09 + 0.1 * len(objectives)) + 0.4
     axs = layout.panel_grid(fig, len(panels), row_in, most, xlabel=xlabel)
     first: dict[str, Axes] = {}
@@ -123,7 +123,7 @@ def accuracy_by_objective(
     theme.demand(results, (*AXES, "seed", measure), "results")
     several = results["student"].nunique() > 1
     subsets = list(results.groupby(list(AXES[:3]), sort=False).groups)
-    row_in, xlabel = 0.21 * len(objectives) + 0.4, f"{ACCURACIES[measure]} (%)"
+    row_in, xlabel = 0.21 * len(objectives) + 0.4, f"{accuracy_label(measure)} (%)"
     axs = layout.panel_grid(fig, len(subsets), row_in, xlabel=xlabel)
     for ax, (student, strategy, fraction) in zip(axs, subsets, strict=True):
         for y, objective in enumerate(objectives):
@@ -189,7 +189,7 @@ def accuracy_by_fraction(
         ax.set_title(f"{', '.join(title)}; {theme.name_of_spread(rows)}", fontsize=theme.TEXT_PT)
         layout.label_ends(ax, ends)
     fig.supxlabel("fraction of the data (%)", fontsize=theme.RC["axes.labelsize"])
-    fig.supylabel(f"{ACCURACIES[measure]} (%)", fontsize=theme.RC["axes.labelsize"])
+    fig.supylabel(f"{accuracy_label(measure)} (%)", fontsize=theme.RC["axes.labelsize"])
     return fig
 
 

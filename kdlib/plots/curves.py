@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from kdlib.plots import layout, theme
 from kdlib.repro.files import nearest
-from kdlib.study.evaluation import AXES
+from kdlib.study.evaluation import AXES, OWN
 
 REFERENCES = ("teacher", "untrained")
 
@@ -55,7 +55,7 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
 
 
 def probe_curves(
-    ax: Axes, probes: pd.DataFrame, probe: str = "linear", on: str = "own", layer: str = "features"
+    ax: Axes, probes: pd.DataFrame, probe: str = "linear", on: str = OWN, layer: str = "features"
 ) -> Axes:
     """Probe accuracy over optimiser steps, with the untrained student and the teacher as levels.
 
@@ -96,8 +96,10 @@ def probe_curves(
             ends.append((level, label, theme.BLACK, None))
     ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
     title = [f"{theme.in_words(probe)} probe", theme.held_axes(trained, "strategy")]
-    title += [f"on {on}"] * (on != "own") + [layer] * (layer != "features")
-    ax.set_title(f"{', '.join(title)}; {theme.name_of_spread(trained)}", fontsize=theme.TEXT_PT)
+    title += [layer] * (layer != "features")
+    title = f"{', '.join(title)}; {theme.name_of_spread(trained)}"
+    title = title if on == OWN else f"on {theme.in_words(on)}\n{title}"
+    ax.set_title(title, fontsize=theme.TEXT_PT)
     _finish_lines(ax, ends)
     return ax
 
@@ -143,7 +145,7 @@ def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Fi
                 if len(values):
                     ax.plot(values.mean(), at, marker, ms=4.5, color=colour, mec="white", mew=0.6)
         layout.name_rows(ax, list(networks), 0.6)
-        ax.set_title("own data" if place == "own" else f"on {theme.in_words(place)}")
+        ax.set_title("own data" if place == OWN else f"on {theme.in_words(place)}")
     marks = [
         layout.mark("last layer" if layer == "features" else layer, color=colour, marker=marker,
                 ms=4.5, mew=0)
@@ -156,14 +158,16 @@ def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Fi
     return fig
 
 
-def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
+def diagnostics(fig: Figure, probes: pd.DataFrame, on: str = OWN) -> Figure:
     """Diagnostics of the features over optimiser steps, a panel for each. Dotted lines are values
     that theory gives features without structure, or the largest possible ones.
 
     Args:
         fig: An empty figure.
         probes: The axes of the study, `seed`, `step`, `on`, `layer`, `probe`, and the diagnostics;
-            rows of the study's images and the last layer are drawn.
+            rows of the last layer are drawn. On other images than the study's nothing is
+            compared with the teacher.
+        on: On which data set; `own` means the study's images.
 
     Returns: `fig`.
     Raises: ValueError for missing columns or a table without such rows.
@@ -171,7 +175,7 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
     columns = [name for name, *_ in DIAGNOSTICS]
     needed = (*AXES, "seed", "step", "on", "layer", "probe", *columns)
     theme.demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
-    last_layer = (probes["on"] == "own") & (probes["layer"] == "features")
+    last_layer = (probes["on"] == on) & (probes["layer"] == "features")
     rows = probes[last_layer & ~probes["strategy"].isin(REFERENCES)]
     theme.demand(rows, (), "probes")
     rows = rows[rows["probe"] == rows["probe"].iloc[0]]  # they are the same in every probe's row
@@ -182,6 +186,9 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
     }
     axs = fig.subplots(2, 3, sharex=True)
     for ax, (name, label, level, bound) in zip(axs.flat, DIAGNOSTICS, strict=True):
+        if rows[name].isna().all():
+            ax.set_axis_off()
+            continue
         _draw_cells(ax, rows, name, "strategy", scale=1)
         for height in sorted(set(levels[name].round(9)) if level is None else [level]):
             ax.axhline(height, color=theme.BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
@@ -191,6 +198,7 @@ def diagnostics(fig: Figure, probes: pd.DataFrame) -> Figure:
         ax.set_xlabel("optimiser steps")
     handles, _ = axs.flat[0].get_legend_handles_labels()
     title = f"{theme.held_axes(rows, 'strategy')}; {theme.name_of_spread(rows)}"
+    title = title if on == OWN else f"on {theme.in_words(on)}, {title}"
     # handles are long enough to tell dashes apart
     n_rows = layout.legend_in_rows(fig, handles, title=title, handlelength=3.5)
     fig.set_figheight(4.0 + 0.2 * n_rows)

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from kdlib.plots import layout, theme
-from kdlib.study.evaluation import AXES
+from kdlib.study.evaluation import AXES, named_place
 
 VERDICT_LOOKS = {  # colour and marker
     "better": (theme.BLUE, "^"),
@@ -28,6 +28,16 @@ ACCURACIES = {  # column of results -> what it is called on an axis
     "linear_accuracy": "linear probe's test accuracy",
     "knn_accuracy": "k-NN probe's test accuracy",
 }
+
+
+def accuracy_label(column: str) -> str:
+    """What a column of accuracies is called on an axis.
+
+    >>> accuracy_label("knn_accuracy_on_mnist")
+    "k-NN probe's test accuracy on mnist"
+    """
+    base, on = named_place(column)
+    return ACCURACIES[base] + (f" on {theme.in_words(on)}" if on else "")
 
 
 def forest_plot_by_student(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
@@ -152,7 +162,7 @@ def _difference_label(comparison: pd.DataFrame) -> str:
     by = "strategy" if of_strategies else "objective"
     several = of_strategies or comparison["objective"].nunique() > 2
     what = by if several else _one_of(comparison["objective"])
-    accuracy = ACCURACIES[comparison["measure"].iloc[0]].removesuffix(" at the last step")
+    accuracy = accuracy_label(comparison["measure"].iloc[0]).removesuffix(" at the last step")
     words = (
         f"{accuracy}, {what} minus {_one_of(comparison[f'against_{by}'])}, seed by seed (points)"
     )

@@ -169,8 +169,8 @@ def in_words(name: str) -> str:
     stem, _, end = name.rpartition("_")
     if stem and end in ("top", "bottom", "corner"):
         return f"{in_words(stem)} ({end})"
-    if stem == "few_shot":
-        return f"{end}-shot"
+    if stem in ("few_shot", "knn"):
+        return f"{end}-{stem.removeprefix('few_').replace('knn', 'NN')}"
     return WORDS.get(name, name.replace("_", " "))
 
 

@@ -44,7 +44,7 @@ from kdlib.steps.recount_splits import pixel_disagreements, split_disagreements
 from kdlib.steps.remeasure import Remeasure
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
-from kdlib.study.evaluation import AXES
+from kdlib.study.evaluation import AXES, OWN, measured_column
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
@@ -63,13 +63,13 @@ def results(study: Study) -> pd.DataFrame:
     Returns: The four axes, `seed`, `test_accuracy` of the last step, `test_accuracy_best` and
         `best_step` of the best epoch, `test_accuracy_distinct` of the last step on the test images
         whose pixels occur once in the data, `linear_accuracy` and `knn_accuracy` of the last step's
-        probes; the budget, recorded (`steps samples unique_examples`), `declared_...`, and its kind
-        (`budget`); `refused`, `reason`; `run`, its folder, and `command`, which makes it again;
-        hashes of its inputs and its weights; device and versions; `duplicates`, what step 01 says
-        of images with the same pixels, and `reader`, what it converted or cut of images in files
-        (absent where nothing), the same in all rows. Accuracies are in [0, 1], NaN
-        where there is no evidence, and at the best epoch also where the teacher was trained on the
-        images it was chosen on.
+        probes, and `..._on_<name>` of the data sets that are compared on; the budget, recorded
+        (`steps samples unique_examples`), `declared_...`, and its kind (`budget`); `refused`,
+        `reason`; `run`, its folder, and `command`, which makes it again; hashes of its inputs and
+        its weights; device and versions; `duplicates`, what step 01 says of images with the same
+        pixels, and `reader`, what it converted or cut of images in files (absent where nothing),
+        the same in all rows. Accuracies are in [0, 1], NaN where there is no evidence, and at the
+        best epoch also where the teacher was trained on the images it was chosen on.
     """
     rows, inputs = [], _Inputs(study)
     again = Remeasure(study, inputs.recount)
@@ -92,7 +92,7 @@ def results(study: Study) -> pd.DataFrame:
             row["test_accuracy_distinct"], unlike = again.student(cell, seed, evidence)
             reasons += unlike
             cell_probes = probed.get(cell, f"{cell.path} is not probed")
-            reasons += _add_probes(study, row, cell_probes, again.recount.probed)
+            reasons += _add_probes(study, row, cell_probes, again.recount)
             evidences[cell].append((row, evidence))
         except (FileNotFoundError, KeyError, ValueError) as error:
             reasons = [str(error)]
@@ -109,6 +109,7 @@ def results(study: Study) -> pd.DataFrame:
     here = f"{files.workspace()}/"  # a table holds the same text wherever the study lies
     table = pd.DataFrame([row | {"reason": row["reason"].replace(here, "")} for row in rows])
     measured = ["test_accuracy", "test_accuracy_best", "test_accuracy_distinct", *PROBED.values()]
+    measured += study.compare.columns.values()
     for column in measured:
         if column not in table:  # no run has it
             table[column] = np.nan
@@ -194,31 +195,36 @@ def _last_probes(study: Study, cell: Cell) -> pd.DataFrame | str:
 
 
 def _add_probes(
-    study: Study, row: dict[str, Any], table: pd.DataFrame | str, examples: dict[str, str]
+    study: Study, row: dict[str, Any], table: pd.DataFrame | str, recount: Recount
 ) -> list[str]:
-    """Add the probe accuracies of a run's last step to its row; reasons to refuse the row where the
-    compared one is missing, or read other weights or examples."""
-    measure, again = study.compare.measure, run_to_make(study.runs / "probe")
-    lacking = {measure: table} if isinstance(table, str) else {}
-    for probe, column in PROBED.items() if not lacking else ():
+    """Add the probe accuracies of a run's last step to its row, of the study's data and of those
+    that are compared on; reasons to refuse the row where a compared one is missing, or read other
+    weights or examples."""
+    compare, again = study.compare, run_to_make(study.runs / "probe")
+    if isinstance(table, str):
+        return [table] if compare.measure in PROBED else []
+    reasons = []
+    for on, probe in itertools.product(dict.fromkeys((OWN, *compare.places)), PROBED):
+        name = probe if on == OWN else f"{probe} ({on})"
         last = table[
             (table["strategy"] == row["strategy"])
             & (table["seed"] == row["seed"])
             & (table["step"] == row["steps"])
             & (table["probe"] == probe)
-            & (table["on"] == "own")
+            & (table["on"] == on)
             & (table["layer"] == "features")
         ]
         if len(last) != 1:
-            lacking[probe] = f"{len(last)} {probe} probes of its last step; expected one: {again}"
+            reason = f"{len(last)} {name} probes of its last step; expected one: {again}"
         elif last["weights_sha256"].iloc[0] != row["weights_sha256"]:
-            lacking[probe] = f"its {probe} probe is of other weights: {again}"
-        elif others := [c for c, read in examples.items() if last[c].iloc[0] != read]:
-            names = " and ".join(others)
-            lacking[probe] = f"its {probe} probe read other {names} than the study's: {again}"
+            reason = f"its {name} probe is of other weights: {again}"
+        elif others := [c for c, read in recount.probed(on).items() if last[c].iloc[0] != read]:
+            reason = f"its {name} probe read other {' and '.join(others)} than the study's: {again}"
         else:
-            row[column] = float(last["accuracy"].iloc[0])
-    return [lacking[measure]] if measure in PROBED and measure in lacking else []
+            row[measured_column(probe, on)] = float(last["accuracy"].iloc[0])
+            continue
+        reasons += [reason] if probe == compare.measure and on in compare.places else []
+    return reasons
 
 
 def _reasons(folder: Path, evidence: dict, settings: dict, reference: dict) -> list[str]:

@@ -12,6 +12,7 @@ from kdlib.dataset.images import Images
 from kdlib.repro.files import nearest
 from kdlib.steps.noise import describe_noise
 from kdlib.steps.scores import describe_scores
+from kdlib.study.evaluation import named_place
 from kdlib.study.study import Study
 
 WIDTH = 800  # pixels of a figure in a notebook
@@ -69,7 +70,8 @@ MEANINGS = {
     "step": "optimiser step of the checkpoint; 0 is untrained",
     "on": "the data set of the probe; `own` is the study's",
     "layer": "where the features are from; `features` is the input of the last layer",
-    "probe": "`linear`, `knn` or few-shot",
+    "probe": "`linear`, `knn` (`knn_<k>` of a further number of neighbours) or few-shot",
+    "k": "number of neighbours, 0 of other probes",
     "accuracy": "test accuracy of the probe, or of the teacher",
     "chosen": "regularisation or number of neighbours of the probe",
     "converged": "whether the fit of the probe converged",
@@ -112,12 +114,13 @@ def step_of(name: str, of: dict) -> str:
     """The step that makes a figure or text.
 
     Args:
+        name: Of a figure, also with its data set, such as `probes_on_mnist`.
         of: `FIGURES` or `TEXTS`.
 
     Raises: KeyError with the nearest name.
     """
     for step, names in of.items():
-        if name in names:
+        if named_place(name)[0] in names:
             return step
     raise KeyError(f"no {name!r}; {nearest(name, [n for names in of.values() for n in names])}")
 
@@ -146,8 +149,10 @@ def meanings(table: pd.DataFrame) -> dict[str, str]:
     runs and of probes. A score's meaning is the first sentence of its function."""
     known = {}
     for name in table.columns:
-        if name in MEANINGS:
-            known[name] = MEANINGS[name][0].upper() + MEANINGS[name][1:]
+        base, on = named_place(name)
+        if base in MEANINGS:
+            known[name] = MEANINGS[base][0].upper() + MEANINGS[base][1:]
+            known[name] += f", on {on}" if on else ""
         elif callable(SCORES.get(name)):
             first = inspect.getdoc(SCORES[name]).split("\n\n")[0]
             known[name] = " ".join(first.split()).removesuffix(".")

@@ -14,7 +14,7 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.scores import confidence, correctness, variability
 from kdlib.cartography.variants import SAME_NAME
 from kdlib.compare.committed import is_committed
-from kdlib.compare.comparisons import Tables
+from kdlib.compare.comparisons import Tables, by_place
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan, fixed_shards
 from kdlib.plots import theme
@@ -40,7 +40,7 @@ from kdlib.steps.near import near_images
 from kdlib.steps.noise import DETECTORS, noise_tables, suspects
 from kdlib.steps.recordings import open_log
 from kdlib.steps.scores import score_tables
-from kdlib.study.evaluation import AXES, MEASURES
+from kdlib.study.evaluation import AXES
 from kdlib.study.study import Study
 
 # Drawn as lines; the tables hold all scores.
@@ -125,12 +125,16 @@ def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
     """Draw `accuracy`, `differences` (of strategies, or of objectives where there are many),
     `objective_differences` and `control_differences` where there are such, `fractions` where there
     are three or more, `curves`, `probes`, of the first student `diagnostics`, and `places` where
-    probes are of several layers or data sets.
+    probes are of several layers or data sets. Those of accuracies and features are drawn for each
+    data set; of the first that is compared on, `accuracy`, of another one `accuracy_on_<name>`.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
     with theme.style():
-        figures = _result_figures(study, tables)
+        figures = {}
+        for on, column in study.compare.columns.items():
+            drawn = _result_figures(study, tables, on, column)
+            figures |= {study.compare.placed(name, on): fig for name, fig in drawn.items()}
         figures["curves"] = Figure(figsize=(WIDE, 3.4))
         rows, by = _shown_curves(study, _common(study, tables["curves"], ["objective"]))
         learning_curves_by_student(figures["curves"], rows, by)
@@ -138,9 +142,14 @@ def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
     return save_figures(figures, study.figures)
 
 
-def _result_figures(study: Study, tables: Tables) -> dict[str, Figure]:
-    accepted = tables["results"][~tables["results"]["refused"]]
-    measure, margin = MEASURES[study.compare.measure], study.compare.margin
+def _result_figures(study: Study, tables: Tables, on: str, measure: str) -> dict[str, Figure]:
+    """The figures of one column of the results table."""
+    accepted, margin = tables["results"][~tables["results"]["refused"]], study.compare.margin
+    tables = {
+        name: dict(by_place(table)).get(on if study.compare.on else "", table)
+        for name, table in tables.items()
+        if name in ("strategies", "objectives", "controls")
+    }
     comparisons = {"differences": "strategies", "objective_differences": "objectives",
                    "control_differences": "controls"}  # fmt: skip
     names, figures = study.axes.objective, {"accuracy": Figure(figsize=(WIDE, 4.4))}
@@ -167,17 +176,20 @@ def _probe_figures(study: Study, tables: Tables) -> dict[str, Figure]:
     # lines are strategies, or, where nothing but the full set is probed, objectives
     several = probed[~probed["strategy"].isin(REFERENCES)]["strategy"].nunique() > 1
     panels = list(probed.groupby(["student", "objective"][: 1 + several], sort=False))
-    figures = {"probes": Figure(figsize=(WIDE, 0.6 + 2.8 * len(panels)))}
-    axs = figures["probes"].subplots(len(panels), 2, squeeze=False)
-    for (i, j), ax in np.ndenumerate(axs):
-        (student, *_), rows = panels[i]
-        probe_curves(ax, rows, probe=("linear", "knn")[j])
-        if probed["student"].nunique() > 1:
-            title = f"{theme.in_words(student)}\n{ax.get_title(loc='left')}"
-            ax.set_title(title, fontsize=theme.TEXT_PT)
-    figures["diagnostics"] = Figure(figsize=(WIDE, 4.2))
-    first = probed["student"] == probed["student"].iloc[0]
-    diagnostics(figures["diagnostics"], probed[first])
+    first, figures = probed["student"] == probed["student"].iloc[0], {}
+    for on in dict.fromkeys(probed["on"]):
+        figures[name := study.compare.placed("probes", on)] = Figure(
+            figsize=(WIDE, 0.6 + 2.8 * len(panels))
+        )
+        axs = figures[name].subplots(len(panels), 2, squeeze=False)
+        for (i, j), ax in np.ndenumerate(axs):
+            (student, *_), rows = panels[i]
+            probe_curves(ax, rows, probe=("linear", "knn")[j], on=on)
+            if probed["student"].nunique() > 1:
+                title = f"{theme.in_words(student)}\n{ax.get_title(loc='left')}"
+                ax.set_title(title, fontsize=theme.TEXT_PT)
+        figures[name := study.compare.placed("diagnostics", on)] = Figure(figsize=(WIDE, 4.2))
+        diagnostics(figures[name], probed[first], on)
     if len(probed[["on", "layer"]].drop_duplicates()) > 1:
         figures["places"] = Figure(figsize=(WIDE, 3.0))
         probe_places(figures["places"], probed)
@@ -219,7 +231,7 @@ def _shown_curves(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     shown = [s for s in study.probe.strategy if s != "full"]
     if not shown:
         return rows[full], "objective"
-    of_subsets = rows["strategy"].isin(shown) & (rows["fraction"] == study.probe.fraction)
+    of_subsets = rows["strategy"].isin(shown) & rows["fraction"].isin(study.probe.fractions)
     of_objective = rows["objective"] == study.probe.objective[0]
     return rows[of_objective & (full | of_subsets)], "strategy"
 

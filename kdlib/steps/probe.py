@@ -23,7 +23,6 @@ from kdlib.steps.distill import open_student
 from kdlib.steps.folders import probe_folder, student_folder, teacher_folder
 from kdlib.steps.probe_network import (
     LAST,
-    STUDY_DATA,
     Examples,
     other_examples,
     probe_network,
@@ -33,6 +32,7 @@ from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher_network import load_teacher, teacher_pixels
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.study.cells import Cell
+from kdlib.study.evaluation import OWN
 from kdlib.study.study import Study
 
 
@@ -130,7 +130,7 @@ class _Probing:
         network = network_for(images, study.students[cell.student].model, 0, self.device)
         teacher = self.pair[0].values
         teacher = teacher, diagnostics.shared(teacher, teacher)
-        places = {STUDY_DATA: probe_examples(images)} | self.others
+        places = {OWN: probe_examples(images)} | self.others
         inputs = images.fingerprints | {"teacher": self.card["outputs"]}
         inputs |= _named_fingerprints(self.others)
 
@@ -153,7 +153,7 @@ class _Probing:
         """The teacher's rows: of its stored features, and of other data."""
         row = dict(self.cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
         inputs = {"weights": self.pair[0].weights_sha256, "outputs": self.card["outputs"]}
-        place = {"on": STUDY_DATA, "layer": LAST}
+        place = {"on": OWN, "layer": LAST}
         make = partial(probe_pair, place, *self.pair, self.study.probe)
         rows = self._once(inputs | self.images.fingerprints, make)
         for name, examples in self.others.items():
@@ -193,7 +193,7 @@ class _Probing:
 def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
     """The facts that the checks read: of the study's data and the last layer; and for all rows,
     that training and test features are of the same weights."""
-    students = table[(table["strategy"] != "teacher") & (table["on"] == STUDY_DATA)]
+    students = table[(table["strategy"] != "teacher") & (table["on"] == OWN)]
     linear = students[(students["probe"] == "linear") & (students["layer"] == LAST)]
     steps = linear.groupby("seed")["step"]  # seeds that stop early have other last steps
     first, last = linear.loc[steps.idxmin()], linear.loc[steps.idxmax()]

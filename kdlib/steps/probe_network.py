@@ -1,5 +1,6 @@
 """Probes and diagnostics of one network, on the study's images and on those of other data sets."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,13 @@ from kdlib.repro import files
 from kdlib.repro.seeds import generator
 from kdlib.steps.processes import prepare_device
 from kdlib.study.data import Data, cache_folder
-from kdlib.study.evaluation import Probe
+from kdlib.study.evaluation import OWN, Probe
 from kdlib.study.models import Model
 from kdlib.study.study import Study
 
 Examples = list[tuple[Cache, np.ndarray]]  # (cache, example ids) to train and to test a probe on
 
-STUDY_DATA, LAST = "own", "features"  # values of the columns `on` and `layer` that checks read
+LAST = "features"  # value of the column `layer` that checks read
 
 
 def probe_network(
@@ -49,7 +50,7 @@ def probe_network(
     study's own compared with the teacher."""
     device = next(network.parameters()).device
     for on, examples in places.items():
-        pair, beside = [], teacher if on == STUDY_DATA else None
+        pair, beside = [], teacher if on == OWN else None
         for cache, ids in examples:
             raw = torch.from_numpy(cache.read("images", ids)).to(device)
             layers = layer_features(network, pixels, raw, image_shape, settings.layers)
@@ -68,17 +69,19 @@ def probe_pair(
 ) -> Iterator[dict[str, Any]]:
     with threadpool_limits(1, user_api="blas"):  # sums depend on the number of threads
         shape = _diagnostics(train, settings.seed, teacher)
-    results = [
-        linear_probe(train, test, settings.c_grid, settings.seed),
-        knn_probe(train, test, settings.k),
-    ]
+    results = [linear_probe(train, test, settings.c_grid, settings.seed)]
+    for i, k in enumerate(settings.ks):
+        result = knn_probe(train, test, k)
+        results.append(dataclasses.replace(result, probe=f"knn_{k}") if i else result)
     for n_shots in settings.few_shot:
         results.append(few_shot_probe(train, test, n_shots, settings.few_shot_draws, settings.seed))
     for result in results:
+        is_knn = result.probe.startswith("knn")
         yield row | {
             "probe": result.probe,
             "accuracy": result.accuracy,
             "chosen": float(result.chosen),
+            **({"k": int(result.chosen) if is_knn else 0} if isinstance(settings.k, tuple) else {}),
             "converged": result.converged,
             **shape,
             "n_features": train.values.shape[1],
@@ -149,7 +152,7 @@ def probe_weights(
     device = prepare_device(study.compute)
     network = network_for(images, model, 0, device)
     weights = load_weights(network, path)
-    places = {STUDY_DATA: probe_examples(images)}
+    places = {OWN: probe_examples(images)}
     places |= {name: other_examples(data) for name, data in study.probe.others.items()}
     shown = pixels or images.pixels
     return pd.DataFrame(

@@ -33,6 +33,8 @@ from kdlib.steps.derived import (
     stream_seed,
 )
 from kdlib.study.cells import Cell
+from kdlib.study.data import Data, cache_folder
+from kdlib.study.evaluation import OWN
 from kdlib.study.selections import PICKED, Ranking
 from kdlib.study.study import Study
 
@@ -81,10 +83,7 @@ class Recount:
         self.study = study
         self.train = Shards.open(cache / "train", data.part_of("train"))
         self.test = Shards.open(cache / "test", data.part_of("test"))
-        order = stream(data.split_seed, "split").permutation(len(self.train.ids))
-        held_out, kept = order[: data.n_validation], order[data.n_validation :]
-        self.train_ids = np.sort(self.train.ids[kept])
-        self.validation_ids = np.sort(self.train.ids[held_out])
+        self.train_ids, self.validation_ids = _split(data, self.train.ids)
         self.labels = np.full(self.train.ids[-1] + 1, -1, np.int64)
         self.labels[self.train.ids] = self.train.rows("labels", self.train.ids)
         self.datamap = functools.cache(self._datamap)  # of a seed
@@ -98,14 +97,16 @@ class Recount:
         }
         return {name: {"n": len(i), "sha256": s.sha256(i)} for name, (s, i) in splits.items()}
 
-    @functools.cached_property
-    def probed(self) -> dict[str, str]:
-        """What a probe of the study's images reads, by column of its table."""
-        read = {}
-        for split, shards, ids in (
-            ("train", self.train, self.train_ids),
-            ("test", self.test, self.test.ids),
-        ):
+    @functools.cache  # noqa: B019 (lives as long as the tables are compiled)
+    def probed(self, on: str) -> dict[str, str]:
+        """What a probe on a data set reads, by column of its table; `own` means the study's."""
+        read, train, train_ids, test = {}, self.train, self.train_ids, self.test
+        if on != OWN:
+            data = self.study.probe.others[on]
+            train = Shards.open(cache_folder(data) / "train", data.part_of("train"))
+            test = Shards.open(cache_folder(data) / "test")
+            train_ids, _ = _split(data, train.ids)
+        for split, shards, ids in (("train", train, train_ids), ("test", test, test.ids)):
             sha256 = array_sha256(ids, shards.rows("labels", ids))
             read[f"{split}_examples"] = f"{split} {len(ids)} {sha256}"
         return read
@@ -280,6 +281,12 @@ def _without_null(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: _without_null(v) for key, v in value.items() if v is not None}
+
+
+def _split(data: Data, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sorted training and validation ids of a training split."""
+    order = stream(data.split_seed, "split").permutation(len(ids))
+    return np.sort(ids[order[data.n_validation :]]), np.sort(ids[order[: data.n_validation]])
 
 
 def _contradicted(facts: list[tuple[str, Any, Any]]) -> list[str]:

@@ -85,7 +85,7 @@ def _measured(
     for split, (cache, ids) in zip(("train", "test"), probe_examples(images), strict=True):
         values = stored[split].read("features", ids)[:, 0].astype(np.float32)
         pair.append(labelled_features(cache, ids, values, stored[split].header["teacher"]))
-    result = knn_probe(*pair, study.probe.k)
+    result = knn_probe(*pair, study.probe.ks[0])
     return {
         "chance": result.chance,
         "measured": result.accuracy,

@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "RANKINGS", "PICKED", "Dynamics", "ExtraRecordings", "Selection", "Ranking",
             "Mixture", "CCS", "D2", "Moderate", "KCenter", "Herding", "DualBeta", "UserSelection",
             "AnySelection", "CORESETS", "SELECTIONS", "STRATEGIES", "built_in_rule"],
-        "evaluation": ["AXES", "MEASURES", "Axes", "Probe", "Compare"],
+        "evaluation": ["AXES", "MEASURES", "OWN", "Axes", "Probe", "Compare"],
         "cells": ["Cell"],
         "load": ["load_study", "study_file", "study_from"],
         "study": ["STEPS", "Study"],

@@ -4,7 +4,16 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 
 from kdlib.repro.files import nearest
 
@@ -81,6 +90,18 @@ def _distinct(values: tuple) -> tuple:
 
 
 Distinct = AfterValidator(_distinct)
+
+
+def one_or_more(kind: Any) -> Any:
+    """The type of one value, or of a list of distinct ones; `listed` makes a tuple of either."""
+    several = Annotated[tuple[kind, ...], Field(min_length=1), Distinct]
+    which = Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "one")
+    return Annotated[Annotated[kind, Tag("one")] | Annotated[several, Tag("list")], which]
+
+
+def listed(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else (value,)
+
 
 NAME = r"\w[\w.-]*"  # of folders, and of rows in tables
 Name = matching(NAME, "letters, digits, '_', '-' or '.', since it names a folder")

@@ -61,7 +61,7 @@ def probed_cells(study: "Study") -> list[Cell]:
         for cell in cells(study)
         if cell.strategy in probe.strategy
         and cell.objective in probe.objective
-        and cell.fraction == (1.0 if cell.strategy == "full" else probe.fraction)
+        and (cell.strategy == "full" or cell.fraction in probe.fractions)
     ]
 
 

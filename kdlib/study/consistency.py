@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from kdlib.study.base import NAME, known
+from kdlib.study.evaluation import OWN
 from kdlib.study.models import StoredOutputs
 from kdlib.study.objectives import RKD, Objective, Similarity, needs_teacher
 from kdlib.study.selections import PICKED, STRATEGIES
@@ -60,14 +61,22 @@ def _check_probes(study: "Study") -> None:
     for name in probe.strategy:
         if name.startswith(PICKED):
             raise ValueError(f"{name} has the fraction it was saved with and cannot be probed")
-    if probe.fraction not in axes.fraction:
-        raise ValueError(f"probe.fraction is {probe.fraction}; expected one of axes.fraction")
+    for fraction in probe.fractions:
+        if fraction not in axes.fraction:
+            raise ValueError(f"probe.fraction is {fraction}; expected one of axes.fraction")
     if measure == "accuracy":
+        if study.compare.on is not None:
+            raise ValueError(
+                "compare.on names data sets on which probes are compared: give measure: linear or "
+                "knn, or leave it out"
+            )
         return
+    for name in study.compare.places:
+        known(name, (OWN, *probe.others), "data set to compare on")
     lacking = {
         "strategy": {"full", *axes.strategy} - set(probe.strategy),
         "objective": set(axes.objective) - set(probe.objective),
-        "fraction": set(axes.fraction) - {probe.fraction},
+        "fraction": set(axes.fraction) - set(probe.fractions),
     }
     if lacking := {axis: sorted(values) for axis, values in lacking.items() if values}:
         raise ValueError(

@@ -12,7 +12,9 @@ from kdlib.study.base import (
     Positive,
     Seed,
     Settings,
+    listed,
     matching,
+    one_or_more,
     suggested,
 )
 from kdlib.study.data import Data
@@ -21,6 +23,8 @@ from kdlib.study.selections import STRATEGIES
 AXES = ("student", "strategy", "fraction", "objective")
 # What a study compares, and the column of the results table that holds it.
 MEASURES = {"accuracy": "test_accuracy", "linear": "linear_accuracy", "knn": "knn_accuracy"}
+OWN = "own"  # name of the study's data set among those of probes
+_ON = "_on_"
 
 Strategy = Annotated[str, suggested(STRATEGIES)]
 Layer = matching(r"features|stage[1-9]\d*", "features, stage1, stage2, ...")
@@ -45,10 +49,12 @@ class Probe(Settings):
     """Which cells are probed, and how."""
 
     strategy: _Strategies = ("full", "random")
-    fraction: Fraction
+    fraction: one_or_more(Fraction)
+    """One of `axes.fraction`, or several."""
     objective: _Names
-    k: Count = 20
-    """Neighbours."""
+    k: one_or_more(Count) = 20
+    """Neighbours, one k-NN probe for each number; the first is the probe `knn`, which `compare`
+    takes, and another one `knn_<k>`."""
     c_grid: Annotated[tuple[Positive, ...], Field(min_length=1)] = tuple(
         10.0 ** (k / 4) for k in range(-24, 21)
     )
@@ -68,9 +74,17 @@ class Probe(Settings):
     def _consistent(self) -> "Probe":
         if "features" not in self.layers:
             raise ValueError(f"layers are {list(self.layers)}; expected features, and stage1, ...")
-        if "own" in self.others:
+        if OWN in self.others:
             raise ValueError("`own` is the study's data; give the further data set another name")
         return self
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        return listed(self.fraction)
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        return listed(self.k)
 
 
 class Compare(Settings):
@@ -78,6 +92,9 @@ class Compare(Settings):
 
     measure: Literal["accuracy", "linear", "knn"] = "accuracy"
     """Test accuracy of the student's last layer, or of a probe of its features at the last step."""
+    on: Annotated[tuple[Name, ...], Field(min_length=1), Distinct] | None = None
+    """Data sets on which the probe's accuracy is compared, each in a table of its own: names of
+    `probe.others`, and `own` for the study's images, which are taken where the key is not given."""
     baseline: Strategy = "random"
     """Strategy that the others are compared with."""
     objective: str | None = None
@@ -86,3 +103,36 @@ class Compare(Settings):
     margin: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Accuracy; differences inside +-margin are equivalent."""
     confidence_level: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Names of the data sets on which cells are compared."""
+        return self.on or (OWN,)
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Data set -> the column of the results table that is compared."""
+        return {on: measured_column(self.measure, on) for on in self.places}
+
+    def placed(self, figure: str, on: str) -> str:
+        """Name of a figure of one data set: the first one that is compared on has none in it."""
+        return figure if on == self.places[0] else f"{figure}{_ON}{on}"
+
+
+def measured_column(measure: str, on: str = OWN) -> str:
+    """The column of the results table with a measure of a data set.
+
+    >>> measured_column("linear"), measured_column("linear", "mnist")
+    ('linear_accuracy', 'linear_accuracy_on_mnist')
+    """
+    return MEASURES[measure] if on == OWN else f"{MEASURES[measure]}{_ON}{on}"
+
+
+def named_place(name: str) -> tuple[str, str]:
+    """A column or figure without its data set, and the data set's name, "" where it has none.
+
+    >>> named_place("linear_accuracy_on_mnist"), named_place("linear_accuracy")
+    (('linear_accuracy', 'mnist'), ('linear_accuracy', ''))
+    """
+    base, _, on = name.partition(_ON)
+    return base, on

@@ -90,7 +90,7 @@ def test_probe_curves_draw_the_data_and_layer_they_are_asked_for():
     heights = [[list(line.get_ydata()) for line in ax.lines] for ax in same]
     assert heights[0] == heights[1]
     for asked, level, title in (
-        ({"on": "mnist"}, 60, "linear probe, KD, 33 % of the data, on mnist"),
+        ({"on": "mnist"}, 60, "on mnist\nlinear probe, KD, 33 % of the data"),
         ({"layer": "stage1"}, 20, "linear probe, KD, 33 % of the data, stage1"),
         ({"probe": "few_shot_5"}, 30, "5-shot probe, KD, 33 % of the data"),
     ):

@@ -153,30 +153,53 @@ def test_run_tables_say_what_each_number_was_made_from(lab):
 
 def test_a_study_of_features_compares_the_probe_of_the_last_step(lab):
     study = tiny_study(
-        lab, compare={"baseline": "random", "margin": 0.02, "measure": "linear"},
-        probe={"strategy": ["full", "random", "easy"], "fraction": 0.33, "k": 5,
-               "objective": ["kd", "plain"], "c_grid": [0.1, 10.0]},
+        lab, compare={"baseline": "random", "margin": 0.02, "measure": "linear",
+                      "on": ["own", "large"]},
+        probe={"strategy": ["full", "random", "easy"], "fraction": [0.33], "k": [5, 3],
+               "objective": ["kd", "plain"], "c_grid": [0.1, 10.0],
+               "others": {"large": {"source": "digits", "n_validation": 997, "image_size": 16}}},
     )  # fmt: skip
     table = results(study)
     lacking = ~(table["strategy"].isin(["full", "easy"]) & (table["objective"] == "kd"))
-    assert table["refused"].tolist() == lacking.tolist()
+    assert table["refused"].all()  # those that are probed are so on the study's data alone
     assert "holds no finished run" in table[lacking]["reason"].iloc[0]
+    assert "was made before the study was changed" in table[~lacking]["reason"].iloc[0]
     images = open_images(study)
     for cell in study.cells():
         probe_cell(study, images, cell)
     tables = compile_tables(study)
     assert not tables["results"]["refused"].any()
     by_hand = open_probes(study, study.cell(strategy="easy"))
-    last = by_hand.query("step == 60 and probe == 'linear' and seed == 1")["accuracy"].item()
+    last = by_hand.query("on == 'own' and step == 60 and probe == 'linear' and seed == 1")[
+        "accuracy"
+    ].item()
     row = tables["results"].query("strategy == 'easy' and objective == 'kd' and seed == 1")
     assert row["linear_accuracy"].item() == last
     assert row["test_accuracy"].item() != last
-    [compared] = tables["strategies"].query("strategy == 'easy' and objective == 'kd'").index
-    pair = tables["results"].query("objective == 'kd'").groupby("strategy")["linear_accuracy"]
-    wanted = pair.mean()["easy"] - pair.mean()["random"]
-    assert tables["strategies"].loc[compared, "difference"] == pytest.approx(wanted)
-    assert "linear probe of the last step's features" in summary(study, tables)
-    assert set(redraw_comparison(study)[0]) >= {"accuracy", "differences"}
+    elsewhere = by_hand.query("on == 'large' and step == 60 and probe == 'linear' and seed == 1")
+    assert row["linear_accuracy_on_large"].item() == elsewhere["accuracy"].item()
+    assert tables["results"].eval("linear_accuracy_on_large != linear_accuracy").any()
+    assert by_hand.groupby("probe")["k"].unique().map(list).to_dict() == {
+        "knn": [5], "knn_3": [3], "linear": [0],
+    }  # fmt: skip
+    pair = tables["results"].query("objective == 'kd'").groupby("strategy")
+    for place, column in (("own", "linear_accuracy"), ("large", "linear_accuracy_on_large")):
+        compared = tables["strategies"].query(
+            f"strategy == 'easy' and objective == 'kd' and on == '{place}'"
+        )
+        wanted = pair[column].mean()["easy"] - pair[column].mean()["random"]
+        assert compared["difference"].item() == pytest.approx(wanted)
+        assert compared["measure"].item() == column
+    assert tables["strategies"].groupby("on")["p_holm"].count().nunique() == 1
+    text = summary(study, tables)
+    assert "last step's features, on the test split of the study's data and of large." in text
+    assert "## Every strategy against random, on the study's data" in text
+    assert "## Every strategy against random, on large" in text
+    drawn = set(redraw_comparison(study)[0])
+    assert "tiny-strategies-large}" in (study.figures / "comparison.tex").read_text()
+    for name in ("accuracy", "differences", "objective_differences", "probes", "diagnostics"):
+        assert {name, f"{name}_on_large"} <= drawn
+    assert drawn >= {"places", "curves"}
     path = probe_folder(study, study.cell(strategy="easy"))
     forge(path, lambda e: e["floor"].update(untrained=0.999))
     found = results(study)

@@ -178,6 +178,11 @@ IMPOSSIBLE = [
     ("compare.margin", float("nan"), "margin: Input should be"),
     ("compare.measure", "lin", "measure: unknown value 'lin'; did you mean 'linear'"),
     ("probe.k", 0, "k: Input should be greater"),
+    ("probe.k", [5, 0], r"probe\.k\.1: Input should be greater than or equal to 1"),
+    ("probe.k", [5, 5], r"probe\.k: \[5, 5\] names a value twice"),
+    ("probe.fraction", [0.1, 0.5], "probe.fraction is 0.5; expected one of axes.fraction"),
+    ("compare.on", ["own"], "compare.on names data sets on which probes are compared: give mea"),
+    ("compare", {"measure": "knn", "on": ["mnist"]}, "unknown data set to compare on 'mnist'"),
     # YAML reads `yes` as true and `no` as false: neither is a number
     ("training.batch_size", True, "batch_size: Input should be a valid integer"),
     ("teacher.seed", False, "seed: Input should be a valid integer"),
