@@ -38,8 +38,10 @@ KEYS = {
     "strategies": AGAINST,
     "objectives": AGAINST,
 }
-# Circumstances, sentences, and hashes of settings and files, which change without a number
+# Circumstances, sentences, and hashes of settings and files, which change without a number; and
+# numbers that are younger than golden.json, and follow from its weights
 ASIDE = {
+    "test_precision", "test_recall", "test_f1", "parameters", "megabytes", "multiply_adds",
     "run", "command", "reason", "device", "threads", "git_commit", "git_clean", "code_sha256",
     "versions", "settings_sha256", "checkpoint_sha256", "duplicates",
 }  # fmt: skip

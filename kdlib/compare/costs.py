@@ -60,6 +60,7 @@ def ledger(
     run_s = timed.groupby(CELL)["wall_s"].median()
     per_step = timed.groupby(["student", "objective"])["s_per_step"].median()
     means = {cell: _mean_curve(rows) for cell, rows in curves.groupby(CELL)}
+    means = {cell: curve for cell, curve in means.items() if len(curve)}  # NaN: nothing held out
     rows = []
     for (student, strategy, fraction, objective), curve in means.items():
         whole = (student, "full", 1.0, objective)

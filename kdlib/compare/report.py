@@ -77,7 +77,7 @@ def summary(study: Study, tables: Tables) -> str:
         if len(sentences) > LARGEST:
             lines.append(f"- The other {len(sentences) - LARGEST} comparisons are in the table.")
         lines += ["", comparison_markdown(rows), ""]
-    lines += _distinct(tables)
+    lines += _distinct(tables) + _by_class(tables) + _networks(tables)
     lines += ["## The command that makes a cell again", "", _where_again(study, results), ""]
     commands = [
         (
@@ -98,6 +98,8 @@ def _best_epoch(study: Study, tables: Tables) -> str:
         return "Only the last step is probed for the comparison."
     accepted = tables["results"].query("not refused")
     if accepted["test_accuracy_best"].isna().all():
+        if study.data.n_validation == 0:
+            return "No image was held out, so that there is no best epoch beside the last."
         return "The best epoch is not reported: the teacher was trained on the validation images."
     gains = 100 * (accepted["test_accuracy_best"] - accepted["test_accuracy"]).dropna()
     return (
@@ -131,6 +133,45 @@ def _distinct(tables: Tables) -> list[str]:
         table(head, rows, "llrlrrr"),
         "",
     ]
+
+
+def _by_class(tables: Tables) -> list[str]:
+    """Precision, recall and F1, each averaged over classes, beside accuracy; nothing where the runs
+    are from before they were measured."""
+    accepted = tables["results"].query("not refused")
+    columns = ["test_accuracy", "test_precision", "test_recall", "test_f1"]
+    if columns[-1] not in accepted or accepted[columns[-1]].isna().all():
+        return []
+    means = 100 * accepted.groupby(list(AXES), sort=False)[columns].mean()
+    rows = [
+        (student, objective, f"{100 * fraction:.4g} %", strategy, *(f"{v:.2f}" for v in values))
+        for (student, strategy, fraction, objective), *values in means.itertuples()
+    ]
+    head = ("student", "objective", "fraction", "strategy", "accuracy", "precision", "recall", "F1")
+    return [
+        "## Averages over classes",
+        "",
+        "Accuracy, precision, recall and F1 (%) of the last step on the test split, means over "
+        "seeds; the last three are those of each class, averaged over classes, where the precision "
+        "of a class that is never predicted counts 0.",
+        "",
+        table(head, rows, "llrlrrrr"),
+        "",
+    ]
+
+
+def _networks(tables: Tables) -> list[str]:
+    """Size and cost of each student; nothing where the runs are from before they were measured."""
+    results, columns = tables["results"], ["parameters", "megabytes", "multiply_adds"]
+    if columns[0] not in results:
+        return []
+    sizes = results.dropna(subset=columns).drop_duplicates("student")[["student", *columns]]
+    rows = [
+        (student, f"{n:,.0f}", f"{size:.3g}", f"{products / 1e6:,.4g}")
+        for student, n, size, products in sizes.itertuples(index=False)
+    ]
+    head = ("student", "parameters", "size (MB)", "multiply-adds of an image (millions)")
+    return ["## The networks", "", table(head, rows, "lrrr"), ""]
 
 
 def _where_again(study: Study, results: pd.DataFrame) -> str:

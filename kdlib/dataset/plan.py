@@ -22,17 +22,17 @@ def split_ids(example_ids: np.ndarray, n_validation: int, seed: int) -> tuple[np
 
     Args:
         example_ids: (N,) int64, sorted: all examples of the training split that are at hand.
-        n_validation: How many to hold out, in (0, N).
+        n_validation: How many to hold out, in [0, N).
         seed: The study's split seed.
 
     Returns: (training ids, validation ids), both sorted int64, disjoint, together all ids.
     Raises: ValueError when nothing would be left on one side.
     """
     ids = np.asarray(example_ids, np.int64)
-    if not 0 < n_validation < len(ids):
+    if not 0 <= n_validation < len(ids):
         raise ValueError(
             f"n_validation is {n_validation} of {len(ids)} training images; "
-            "expected at least one on each side (study: data.n_validation)"
+            "expected at least one to learn from (study: data.n_validation)"
         )
     order = generator(seed, "split").permutation(len(ids))
     return np.sort(ids[order[n_validation:]]), np.sort(ids[order[:n_validation]])

@@ -67,6 +67,30 @@ def accuracy(logits: torch.Tensor | np.ndarray, labels: torch.Tensor | np.ndarra
     return int((logits.argmax(1) == labels).sum()) / len(labels)
 
 
+def macro_scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Precision, recall and F1 of each class, averaged over the classes that occur in either.
+
+    Args:
+        predicted, labels: (N,) int64.
+
+    Returns: `precision`, `recall` and `f1`, in [0, 1]. The precision of a class that is never
+        predicted, and the recall of one that has no example, count 0.
+
+    >>> macro_scores(np.array([0, 0, 1]), np.array([0, 1, 1]))
+    {'precision': 0.75, 'recall': 0.75, 'f1': 0.6666666666666666}
+    """
+    n_classes = 1 + max(predicted.max(), labels.max())
+    right = np.bincount(labels[predicted == labels], minlength=n_classes)
+    named, there = (np.bincount(column, minlength=n_classes) for column in (predicted, labels))
+    known = named + there > 0
+    right, named, there = right[known], named[known], there[known]
+    return {
+        "precision": float((right / np.maximum(named, 1)).mean()),
+        "recall": float((right / np.maximum(there, 1)).mean()),
+        "f1": float((2 * right / (named + there)).mean()),
+    }
+
+
 class Evaluation(NamedTuple):
     """What an evaluation measured, and what it read.
 
@@ -75,12 +99,14 @@ class Evaluation(NamedTuple):
         accuracy: In [0, 1].
         n: Images read.
         sha256: Fingerprint of these images and labels, in their order.
+        macro: As of `macro_scores`; None where they were not asked for.
     """
 
     loss: float
     accuracy: float
     n: int
     sha256: str
+    macro: dict[str, float] | None = None
 
     @property
     def read(self) -> dict[str, Any]:
@@ -89,17 +115,26 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    network: Network, pixels: Pixels, images: torch.Tensor, labels: torch.Tensor
+    network: Network,
+    pixels: Pixels,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    macro: bool = False,
 ) -> Evaluation:
     """Loss and accuracy of a network on images without augmentation.
 
     Args:
         images: (N, C, H, W) uint8, on the network's device.
         labels: (N,) int64 in [0, n_classes), on the same device.
+        macro: Also compute `macro_scores`.
     """
     (logits,) = all_outputs(network, pixels, images, ("logits",))
     loss = float(F.cross_entropy(logits.double(), labels))
-    return Evaluation(loss, accuracy(logits, labels), len(labels), _read_sha256(images, labels))
+    scores = None
+    if macro:
+        scores = macro_scores(logits.argmax(1).cpu().numpy(), labels.cpu().numpy())
+    sha256 = _read_sha256(images, labels)
+    return Evaluation(loss, accuracy(logits, labels), len(labels), sha256, scores)
 
 
 # of images: the version of the tensor, the labels and their version, the fingerprint of both

@@ -28,18 +28,32 @@ def _draw(network: nn.Module) -> None:
 
 class TinyCNN(Network):
     """Two 3x3 convolutions with BatchNorm and ReLU, the second with stride 2 and twice the
-    channels, then global average pooling and a linear layer; 1,442 parameters for 1x8x8 images and
-    10 classes."""
+    channels, then global average pooling, dropout and a linear layer; 1,442 parameters for 1x8x8
+    images and 10 classes. Without BatchNorm the convolutions have biases."""
 
-    def __init__(self, n_classes: int, channels: int, width: int = 8):
+    def __init__(
+        self,
+        n_classes: int,
+        channels: int,
+        width: int = 8,
+        batch_norm: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
             raise ValueError(f"option width of tiny_cnn is {width!r}; expected an integer >= 1")
+        if not isinstance(batch_norm, bool) or not 0 <= dropout < 1:
+            raise ValueError(
+                f"options batch_norm and dropout of tiny_cnn are {batch_norm!r} and {dropout!r}; "
+                "expected true or false, and a number in [0, 1)"
+            )
         self.n_features, self.n_classes, self.n_stages = 2 * width, n_classes, 2
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(2 * width)
+        norm, bias = nn.BatchNorm2d if batch_norm else nn.Identity, not batch_norm
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=bias)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=bias)
+        self.bn2 = norm(2 * width)
+        self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
         self.linear = nn.Linear(2 * width, n_classes)
         _draw(self)
 
@@ -47,6 +61,9 @@ class TinyCNN(Network):
         first = F.relu(self.bn1(self.conv1(x)))
         last = F.relu(self.bn2(self.conv2(first)))
         return last.mean(dim=(2, 3)), [first, last]  # (B, D, H, W) -> (B, D)
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.linear(self.drop(features))
 
 
 class _Block(nn.Module):
@@ -132,9 +149,9 @@ def build_network(
     The same arguments give the same bytes; the state of torch's global generator is kept.
 
     Args:
-        model: Name and options. `tiny_cnn` takes `width`; `timm/<name>` takes `stem` (`small` or
-            `original`; `small` is the default up to 64 pixels) and every option of the timm class;
-            the others take none.
+        model: Name and options. `tiny_cnn` takes `width`, `batch_norm` and `dropout`;
+            `timm/<name>` takes `stem` (`small` or `original`; `small` is the default up to 64
+            pixels) and every option of the timm class; the others take none.
         n_classes: C, >= 1.
         image_shape: (channels, height, width) of its images.
         seed: >= 0; weights are drawn from its stream `init`.
@@ -154,7 +171,8 @@ def build_network(
         )
     if model.name.startswith("timm/"):
         return build_timm(model, n_classes, image_shape, seed)
-    check_options(model, {"width"} if model.name == "tiny_cnn" else set())
+    tiny = {"width", "batch_norm", "dropout"}
+    check_options(model, tiny if model.name == "tiny_cnn" else set())
     with torch_seeded(seed, "init"):
         if model.name == "tiny_cnn":
             return TinyCNN(n_classes, image_shape[0], **model.options)

@@ -98,7 +98,7 @@ def build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed:
         with torch_seeded(seed, "init"), torch.no_grad():
             body = timm.create_model(name, pretrained=False, **fixed, **options)
             if stem == "small" and "patch_size" not in accepted:
-                _fit_stem(body, model.name)
+                _fit_stem(body, model.name, side)
             return TimmNetwork(body, image_shape).train()
     except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -118,9 +118,14 @@ def small_patch(height: int, width: int) -> int:
     return max((p for p in sides if height % p == width % p == 0), default=1)
 
 
-def _fit_stem(body: nn.Module, name: str) -> None:
-    """Make the first layers of a convolutional network keep the image's resolution, in place."""
-    from timm.models import RegNet, ResNet
+def _fit_stem(body: nn.Module, name: str, side: int) -> None:
+    """Make the first layers of a convolutional network keep the image's resolution, in place; those
+    of a VGG keep it already, and its last ones are fitted to grids of few pixels.
+
+    Args:
+        side: Of the images, in pixels.
+    """
+    from timm.models import VGG, RegNet, ResNet
 
     if isinstance(body, ResNet):
         body.maxpool = nn.Identity()
@@ -132,13 +137,21 @@ def _fit_stem(body: nn.Module, name: str) -> None:
             body.conv1[0].stride = (1, 1)
     elif isinstance(body, RegNet):
         body.stem.conv.stride = (1, 1)
+    elif isinstance(body, VGG):
+        if side < 32:  # after four of its five pools one pixel is left
+            body.features[-1] = nn.Identity()
+        fc1 = body.pre_logits.fc1  # 7x7, for which timm would repeat the few pixels
+        body.pre_logits.fc1 = nn.Conv2d(fc1.in_channels, fc1.out_channels, 1)
+        nn.init.kaiming_normal_(body.pre_logits.fc1.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(body.pre_logits.fc1.bias)
+        body.pre_logits.input_kernel_size = 1
     elif hasattr(body, "conv_stem"):  # MobileNets, EfficientNets
         body.conv_stem.stride = (1, 1)
     else:
         raise ValueError(
             f"no stem for small images is known for {name}; the option `stem: original` keeps the "
-            "stem for photographs; ResNet, RegNet, MobileNet, EfficientNet, ConvNeXt and ViT have "
-            "a small one"
+            "stem for photographs; ResNet, RegNet, MobileNet, EfficientNet, VGG, ConvNeXt and ViT "
+            "have a small one"
         )
 
 

@@ -30,14 +30,16 @@ DIAGNOSTICS = (
 
 
 def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axes:
-    """Validation accuracy over optimiser steps: mean and standard deviation over seeds.
+    """Validation accuracy over optimiser steps, training accuracy where no image was held out: mean
+    and standard deviation over seeds.
 
     Each cell (student, strategy, fraction, objective) is one line, named at its end by `by` and by
     what else tells it from the other cells of the same `by`.
 
     Args:
         ax: The axis.
-        curves: The axes of the study, `seed`, `step`, `validation_accuracy` in [0, 1].
+        curves: The axes of the study, `seed`, `step`, `validation_accuracy` in [0, 1], and where
+            all of these are NaN, `train_accuracy`.
         by: The axis of the study that decides the colour.
 
     Returns: `ax`.
@@ -45,8 +47,9 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
         were not all evaluated at the same steps.
     """
     theme.demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
-    ends = _draw_cells(ax, curves, "validation_accuracy", by)
-    ax.set(xlabel="optimiser steps", ylabel="validation accuracy (%)")
+    which = "validation" if curves["validation_accuracy"].notna().any() else "train"
+    ends = _draw_cells(ax, curves, f"{which}_accuracy", by)
+    ax.set(xlabel="optimiser steps", ylabel=f"{which.replace('train', 'training')} accuracy (%)")
     ax.set_title(
         f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}", fontsize=theme.TEXT_PT
     )

@@ -126,11 +126,14 @@ def teacher_card(evidence: Evidence) -> Outcome:
 
 def untouched_test(evidence: Evidence) -> Outcome:
     """Every validation accuracy is of the held-out images and no others, no training saw them, and
-    none that the teacher was trained on steered the training."""
+    none that the teacher was trained on steered the training. Where none are held out, there is no
+    validation accuracy."""
     selection, read = evidence["selection"], evidence["read"]["validation"]
     overlap, by_teacher = selection["overlap"], selection["teacher_overlap"]
     wanted = selection["held_out"]
     sentence = f"best epoch chosen on {wanted['n']} held-out images"
+    if wanted["n"] == 0 and read == []:
+        return overlap == 0, "no image was held out: the last epoch counts, and no best one"
     if others := [r for r in read if r != wanted]:
         numbers = ", ".join(str(r["n"]) for r in others)
         sentence = f"best epoch chosen on {numbers} images that are not the {wanted['n']} held out"

@@ -177,13 +177,16 @@ def _whole(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} {fault}: {commands.delete_and_run(path)}")
 
 
-def read_metrics(folder: Path) -> pd.DataFrame:
+def read_metrics(folder: Path, name: str = "metrics") -> pd.DataFrame:
     """The metrics of a finished training, one row per evaluation.
+
+    Args:
+        name: `steps`: one row per step, where the study has `training.record_steps`.
 
     Raises: As `read_evidence`; ValueError for a table that is missing or was changed.
     """
-    path = folder / "metrics.parquet"
-    expected = read_evidence(folder)["metrics_sha256"]
+    path = folder / f"{name}.parquet"
+    expected = read_evidence(folder).get(f"{name}_sha256")
     if not path.is_file() or files.sha256_file(path) != expected:
         raise ValueError(
             f"{path} is missing or was changed after the training; "

@@ -121,7 +121,7 @@ def remarks(facts: Facts) -> list[str]:
     names, found = facts["class_names"]["train"], []
     for split in ("validation", "test") if "per_class" in facts else ():
         absent = [names[label] for label, n in enumerate(facts["per_class"][split]) if n == 0]
-        if absent:
+        if absent and any(facts["per_class"][split]):
             of = f"{len(absent)} of {len(names)} classes"
             found.append(f"no {split} images of {of}: {_listed(absent)}")
     return found

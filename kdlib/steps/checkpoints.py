@@ -17,15 +17,15 @@ from kdlib.trainer.loop import Trained
 def measure_checkpoints(
     folder: Path, network: Network, images: Images, trained: Trained
 ) -> dict[str, dict[str, Any]]:
-    """Step, file, fingerprints, test accuracy and test loss of the `last` and the `best`
-    checkpoint; the network then has the weights of one of them."""
+    """Step, file, fingerprints, test accuracy, macro scores and test loss of the `last` and the
+    `best` checkpoint; the network then has the weights of one of them."""
     device = next(network.parameters()).device
     test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
     measured: dict[int, dict[str, Any]] = {}
     for step in dict.fromkeys((trained.last_step, trained.best_step)):
         file, weights_sha256 = trained.checkpoints[step]
         _load(network, folder / file, weights_sha256)
-        again = evaluate(network, images.pixels, *test)
+        again = evaluate(network, images.pixels, *test, macro=True)
         measured[step] = {
             "step": step,
             "file": file,
@@ -33,6 +33,7 @@ def measure_checkpoints(
             "weights_sha256": weights_sha256,
             "test_accuracy": again.accuracy,
             "test_loss": again.loss,
+            **{f"test_{name}": score for name, score in again.macro.items()},
             "read": again.read,
         }
     return {"last": measured[trained.last_step], "best": measured[trained.best_step]}

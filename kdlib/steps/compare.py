@@ -64,12 +64,14 @@ def results(study: Study) -> pd.DataFrame:
         `best_step` of the best epoch, `test_accuracy_distinct` of the last step on the test images
         whose pixels occur once in the data, `linear_accuracy` and `knn_accuracy` of the last step's
         probes, and `..._on_<name>` of the data sets that are compared on; the budget, recorded
-        (`steps samples unique_examples`), `declared_...`, and its kind (`budget`); `refused`,
-        `reason`; `run`, its folder, and `command`, which makes it again; hashes of its inputs and
-        its weights; device and versions; `duplicates`, what step 01 says of images with the same
-        pixels, and `reader`, what it converted or cut of images in files (absent where nothing),
-        the same in all rows. Accuracies are in [0, 1], NaN where there is no evidence, and at the
-        best epoch also where the teacher was trained on the images it was chosen on.
+        (`steps samples unique_examples`), `declared_...`, and its kind (`budget`);
+        `test_precision test_recall test_f1`, averaged over classes; `parameters`,
+        `megabytes` and `multiply_adds` of the student; `refused`, `reason`; `run`, its folder, and
+        `command`, which makes it again; hashes of its inputs and its weights; device and versions;
+        `duplicates`, what step 01 says of images with the same pixels, and `reader`, what it
+        converted or cut of images in files (absent where nothing), the same in all rows. Accuracies
+        are in [0, 1], NaN where there is no evidence, and at the best epoch also where no image was
+        held out or the teacher was trained on those.
     """
     rows, inputs = [], _Inputs(study)
     again = Remeasure(study, inputs.recount)

@@ -89,7 +89,7 @@ class Shards:
     def rows(self, column: str, ids: np.ndarray) -> np.ndarray:
         """Rows of a column (`images`, `labels`) in the order of sorted ids."""
         parts = []
-        for shard in np.unique(ids // self.size):
+        for shard in np.unique(ids // self.size) if len(ids) else self.ids[:1] // self.size:
             path = self.folder / f"{column}-{shard:05d}.npy"
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
             parts.append(rows[ids[ids // self.size == shard] - shard * self.size])
@@ -199,12 +199,13 @@ def learning_rate(training: dict[str, Any], step: int, n_steps: int) -> float:
     peak, warm, done = training["lr_peak"], training["warmup_steps"], step - 1
     if done < warm:
         return peak * step / warm
+    low = training.get("lr_floor") or 0
     share = (done - warm) / max(n_steps - warm, 1)
     passed = sum(done >= m * n_steps for m in training["milestones"])
     return {
         "constant": peak,
         "plateau": peak,
-        "cosine": peak * (1 + math.cos(math.pi * share)) / 2,
-        "one_cycle": peak * (1 - share),
+        "cosine": low + (peak - low) * (1 + math.cos(math.pi * share)) / 2,
+        "one_cycle": low * share + peak * (1 - share),
         "step": peak * training["decay"] ** passed,
     }[training["schedule"]]

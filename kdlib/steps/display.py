@@ -45,9 +45,16 @@ MEANINGS = {
     "objective": "name of its loss in the study file",
     "seed": "decides initial weights, order of batches and the draw of the subset",
     "test_accuracy": "share of the test images it classifies rightly after the last step",
-    "test_accuracy_best": "the same at the best epoch on validation images; NaN where the teacher "
-    "learnt from these",
+    "test_accuracy_best": "the same at the best epoch on validation images; NaN where there are "
+    "none or the teacher learnt from them",
     "best_step": "the step of that epoch",
+    "test_precision": "precision of each class on the test images, averaged over classes; that of "
+    "a class it never names counts 0",
+    "test_recall": "the same of recall",
+    "test_f1": "the same of F1",
+    "parameters": "of the network",
+    "megabytes": "of its weights as they are stored, 10^6 bytes",
+    "multiply_adds": "of its forward pass of one image, in convolutions, linear layers, attention",
     "steps": "optimiser steps",
     "samples": "images seen, repetitions counted",
     "unique_examples": "distinct images seen",

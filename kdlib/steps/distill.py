@@ -17,6 +17,7 @@ from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
 from kdlib.steps.datamap import open_datamap
 from kdlib.steps.folders import datamap_folder, student_folder, student_settings
+from kdlib.steps.precision import decided
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
 from kdlib.steps.teacher_outputs import teacher_features
@@ -26,6 +27,8 @@ from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
 from kdlib.study.study import Study
 from kdlib.trainer.distributed import this_process
+
+MACRO = ("test_precision", "test_recall", "test_f1")  # averages over classes
 
 
 def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
@@ -84,7 +87,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     prepare_device(study.compute)
     subset = make_subset(study, images, cell, seed)
     objective, teacher = study.objectives[cell.objective], None
-    fingerprints = images.fingerprints | {"subset": subset.sha256}
+    fingerprints = images.fingerprints | {"subset": subset.sha256} | decided(study, images)
     if needs_teacher(objective):
         teacher = open_stored_teacher(study, images, objective, subset, seed)
         fingerprints["teacher_outputs"] = teacher.fingerprint
@@ -152,11 +155,14 @@ def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
 def outcome(evidence: dict[str, Any]) -> dict[str, Any]:
     """Accuracies and budget of a finished student; the columns of every table of runs."""
     last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
-    known = evidence["selection"]["teacher_overlap"] > 0  # the teacher learnt from these images
+    selection = evidence["selection"]  # no best epoch where the teacher learnt from these images
+    chosen = selection["held_out"]["n"] > 0 and selection["teacher_overlap"] == 0
     return {
         "test_accuracy": last["test_accuracy"],
-        "test_accuracy_best": float("nan") if known else best["test_accuracy"],
+        "test_accuracy_best": best["test_accuracy"] if chosen else float("nan"),
         "best_step": best["step"],
+        **{key: last[key] for key in MACRO if key in last},  # since 2026-11, likewise the next
+        **evidence.get("network", {}),
         **evidence["budget"]["recorded"],
     }
 

@@ -21,6 +21,7 @@ from kdlib.steps.folders import (
     datamap_folder,
     datamap_settings,
     dynamics_settings,
+    precision_input,
     probe_folder,
     recording_folder,
     recording_of_seed,
@@ -31,7 +32,7 @@ from kdlib.steps.folders import (
 )
 from kdlib.study.cells import Cell
 from kdlib.study.data import data_path
-from kdlib.study.models import LoadedTeacher
+from kdlib.study.models import LoadedTeacher, TrainedTeacher
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
 from kdlib.study.study import Study
@@ -195,7 +196,8 @@ class _Steps:
         self._add(self.cache, up.step_settings("cache"), (), self._cached)
         self._look(self.cache, "cache")
         if up.recorded_run != self.teacher:
-            self._add(up.recorded_run, dynamics_settings(study), [self.cache], self._images)
+            inputs = functools.partial(self._trained_on, up)
+            self._add(up.recorded_run, dynamics_settings(study), [self.cache], inputs)
         for name in study.shared_teachers:
             self._teacher(up if name is None else study, name)
         if up.recorded_run in self.open and self.teacher not in self.why:  # notebook 02 makes both
@@ -213,7 +215,8 @@ class _Steps:
         folder = recording_folder(study, model, part)
         if folder not in self._evidence:
             asked = recording_settings(study, model, part)
-            self._add(folder, asked, [self.cache], self._images)
+            inputs = functools.partial(self._trained_on, study)
+            self._add(folder, asked, [self.cache], inputs)
         return folder
 
     def _datamap_of_seed(self, seed: int) -> None:
@@ -231,6 +234,8 @@ class _Steps:
 
         def inputs() -> dict[str, Any]:
             now = self._images()
+            if isinstance(settings, TrainedTeacher):
+                now = self._trained_on(study)
             if isinstance(settings, LoadedTeacher) and data_path(settings.weights).is_file():
                 now["weights_file"] = files.sha256_file(data_path(settings.weights))
             return now
@@ -259,6 +264,10 @@ class _Steps:
     def _images(self) -> dict[str, str]:
         """The fingerprints of the images, as `Images` has them."""
         return self._cached() | {"split": self._split}
+
+    def _trained_on(self, study: Study | None = None) -> dict[str, str]:
+        """The inputs of a training: the images, and the precision that was decided."""
+        return self._images() | precision_input(study or self.study)
 
     @functools.cached_property
     def _split(self) -> str:
@@ -293,7 +302,7 @@ class _Steps:
             return ""
 
         folder = student_folder(study, cell, seed)
-        self._add(folder, student_settings(study, cell, seed), waits, self._images, further)
+        self._add(folder, student_settings(study, cell, seed), waits, self._trained_on, further)
         self._look(folder, "distill")
 
     def _reads_datamap(self, cell: Cell) -> bool:

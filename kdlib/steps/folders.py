@@ -1,10 +1,17 @@
-"""Where each run of a study lies, and the settings it is made with."""
+"""Where each run of a study lies, the settings it is made with, and the precision of trainings."""
 
 from pathlib import Path
 from typing import Any
 
+from kdlib.repro import files
 from kdlib.study.cells import Cell
+from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
+
+# keys of a training that stand in the settings of recordings also without a value
+_NULLS: dict[str, Any] = dict.fromkeys(
+    ("steps", "epochs", "clip_norm", "ema", "early_stopping", "evaluate_every_steps")
+) | {"augment": dict.fromkeys(("resized_crop", "colour_jitter"))}
 
 
 def teacher_folder(study: Study, name: str | None = None) -> Path:
@@ -46,6 +53,27 @@ def recording_of_seed(study: Study, seed: int) -> tuple[str, str]:
     return next(iter(study.upstream.recordings.models)), f"seed={seed}"
 
 
+def precision_file(study: Study) -> Path:
+    """Where the measured precisions of a study are kept."""
+    return study.runs / "precision.json"
+
+
+def measured_precision(study: Study) -> dict[str, Any]:
+    """What was measured for the compute settings of now: `taken`; the `seconds` of a step by
+    precision; their `ratio`, float32 by the other one; of which `student`, on how many `images`, on
+    which `device`. Empty where nothing was."""
+    path = precision_file(study)
+    kept = files.read_json(path, lambda path: f"delete {path}") if path.is_file() else {}
+    return kept if kept.get("asked") == dumped(study)["compute"] else {}
+
+
+def precision_input(study: Study) -> dict[str, str]:
+    """The precision that was decided for `compute.precision: auto`, as an input of every training;
+    nothing before that, and for other precisions."""
+    kept = measured_precision(study)
+    return {"precision": kept["taken"]} if kept and study.compute.precision == "auto" else {}
+
+
 def probe_folder(study: Study, cell: Cell) -> Path:
     """The folder of the probes of one cell."""
     return study.runs / "probe" / cell.path
@@ -60,6 +88,9 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
     """The settings of one recording."""
     asked, (kind, number) = study.recordings, part.split("=")
     of_first = kind == "seed" and model == next(iter(asked.models))
+    training = (asked.training or study.recorded_training).model_dump(
+        mode="json", exclude_none=True
+    )
     return {
         "model": asked.models[model].model_dump(mode="json"),
         "part": part,
@@ -69,5 +100,5 @@ def recording_settings(study: Study, model: str, part: str) -> dict[str, Any]:
         "observed": study.dynamics.observed if kind != "fold" else None,
         "logits": study.dynamics.logits and kind == "seed",
         "compute": study.step_settings("record")["compute"] | {"processes": 1},
-        "training": (asked.training or study.recorded_training).model_dump(mode="json"),
+        "training": _NULLS | training | {"augment": _NULLS["augment"] | training["augment"]},
     }

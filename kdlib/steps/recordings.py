@@ -21,6 +21,7 @@ from kdlib.repro.seeds import derive, hashed
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.checkpoints import load_epoch, load_last
 from kdlib.steps.folders import recording_folder, recording_settings
+from kdlib.steps.precision import decided
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.training import finish_run, train_run
 from kdlib.study.base import StudyError
@@ -69,7 +70,7 @@ def record(study: Study, images: Images, model: str, part: str) -> dict[str, Any
     device = prepare_device(study.compute)
     settings, (kind, number) = recording_settings(study, model, part), part.split("=")
     folder = recording_folder(study, model, part)
-    inputs = {"step": settings, "inputs": images.fingerprints}
+    inputs = {"step": settings, "inputs": images.fingerprints | decided(study, images)}
     with open_run(study.runs, folder, inputs) as run:
         if run.finished:
             return read_evidence(folder)

@@ -9,6 +9,7 @@ evaluation are derived again by `kdlib.steps.derived`, from `settings.json`, the
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 from collections import Counter
@@ -38,6 +39,17 @@ from kdlib.study.evaluation import OWN
 from kdlib.study.selections import PICKED, Ranking
 from kdlib.study.study import Study
 
+# By the precision that a study asks for, the type of a network's passes
+TYPES = {"float32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The settings of a run, with the precision that was decided for it."""
+    settings = json.loads((folder / "settings.json").read_text())
+    decided = {k: v for k, v in settings["inputs"].items() if k == "precision"}
+    settings["step"]["compute"] |= decided
+    return settings
+
 
 def unlike_executed(step: dict[str, Any], executed: dict[str, Any], n_steps: int) -> list[str]:
     """A sentence for each setting that the objects of a training had otherwise than its
@@ -54,9 +66,11 @@ def unlike_executed(step: dict[str, Any], executed: dict[str, Any], n_steps: int
         "clip_norm": training.get("clip_norm"),
         "ema": training.get("ema"),
         "momentum": training["momentum"] if training["optimiser"] == "sgd" else 0.0,
-        "precision": "bfloat16" if step["compute"]["precision"] == "bf16" else "float32",
+        "precision": TYPES[step["compute"]["precision"]],
         "objective": step["objective"],
     }
+    if training.get("betas"):
+        asked["betas"] = training["betas"]
     wrong = [
         f"{name} as executed: {_short(executed[name])}, asked for {_short(value)}"
         for name, value in asked.items()
@@ -66,13 +80,37 @@ def unlike_executed(step: dict[str, Any], executed: dict[str, Any], n_steps: int
     for number, rate in executed["learning_rates"].items():
         wanted = learning_rate(training, int(number), n_steps)
         if training["schedule"] == "plateau":
-            while rate < wanted * lowered * 0.999:
-                lowered *= training["decay"]
+            lowest = training.get("lr_floor", 0) / training["lr_peak"]
+            while rate < wanted * lowered * 0.999 and lowered > lowest:
+                lowered = max(lowered * training["decay"], lowest)
             wanted *= lowered
         if not math.isclose(rate, wanted, rel_tol=1e-9, abs_tol=1e-15):
             wrong.append(f"learning rate of step {number}: {rate:.6g}, asked for {wanted:.6g}")
             break
     return wrong
+
+
+def unlike_recorded_steps(folder: Path, steps_sha256: str) -> list[str]:
+    """A sentence for each way in which `steps.parquet` of a run is not what its metrics say: of
+    another content, of other steps, of another mean loss or learning rate at an evaluation.
+
+    Args:
+        steps_sha256: Of the file, as its evidence has it.
+    """
+    data = (folder / "steps.parquet").read_bytes()
+    if hashlib.sha256(data).hexdigest() != steps_sha256:
+        return ["steps.parquet was changed"]
+    steps, metrics = pd.read_parquet(io.BytesIO(data)), pd.read_parquet(folder / "metrics.parquet")
+    ends = metrics["step"].to_numpy()
+    if steps["step"].tolist() != list(range(1, ends[-1] + 1)):
+        return [f"steps.parquet has {len(steps)} steps of {ends[-1]}"]
+    of_row = steps.groupby(np.searchsorted(ends, steps["step"]))
+    again = {"train_loss": of_row["loss"].mean(), "learning_rate": of_row["learning_rate"].last()}
+    return [
+        f"{column} by the recorded steps is not that of the metrics"
+        for column, values in again.items()
+        if not np.allclose(values, metrics[column], rtol=1e-9, atol=0)
+    ]
 
 
 class Recount:
@@ -179,7 +217,7 @@ class Recount:
             again: Draws the subset of rules that are not derived here, by the library's own rule;
                 returns None where it is not to be drawn.
         """
-        settings = json.loads((folder / "settings.json").read_text())
+        settings = _settings(folder)
         step, asked = settings["step"], settings["step"]["subset"]
         ids = pd.read_parquet(folder / "subset.parquet")["example_id"].to_numpy(np.int64)
         split, sha256 = array_sha256(self.train_ids, self.validation_ids), array_sha256(ids)
@@ -196,8 +234,10 @@ class Recount:
             ("subset drawn again", sha256, sha256 if drawn is None else array_sha256(drawn)),
         ]
         expected = self.expected(cell, ids, step["training"])
-        facts += self._live(step, expected, seed, evidence)
-        return _contradicted(facts) + self.training_reasons(step, expected, seed, evidence)
+        reasons = _contradicted(facts + self._live(step, expected, seed, evidence))
+        if step["training"].get("record_steps"):
+            reasons += unlike_recorded_steps(folder, evidence["steps_sha256"])
+        return reasons + self.training_reasons(step, expected, seed, evidence)
 
     def _live(
         self, step: dict[str, Any], expected: Expected, seed: int, evidence: dict[str, Any]
@@ -233,6 +273,7 @@ class Recount:
         """
         training, recorded = step["training"], evidence["budget"]["recorded"]
         read, planned = evidence["read"], expected.n_steps
+        held_out = [self.read["validation"]] if len(self.validation_ids) else []
         if training.get("early_stopping") is not None:  # the budget is an upper bound
             expected = dataclasses.replace(expected, n_steps=min(recorded["steps"], planned))
         batches = list(expected.batches(training, seed, self.train.size))
@@ -243,7 +284,7 @@ class Recount:
             ("samples", recorded["samples"], sum(map(len, batches))),
             ("unique_examples", recorded["unique_examples"], n_unique),
             ("batches", read["batches_sha256"], chain(iter(batches), self.labels)),
-            ("validation images", read["validation"], [self.read["validation"]]),
+            ("validation images", read["validation"], held_out),
             *((f"test images of `{name}`", of, self.read["test"]) for name, of in tested.items()),
         ]
         return _contradicted(facts) + unlike_executed(step, evidence["executed"], planned)
@@ -251,7 +292,7 @@ class Recount:
     def teacher_reasons(self, folder: Path, evidence: dict[str, Any]) -> list[str]:
         """The same of a training on all training images: a teacher's, or that of the network whose
         dynamics make the datamap."""
-        asked = json.loads((folder / "settings.json").read_text())["step"]
+        asked = _settings(folder)["step"]
         of = asked["teacher"] if evidence["step"] == "teacher" else asked["dynamics"]
         step = asked | {"training": of["training"], "objective": {"kind": "cross_entropy"}}
         expected = Expected(self.train_ids, steps_of(of["training"], len(self.train_ids)))
@@ -259,7 +300,7 @@ class Recount:
 
     def recording_reasons(self, seed: int, folder: Path, evidence: dict[str, Any]) -> list[str]:
         """The same of the recording of a seed, and of what its datamap took from its log."""
-        step = _without_null(json.loads((folder / "settings.json").read_text())["step"])
+        step = _without_null(_settings(folder)["step"])
         ids = np.load(folder / "dynamics" / "example_ids.npy", allow_pickle=False)
         facts = [
             ("seed of the recording", step["seed"], seed),

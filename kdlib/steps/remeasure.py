@@ -9,6 +9,7 @@ table compiled again measures only what is new.
 import functools
 import importlib.metadata
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.derived import Shards, array_sha256, stream_seed
-from kdlib.steps.distill import make_subset
+from kdlib.steps.distill import MACRO, make_subset
 from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.recount import Recount
@@ -36,6 +37,7 @@ from kdlib.study.study import Study
 
 BATCH = 1000  # images in memory at once
 VERSION = 3  # of what is kept; a measurement by an earlier version is made again
+ROUNDED = 0.005  # of an average over classes, where an image lies between two of them
 HALF_PRECISION = 0.001  # share of test images on which stored logits may have another class
 
 
@@ -71,20 +73,27 @@ class Remeasure:
             [recount.read["test"], self.mean.tolist(), self.std.tolist(), distinct, VERSION]
         )
 
-    def rights(self, path: Path, build: Callable[[], nn.Module]) -> dict[str, int]:
+    def rights(
+        self, path: Path, build: Callable[[], nn.Module], macro: bool = False
+    ) -> dict[str, Any]:
         """Test images that a checkpoint classifies rightly: of all (`right`, `n`), and of those
         whose pixels occur only once (`right_distinct`, `n_distinct`).
 
         Args:
             path: Of the weights.
             build: Makes the network that they belong to.
+            macro: Whether to add `macro`: precision, recall and F1, averaged over classes.
         """
         key = f"{files.sha256_file(path)} {self._inputs}"
-        if key not in self._kept:
+        if key not in self._kept or (macro and "macro" not in self._kept[key]):
             network = build()
             network.load_state_dict(load_file(path))
-            right, distinct = self._right(network.to(self.device).eval()), self.recount.distinct
+            answers = self._answers(network.to(self.device).eval())
+            test, distinct = self.recount.test, self.recount.distinct
+            labels = test.rows("labels", test.ids)
+            right = answers == labels
             self._kept[key] = {
+                "macro": _macro(answers.tolist(), labels.tolist()),
                 "right": int(right.sum()),
                 "n": len(right),
                 "right_distinct": int(right[distinct].sum()),
@@ -92,15 +101,15 @@ class Remeasure:
             }
         return self._kept[key]
 
-    def _right(self, network: nn.Module) -> np.ndarray:
+    def _answers(self, network: nn.Module) -> np.ndarray:
+        """The class that a network gives each test image: (n_test,) int64."""
         test, parts = self.recount.test, []
         mean, std = (torch.tensor(x, dtype=torch.float32) for x in (self.mean, self.std))
         for ids in np.array_split(test.ids, math.ceil(len(test.ids) / BATCH)):
             pixels = torch.from_numpy(test.rows("images", ids)).float() / 255
             pixels = (pixels - mean[:, None, None]) / std[:, None, None]
             with torch.no_grad():
-                answers = network(pixels.to(self.device)).argmax(1).cpu().numpy()
-            parts.append(answers == test.rows("labels", ids))
+                parts.append(network(pixels.to(self.device)).argmax(1).cpu().numpy())
         return np.concatenate(parts)
 
     def save(self) -> None:
@@ -124,8 +133,11 @@ class Remeasure:
             entry = evidence["checkpoints"][name]
             if files.sha256_file(folder / entry["file"]) != entry["file_sha256"]:
                 return math.nan, reasons  # another check refuses weights that were changed
-            again = self.rights(folder / entry["file"], build)
+            macro = [entry[key] for key in MACRO if key in entry]  # since 2026-11
+            again = self.rights(folder / entry["file"], build, macro=bool(macro))
             reasons += _unlike(f"`{name}`", entry["test_accuracy"], again["right"], again["n"])
+            if macro and not np.allclose(macro, again["macro"], rtol=0, atol=ROUNDED):
+                reasons.append(f"`{name}`: {' '.join(MACRO)} are {macro}, again {again['macro']}")
         objective = self.study.objectives[cell.objective]
         if needs_teacher(objective) and objective.teacher in self.study.shared_teachers:
             reasons += [f"teacher: {reason}" for reason in self.teacher(objective.teacher)]
@@ -199,6 +211,17 @@ def _predictions(stored: Shards) -> np.ndarray:
     if not sparse:
         return place
     return stored.rows("indices", stored.ids)[np.arange(len(place)), 0, place]
+
+
+def _macro(answers: list[int], labels: list[int]) -> list[float]:
+    """Mean precision, recall and F1 over the classes that occur, from counts of pairs."""
+    named, there, of_class = Counter(answers), Counter(labels), []
+    rights = Counter(a for a, label in zip(answers, labels, strict=True) if a == label)
+    for c in {*named, *there}:
+        precision, recall = (rights[c] / n[c] if n[c] else 0.0 for n in (named, there))
+        both = precision + recall
+        of_class.append((precision, recall, 2 * precision * recall / both if both else 0.0))
+    return np.mean(of_class, axis=0).tolist()
 
 
 def _unlike(what: str, accuracy: float, right: int, n: int) -> list[str]:

@@ -10,12 +10,14 @@ from kdlib.cache.outputs import open_outputs
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
 from kdlib.models.base import Network
+from kdlib.models.size import network_size
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
 from kdlib.steps.folders import dynamics_settings, teacher_folder
 from kdlib.steps.output_costs import demand_room
+from kdlib.steps.precision import decided
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher_network import (
     load_teacher,
@@ -54,7 +56,7 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any] | None:
 
 def teacher_table(study: Study) -> pd.DataFrame:
     """One row per teacher that step 02 made: its accuracy on the test images beside the expected
-    one, what it was trained on, how many checks passed, and its folder."""
+    one, what it was trained on, its size and cost, how many checks passed, and its folder."""
     rows = []
     for name in study.shared_teachers:
         folder = teacher_folder(study, name)
@@ -63,8 +65,8 @@ def teacher_table(study: Study) -> pd.DataFrame:
         rows.append(
             {"teacher": card["name"], "accuracy": card["measured"], "expected": card["claimed"],
              "tolerance": card["tolerance"], "measured_by": card["measured_by"],
-             "trained_on": card["trained_on"], "checks": sum(c["passed"] for c in checked),
-             "folder": str(folder)}
+             "trained_on": card["trained_on"], **evidence.get("network", {}),
+             "checks": sum(c["passed"] for c in checked), "folder": str(folder)}
         )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -74,9 +76,12 @@ def make_one_teacher(study: Study, images: Images, name: str | None) -> dict[str
     prepare_device(study.compute)
     demand_grids(study, images, name)
     teacher, folder = teacher_settings(study, name), teacher_folder(study, name)
-    settings = {"step": study.step_settings("teacher", teacher=name), "inputs": images.fingerprints}
+    settings = {"step": study.step_settings("teacher", teacher=name)}
+    settings["inputs"] = dict(images.fingerprints)
     if isinstance(teacher, LoadedTeacher):
-        settings["inputs"]["weights_file"] = files.sha256_file(weights_file(teacher.weights))
+        settings["inputs"] |= {"weights_file": files.sha256_file(weights_file(teacher.weights))}
+    if isinstance(teacher, TrainedTeacher):
+        settings["inputs"] |= decided(study, images)
     point = {} if name is None else {"teacher": name}
     launch_run(study, folder, settings, "teacher", **point)
     if name is None and study.dynamics.model is not None:
@@ -133,6 +138,8 @@ def _make(
             load_last(network, folder, evidence)
         if subset is not None:
             evidence["subset"] |= {"sha256": subset.sha256, "strategy": subset.strategy}
+        if "network" not in evidence:  # of one that was not trained here
+            evidence["network"] = network_size(network, images.image_shape)
         evidence["teacher"] = store_all_outputs(study, images, network, name, folder, device)
         return finish_run(run, study, images, "teacher", evidence, rules)
 
@@ -140,7 +147,8 @@ def _make(
 def _record_dynamics(study: Study, images: Images) -> None:
     """Train the network whose dynamics make the datamap, when it is not the teacher."""
     dynamics, world = study.dynamics, this_process(study.compute.device)
-    settings = {"step": dynamics_settings(study), "inputs": images.fingerprints}
+    inputs = images.fingerprints | decided(study, images)
+    settings = {"step": dynamics_settings(study), "inputs": inputs}
     with open_shared_run(study, study.recorded_run, settings, world) as run:
         if run.finished:
             return
@@ -163,7 +171,8 @@ def open_stored_teacher(
     if name not in study.shared_teachers:
         folder = folder / f"subset={subset.sha256[:16]}" / f"seed={seed}"
         asked = study.step_settings("teacher", teacher=name) | {"seed": seed}
-        settings = {"step": asked, "inputs": images.fingerprints | {"subset": subset.sha256}}
+        inputs = images.fingerprints | {"subset": subset.sha256} | decided(study, images)
+        settings = {"step": asked, "inputs": inputs}
         world = this_process(study.compute.device)
         if world.first:
             _make(study, images, name, folder, settings, subset, seed)

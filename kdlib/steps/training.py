@@ -17,10 +17,12 @@ from kdlib.dataset.plan import Plan
 from kdlib.models.base import Network
 from kdlib.models.live import LiveOutputs, live_evidence
 from kdlib.models.outputs import Replay, stored_accuracy
+from kdlib.models.size import network_size
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import PURPOSES, derive
 from kdlib.steps.checkpoints import keep_epoch, measure_checkpoints
+from kdlib.steps.folders import measured_precision
 from kdlib.study.objectives import CrossEntropy, Objective
 from kdlib.study.selections import Dynamics
 from kdlib.study.study import Study
@@ -254,9 +256,11 @@ def train_run(
                 n_classes=network.n_classes,
                 settings=run.settings_sha256,
             )
+    precision = run.settings["inputs"].get("precision", study.compute.precision)
+    compute = study.compute.model_copy(update={"precision": precision})
     inputs = TrainingInputs(
         images, network, training, plan, seed, objective, teacher, labels, log,
-        study.dynamics.observed, study.compute, world,
+        study.dynamics.observed, compute, world,
     )  # fmt: skip
     if world.first:  # once a run: 0.3 s per GB on two cores
         for cache in (images.train, images.test, *([teacher.outputs] if teacher else [])):
@@ -272,7 +276,11 @@ def train_run(
     if log is not None:
         log.finish()
     evidence = training_evidence(inputs, trained)
+    if study.compute.precision != "float32":
+        evidence["precision"] = measured_precision(study)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
+    if training.record_steps:
+        evidence["steps_sha256"] = files.sha256_file(run.folder / "steps.parquet")
     if task.loader.live is not None:
         view = task.loader.view
         found = live_evidence(task.loader.live, task.loader, images.train, view.settings, view.seed)
@@ -280,6 +288,7 @@ def train_run(
     elif "logits" in task.distiller.reads:  # read past the loader, to compare with what it returned
         stored = stored_accuracy(teacher.outputs, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": stored}
+    evidence["network"] = network_size(network, images.image_shape)
     checkpoints = measure_checkpoints(run.folder, network, images, trained)
     return evidence | {"checkpoints": checkpoints}
 

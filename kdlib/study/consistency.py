@@ -119,6 +119,13 @@ def _check_trainings(study: "Study") -> None:
                 f"{study.compute.processes} processes, each in {training.accumulate} pieces; "
                 f"expected a multiple of {pieces}"
             )
+    further = [study.recordings.training] if study.recordings else []
+    for training in filter(None, (*study.trainings, *further)):
+        if study.data.n_validation == 0 and (how := training.selects):
+            raise ValueError(
+                f"`{how}` reads validation images, and data.n_validation is 0: hold some out, or "
+                "take a budget and a schedule that do not read them"
+            )
     if study.recorded_training.early_stopping is not None:
         raise ValueError(
             "`early_stopping` is for students: every epoch of the recorded training is planned"
@@ -169,7 +176,7 @@ def _check_portable(study: "Study") -> None:
     """torch leaves square roots and logarithms of whole tensors to a library of a maker of
     processors, whose last bits differ on another one."""
     asked = {
-        "optimiser: adamw": any(training.optimiser == "adamw" for training in study.trainings),
+        "optimiser: adam or adamw": any(t.optimiser != "sgd" for t in study.trainings),
         "outputs: top_k": study.teacher.stored.top_k is not None,
         **{f"objective {name}": _takes_roots(o) for name, o in study.objectives.items()},
     }

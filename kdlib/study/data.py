@@ -91,7 +91,9 @@ class Data(Settings):
     """Of images in files with transparent pixels: what these lie on, `white` or `black`; `drop`
     reads the colours stored under them; without it, or with `refuse`, such an image stops the build
     of the cache."""
-    n_validation: Count
+    n_validation: Annotated[int, Field(ge=0)]
+    """0 learns from all of them, for a final run: there is then no validation accuracy and no best
+    epoch, and no setting may read them."""
     split_seed: Seed = 0
     shard_size: Count = 2048
     """Examples per shard of the cache."""

@@ -9,6 +9,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from kdlib.study.base import Count, Fraction, NonNegative, Positive, Settings, Share, matching
 
 _Change = Annotated[float, Field(ge=0, le=8)]
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 _Inside = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -110,10 +111,17 @@ class Training(Settings):
     epochs: Positive | None = None
     """Equal-epochs comparison: steps follow from the subset's size."""
     batch_size: Count
-    optimiser: Literal["sgd", "adamw"] = "sgd"
+    optimiser: Literal["sgd", "adam", "adamw"] = "sgd"
     lr_peak: Positive
+    lr_floor: Positive | None = None
+    """The learning rate that `cosine` and `one_cycle` fall to, 0 without it, and below which
+    `plateau` does not go."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of `sgd`."""
+    betas: tuple[_Decay, _Decay] | None = None
+    """Of `adam` and `adamw`: decay of their two running means; 0.9 and 0.999 unless given."""
     weight_decay: NonNegative = 5e-4
+    """In the gradient of `sgd` and `adam`, and beside it in `adamw`."""
     schedule: Literal["cosine", "constant", "step", "one_cycle", "plateau"] = "cosine"
     """After the warm-up. `step` multiplies by `decay` at each of `milestones`; `plateau` when the
     validation loss has not fallen for more than `patience` evaluations; `one_cycle` falls to 0 in a
@@ -145,6 +153,8 @@ class Training(Settings):
     """Shards that `windowed` shuffles together."""
     evaluate_every_steps: Count | None = None
     """Without it once per pass over the full training split."""
+    record_steps: Literal[True] | None = None
+    """Write the loss and the learning rate of every step to `steps.parquet` of the run."""
     checkpoint_fractions: tuple[Share, ...] = ()
     """Places of the budget, as fractions of it, at which weights are kept for probing."""
 
@@ -156,6 +166,15 @@ class Training(Settings):
             raise ValueError("`milestones` belong to `schedule: step`, and it needs some")
         if self.schedule == "one_cycle" and self.warmup_steps == 0:
             raise ValueError("`schedule: one_cycle` rises before it falls; give `warmup_steps`")
+        if self.lr_floor is not None:
+            if self.schedule not in (falling := ("cosine", "one_cycle", "plateau")):
+                raise ValueError(f"`lr_floor` is of the schedules {', '.join(falling)}")
+            if self.lr_floor >= self.lr_peak:
+                raise ValueError(
+                    f"lr_floor is {self.lr_floor:g}; expected less than lr_peak, {self.lr_peak:g}"
+                )
+        if self.betas is not None and self.optimiser == "sgd":
+            raise ValueError("`betas` are of adam and adamw; sgd has `momentum`")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"a batch of {self.batch_size} is not a multiple of accumulate {self.accumulate}"
@@ -191,8 +210,10 @@ class Compute(Settings):
     threads: Count = 1
     """Fixed, because sums depend on it."""
     channels_last: bool = True
-    precision: Literal["float32", "bf16"] = "float32"
-    """`bf16` computes the network's passes in bfloat16, weights and losses in float32."""
+    precision: Literal["float32", "bf16", "fp16", "auto"] = "float32"
+    """Of the network's passes in training; weights and losses are float32. `bf16` is bfloat16;
+    `fp16` is float16 with a scaled loss; `auto` measures a step in float32 and in bfloat16 before
+    the study's first training, and all its runs take the faster."""
     compile: bool = False
     """Use torch.compile; on a CPU it needs a C++ compiler."""
     portable: bool = False

@@ -25,7 +25,7 @@ from kdlib.repro import files
 from kdlib.repro.run import Run
 from kdlib.study.training import Training
 from kdlib.trainer.distributed import gathered
-from kdlib.trainer.optimiser import Ema, Patience
+from kdlib.trainer.optimiser import Ema, Patience, lowered
 from kdlib.trainer.pairing import pairing
 from kdlib.trainer.state import read_state, write_state
 from kdlib.trainer.step import Step, Task, TrainingError
@@ -105,10 +105,11 @@ def train(
             if loop.step % every == 0 or loop.step == n_steps:
                 row = loop.measure()
                 if tracker is not None:
-                    tracker.log({k: v for k, v in row.items() if k != "step"}, loop.step)
-                progress.set_postfix_str(
-                    f"loss {row['train_loss']:.3f}, validation {row['validation_accuracy']:.1%}"
-                )
+                    known = {k: v for k, v in row.items() if k != "step" and not math.isnan(v)}
+                    tracker.log(known, loop.step)
+                which = "train" if math.isnan(row["validation_loss"]) else "validation"
+                accuracy = row[f"{which}_accuracy"]
+                progress.set_postfix_str(f"loss {row['train_loss']:.3f}, {which} {accuracy:.1%}")
             progress.update(1)
             if time.monotonic() - saved >= interval:
                 loop.save()
@@ -145,9 +146,10 @@ class _Loop:
         """At step 0, or at the step of the saved state."""
         self.run, self.task = run, task
         self.advance_one = Step(task)
-        self.step, self.stopped = 0, False
+        self.step, self.stopped, self.n_overflows = 0, False, 0
         self.rows: list[dict[str, float]] = []
         self.losses: list[float] = []  # since the last row
+        self.recorded: list[list[float]] = []  # loss and learning rate of each step
         self.hits, self.best_step, self.best_accuracy = 0, -1, -1.0
         self.best_weights: dict[str, Tensor] = {}
         self.checkpoints: dict[int, tuple[str, str]] = {}
@@ -174,18 +176,25 @@ class _Loop:
         task = self.task
         batch = task.loader.batch(self.step)
         loss, logits = self.advance_one(batch, self.step, self.factor)
-        if self.step == 0:
+        self.n_overflows += self.advance_one.overflowed
+        if "gradient" not in self.evidence and not self.advance_one.overflowed:
             self.evidence["gradient"] = self._gradient()
         if self.ema is not None:
             self.ema.update(task.network)
         columns = (batch.example_ids, batch.labels, batch.passes, batch.positions)
         ids, labels, passes, positions = (gathered(column, task.world) for column in columns)
         self.losses.append(loss)
+        if task.training.record_steps:
+            self.recorded.append([loss, self._rate])
         self.hits += int((logits.argmax(1) == labels).sum())
         self._count(ids, labels)
         if task.log is not None:
             self._record(passes, positions, logits, labels)
         self.step += 1
+
+    @property
+    def _rate(self) -> float:
+        return self.advance_one.optimiser.param_groups[0]["lr"]
 
     def _count(self, ids: Tensor, labels: Tensor) -> None:
         """Count a batch among the visits, and chain its examples and labels, in the order of ids,
@@ -201,7 +210,13 @@ class _Loop:
         """Settings of the training as its objects have them, beside those it was asked for."""
         step, view = self.advance_one, self.task.loader.view
         groups = step.optimiser.param_groups
-        return step.executed | {
+        further: dict[str, Any] = {}
+        if step.scaler.is_enabled():
+            further["overflows"] = self.n_overflows
+        if self.task.training.betas is not None:
+            further["betas"] = list(groups[0]["betas"])
+        further |= step.executed
+        return further | {
             "optimiser": type(step.optimiser).__name__.lower(),
             "weight_decay": max(group["weight_decay"] for group in groups),
             "momentum": max(group.get("momentum", 0.0) for group in groups),
@@ -248,18 +263,21 @@ class _Loop:
 
     def measure(self) -> dict[str, float]:
         """Evaluate: add one row of metrics, copy the weights when they are the best so far, lower
-        the learning rate on a plateau, and stop early where the study says so."""
+        the learning rate on a plateau, and stop early where the study says so. Where no image is
+        held out, validation columns are NaN, and the last weights are the best."""
         task, training = self.task, self.task.training
         if self.ema is not None:
             self._measured.load_state_dict(self.ema.weights)
-        measured = evaluate(self._measured, task.pixels, *task.validation)
-        loss, accuracy = measured.loss, measured.accuracy
-        if measured.read not in self.evidence["validation"]:
-            self.evidence["validation"].append(measured.read)
+        loss = accuracy = math.nan
+        if len(task.validation[1]):
+            measured = evaluate(self._measured, task.pixels, *task.validation)
+            loss, accuracy = measured.loss, measured.accuracy
+            if measured.read not in self.evidence["validation"]:
+                self.evidence["validation"].append(measured.read)
         row = {
             "step": self.step,
             "epoch": self.step * training.batch_size / task.full_size,
-            "learning_rate": self.advance_one.optimiser.param_groups[0]["lr"],
+            "learning_rate": self._rate,
             "train_loss": math.fsum(self.losses) / len(self.losses),
             "train_accuracy": self.hits / (len(self.losses) * training.batch_size),
             "validation_loss": loss,
@@ -268,12 +286,12 @@ class _Loop:
         self.rows.append(row)
         self.evidence["executed"] = self._executed()
         self.losses, self.hits = [], 0
-        if accuracy > self.best_accuracy:
+        if accuracy > self.best_accuracy or math.isnan(accuracy):  # without: the last is the best
             self.best_accuracy, self.best_step = accuracy, self.step
             kept = self.kept_weights()
             self.best_weights = {k: v.detach().cpu().clone() for k, v in kept.items()}
         if training.schedule == "plateau" and self.plateau.spent(loss):
-            self.factor *= training.decay
+            self.factor = lowered(training, self.factor)
         if training.early_stopping is not None and self.patience.spent(loss):
             self.stopped = True
         return row
@@ -288,7 +306,7 @@ class _Loop:
 
     _NUMBERS = (
         "step", "stopped", "rows", "losses", "hits", "best_step", "best_accuracy", "evidence",
-        "factor", "batches_sha256",
+        "factor", "batches_sha256", "n_overflows",
     )  # fmt: skip
 
     def save(self) -> None:
@@ -298,12 +316,14 @@ class _Loop:
         step = self.advance_one
         tensors = {f"learner.{k}": v for k, v in step.learner.state_dict().items()}
         tensors |= {f"best.{k}": v for k, v in self.best_weights.items()} | {"visits": self.visits}
+        tensors["recorded"] = torch.tensor(self.recorded, dtype=torch.float64)
         for number, slots in step.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{k}": v for k, v in slots.items() if v is not None}
         numbers = {key: getattr(self, key) for key in self._NUMBERS} | {
             "checkpoints": list(self.checkpoints.items()),
             "plateau": [self.plateau.best, self.plateau.waited],
             "patience": [self.patience.best, self.patience.waited],
+            "scaler": step.scaler.state_dict(),
         }
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.weights.items()}
@@ -318,11 +338,12 @@ class _Loop:
             return
         tensors, numbers = state
         for key in self._NUMBERS:
-            setattr(self, key, numbers[key])
+            setattr(self, key, numbers.get(key, getattr(self, key)))  # of an older state: as new
         self.checkpoints = {step: tuple(kept) for step, kept in numbers["checkpoints"]}
         self.plateau.best, self.plateau.waited = numbers["plateau"]
         self.patience.best, self.patience.waited = numbers["patience"]
         self.visits = tensors.pop("visits")
+        self.recorded = tensors.pop("recorded", torch.empty(0)).tolist()
         parts: dict[str, dict] = {"learner": {}, "best": {}, "optimiser": {}, "ema": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
@@ -330,6 +351,7 @@ class _Loop:
         self.best_weights = parts["best"]
         step = self.advance_one
         step.learner.load_state_dict(parts["learner"])
+        step.scaler.load_state_dict(numbers.get("scaler", {}))
         if self.ema is not None:
             self.ema.load(parts["ema"], numbers["ema_updates"])
         groups = step.optimiser.state_dict()["param_groups"]
@@ -352,6 +374,10 @@ class _Loop:
         metrics = pd.DataFrame(self.rows)
         if self.task.world.first:
             files.write_atomic(self.run.folder / "metrics.parquet", metrics.to_parquet)
+            if self.recorded:
+                table = pd.DataFrame(self.recorded, columns=["loss", "learning_rate"])
+                table.insert(0, "step", np.arange(1, len(table) + 1))
+                files.write_atomic(self.run.folder / "steps.parquet", table.to_parquet)
         self.evidence["pairing"] = pairing(self.task, self.advance_one.learner)
         self.evidence["stopped_early"] = self.stopped
         self.evidence["batches_sha256"] = self.batches_sha256

@@ -5,6 +5,8 @@ Sources:
         arXiv 1608.03983 (cosine).
     [Smith2018] Smith, Topin: Super-Convergence: Very Fast Training of Neural Networks Using Large
         Learning Rates. arXiv 1708.07120 (one cycle).
+    [Kingma2015] Kingma, Ba: Adam: A Method for Stochastic Optimization. ICLR 2015,
+        arXiv 1412.6980.
     [Loshchilov2019] Loshchilov, Hutter: Decoupled Weight Decay Regularization. arXiv 1711.05101
         (AdamW).
     [Polyak1992] Polyak, Juditsky: Acceleration of Stochastic Approximation by Averaging. SIAM J.
@@ -26,10 +28,10 @@ def learning_rate(training: Training, step: int, n_steps: int) -> float:
     """Learning rate of step `step` in [0, n_steps), before the factor by which `plateau` lowers it.
 
     The warm-up rises linearly to `lr_peak`. Then: `constant` and `plateau` stay; `cosine` falls to
-    0 along half a cosine [Loshchilov2017]; `one_cycle` falls linearly to 0, the momentum stays
-    [Smith2018]; `step` multiplies by `decay` from each milestone on.
+    `lr_floor`, or 0, along half a cosine [Loshchilov2017]; `one_cycle` falls to it linearly, the
+    momentum stays [Smith2018]; `step` multiplies by `decay` from each milestone on.
     """
-    peak, warmup = training.lr_peak, training.warmup_steps
+    peak, warmup, floor = training.lr_peak, training.warmup_steps, training.lr_floor or 0.0
     if step < warmup:
         return peak * (step + 1) / warmup
     if training.schedule in ("constant", "plateau"):
@@ -38,20 +40,27 @@ def learning_rate(training: Training, step: int, n_steps: int) -> float:
         return peak * training.decay ** sum(step >= m * n_steps for m in training.milestones)
     done = (step - warmup) / max(1, n_steps - warmup)
     if training.schedule == "one_cycle":
-        return peak * (1 - done)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+        return floor + (peak - floor) * (1 - done)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def lowered(training: Training, factor: float) -> float:
+    """The factor of the learning rate after a plateau, from that before it."""
+    return max(factor * training.decay, (training.lr_floor or 0.0) / training.lr_peak)
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or AdamW [Loshchilov2019]; biases and normalisation weights are
-    not decayed."""
+    """SGD with Nesterov momentum, Adam [Kingma2015] with the decay in the gradient, or AdamW
+    [Loshchilov2019] with the decay beside it; biases and normalisation weights are not decayed."""
     trained = [p for p in parameters if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": training.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    if training.optimiser == "adamw":
-        return _plain(torch.optim.AdamW)(groups, lr=training.lr_peak, fused=True)
+    if training.optimiser != "sgd":
+        adam = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[training.optimiser]
+        betas = training.betas or (0.9, 0.999)
+        return _plain(adam)(groups, lr=training.lr_peak, betas=betas, fused=True)
     momentum = training.momentum
     return _plain(torch.optim.SGD)(
         groups, lr=training.lr_peak, momentum=momentum, nesterov=momentum > 0, fused=True

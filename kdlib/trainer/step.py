@@ -32,6 +32,10 @@ class Recorder(Protocol):
         """Write what was recorded to the disk."""
 
 
+# Types of a network's passes, by `compute.precision`
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 class TrainingError(RuntimeError):
     """A training that cannot continue. The run is not finished; its last saved state is whole."""
 
@@ -105,6 +109,8 @@ class Step:
         optimiser: Over all its trained parameters.
         executed: Of the last step: `batch_size` over all processes, `accumulate`, `clip_norm`, and
             `precision`, the type in which its passes were computed.
+        scaler: Of the loss, in float16. A step whose scaled gradient overflows changes no weight.
+        overflowed: Whether the last one did.
     """
 
     def __init__(self, task: Task) -> None:
@@ -113,6 +119,8 @@ class Step:
         learner = synchronised(Learner(task.network, task.distiller, task.objective), task.world)
         _demand_statistics(learner, task.training)
         self.learner, self.optimiser = learner, make_optimiser(learner.parameters(), task.training)
+        kind = next(task.network.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(kind, enabled=task.compute.precision == "fp16")
         self._call = distributed(learner, task.world)
         if task.compute.compile:
             self._call = torch.compile(self._call)
@@ -146,15 +154,19 @@ class Step:
                         f"the batch of example ids {piece.example_ids[:4].tolist()}, ..."
                     )
                 # times the number of processes, by which DistributedDataParallel divides
-                (loss * task.world.size / n_pieces).backward()
+                self.scaler.scale(loss * task.world.size / n_pieces).backward()
             total += value
             parts.append(logits)
+        self.scaler.unscale_(self.optimiser)
         if training.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.learner.parameters(), training.clip_norm)
         rate = learning_rate(training, step, task.loader.plan.n_steps) * factor
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        self.optimiser.step()
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.overflowed = self.scaler.get_scale() < scale
         self.executed = {
             "batch_size": sum(map(len, parts)),
             "accumulate": len(parts),
@@ -170,8 +182,8 @@ class Step:
         task, seeded = self.task, contextlib.nullcontext()
         if self._drops:
             seeded = torch_seeded(task.seed, "dropout", step, piece, task.world.rank)
-        bf16 = task.compute.precision == "bf16"
-        with seeded, torch.autocast(batch.images.device.type, torch.bfloat16, enabled=bf16):
+        dtype, kind = DTYPES[task.compute.precision], batch.images.device.type
+        with seeded, torch.autocast(kind, dtype, enabled=dtype != torch.float32):
             self._precision = _precision(batch.images)
             seen = (batch.images,) if batch.second is None else (batch.images, batch.second)
             projected = self._call(*seen)

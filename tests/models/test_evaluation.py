@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor, nn
 
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
-from kdlib.models.evaluation import accuracy, all_outputs, evaluate, outputs
+from kdlib.models.evaluation import accuracy, all_outputs, evaluate, macro_scores, outputs
 from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
+from kdlib.steps import remeasure
 from kdlib.study.models import Model
 
 PIXELS = Pixels([0.5, 0.4, 0.3], [0.25, 0.2, 0.3])
@@ -175,3 +177,16 @@ def test_an_evaluation_says_what_it_read():
     assert evaluate(network, RAW, images, labels.flip(0)).sha256 != first.sha256
     images[0] = images[1].clone()  # the same tensor with other values
     assert evaluate(network, RAW, images, labels).sha256 != first.sha256
+
+
+@pytest.mark.filterwarnings("ignore")  # of sklearn, for a class that is never predicted
+def test_macro_scores_are_those_of_sklearn():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 200)
+    labels[labels == 2] = 3  # class 2 has no example, and is predicted
+    predicted = np.where(rng.random(200) < 0.6, labels, rng.integers(0, 6, 200))
+    predicted[predicted == 4] = 1  # class 4 is never predicted: its precision counts 0
+    assert 2 in predicted
+    expected = precision_recall_fscore_support(labels, predicted, average="macro")[:3]
+    assert list(macro_scores(predicted, labels).values()) == pytest.approx(list(expected))
+    assert remeasure._macro(predicted.tolist(), labels.tolist()) == pytest.approx(list(expected))

@@ -7,6 +7,7 @@ import torch
 from kdlib.models.base import Network
 from kdlib.models.networks import build_network
 from kdlib.models.weights import weights_fingerprint
+from kdlib.repro.seeds import torch_seeded
 from kdlib.study.models import MODELS, Model
 
 torch.set_num_threads(1)
@@ -78,6 +79,19 @@ def test_the_seed_alone_decides_the_weights_and_the_global_generator_is_untouche
     assert weights_fingerprint(build(name, seed=1)) != first
 
 
+def test_the_tiny_network_without_batchnorm_and_with_dropout():
+    network = build("tiny_cnn", batch_norm=False, dropout=0.5)
+    names = {
+        f"{layer}.{part}" for layer in ("conv1", "conv2", "linear") for part in ("weight", "bias")
+    }
+    assert set(network.state_dict()) == names
+    features = torch.ones(1, 16)
+    with torch_seeded(0, "dropout"):
+        dropped = network.head(features)
+    assert not torch.equal(dropped, network.linear(features))
+    assert torch.equal(network.eval().head(features), network.linear(features))
+
+
 def test_convolutions_are_drawn_kaiming_normal():
     weight = build("cifar_resnet20").layer3[1].conv1.weight  # 64 x 64 x 3 x 3
     assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
@@ -146,6 +160,39 @@ def test_a_vit_gets_patches_that_suit_the_image():
         build("timm/vit_tiny_patch16_224", depth=1, patch_size=5)
 
 
+FAMILIES = {  # the networks of the first earlier study, each family with its smallest one first
+    "resnet": ("resnet18", "resnet34", "resnet50"),
+    "mobilenet": ("mobilenetv2_035", "mobilenetv2_075", "mobilenetv2_100"),
+    "efficientnet": ("efficientnet_b0", "efficientnet_b2", "efficientnet_b4"),
+    "vgg": ("vgg11", "vgg13", "vgg16"),
+    "vit": ("vit_small_patch32_224", "vit_base_patch32_224", "vit_large_patch32_224"),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_of_networks_takes_small_images(family, shape):
+    for name in FAMILIES[family]:
+        real = name == FAMILIES[family][0] and shape[1] == 28
+        with torch.device("cpu" if real else "meta"):  # on meta: shapes alone, without weights
+            network, x = build(f"timm/{name}", shape), torch.zeros(2, *shape)
+        x = images(shape) if real else x
+        network(x).square().sum().backward()
+        torch.optim.SGD(network.parameters(), lr=0.01).step()
+        wanted = ("logits", "features", f"stage{network.n_stages}")
+        found = network.outputs(x, wanted)
+        assert found["logits"].shape == (2, 10)
+        assert found["features"].shape == (2, network.n_features)
+        assert all(p.grad is not None for p in network.parameters()), name
+        if real:
+            assert found["logits"].isfinite().all()
+        if family == "vit":
+            assert network.body.patch_embed.patch_size == (4, 4)
+        if family == "vgg":  # the last of its pools would leave no pixel of 28
+            pooled = isinstance(network.body.features[-1], torch.nn.MaxPool2d)
+            assert pooled == (shape[1] == 32)
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_timm_networks_are_the_head_of_their_features(name):
     network, x = build(name, (1, 28, 28), n_classes=7).eval(), images((1, 28, 28))
@@ -161,6 +208,7 @@ def test_timm_networks_are_the_head_of_their_features(name):
         ("cifar_resnet20", {"width": 3}, "unknown option 'width' .* takes no options"),
         ("tiny_cnn", {"widht": 3}, "unknown option 'widht' .* did you mean 'width'"),
         ("tiny_cnn", {"width": 0}, "width of tiny_cnn is 0; expected an integer >= 1"),
+        ("tiny_cnn", {"dropout": 1}, "batch_norm and dropout of tiny_cnn are True and 1; expected"),
         ("tiny_cnn", {"width": 2.5}, r"width of tiny_cnn is 2\.5"),
         ("timm/resnet81", {}, "no network 'resnet81' .* nearest: resnet18"),
         ("timm/resnet18.a1_in1k", {}, "no network 'resnet18.a1_in1k' to draw at random"),

@@ -55,6 +55,8 @@ def test_every_batch_is_that_of_the_plan(order: str, drawn: int | None):
         {"schedule": "cosine", "warmup_steps": 3},
         {"schedule": "step", "milestones": (0.5, 0.75)},
         {"schedule": "one_cycle", "warmup_steps": 2},
+        {"schedule": "one_cycle", "warmup_steps": 2, "lr_floor": 0.02},
+        {"schedule": "cosine", "lr_floor": 0.02},
         {"schedule": "constant"},
     ],
 )
@@ -98,6 +100,10 @@ def raise_accuracies(evidence: dict) -> None:
         entry["test_accuracy"] += 0.004  # two images of 500
 
 
+def raise_f1(evidence: dict) -> None:
+    evidence["checkpoints"]["last"]["test_f1"] += 0.01
+
+
 def raise_rate(evidence: dict) -> None:
     evidence["executed"]["learning_rates"]["60"] *= 1.001
 
@@ -108,6 +114,7 @@ def raise_rate(evidence: dict) -> None:
         (raise_accuracies, "`last` measured again: "),
         (lambda e: e["subset"].update(sha256="0" * 64), "subset: 000000000000 on record"),
         (raise_rate, "learning rate of step 60"),
+        (raise_f1, "`last`: test_precision test_recall test_f1 are "),
         (
             lambda e: e["initialisation"].update(weights_sha256="0" * 64),
             "its initial weights are not those that its seed draws",
@@ -171,5 +178,5 @@ def test_a_probe_of_other_examples_is_left_out(lab: Path, monkeypatch: pytest.Mo
 def test_what_was_measured_again_is_kept(lab: Path, monkeypatch: pytest.MonkeyPatch):
     study = tiny_study(lab)
     first = results(study)
-    monkeypatch.setattr(Remeasure, "_right", None)  # is called for a new checkpoint alone
+    monkeypatch.setattr(Remeasure, "_answers", None)  # is called for a new checkpoint alone
     pd.testing.assert_frame_equal(results(study), first)

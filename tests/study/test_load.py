@@ -149,14 +149,21 @@ IMPOSSIBLE = [
     ("students.tiny.model.name", "hub/owner/repo/entry", "is no torch.hub network; expected hub/"),
     ("objectives.plain.kind", "tokens", r"objectives\.plain\.patch_weight: Field required"),
     ("compute.processes", 0, "processes: Input should be greater"),
-    ("compute.precision", "fp16", "precision: unknown value 'fp16'; did you mean 'bf16'"),
+    ("compute.precision", "fp32", "precision: unknown value 'fp32'; known: auto, bf16"),
     ("training.lr_peak", 0, "lr_peak: Input should be greater than 0"),
     ("training.momentum", 1, "momentum: Input should be less than 1"),
-    ("training.optimiser", "adam", "optimiser: unknown value 'adam'; did you mean 'adamw'"),
+    ("training.optimiser", "adamax", "optimiser: unknown value 'adamax'; did you mean 'adam'"),
+    ("training.betas", [0.9, 0.99], "`betas` are of adam and adamw; sgd has `momentum`"),
+    ("training.lr_floor", 0.05, r"lr_floor is 0\.05; expected less than lr_peak, 0\.05"),
+    (
+        "teacher.training",
+        {"steps": 1, "batch_size": 1, "lr_peak": 1, "schedule": "constant", "lr_floor": 0.1},
+        "`lr_floor` is of the schedules cosine, one_cycle",
+    ),
     ("training.checkpoint_fractions", [0, 1.5], r"checkpoint_fractions\.1: Input should be less"),
     ("data.folder", "images", "give it with `source: folder`, and only there"),
     ("data.source", "folder", "give it with `source: folder`, and only there"),
-    ("data.n_validation", 0, "n_validation: Input should be greater"),
+    ("data.n_validation", -1, "n_validation: Input should be greater"),
     ("data.split_seed", -1, "split_seed: Input should be greater"),
     ("teacher.weights", "x.safetensors", "either trained .*, loaded .* or `pretrained`"),
     ("teacher.training", None, "either trained .*, loaded .* or `pretrained`"),
@@ -281,3 +288,12 @@ def test_a_tag_that_does_not_fit_its_value_is_refused(home):
     path.write_text("audit: !!bool maybe\n")
     with pytest.raises(StudyError, match="not a readable YAML file: 'maybe'; expected"):
         load_study(path)
+
+
+@pytest.mark.parametrize("how", [{"early_stopping": 2}, {"schedule": "plateau"}])
+def test_nothing_reads_validation_images_where_none_are_held_out(how):
+    content = changed("data.n_validation", 0)
+    assert validated(content).data.n_validation == 0
+    content["training"] |= how
+    with pytest.raises(StudyError, match=r"reads validation images, and data\.n_validation is 0"):
+        validated(content)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from trainer.small_task import (
+    KD,
     PIXELS,
     TRAINING,
     DropoutNet,
@@ -22,6 +23,7 @@ from trainer.small_task import (
 from kdlib.dataset.batch import View
 from kdlib.dataset.loader import Loader
 from kdlib.models.evaluation import Evaluation
+from kdlib.steps.recount import unlike_executed
 from kdlib.study.objectives import CrossEntropy
 from kdlib.study.training import Compute
 from kdlib.trainer import loop
@@ -248,8 +250,9 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path, images, monkeypatch):
     assert metrics["learning_rate"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
 
 
-def test_bfloat16_trains_in_it_and_keeps_float32_weights(tmp_path, images):
-    cast = train(run_in(tmp_path / "a"), small_task(images, compute=Compute(precision="bf16")))
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_in_it_and_keeps_float32_weights(tmp_path, images, precision):
+    cast = train(run_in(tmp_path / "a"), small_task(images, compute=Compute(precision=precision)))
     plain = train(run_in(tmp_path / "b"), small_task(images))
     weights = [load_file(tmp_path / r / "weights-00000015.safetensors") for r in "ab"]
     assert cast.checkpoints[15][1] != plain.checkpoints[15][1]
@@ -259,13 +262,19 @@ def test_bfloat16_trains_in_it_and_keeps_float32_weights(tmp_path, images):
 
 
 @pytest.mark.parametrize(
-    ("compute", "precision"), [(Compute(), "float32"), (Compute(precision="bf16"), "bfloat16")]
+    ("compute", "precision"),
+    [
+        (Compute(), "float32"),
+        (Compute(precision="bf16"), "bfloat16"),
+        (Compute(precision="fp16"), "float16"),
+    ],
 )
 def test_settings_are_on_record_as_they_were_executed(tmp_path, images, compute, precision):
     training = TRAINING.model_copy(update={"accumulate": 2, "clip_norm": 0.5, "ema": 0.9})
     task = small_task(images, training=training, compute=compute)
     executed = train(run_in(tmp_path / "run"), task).evidence["executed"]
     rates = executed.pop("learning_rates")
+    assert executed.pop("overflows", None) == (0 if precision == "float16" else None)
     assert list(rates) == ["5", "10", "15"]
     assert rates["15"] < rates["5"] < training.lr_peak
     assert executed == {
@@ -280,3 +289,50 @@ def test_settings_are_on_record_as_they_were_executed(tmp_path, images, compute,
         "objective": {"kind": "kd", "alpha": 0.5, "temperature": 2.0, "standardise": False},
         "ema": 0.9,
     }
+
+
+def test_a_step_that_overflows_in_float16_changes_no_weight_and_is_counted(tmp_path, images):
+    task = small_task(images, compute=Compute(precision="fp16"))
+    step = Step(task)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    before = [p.clone() for p in step.learner.parameters()]
+    step(task.loader.batch(0), 0)
+    assert step.overflowed
+    assert all(map(torch.equal, step.learner.parameters(), before))
+    step.scaler = torch.amp.GradScaler("cpu")
+    step(task.loader.batch(1), 1)
+    assert not step.overflowed
+    assert not all(map(torch.equal, step.learner.parameters(), before))
+
+
+def test_a_plateau_stops_at_its_floor(tmp_path, images, monkeypatch):
+    schedule = {"schedule": "plateau", "patience": 1, "decay": 0.25, "lr_floor": 0.01}
+    training = TRAINING.model_copy(update=schedule | {"evaluate_every_steps": 2, "warmup_steps": 0})
+    worse = iter(range(10))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(worse), 0.5, 1, ""))
+    trained = train(run_in(tmp_path / "run"), small_task(images, training=training))
+    # lowered after the evaluations of steps 6, 10 and 14: 0.1, 0.025, 0.01 instead of 0.00625
+    rates = [0.1, 0.1, 0.1, 0.025, 0.025, 0.01, 0.01, 0.01]
+    assert trained.metrics["learning_rate"].tolist() == pytest.approx(rates)
+    assert unlike_executed(asked_for(training), trained.evidence["executed"], 15) == []
+    higher = asked_for(training.model_copy(update={"lr_floor": 0.02}))
+    (wrong,) = unlike_executed(higher, trained.evidence["executed"], 15)
+    assert wrong == "learning rate of step 12: 0.01, asked for 0.02"
+
+
+def test_betas_are_on_record_and_held_to_the_settings(tmp_path, images):
+    training = TRAINING.model_copy(update={"optimiser": "adam", "betas": (0.5, 0.9)})
+    executed = train(run_in(tmp_path / "run"), small_task(images, training=training)).evidence[
+        "executed"
+    ]
+    assert (executed["optimiser"], executed["betas"]) == ("adam", [0.5, 0.9])
+    assert unlike_executed(asked_for(training), executed, 15) == []
+    other = asked_for(training.model_copy(update={"betas": (0.9, 0.9)}))
+    (wrong,) = unlike_executed(other, executed, 15)
+    assert wrong == "betas as executed: 0.5 and 0.9, asked for 0.9 and 0.9"
+
+
+def asked_for(training):
+    """The settings of a step with this training and the small task's objective."""
+    dumped = {"training": training, "objective": KD, "compute": Compute()}
+    return {k: v.model_dump(mode="json", exclude_none=True) for k, v in dumped.items()}

@@ -27,6 +27,33 @@ def test_one_cycle_rises_and_falls_along_straight_lines():
     assert found == pytest.approx([0.2, 0.8, 0.8, 0.72, 0.4, 0.08])
 
 
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    # half-way down from 0.8 to 0.2 is 0.5, and the step after the last is at the floor
+    [("cosine", [0.8, 0.5, 0.2]), ("one_cycle", [0.8, 0.5, 0.2])],
+)
+def test_a_schedule_falls_to_its_floor(schedule, found):
+    assert rates((4, 9, 14), schedule=schedule, lr_floor=0.2) == pytest.approx(found)
+
+
+def test_the_first_steps_of_adam_by_hand():
+    # the decay 0.1 * 2 joins the gradient 1; a first step of Adam has the length lr whatever its
+    # gradient, so that w = 2 - 0.8; AdamW takes the decay first: 2 * (1 - 0.8 * 0.1) - 0.8
+    moved = {}
+    for optimiser in ("adam", "adamw"):
+        weight = nn.Parameter(torch.tensor([[2.0]]))
+        settings = training(optimiser=optimiser, weight_decay=0.1, betas=(0.5, 0.9))
+        made = make_optimiser([weight], settings)
+        weight.grad = torch.ones_like(weight)
+        made.step()
+        moved[optimiser] = weight.item()
+        state = made.state[weight]
+        gradient = 1.2 if optimiser == "adam" else 1.0  # means begin at 0
+        assert state["exp_avg"].item() == pytest.approx(0.5 * gradient)
+        assert state["exp_avg_sq"].item() == pytest.approx(0.1 * gradient**2)
+    assert moved == pytest.approx({"adam": 1.2, "adamw": 2 * 0.92 - 0.8})
+
+
 def test_steps_multiply_at_their_milestones():
     # milestones at steps 7 and 10.5, so that step 11 is the first behind the second one
     found = rates((4, 6, 7, 10, 11), schedule="step", milestones=(0.5, 0.75), decay=0.1)
@@ -38,7 +65,7 @@ def test_constant_and_plateau_stay_at_the_peak(schedule):
     assert rates((3, 4, 13), schedule=schedule) == [0.8, 0.8, 0.8]
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimiser", ["sgd", "adam", "adamw"])
 def test_biases_and_normalisation_weights_are_not_decayed(optimiser):
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2))
     made = make_optimiser(network.parameters(), training(optimiser=optimiser, weight_decay=0.1))

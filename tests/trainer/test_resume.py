@@ -23,7 +23,7 @@ from trainer.small_task import (
 )
 
 from kdlib.repro.run import Run
-from kdlib.study.training import Training
+from kdlib.study.training import Compute, Training
 from kdlib.trainer import loop
 from kdlib.trainer.loop import train
 from kdlib.trainer.state import NAME, StateError
@@ -76,6 +76,9 @@ VARIANTS = {
     "step": {"schedule": "step", "milestones": (0.3, 0.6)},
     "plateau": {"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 2},
     "one_cycle": {"schedule": "one_cycle"},
+    "adam": {"optimiser": "adam", "lr_peak": 0.01},
+    "float16": {},
+    "record_steps": {"record_steps": True, "schedule": "one_cycle"},
     "early_stopping": {"early_stopping": 1, "evaluate_every_steps": 1, "lr_peak": 1.0},
 }
 
@@ -84,8 +87,10 @@ VARIANTS = {
 def test_every_way_to_train_resumes_to_the_bit(tmp_path, images, monkeypatch, name):
     training = Training(**TRAINING.model_dump() | VARIANTS[name])
 
+    compute = Compute(precision="fp16" if name == "float16" else "float32")
+
     def one(folder):
-        return train(run_in(folder), small_task(images, training=training))
+        return train(run_in(folder), small_task(images, training=training, compute=compute))
 
     whole = one(tmp_path / "whole")
     monkeypatch.setattr(loop, "STATE_EVERY_S", 0.0)
