@@ -1,6 +1,9 @@
 """`kdlib.models.size`: parameters, bytes and multiply-adds, by hand."""
 
 import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdlib.models.networks import build_network
 from kdlib.models.published import TimmNetwork
@@ -39,8 +42,15 @@ def test_the_products_of_attention_are_counted():
     assert found["multiply_adds"] == patches + 5 * per_token + 2 * 5 * 5 * 6 + 6 * 10
 
 
-def test_a_network_without_a_classifier_is_counted_to_its_features():
-    import timm
+@pytest.mark.parametrize("name", ["timm/mobilenetv3_small_050", "timm/vit_tiny_patch16_224"])
+def test_multiply_adds_are_half_the_operations_that_torch_counts(name):
+    network = build_network(Model(name=name), n_classes=10, image_shape=(3, 32, 32), seed=0)
+    with FlopCounterMode(display=False) as counted:
+        network.eval()(torch.zeros(1, 3, 32, 32))
+    found = network_size(network, (3, 32, 32))["multiply_adds"]
+    assert found == counted.get_total_flops() / 2
 
+
+def test_a_network_without_a_classifier_is_counted_to_its_features():
     body = timm.create_model("resnet10t", num_classes=0)
     assert network_size(TimmNetwork(body, (3, 32, 32)), (3, 32, 32))["multiply_adds"] > 0
