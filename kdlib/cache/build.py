@@ -215,7 +215,7 @@ def build_images(
             part=part,
             n_workers=n_workers,
             describe=f"caching {source.name} {source.split}",
-            note=partial(readings.write_record, source.encoded) if source.encoded else None,
+            note=readings.noting(source),
         )
     except ImageError:  # damage that the header does not show: find all of it now
         if not source.encoded.once:

@@ -9,6 +9,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FORMAT = 1
 LISTED = 20  # names in a message; `cache check --all` lists all of them
 CHUNK = 256  # images that are fetched at a time
 COMPARE = "`python -m kdlib cache verify --source STUDY`"
+TEXTS = NOTES | {"rounded": "of values that were rounded to 256 levels"}
 _OF_IMAGES = ("names", "bytes", "mtime_ns", "sha256")  # lists of a record, an entry per image
 
 
@@ -49,6 +51,22 @@ class Changes:
 def record_path(folder: Path, shard: int) -> Path:
     """The record of one shard."""
     return folder / f"read-{shard:05d}.json"
+
+
+def noting(source: Source) -> Callable[[Path, int, Any], None] | None:
+    """What writes the record of a shard of a source; None where there is nothing to note."""
+    if source.encoded is not None:
+        return partial(write_record, source.encoded)
+    return None if source.counts is None else partial(_write_counts, source.counts)
+
+
+def _write_counts(
+    counts: Callable[[Any], dict[str, int]], folder: Path, shard: int, payload: Any
+) -> None:
+    """The record of a shard of arrays: what was converted, and no files."""
+    record = {"format": FORMAT, "containers": "", "counts": counts(payload), "passed_over": {}}
+    record |= {key: [] for key in _OF_IMAGES}
+    files.write_json(record_path(folder, shard), files.sealed(record))
 
 
 def write_record(encoded: Encoded, folder: Path, shard: int, payload: Any) -> None:
@@ -113,10 +131,10 @@ def sha256_of(image: bytes | str) -> str:
 def counted(cache: Cache) -> dict[str, Any] | None:
     """What the reader did with the images of a cache that are here.
 
-    Returns: None for images that were no files. `images`, how many; `counts`, by keys of `NOTES`;
+    Returns: None for images that were no files. `images`, how many; `counts`, by keys of `TEXTS`;
         `passed_over`, files by what they are; `unknown`, shards of before records were kept.
     """
-    if cache.header.get("source") not in ("folder", "huggingface"):
+    if cache.header.get("source") not in ("folder", "huggingface", "tensors"):
         return None
     counts, passed, unknown = Counter(), {}, 0
     for shard in cache.shards.tolist():
@@ -138,7 +156,7 @@ def sentence(done: dict[str, Any] | None) -> str:
     """What `counted` found, in one line; empty when there is nothing to say."""
     if done is None:
         return ""
-    parts = [f"{done['counts'][key]:,} {text}" for key, text in NOTES.items()
+    parts = [f"{done['counts'][key]:,} {text}" for key, text in TEXTS.items()
              if key in done["counts"]]  # fmt: skip
     if passed := done["passed_over"]:
         kinds = ", ".join(f"{shown(kind)} {n:,}" for kind, n in passed.items())
@@ -235,7 +253,9 @@ def compare(source: Source, cache: Cache) -> Changes:
     same_list = header["identity"] == source.identity
     records = {shard: read_record(cache.folder, shard) for shard in cache.shards.tolist()}
     noted = {shard: record for shard, record in records.items() if record is not None}
-    if source.encoded is not None and noted:
+    if source.encoded is None:  # tensors, whose records name no images
+        noted = {}
+    if noted:
         changes = _against(
             source, noted, "sha256", sha256_of,
             lambda i: not same_list or i // cache.shard_size in noted,

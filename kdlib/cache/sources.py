@@ -67,6 +67,8 @@ class Source:
         parallel: Whether decoding is worth worker processes.
         columns: What `decode` returns, in this order.
         encoded: What is behind images that are files, or bytes of files; None for arrays.
+        counts: From what `fetch` returned and `decode` has read to the number of images that were
+            converted, by keys of `readings.TEXTS`; None where none can be.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Source:
     parallel: bool = False
     columns: tuple[str, ...] = ("images", "labels")
     encoded: Encoded | None = None
+    counts: Callable[[Any], dict[str, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"fetch_range": _fetch_elsewhere}
@@ -199,15 +202,20 @@ def array_source(
 def _decode_arrays(
     size: int | None, payload: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = payload
+    return fitted(images, size), labels.copy()
+
+
+def fitted(images: np.ndarray, size: int | None) -> np.ndarray:
+    """A copy of (n, C, H, W) uint8 images, each fitted to `size`, where one is given."""
     from PIL import Image
 
-    images, labels = payload
     if size is None:
-        return images.copy(order="C"), labels.copy()
+        return images.copy(order="C")
     resized = np.empty((*images.shape[:2], size, size), np.uint8)
     for i, channel in np.ndindex(images.shape[:2]):
         resized[i, channel] = np.asarray(fit(Image.fromarray(images[i, channel]), size))
-    return resized, labels.copy()
+    return resized
 
 
 def fit(image: Any, size: int) -> Any:

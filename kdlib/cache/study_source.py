@@ -1,5 +1,5 @@
-"""Opens the source that a study names: digits, torchvision's data sets, folders, Hugging Face; its
-labels may be others: noisy ones drawn from a seed, or those of a file."""
+"""Opens the source that a study names: digits, torchvision's sets, folders, Hugging Face, tensors;
+its labels may be others: noisy ones drawn from a seed, or those of a file."""
 
 import zipfile
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 from kdlib.cache.huggingface import open_huggingface
 from kdlib.cache.image_files import open_folder
 from kdlib.cache.sources import SPLITS, Source, array_source, check_labels, limited
+from kdlib.cache.tensor_files import open_tensors
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
 from kdlib.study.data import Data, Relabel, data_path
@@ -32,7 +33,7 @@ def open_source(data: Data, split: str) -> Source:
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; {files.nearest(split, SPLITS)}")
-    openers = {"folder": open_folder, "huggingface": open_huggingface}
+    openers = {"folder": open_folder, "huggingface": open_huggingface, "tensors": open_tensors}
     source = openers.get(data.source, _open_arrays)(data, split)
     if split == "train" and data.n_train is not None:
         source.identity["n_train"] = data.n_train

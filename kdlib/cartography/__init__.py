@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "log": ["DynamicsLog"],
         "datamap": ["compute_datamap", "ranked", "regions"],
+        "imported": ["read_dynamics_json", "random_split_ids"],
         "selection": ["select"],
         "subset": ["Subset"],
         "scores": [

@@ -68,10 +68,11 @@ class Data(Settings):
     """Which images. `n_validation` training images are held out, the same for teacher and students
     of the study."""
 
-    source: Literal["digits", "mnist", "cifar10", "cifar100", "folder", "huggingface"]
+    source: Literal["digits", "mnist", "cifar10", "cifar100", "folder", "huggingface", "tensors"]
     folder: str | None = None
     """Of source `folder`: a path with train/<class>/ and test/<class>/; unlabelled: train/,
-    test/."""
+    test/. Of source `tensors`: a path with `.pt` files, each a tensor (n, C, H, W) of images in
+    [0, 1]."""
     test_folder: str = "test"
     """Name of the folder of test images, such as `val`."""
     huggingface: HuggingFace | None = None
@@ -105,13 +106,15 @@ class Data(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Data":
-        for key in ("folder", "huggingface"):
-            if (self.source == key) != (getattr(self, key) is not None):
+        for key, sources in (("folder", ("folder", "tensors")), ("huggingface", ("huggingface",))):
+            if (self.source in sources) != (getattr(self, key) is not None):
                 raise ValueError(
-                    f"`{key}` says where the images are: give it with `source: {key}`, and only "
-                    "there"
+                    f"`{key}` says where the images are: give it with "
+                    f"{' or '.join(f'`source: {name}`' for name in sources)}, and only there"
                 )
-        if not self.labelled and self.source not in ("folder", "huggingface"):
+        if self.labelled and self.source == "tensors":
+            raise ValueError("tensors of images have no labels: give `labelled: false`")
+        if not self.labelled and self.source not in ("folder", "huggingface", "tensors"):
             raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
         if self.relabel is not None and not self.labelled:
             raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")

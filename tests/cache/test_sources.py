@@ -287,23 +287,45 @@ def test_mnist_is_read_from_the_data_folder_without_network(tmp_path, monkeypatc
     np.testing.assert_array_equal(labels, expected_labels[2:])
 
 
-def test_cifar_keeps_its_planes_and_class_names(tmp_path, monkeypatch):
+def write_cifar100(root: Path, split: str, pixels: np.ndarray, fine: list[int]) -> list[str]:
+    """The archive's files of one split, with coarse labels beside the fine ones; fine names."""
+    folder = root / "cifar-100-python"
+    folder.mkdir(exist_ok=True)
+    coarse = [label // 5 for label in fine]
+    content = {"data": pixels, "fine_labels": fine, "coarse_labels": coarse}
+    (folder / split).write_bytes(pickle.dumps(content))
+    names = [f"class {c}" for c in range(100)]
+    meta = {"fine_label_names": names, "coarse_label_names": names[:20]}
+    (folder / "meta").write_bytes(pickle.dumps(meta))
+    return names
+
+
+def write_cifar10(root: Path, split: str, pixels: np.ndarray, labels: list[int]) -> list[str]:
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / f"{split}_batch").write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    names = [f"class {c}" for c in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "labels"),
+    [("cifar10", write_cifar10, [3, 0, 9, 1]), ("cifar100", write_cifar100, [42, 0, 99, 7])],
+)
+def test_cifar_keeps_its_planes_and_its_fine_classes(tmp_path, monkeypatch, name, write, labels):
     from torchvision.datasets import CIFAR10
 
     monkeypatch.setenv("KDLIB_DATA", str(tmp_path))
     rng = np.random.default_rng(3)
     pixels = rng.integers(0, 256, (4, 3072), np.uint8)  # red, green, blue plane of each image
-    batch = tmp_path / CIFAR10.base_folder / "test_batch"
-    batch.parent.mkdir()
-    batch.write_bytes(pickle.dumps({"data": pixels, "labels": [3, 0, 9, 1]}))
-    names = [f"class {c}" for c in range(10)]
-    (batch.parent / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    names = write(tmp_path, "test", pixels, labels)
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)  # of CIFAR100 too
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    source = open_source(Data(source="cifar10", n_validation=1), "test")
-    images, labels = source.read(0, 4)
+    source = open_source(Data(source=name, n_validation=1), "test")
+    images, read = source.read(0, 4)
     assert source.class_names == tuple(names)
-    assert labels.tolist() == [3, 0, 9, 1]
+    assert read.tolist() == labels
     np.testing.assert_array_equal(images, pixels.reshape(4, 3, 32, 32))
 
 
