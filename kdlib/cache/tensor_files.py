@@ -125,9 +125,9 @@ def _tensor(path: Path) -> "torch.Tensor":
     """The tensor (n, C, H, W) of a file, mapped; or the only such one of its dictionary."""
     import torch
 
-    options = {"map_location": "cpu", "weights_only": True, "mmap": zipfile.is_zipfile(path)}
+    mapped = zipfile.is_zipfile(path)
     try:
-        content = torch.load(path, **options)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # of torch, pickle and zipfile, with no common base
         raise ValueError(
             f"{path} cannot be read as plain tensors ({files.one_line(error).split('. ')[0]}); "
