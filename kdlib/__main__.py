@@ -240,7 +240,9 @@ def _cache_outputs(arguments: argparse.Namespace) -> None:
 
     study = load_study(arguments.study)
     if arguments.costs:
-        print(output_costs(study, open_images(study)).to_string(index=False))
+        table, number = output_costs(study, open_images(study)), "{:,}".format
+        printed = {"index": False, "float_format": "{:.4g}".format}
+        print(table.to_string(formatters={"stored_bytes": number}, **printed))
         return
     for stored in store_part(study, open_images(study), parse_part(arguments.part)):
         print(state(Cache(stored.folder)))  # all parts that are there

@@ -15,6 +15,8 @@ from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.study.training import Augment
 
+# Types of the forward pass, by `compute.precision`; any other is float32
+SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AT_ONCE = 500  # images of one forward pass: a batch of more is split
 SAMPLE = 256  # examples whose outputs are computed again
 
@@ -43,8 +45,8 @@ class LiveOutputs:
     def __call__(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs of images (B, C, H, W) float32, normalised by `pixels`: (B, ...) float32 by
         name. A function of the images alone."""
-        bf16 = self.precision == "bf16"
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+        dtype = SHORT.get(self.precision)
+        with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None):
             parts = [self.network.outputs(some, self.wanted) for some in inputs.split(AT_ONCE)]
         return {name: torch.cat([part[name].float() for part in parts]) for name in self.wanted}
 

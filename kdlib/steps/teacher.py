@@ -116,7 +116,8 @@ def _make(
                 restore_outputs(study, images, name, folder, evidence, device)
             return evidence
         network, evidence = teacher_network(study, images, device, name, own_seed), {}
-        demand_room(study, images, network, name, folder)
+        if world.first:
+            demand_room(study, images, network, name, folder)
         if isinstance(teacher, TrainedTeacher):
             recorded = name is None and study.dynamics.model is None
             evidence = train_run(
@@ -167,6 +168,7 @@ def open_stored_teacher(
     """The teacher of a student with this objective, subset and seed; one that is trained on the
     subset is made here."""
     name = objective.teacher
+    demand_grids(study, images, name)  # a study that shares its teacher has students of its own
     folder = teacher_folder(study, name)
     if name not in study.shared_teachers:
         folder = folder / f"subset={subset.sha256[:16]}" / f"seed={seed}"
