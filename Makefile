@@ -20,10 +20,10 @@ export PYTHONDONTWRITEBYTECODE :=
 study: .venv/installed
 	@$(BIN)/python -m kdlib study "$(STUDY)" $(STEP) $(if $(PROFILE),--profile "$(PROFILE)",--cores $(CORES))
 
-# Two processes, one test file at a time each. The long files run first; xdist would otherwise
-# start with the files that hold the most tests.
+# Three processes, one test file at a time each: on two cores one of them mostly waits, for a cluster
+# or a browser. The long files run first; xdist would otherwise start with those of the most tests.
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib audit
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib audit
 
 # JupyterLab saves outputs into notebooks: this opens copies in lab/, which git ignores.
 lab: .venv/installed $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))

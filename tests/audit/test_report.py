@@ -47,7 +47,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         cache_images(load_study("params/tiny.yaml"))
-    command = [sys.executable, "-m", "papermill", "--engine", "ipc", "--no-progress-bar"]
+    command = [sys.executable, "-m", "kdlib.papermill_engine", "--no-progress-bar"]
     done = subprocess.run(
         [*command, str(ROOT / "notebooks" / "09_audit.ipynb"), "out.ipynb",
          "-p", "study", "params/tiny.yaml"],

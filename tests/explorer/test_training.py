@@ -130,7 +130,7 @@ def test_stopping_papermill_takes_its_kernel_down(study, tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[cell], metadata=kernel)
     nbformat.write(notebook, tmp_path / "slow.ipynb")
     names = [str(tmp_path / "slow.ipynb"), str(tmp_path / "out.ipynb")]
-    command = [sys.executable, "-m", "papermill", "--engine", "ipc", *names, "--cwd", str(tmp_path)]
+    command = [sys.executable, "-m", "kdlib.papermill_engine", *names, "--cwd", str(tmp_path)]
     training = BackgroundTraining([command], tmp_path / "log", lambda line: None, lambda t: None)
     pid, end = tmp_path / "pid", time.monotonic() + 40
     while not (pid.exists() and pid.read_text()):
