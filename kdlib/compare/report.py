@@ -60,6 +60,10 @@ def summary(study: Study, tables: Tables) -> str:
             "over recordings.",
             "",
         ]
+    if "origin" in results:  # not random throughout
+        begun = results.drop_duplicates(["student", "origin"]).dropna(subset="origin")
+        each = "; ".join(f"{row.student}: {row.origin}" for row in begun.itertuples())
+        lines += [f"First weights of the students: {each}.", ""]
     if versions > 1:
         lines += [f"The runs were made by {versions} versions of the code.", ""]
     dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11

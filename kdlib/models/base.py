@@ -8,6 +8,7 @@ Sources:
 import contextlib
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,21 @@ from torch import Tensor, nn
 
 from kdlib.repro import files
 from kdlib.study.models import Model
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the first weights of a network come from.
+
+    Attributes:
+        name: `random`, `pretrained: <network of timm>.<tag>`, or `file: <its sha256>`.
+        head: Whether those of the last layer come from there, too; else they are drawn.
+        notes: What was done to the names and numbers of the file.
+    """
+
+    name: str = "random"
+    head: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Network(nn.Module):
@@ -30,12 +46,16 @@ class Network(nn.Module):
             returns none.
         image_size: Side in pixels to which `forward` and `outputs` resize images bilinearly; None
             keeps their size. `features` and `staged` take images of the final size.
+        origin: Of its first weights.
+        frozen: Whether the last layer alone is trained, as `freeze_backbone` says.
     """
 
     n_features: int
     n_classes: int
     n_stages: int
     image_size: int | None = None
+    origin: Origin = Origin()
+    frozen: bool = False
 
     def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Features (B, D) and the grid (B, C_k, H_k, W_k) of each stage, from one pass.
@@ -49,9 +69,45 @@ class Network(nn.Module):
         """Input of the last layer, (B, D), for images as in `staged`."""
         return self.staged(x)[0]
 
+    @property
+    def last(self) -> nn.Module:
+        """The last layer, from features to logits."""
+        return self.linear
+
     def head(self, features: Tensor) -> Tensor:
         """Logits of features, (B, D) -> (B, C)."""
-        return self.linear(features)
+        return self.last(features)
+
+    def last_names(self) -> set[str]:
+        """Names of the last layer's tensors in the state dict."""
+        own = set(map(id, self.last.parameters()))
+        return {name for name, p in self.named_parameters() if id(p) in own}
+
+    def drop_last(self) -> None:
+        """Remove the last layer; `n_classes` is then 0."""
+        last = self.last
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if child is last:
+                    setattr(module, name, nn.Identity())
+        self.n_classes = 0
+
+    def freeze_backbone(self) -> None:
+        """Train the last layer alone: all other parameters get no gradient, and all other layers
+        stay in evaluation mode, so that BatchNorm keeps its statistics and nothing is dropped."""
+        self.requires_grad_(False)
+        self.last.requires_grad_(True)
+        self.frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Network":
+        """Training or evaluation mode; of a frozen network the last layer's alone."""
+        super().train(mode)
+        if self.frozen:
+            for child in self.children():
+                child.eval()
+            self.last.train(mode)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, (B, C), for images (B, C, H, W) float32 of any size."""

@@ -14,11 +14,13 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdlib.models.base import Network, check_options, eval_mode
+from kdlib.models.weights import BODY
 from kdlib.repro import files
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.models import Model, parse_hub
@@ -62,26 +64,67 @@ class TimmNetwork(Network):
         )
         return self.body.forward_head(last, pre_logits=True), grids
 
-    def head(self, features: Tensor) -> Tensor:
-        return self.body.get_classifier()(features)
+    @property
+    def last(self) -> nn.Module:
+        return self.body.get_classifier()
 
 
 def build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed: int) -> Network:
     """The network of `build_network` for a model `timm/<name>`."""
     import timm
 
+    name, stem, options = _arguments(model, image_shape)
+    try:
+        with torch_seeded(seed, "init"), torch.no_grad():
+            body = timm.create_model(name, pretrained=False, num_classes=n_classes, **options)
+            if stem == "small" and "patch_size" not in options:
+                _fit_stem(body, model.name, max(image_shape[1:]))
+            return TimmNetwork(body, image_shape).train()
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{model.name} with options {model.options} cannot be built for images of shape "
+            f"{image_shape}: {files.one_line(error)}; take other options, data.image_size, or "
+            "another network"
+        ) from None
+
+
+def published_weights(model: Model, image_shape: tuple[int, ...]) -> tuple[str, dict[str, Tensor]]:
+    """The weights that timm publishes for a network of `build_timm`, fitted by timm to its number
+    of channels and its patches.
+
+    Returns: `<network>.<tag>`, and the tensors by the network's names; those of the last layer are
+        for the published number of classes.
+    Raises: RuntimeError that says what to do when they cannot be fetched; ValueError for options
+        that do not fit them.
+    """
+    import timm
+
+    name, _, options = _arguments(model, image_shape)
+    with _fetching(model.name), torch_seeded(0, "init"):
+        body = timm.create_model(name, pretrained=True, **options)
+    known = body.pretrained_cfg
+    tag = ".".join(filter(None, (known.get("architecture") or name, known.get("tag"))))
+    return tag, {BODY + key: value for key, value in body.state_dict().items()}
+
+
+def _arguments(model: Model, image_shape: tuple[int, ...]) -> tuple[str, str, dict[str, Any]]:
+    """The name of a network of timm, its stem (`small` or `original`), and what its constructor is
+    given beside the number of classes."""
+    import timm
+
     name, options = model.name.removeprefix("timm/"), dict(model.options)
-    if not timm.is_model(name) or "." in name:  # what follows a dot names pretrained weights
+    if not timm.is_model(name):
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f"nearest: {', '.join(close)}" if close else "timm.list_models() has all names"
-        raise ValueError(f"timm has no network {name!r} to draw at random; {hint}")
-    with torch_seeded(seed, "init"), torch.device("meta"):  # its signature, without weights
+        raise ValueError(f"timm has no network {name!r} to build; {hint}")
+    with torch_seeded(0, "init"), torch.device("meta"):  # its signature, without weights
         blank = timm.create_model(name)
     accepted = {p for c in type(blank).__mro__ for p in inspect.signature(c.__init__).parameters}
-    fixed = {"num_classes": n_classes, "in_chans": image_shape[0]}
+    fixed: dict[str, Any] = {"in_chans": image_shape[0]}
     if "img_size" in accepted:
         fixed["img_size"] = image_shape[1:]
-    check_options(model, {"stem", *accepted} - {"self", "args", "kwargs", "cfg", *fixed})
+    taken = {"self", "args", "kwargs", "cfg", "num_classes", *fixed}
+    check_options(model, {"stem", *accepted} - taken)
     side = max(image_shape[1:])
     stem = options.pop("stem", "small" if side <= SMALL_IMAGE else "original")
     if stem not in ("small", "original"):
@@ -94,18 +137,7 @@ def build_timm(model: Model, n_classes: int, image_shape: tuple[int, ...], seed:
             f"option patch_size of {model.name} is {options['patch_size']}; expected a divisor of "
             f"the image's height and width, {image_shape[1:]}"
         )
-    try:
-        with torch_seeded(seed, "init"), torch.no_grad():
-            body = timm.create_model(name, pretrained=False, **fixed, **options)
-            if stem == "small" and "patch_size" not in accepted:
-                _fit_stem(body, model.name, side)
-            return TimmNetwork(body, image_shape).train()
-    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{model.name} with options {model.options} cannot be built for images of shape "
-            f"{image_shape}: {files.one_line(error)}; take other options, data.image_size, or "
-            "another network"
-        ) from None
+    return name, stem, fixed | options
 
 
 def small_patch(height: int, width: int) -> int:
@@ -246,8 +278,13 @@ def _fetching(name: str) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and "offline" not in str(error).lower():
             raise
+        if "loading state_dict" in str(error):
+            raise ValueError(
+                f"the published weights of {name} do not fit it with these options: "
+                f"{files.one_line(error)}"
+            ) from None
         # a study refuses `weights` for a torch.hub network, whose code comes with them
-        file = "" if name.startswith("hub/") else ", or give a file (teacher.weights)"
+        file = "" if name.startswith("hub/") else ", or give a file (`weights`)"
         raise RuntimeError(
             f"the weights of {name} are not on this machine and could not be downloaded "
             f"({type(error).__name__}: {files.one_line(error)}); run this once where "
@@ -300,5 +337,6 @@ class HubNetwork(Network):
                 hook.remove()
         return seen[self._last[0]], [seen[module] for module in self._layers]
 
-    def head(self, features: Tensor) -> Tensor:
-        return self._last[0](features)
+    @property
+    def last(self) -> nn.Module:
+        return self._last[0]

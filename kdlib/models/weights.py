@@ -5,8 +5,9 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -19,8 +20,27 @@ CHECKPOINTS = (".pt", ".pth", ".ckpt", ".bin", ".tar")
 # What wrappers, compilation and trainers put before the names of a network's weights.
 PREFIXES = (
     "module", "_orig_mod", "model", "network", "net", "student", "teacher", "ema", "backbone",
+    "encoder",
 )  # fmt: skip
 BODY = "body."  # before the names of a network of timm
+# Of the last layer in a file: `needed` as the network has it; `optional`, where the file may have
+# none; `any`, where the file's may also be for another number of classes, which is left out.
+Head = Literal["needed", "optional", "any"]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was read into a network.
+
+    Attributes:
+        weights_sha256: The fingerprint of the network's weights afterwards.
+        head: Whether they have the last layer.
+        notes: What was done to names and numbers.
+    """
+
+    weights_sha256: str
+    head: bool
+    notes: tuple[str, ...]
 
 
 def weights_fingerprint(network: nn.Module | Mapping[str, Tensor]) -> str:
@@ -71,13 +91,20 @@ def load_weights(network: nn.Module, path: Path) -> str:
     with `weights_only`. The state dict may lie in a mapping (`{"model": ..., "epoch": 3}`), its
     names may all begin with `module.`, `_orig_mod.` or another of `PREFIXES`, its floats may have
     another precision, and BatchNorm's counters `num_batches_tracked` may be missing; they become 0.
-    A printed line says which of these was the case.
+    Of a network of timm the names may be timm's own. Beside names with a prefix there may be others
+    without it, which are left out. A printed line says which of these was the case.
 
     Returns: The fingerprint of the loaded weights.
     Raises: FileNotFoundError; ValueError for a file that is cut, holds more than tensors, holds the
         network's names more than once, or whose names, shapes or types are not the network's. The
         network is then unchanged.
     """
+    return read_weights(network, path).weights_sha256
+
+
+def read_weights(network: nn.Module, path: Path, head: Head = "needed") -> Read:
+    """As `load_weights`, of a file whose last layer may be missing or another: the network then
+    keeps its own."""
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no weight file {path}; give the path of a .safetensors file, absolute or "
@@ -95,7 +122,41 @@ def load_weights(network: nn.Module, path: Path) -> str:
     prefix, loaded = _without_prefix(state, expected, path)
     notes = [f"took `{place}`"] if place else []
     notes += [f"removed the prefix {prefix}"] if prefix else []
+    if beside := sorted(state.keys() - {prefix + key for key in loaded}):
+        notes.append(f"left out {len(beside)} without it ({', '.join(beside[:3])})")
     notes += [f"added the prefix {inner}"] if inner else []
+    loaded = {inner + key: value for key, value in loaded.items()}
+    read = adopt(network, loaded, str(path), head, notes)
+    if read.notes:
+        print(f"{path}: read {len(state)} tensors; {'; '.join(read.notes)}")
+    return read
+
+
+def adopt(
+    network: nn.Module,
+    loaded: dict[str, Tensor],
+    source: str,
+    head: Head = "needed",
+    notes: list[str] | None = None,
+) -> Read:
+    """Put tensors into a network whose names they have.
+
+    Args:
+        source: What a message calls them.
+        notes: What was done to them before.
+
+    Raises: ValueError where names, shapes or types are not the network's, which is then unchanged.
+    """
+    expected, notes = network.state_dict(), list(notes or ())
+    last = set() if head == "needed" else network.last_names()
+    others = {loaded[k].shape[0] for k in last & loaded.keys() if not _like(loaded, expected, k)}
+    is_kept = bool(last) and (not last & loaded.keys() or (head == "any" and len(others) == 1))
+    if is_kept:
+        of = f"left out the last layer, of {others.pop()} classes" if others else "no last layer"
+        notes.append(of)
+        expected, loaded = (
+            {k: v for k, v in state.items() if k not in last} for state in (expected, loaded)
+        )
     cast = [k for k in loaded.keys() & expected.keys() if _other_float(loaded[k], expected[k])]
     if cast:
         kinds = ", ".join(sorted({str(loaded[k].dtype).removeprefix("torch.") for k in cast}))
@@ -104,11 +165,15 @@ def load_weights(network: nn.Module, path: Path) -> str:
     counters = [k for k in expected.keys() - loaded.keys() if k.endswith("num_batches_tracked")]
     notes += [f"set {len(counters)} missing counters of BatchNorm to 0"] if counters else []
     loaded |= {key: torch.zeros_like(expected[key], device="cpu") for key in counters}
-    _demand_fit(network, expected, loaded, path)
-    network.load_state_dict({inner + key: value for key, value in loaded.items()})
-    if notes:
-        print(f"{path}: read {len(state)} tensors; {'; '.join(notes)}")
-    return weights_fingerprint(network)
+    _demand_fit(network, expected, loaded, source)
+    network.load_state_dict(loaded, strict=not is_kept)
+    return Read(weights_fingerprint(network), not is_kept, tuple(notes))
+
+
+def _like(loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a tensor has the network's shape, or differs in more than its number of rows."""
+    ours, theirs = expected[key].shape, loaded[key].shape
+    return ours == theirs or ours[1:] != theirs[1:]
 
 
 def _only_state(
@@ -165,7 +230,8 @@ def _without_prefix(
             f"{path} holds names of this network with different prefixes: {found}; expected one "
             "set of names: save the state_dict that is meant as a file of its own"
         )
-    return next(iter(prefixes), ""), {bare[key]: value for key, value in state.items()}
+    prefix = next(iter(prefixes), "")
+    return prefix, {bare[k]: value for k, value in state.items() if k.startswith(prefix)}
 
 
 def _other_float(value: Tensor, like: Tensor) -> bool:
@@ -173,7 +239,7 @@ def _other_float(value: Tensor, like: Tensor) -> bool:
 
 
 def _demand_fit(
-    network: nn.Module, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor], path: Path
+    network: nn.Module, expected: Mapping[str, Tensor], loaded: Mapping[str, Tensor], source: str
 ) -> None:
     ours, theirs = (
         {key: f"{v.dtype} {tuple(v.shape)}" for key, v in state.items()}
@@ -191,10 +257,10 @@ def _demand_fit(
             remedy = (
                 f"these are weights for {rows.pop()[0]} classes, and this study has {n_classes}: "
                 "train the network on the study's classes (teacher.training), or give weights that "
-                "were"
+                "were, or, for a teacher of features, weights without their last layer"
             )
     raise ValueError(
-        f"{path} does not fit this {type(network).__name__}; in {len(faults)} keys the file "
+        f"{source} does not fit this {type(network).__name__}; in {len(faults)} keys the file "
         f"differs (file -> network): {', '.join(faults[:6])}{', ...' * (len(faults) > 6)}; {remedy}"
     )
 

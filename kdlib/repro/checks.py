@@ -151,6 +151,11 @@ def untouched_test(evidence: Evidence) -> Outcome:
 def probe_floor(evidence: Evidence) -> Outcome:
     """A trained network's probe is not below that of the untrained network."""
     trained, floor, slack = (evidence["floor"][k] for k in ("trained", "untrained", "slack"))
+    if evidence["floor"].get("given"):
+        return True, (
+            f"linear probe {trained:.2%}; the networks began from given weights, and a short "
+            "training may forget some of what these know"
+        )
     if floor is None:
         return True, (
             f"linear probe {trained:.2%} trained; the untrained network was not kept, and nothing "
@@ -222,8 +227,13 @@ def checkpoint_hashes(folder: Path, evidence: Evidence) -> Check:
 
 
 def distinct_seeds(evidences: list[Evidence]) -> list[Check]:
-    """Two seeds of one cell share neither initial weights nor order; one `Check` per run."""
-    drawn = [{e["initialisation"]["weights_sha256"], e["order_sha256"]} - {None} for e in evidences]
+    """Two seeds of one cell share neither initial weights nor order; one `Check` per run. Of runs
+    that begin from given weights, what was drawn beside these counts."""
+    begun = [e["initialisation"] for e in evidences]
+    drawn = [
+        {b.get("drawn_sha256", b["weights_sha256"]), e["order_sha256"]} - {None}
+        for b, e in zip(begun, evidences, strict=True)
+    ]
     results = []
     for i, mine in enumerate(drawn):
         twins = [

@@ -20,6 +20,7 @@ from kdlib.compare.committed import (
     write_committed,
 )
 from kdlib.compare.comparisons import PROBED, Tables, comparisons, rerun_command, with_untrained
+from kdlib.models.base import Origin
 from kdlib.repro import checks, files
 from kdlib.repro.commands import delete_and_run, run_to_make
 from kdlib.repro.run import Run, read_evidence, read_metrics
@@ -51,9 +52,10 @@ from kdlib.study.study import Study
 # Settings in which compared runs may differ: the axes, and what follows from them.
 FACTORS = (
     "step.seed", "step.subset.", "step.objective.", "step.student.", "step.teacher",
-    "inputs.subset", "inputs.teacher_outputs",
+    "inputs.subset", "inputs.teacher_outputs", "inputs.weights_file",
 )  # fmt: skip
 
+RANDOM = Origin().name
 CIRCUMSTANCES = ("device", "threads", "git_commit", "code_sha256")
 
 
@@ -67,7 +69,8 @@ def results(study: Study) -> pd.DataFrame:
         (`steps samples unique_examples`), `declared_...`, and its kind (`budget`);
         `test_precision test_recall test_f1`, averaged over classes; `parameters`,
         `megabytes` and `multiply_adds` of the student; `refused`, `reason`; `run`, its folder, and
-        `command`, which makes it again; hashes of its inputs and its weights; device and versions;
+        `command`, which makes it again; hashes of its inputs and its weights; `origin`, what its
+        first weights were (absent where they were random in all rows); device and versions;
         `duplicates`, what step 01 says of images with the same pixels, and `reader`, what it
         converted or cut of images in files (absent where nothing), the same in all rows. Accuracies
         are in [0, 1], NaN where there is no evidence, and at the best epoch also where no image was
@@ -115,6 +118,8 @@ def results(study: Study) -> pd.DataFrame:
     for column in measured:
         if column not in table:  # no run has it
             table[column] = np.nan
+    if "origin" in table and table["origin"].dropna().eq(RANDOM).all():
+        table = table.drop(columns="origin")
     return table.assign(refused=table["reason"] != "")
 
 
@@ -181,9 +186,16 @@ def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
         "teacher_sha256": teacher["weights_sha256"] if teacher else "",
         **{f"data_{part}": value for part, value in evidence["data"].items()},
         "settings_sha256": evidence["settings_sha256"],
+        "origin": _origin(evidence["initialisation"]),
         **{key: str(made[key]) for key in (*CIRCUMSTANCES, "git_clean")},
         "versions": ", ".join(f"{name} {version}" for name, version in made["versions"].items()),
     }
+
+
+def _origin(initialisation: dict[str, Any]) -> str:
+    """What a run began from, in words; a record that does not say it is of random weights."""
+    frozen = ", its backbone frozen" if initialisation.get("frozen") else ""
+    return initialisation.get("origin", RANDOM) + frozen
 
 
 def _last_probes(study: Study, cell: Cell) -> pd.DataFrame | str:

@@ -20,6 +20,7 @@ from kdlib.steps.folders import datamap_folder, student_folder, student_settings
 from kdlib.steps.precision import decided
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
+from kdlib.steps.teacher_network import begun_network, of_file
 from kdlib.steps.teacher_outputs import teacher_features
 from kdlib.steps.training import finish_run, train_run
 from kdlib.study.cells import Cell
@@ -88,6 +89,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     subset = make_subset(study, images, cell, seed)
     objective, teacher = study.objectives[cell.objective], None
     fingerprints = images.fingerprints | {"subset": subset.sha256} | decided(study, images)
+    fingerprints |= of_file(study.students[cell.student])
     if needs_teacher(objective):
         teacher = open_stored_teacher(study, images, objective, subset, seed)
         fingerprints["teacher_outputs"] = teacher.fingerprint
@@ -183,8 +185,9 @@ def run_table(study: Study, evidences: dict[tuple[Cell, int], dict[str, Any]]) -
 
 def new_student(study: Study, images: Images, cell: Cell, seed: int) -> Network:
     """The network of a student with the weights from which its runs of a seed begin."""
-    model, device = study.students[cell.student].model, prepare_device(study.compute)
-    return network_for(images, model, derive(seed, "init"), device)
+    settings, device = study.students[cell.student], prepare_device(study.compute)
+    network = network_for(images, settings.model, derive(seed, "init"), device)
+    return begun_network(network, settings, images)
 
 
 def student_network(study: Study, images: Images, cell: Cell, seed: int) -> Network:
@@ -192,6 +195,7 @@ def student_network(study: Study, images: Images, cell: Cell, seed: int) -> Netw
 
     Raises: As `open_student`; ValueError for weights that were changed.
     """
-    evidence, network = open_student(study, cell, seed), new_student(study, images, cell, seed)
+    evidence, model = open_student(study, cell, seed), study.students[cell.student].model
+    network = network_for(images, model, derive(seed, "init"), prepare_device(study.compute))
     load_last(network, student_folder(study, cell, seed), evidence)
     return network.eval()

@@ -32,7 +32,7 @@ from kdlib.steps.folders import (
 )
 from kdlib.study.cells import Cell
 from kdlib.study.data import data_path
-from kdlib.study.models import LoadedTeacher, TrainedTeacher
+from kdlib.study.models import Student, Teacher, TrainedTeacher
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
 from kdlib.study.study import Study
@@ -233,12 +233,9 @@ class _Steps:
         folder = teacher_folder(study, name)
 
         def inputs() -> dict[str, Any]:
-            now = self._images()
-            if isinstance(settings, TrainedTeacher):
-                now = self._trained_on(study)
-            if isinstance(settings, LoadedTeacher) and data_path(settings.weights).is_file():
-                now["weights_file"] = files.sha256_file(data_path(settings.weights))
-            return now
+            trained = isinstance(settings, TrainedTeacher)
+            now = self._trained_on(study) if trained else self._images()
+            return now | _weights_file(settings)
 
         def outputs(evidence: Evidence) -> str:
             for which, fingerprint in evidence["teacher"]["outputs"].items():
@@ -302,7 +299,11 @@ class _Steps:
             return ""
 
         folder = student_folder(study, cell, seed)
-        self._add(folder, student_settings(study, cell, seed), waits, self._trained_on, further)
+
+        def inputs() -> dict[str, Any]:
+            return self._trained_on() | _weights_file(study.students[cell.student])
+
+        self._add(folder, student_settings(study, cell, seed), waits, inputs, further)
         self._look(folder, "distill")
 
     def _reads_datamap(self, cell: Cell) -> bool:
@@ -348,6 +349,21 @@ class _Steps:
         comes_anew = step == "compare" and folder not in self.why and (folder / name).is_file()
         if comes_anew and _code(folder / name) != _code(NOTEBOOKS / name):
             self.why[folder] = f"notebooks/{name} was changed since it was executed"
+
+
+def _weights_file(settings: Teacher | Student) -> dict[str, str]:
+    """The sha256 of the file of a network's weights, where it has one that is there."""
+    weights = getattr(settings, "weights", None)
+    if weights is None or not data_path(weights).is_file():
+        return {}
+    path = data_path(weights)
+    return {"weights_file": _sha256(path, path.stat().st_mtime_ns)}
+
+
+@functools.lru_cache
+def _sha256(path: Path, mtime_ns: int) -> str:
+    """Of a file that many runs read, once for each time of it."""
+    return files.sha256_file(path)
 
 
 @functools.lru_cache

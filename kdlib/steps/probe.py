@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.dataset.images import Images, probe_examples
+from kdlib.models.base import Origin
 from kdlib.models.networks import network_for
 from kdlib.probes import diagnostics
 from kdlib.probes.features import labelled_features
@@ -66,7 +67,10 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
             probing = _Probing(study, images, cell, teacher, others, device)
             table = pd.DataFrame([*probing.students(evidences), *probing.teacher()])
             write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
-            evidence = _probe_evidence(table, images) | {
+            begun = [e["initialisation"].get("origin") for e in evidences.values()]
+            facts = _probe_evidence(table, images)
+            facts["floor"]["given"] = bool(set(begun) - {None, Origin().name})
+            evidence = facts | {
                 "step": "probe",
                 "study": study.name,
                 "cell": dict(cell.items()),

@@ -20,7 +20,7 @@ from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import split_ids
 from kdlib.models.base import Network
 from kdlib.models.networks import network_for
-from kdlib.models.weights import load_weights
+from kdlib.models.weights import read_weights
 from kdlib.probes import diagnostics
 from kdlib.probes.classifiers import Features, few_shot_probe, knn_probe, linear_probe
 from kdlib.probes.features import labelled_features, layer_features
@@ -143,7 +143,7 @@ def probe_weights(
 
     Args:
         model: The network the weights are of, for images and classes like the study's.
-        path: Of the file.
+        path: Of the file; its last layer may be missing, or be for other classes.
         pixels: The normalisation of its training; None takes the study's.
 
     Returns: One row per data set, layer and probe, as of `probe_cell`, without the axes.
@@ -151,7 +151,7 @@ def probe_weights(
     """
     device = prepare_device(study.compute)
     network = network_for(images, model, 0, device)
-    weights = load_weights(network, path)
+    weights = read_weights(network, path, "any").weights_sha256
     places = {OWN: probe_examples(images)}
     places |= {name: other_examples(data) for name, data in study.probe.others.items()}
     shown = pixels or images.pixels

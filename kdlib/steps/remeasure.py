@@ -19,7 +19,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from kdlib.models.base import Network
 from kdlib.models.networks import network_for
+from kdlib.models.origins import begun
 from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
@@ -29,9 +31,15 @@ from kdlib.steps.distill import MACRO, make_subset
 from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.recount import Recount
-from kdlib.steps.teacher_network import teacher_network
+from kdlib.steps.teacher_network import (
+    begun_network,
+    of_file,
+    teacher_network,
+    teacher_settings,
+)
 from kdlib.study.cells import Cell
-from kdlib.study.models import Model
+from kdlib.study.data import data_path
+from kdlib.study.models import Begun, Model
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.study import Study
 
@@ -125,10 +133,12 @@ class Remeasure:
         """
         folder = student_folder(self.study, cell, seed)
         reasons = self.recount.reasons(cell, seed, folder, evidence, self._drawn_again)
-        model = self.study.students[cell.student].model
-        init = stream_seed(seed, "init")
-        build = functools.partial(network_for, self.images, model, init, self.device)
-        reasons += self._unlike_initial(model, init, evidence, build)
+        settings, init = self.study.students[cell.student], stream_seed(seed, "init")
+        build = functools.partial(network_for, self.images, settings.model, init, self.device)
+        if settings.is_given:
+            reasons += self._unlike_origin(settings, init, evidence, folder, build)
+        else:
+            reasons += self._unlike_initial(settings.model, init, evidence, build)
         for name in ("best", "last"):
             entry = evidence["checkpoints"][name]
             if files.sha256_file(folder / entry["file"]) != entry["file_sha256"]:
@@ -176,6 +186,73 @@ class Remeasure:
         reasons = self._unlike_initial(model, init, evidence, build)
         return reasons + self.recount.recording_reasons(seed, folder, evidence)
 
+    def _unlike_origin(
+        self,
+        settings: Begun,
+        init: int,
+        evidence: dict[str, Any],
+        folder: Path,
+        build: Callable[[], Network],
+    ) -> list[str]:
+        """A sentence for each fact of a training that began from given weights which these, or its
+        last checkpoint, contradict."""
+        record = evidence["initialisation"]
+        try:
+            again = self._begun_again(settings, init, build)
+        except RuntimeError as error:
+            return [str(error)]
+        facts = [(key, record.get(key), again[key]) for key in ("origin", "body_sha256", "last")]
+        if evidence["made"]["versions"]["torch"] == importlib.metadata.version("torch"):
+            facts.append(("weights_sha256", record["weights_sha256"], again["weights_sha256"]))
+        reasons = [
+            f"its initial weights have {key} {recorded} on record, {derived} by its settings"
+            for key, recorded, derived in facts
+            if recorded != derived
+        ]
+        if again["elsewhere"]:
+            reasons.append(f"{again['elsewhere']} of its initial tensors do not stand in the file")
+        last = load_file(folder / evidence["checkpoints"]["last"]["file"])
+        body = {key: tensor for key, tensor in last.items() if key not in again["names"]}
+        stayed = weights_fingerprint(body) == record.get("body_sha256")
+        asked = settings.freeze is not None
+        if (bool(record.get("frozen")), stayed) != (asked, asked):
+            reasons.append(
+                f"its backbone {'did not change' if stayed else 'changed'} in training, "
+                f"{record.get('frozen', 0)} tensors were frozen, and its settings "
+                f"{'freeze it' if asked else 'train it'}"
+            )
+        return reasons
+
+    def _begun_again(
+        self, settings: Begun, init: int, build: Callable[[], Network]
+    ) -> dict[str, Any]:
+        """What a training with these settings and seed begins from; kept, so that published weights
+        are fetched once. `names`: of the last layer's tensors; `elsewhere`: how many of the others
+        are not in the file."""
+        file = of_file(settings)
+        parts = [settings.model_dump(mode="json"), init, file, torch.__version__, VERSION]
+        key = f"begun {files.fingerprint(parts)}"
+        if key not in self._kept:
+            network = begun_network(build(), settings, self.images)
+            names = sorted(network.last_names())
+            state = network.state_dict()
+            body = {name: tensor for name, tensor in state.items() if name not in names}
+            origin, lacking = begun(network)["origin"], 0
+            if settings.weights is not None:
+                origin = f"file: {file['weights_file']}"
+                known = _tensors_in(data_path(settings.weights))
+                moved = [t for n, t in body.items() if not n.endswith("num_batches_tracked")]
+                lacking = sum(_tensor_sha256(tensor) not in known for tensor in moved)
+            self._kept[key] = {
+                "origin": origin,
+                "weights_sha256": weights_fingerprint(network),
+                "body_sha256": weights_fingerprint(body),
+                "last": "loaded" if network.origin.head else "drawn",
+                "names": names,
+                "elsewhere": lacking,
+            }
+        return self._kept[key]
+
     @functools.cached_property
     def recorded(self) -> list[str]:
         """Why the record of the training whose dynamics make the datamap does not stand."""
@@ -200,6 +277,10 @@ class Remeasure:
             again = self.rights(folder / evidence["checkpoints"]["last"]["file"], build)
             if abs(again["right"] / again["n"] - card["measured"]) > HALF_PRECISION:
                 reasons += _unlike("its weights", card["measured"], again["right"], again["n"])
+            settings = teacher_settings(self.study, name)
+            if settings.is_given:
+                init = stream_seed(settings.seed, "init")
+                reasons += self._unlike_origin(settings, init, evidence, folder, build)
         return reasons
 
 
@@ -222,6 +303,26 @@ def _macro(answers: list[int], labels: list[int]) -> list[float]:
         both = precision + recall
         of_class.append((precision, recall, 2 * precision * recall / both if both else 0.0))
     return np.mean(of_class, axis=0).tolist()
+
+
+def _tensors_in(path: Path) -> set[str]:
+    """A hash of the shape and values of every tensor in a weight file, at any place."""
+    if path.suffix == ".safetensors":
+        content = load_file(path)
+    else:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    found, left = set(), [content]
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            found.add(_tensor_sha256(value))
+        elif isinstance(value, dict):
+            left += value.values()
+    return found
+
+
+def _tensor_sha256(tensor: torch.Tensor) -> str:
+    return array_sha256(tensor.detach().cpu().float().numpy())
 
 
 def _unlike(what: str, accuracy: float, right: int, n: int) -> list[str]:

@@ -10,8 +10,9 @@ from kdlib.cache.outputs import open_outputs
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
 from kdlib.models.base import Network
+from kdlib.models.networks import network_for
 from kdlib.models.size import network_size
-from kdlib.repro import checks, files
+from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
@@ -20,12 +21,13 @@ from kdlib.steps.output_costs import demand_room
 from kdlib.steps.precision import decided
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher_network import (
+    begun_network,
     load_teacher,
+    of_file,
     recorded_network,
     teacher_network,
     teacher_pixels,
     teacher_settings,
-    weights_file,
 )
 from kdlib.steps.teacher_outputs import (
     REPLAYED,
@@ -35,7 +37,7 @@ from kdlib.steps.teacher_outputs import (
     store_all_outputs,
 )
 from kdlib.steps.training import LiveTeacher, StoredTeacher, finish_run, replay, train_run
-from kdlib.study.models import LoadedTeacher, TrainedTeacher
+from kdlib.study.models import TrainedTeacher
 from kdlib.study.objectives import Objective
 from kdlib.study.study import Study
 from kdlib.trainer.distributed import World, this_process, wait
@@ -46,8 +48,13 @@ def make_teacher(study: Study, images: Images) -> dict[str, Any] | None:
     same for the study's further teachers, except those that are trained on a student's subset.
 
     Returns: The evidence of the study's teacher; None on all but the first of several processes.
-    Raises: CheckError when a check fails: a teacher misses its expected accuracy, for example.
+    Raises: CheckError when a check fails: a teacher misses its expected accuracy, for example;
+        what `kdlib.models.origins.begin` raises for weights from which a student cannot begin.
     """
+    for name in study.axes.student:  # what cannot begin is refused before hours of training
+        settings = study.students[name]
+        if settings.is_given:
+            begun_network(network_for(images, settings.model, 0, "cpu"), settings, images)
     evidence = make_one_teacher(study.upstream, images, None)
     for name in study.shared_teachers[1:]:
         make_one_teacher(study, images, name)
@@ -77,9 +84,7 @@ def make_one_teacher(study: Study, images: Images, name: str | None) -> dict[str
     demand_grids(study, images, name)
     teacher, folder = teacher_settings(study, name), teacher_folder(study, name)
     settings = {"step": study.step_settings("teacher", teacher=name)}
-    settings["inputs"] = dict(images.fingerprints)
-    if isinstance(teacher, LoadedTeacher):
-        settings["inputs"] |= {"weights_file": files.sha256_file(weights_file(teacher.weights))}
+    settings["inputs"] = images.fingerprints | of_file(teacher)
     if isinstance(teacher, TrainedTeacher):
         settings["inputs"] |= decided(study, images)
     point = {} if name is None else {"teacher": name}
@@ -119,6 +124,7 @@ def _make(
         if world.first:
             demand_room(study, images, network, name, folder)
         if isinstance(teacher, TrainedTeacher):
+            begun_network(network, teacher, images)
             recorded = name is None and study.dynamics.model is None
             evidence = train_run(
                 run,
@@ -174,7 +180,7 @@ def open_stored_teacher(
         folder = folder / f"subset={subset.sha256[:16]}" / f"seed={seed}"
         asked = study.step_settings("teacher", teacher=name) | {"seed": seed}
         inputs = images.fingerprints | {"subset": subset.sha256} | decided(study, images)
-        settings = {"step": asked, "inputs": inputs}
+        settings = {"step": asked, "inputs": inputs | of_file(teacher_settings(study, name))}
         world = this_process(study.compute.device)
         if world.first:
             _make(study, images, name, folder, settings, subset, seed)

@@ -7,14 +7,21 @@ from kdlib.dataset.images import Images
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network
 from kdlib.models.networks import build_network, network_for
+from kdlib.models.origins import begin
 from kdlib.models.published import load_pretrained
-from kdlib.models.weights import load_weights, weights_fingerprint
+from kdlib.models.weights import load_weights, read_weights, weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.commands import delete_and_run
 from kdlib.repro.seeds import derive
 from kdlib.study.base import StudyError
 from kdlib.study.data import data_path
-from kdlib.study.models import LoadedTeacher, PretrainedTeacher, Teacher, TrainedTeacher
+from kdlib.study.models import (
+    Begun,
+    LoadedTeacher,
+    PretrainedTeacher,
+    Teacher,
+    TrainedTeacher,
+)
 from kdlib.study.study import Study
 
 
@@ -34,11 +41,11 @@ def teacher_settings(study: Study, name: str | None) -> Teacher:
 def teacher_network(
     study: Study, images: Images, device: str, name: str | None = None, seed: int | None = None
 ) -> Network:
-    """The teacher, or a further one, with its published or loaded weights, or with the initial
-    weights of its training.
+    """The teacher, or a further one, with its published or loaded weights; one that is trained, as
+    drawn at random, to which `begun_network` gives the weights it begins from.
 
     Args:
-        seed: Of the initial weights; None takes the teacher's.
+        seed: Of random weights; None takes the teacher's.
     """
     teacher = teacher_settings(study, name)
     shape, size = images.image_shape, teacher.image_size
@@ -58,9 +65,21 @@ def teacher_network(
             seed=derive(teacher.seed if seed is None else seed, "init"),
         )
         if isinstance(teacher, LoadedTeacher):
-            load_weights(network, weights_file(teacher.weights))
+            file = weights_file(teacher.weights)
+            if not read_weights(network, file, "optional").head:
+                network.drop_last()
+                print(f"{file}: without a last layer; its features are scored by k-NN")
     network.image_size = size
     return network.to(device, memory_format=images.pixels.memory_format)
+
+
+def begun_network(network: Network, settings: Begun, images: Images) -> Network:
+    """A network as drawn at random, with the first weights of its settings."""
+    shape, size = images.image_shape, network.image_size
+    seen = shape if size is None else (shape[0], size, size)
+    path = None if settings.weights is None else weights_file(settings.weights)
+    begin(network, settings, seen, path)
+    return network
 
 
 def load_teacher(
@@ -89,17 +108,27 @@ def load_teacher(
 
 
 def weights_file(weights: str) -> Path:
-    """The file of a loaded teacher's weights.
+    """The file of a teacher's or student's weights.
 
     Raises: FileNotFoundError when it is not there.
     """
     path = data_path(weights)
     if not path.is_file():
         raise FileNotFoundError(
-            f"teacher weights {path} are not there; put the file into the data folder "
-            f"({files.data_root()}), set KDLIB_DATA, or write an absolute path (teacher.weights)"
+            f"the weights {path} are not there; put the file into the data folder "
+            f"({files.data_root()}), set KDLIB_DATA, or write an absolute path (`weights`)"
         )
     return path
+
+
+def of_file(settings: Begun | Teacher) -> dict[str, str]:
+    """The sha256 of the file of a network's weights as one of the inputs of its run; empty where
+    it is not read from a file.
+
+    Raises: FileNotFoundError when it is not there.
+    """
+    weights = getattr(settings, "weights", None)
+    return {} if weights is None else {"weights_file": files.sha256_file(weights_file(weights))}
 
 
 def teacher_pixels(study: Study, images: Images, name: str | None = None) -> Pixels:

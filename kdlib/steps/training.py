@@ -331,7 +331,11 @@ def training_evidence(inputs: TrainingInputs, trained: Trained) -> dict[str, Any
         "coverage": coverage,
         "subset": {"n_examples": len(plan.example_ids)},
         "epochs_in_steps": len(plan.example_ids) / plan.batch_size,
-        "initialisation": {"weights_sha256": trained.evidence["initial_weights_sha256"]},
+        "initialisation": {
+            "weights_sha256": trained.evidence["initial_weights_sha256"],
+            # a run that an earlier version began says nothing of it
+            **trained.evidence.get("begun", {}),
+        },
         "order_sha256": trained.evidence["order_sha256"],
         "gradient": trained.evidence["gradient"],
         "pairing": trained.evidence["pairing"],

@@ -145,6 +145,7 @@ def _check_recordings(study: "Study") -> None:
 
 def _check_objectives(study: "Study") -> None:
     augmented = study.training.augment != Augment()
+    frozen = [name for name in study.axes.student if study.students[name].freeze]
     for name, objective in study.objectives.items():
         if objective.teacher is not None:
             if not needs_teacher(objective):
@@ -152,6 +153,11 @@ def _check_objectives(study: "Study") -> None:
                     f"objective {name} uses no teacher: remove `teacher: {objective.teacher}`"
                 )
             known(objective.teacher, study.teachers, f"teacher of objective {name}")
+        if frozen and name in study.axes.objective and objective.teacher_features is not None:
+            raise ValueError(
+                f"objective {name} compares features, and those of student {frozen[0]} do not "
+                "change (freeze: backbone): leave one of the two out"
+            )
         stored = study.teacher.stored
         # grids cannot be augmented afterwards
         clean = stored.views is None and not study.teacher.live

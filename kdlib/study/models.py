@@ -56,6 +56,73 @@ class Model(Settings):
     options: dict[str, int | float | bool | str] = Field(default_factory=dict)
 
 
+def untagged(model: Model) -> Model:
+    """A model to draw at random, whose name has no tag of published weights.
+
+    Raises: ValueError.
+    """
+    if model.name.startswith("timm/") and "." in model.name:
+        raise ValueError(
+            f"{model.name} names published weights (after the dot), and its weights are drawn at "
+            f"random here: leave the tag out ({model.name.partition('.')[0]}), or, of a teacher or "
+            "student, write `pretrained: true`"
+        )
+    return model
+
+
+Drawn = Annotated[Model, AfterValidator(untagged)]  # a network whose weights are drawn at random
+
+
+class Begun(Settings):
+    """A network to train, and where its first weights come from: drawn from the seed, or given.
+    Images are normalised with the study's statistics, whatever the weights were made with."""
+
+    model: Model
+    pretrained: Literal[True] | None = None
+    """Begin from the weights that timm publishes for this network (a tag may follow its name:
+    `timm/resnet50.a1_in1k`), with the stem for photographs unless the model's `stem` says
+    otherwise. A last layer for another number of classes is drawn from the seed."""
+    weights: str | None = None
+    """Begin from a file, as of a loaded teacher; its last layer may be missing, or be for another
+    number of classes, and is then drawn from the seed. What these weights have learnt from is not
+    known here: the best epoch is only as honest as they are."""
+    freeze: Literal["backbone"] | None = None
+    """`backbone` trains the last layer alone; all other layers stay as they were given, in
+    evaluation mode."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_stem(cls, content: Any) -> Any:
+        """Published weights are of the stem for photographs."""
+        model = content.get("model") if isinstance(content, dict) else None
+        if not isinstance(model, dict) or content.get("pretrained") is not True:
+            return content
+        options = model.get("options") or {}
+        if not str(model.get("name")).startswith("timm/") or not isinstance(options, dict):
+            return content
+        return content | {"model": model | {"options": {"stem": "original"} | options}}
+
+    @model_validator(mode="after")
+    def _given_once(self) -> "Begun":
+        if self.pretrained and self.weights is not None:
+            raise ValueError("a training begins from `pretrained` or from `weights`: give one")
+        if self.pretrained and not self.model.name.startswith(("timm/", "hub/")):
+            raise ValueError(f"{self.model.name} has no published weights; give `weights`")
+        if self.freeze and not self.is_given:
+            raise ValueError(
+                "`freeze: backbone` would train the last layer of a network that was drawn at "
+                "random; give `pretrained: true` or `weights`"
+            )
+        if not self.is_given:
+            untagged(self.model)
+        return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether its first weights are given, not drawn at random."""
+        return bool(self.pretrained) or self.weights is not None
+
+
 class StoredOutputs(Settings):
     """What of a teacher is stored for its students."""
 
@@ -83,8 +150,8 @@ Outputs = Annotated[
 
 
 class Teacher(Settings):
-    """A network whose outputs students learn from. Give one origin: `training`, `weights` or
-    `pretrained: true`."""
+    """A network whose outputs students learn from. It is trained (`training`), or used as it is
+    given (`weights` or `pretrained: true`); both together fine-tune what is given."""
 
     model: Model
     seed: Seed = 0
@@ -126,8 +193,8 @@ class Teacher(Settings):
         return getattr(self, "learns_from", "train") == "subset"
 
 
-class TrainedTeacher(Teacher):
-    """A teacher that the study trains."""
+class TrainedTeacher(Teacher, Begun):
+    """A teacher that the study trains, from random weights or from given ones."""
 
     training: Training
     learns_from: Literal["train", "subset"] = "train"
@@ -182,12 +249,12 @@ class PretrainedTeacher(_FinishedTeacher):
 
 
 def _origin(content: Any) -> str | None:
-    """The tag of a teacher's class, by its key `training`, `weights` or `pretrained`; None unless
-    exactly one of them is given."""
+    """The tag of a teacher's class, by its key `training`, `weights` or `pretrained`; None where
+    none of them is given, or the last two without the first."""
     given = dict(content) if isinstance(content, dict | Teacher) else {}
     keys = ("training", "weights", "pretrained")
     origins = [key for key in keys if given.get(key) not in (None, False)]
-    return f"from_{origins[0]}" if len(origins) == 1 else None
+    return f"from_{origins[0]}" if len(origins) == 1 or "training" in origins else None
 
 
 AnyTeacher = Annotated[
@@ -198,21 +265,21 @@ AnyTeacher = Annotated[
         _origin,
         custom_error_type="origin",
         custom_error_message="a teacher is either trained (`training`), loaded (`weights`) or "
-        "`pretrained`: give one of them",
+        "`pretrained`: give one of them, or `training` with one of the other two",
     ),
 ]
 
 
-class Student(Settings):
-    """A student's network; its initial weights are drawn from the run's seed."""
-
-    model: Model
+class Student(Begun):
+    """A student's network. Its first weights are drawn from the run's seed, or given: then the
+    students of all seeds begin from the same ones, but for a last layer that is drawn. Students of
+    two names are never compared with each other, so that no difference is one of origins."""
 
     @model_validator(mode="after")
     def _trainable(self) -> "Student":
         if self.model.name.startswith("hub/"):
             raise ValueError(
-                f"{self.model.name} comes with its weights; a student begins from random weights: "
-                "take a built-in network or timm/<name>"
+                f"{self.model.name} comes with its code and is for teachers; a student is a "
+                "built-in network or timm/<name>"
             )
         return self

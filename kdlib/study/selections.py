@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from kdlib.study.base import Count, Distinct, Name, NonNegative, Positive, Seed, Settings
-from kdlib.study.models import Model
+from kdlib.study.models import Drawn
 from kdlib.study.training import Training
 from kdlib.study.user_code import UserCode
 
@@ -35,7 +35,7 @@ class Dynamics(Settings):
     images after each epoch."""
     logits: bool = False
     """Also store all logits (needed by `tdds`)."""
-    model: Model | None = None
+    model: Drawn | None = None
     training: Training | None = None
     seed: Seed = 0
     el2n_epoch: Count = 10
@@ -65,7 +65,7 @@ class ExtraRecordings(Settings):
     """Further recorded trainings of the same images, from labels without a teacher: how far two
     runs agree on a score, and which scores find wrong labels. Notebooks 07 and 08 read them."""
 
-    models: dict[Name, Model] = Field(min_length=1)
+    models: dict[Name, Drawn] = Field(min_length=1)
     training: Training | None = None
     """Without it that of the recorded training of the study."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=2), Distinct]

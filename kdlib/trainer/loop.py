@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from kdlib.models.evaluation import all_outputs, evaluate
+from kdlib.models.origins import begun
 from kdlib.models.weights import save_weights, weights_fingerprint
 from kdlib.repro import files
 from kdlib.repro.run import Run
@@ -166,6 +167,7 @@ class _Loop:
         drawn = len(order) >= FEWEST_ORDERED and not np.array_equal(order, np.sort(order))
         self.evidence = {
             "initial_weights_sha256": weights_fingerprint(task.network),
+            "begun": begun(task.network),
             "order_sha256": files.sha256_array(order) if drawn else None,
             "validation": [],  # what evaluations read: one entry, unless they read different images
         }

@@ -211,7 +211,6 @@ def test_timm_networks_are_the_head_of_their_features(name):
         ("tiny_cnn", {"dropout": 1}, "batch_norm and dropout of tiny_cnn are True and 1; expected"),
         ("tiny_cnn", {"width": 2.5}, r"width of tiny_cnn is 2\.5"),
         ("timm/resnet81", {}, "no network 'resnet81' .* nearest: resnet18"),
-        ("timm/resnet18.a1_in1k", {}, "no network 'resnet18.a1_in1k' to draw at random"),
         ("timm/hf-hub:timm/resnet18", {}, "no network 'hf-hub:timm/resnet18'"),
         ("timm/resnet10t", {"drop_rat": 0.1}, "did you mean 'drop_rate'"),
         ("timm/resnet10t", {"pretrained": True}, "unknown option 'pretrained'"),

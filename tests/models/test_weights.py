@@ -13,7 +13,7 @@ from models.test_networks import build, images
 from torch import nn
 
 from kdlib.models.base import Network
-from kdlib.models.weights import load_weights, save_weights, weights_fingerprint
+from kdlib.models.weights import load_weights, read_weights, save_weights, weights_fingerprint
 
 
 @pytest.fixture
@@ -290,3 +290,50 @@ def test_a_cut_checkpoint_is_refused_in_words(tmp_path, n_bytes):
     path.write_bytes(path.read_bytes()[:n_bytes])
     with pytest.raises(ValueError, match="is cut, or holds more than tensors"):
         load_weights(nn.Linear(1, 1), path)
+
+
+LAST = ("linear.weight", "linear.bias")
+
+
+@pytest.mark.parametrize(
+    ("content", "head", "notes"),
+    [
+        (lambda s: {k: v for k, v in s.items() if k not in LAST}, "optional", ("no last layer",)),
+        (
+            lambda s: {"student": _under("_orig_mod.", _half(s) | {LAST[0]: torch.ones(7, 16),
+                                                                 LAST[1]: torch.ones(7)})},
+            "any",
+            ("took `student`", "removed the prefix _orig_mod.",
+             "left out the last layer, of 7 classes", "converted 10 from float16"),
+        ),
+        (
+            lambda s: _under("model.", s) | {"projector.weight": torch.ones(3)},
+            "needed",
+            ("removed the prefix model.", "left out 1 without it (projector.weight)"),
+        ),
+    ],
+)  # fmt: skip
+def test_a_last_layer_that_is_missing_or_another_stays_drawn(content, head, notes, saved, tmp_path):
+    network, _, _ = saved
+    torch.save(content(network.state_dict()), tmp_path / "w.pt")
+    other, drawn = (build("tiny_cnn", (1, 8, 8), seed=9) for _ in range(2))
+    read = read_weights(other, tmp_path / "w.pt", head)
+    assert (read.notes, read.head) == (notes, head == "needed")
+    assert read.weights_sha256 == weights_fingerprint(other)
+    torch.testing.assert_close(other.conv1.weight, network.conv1.weight, rtol=0, atol=1e-3)
+    assert torch.equal(other.linear.weight, (network if read.head else drawn).linear.weight)
+
+
+@pytest.mark.parametrize("head", ["needed", "optional"])
+def test_a_last_layer_for_other_classes_is_refused_where_it_is_needed(head, tmp_path):
+    save_weights(build("tiny_cnn", (1, 8, 8), n_classes=3), tmp_path / "w.safetensors", {})
+    with pytest.raises(ValueError, match=r"weights for 3 classes.* without their last layer"):
+        read_weights(build("tiny_cnn", (1, 8, 8)), tmp_path / "w.safetensors", head)
+
+
+@pytest.mark.parametrize("head", ["optional", "any"])
+def test_another_network_s_names_are_no_missing_last_layer(head, saved, tmp_path):
+    state = saved[0].state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("conv2")}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"in 1 keys the file .*conv2\.weight"):
+        read_weights(build("tiny_cnn", (1, 8, 8)), tmp_path / "w.pt", head)

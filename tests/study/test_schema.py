@@ -39,7 +39,8 @@ def test_every_study_names_the_schema_and_fits_it(path):
         {"training": {"steps": "many"}},
         {"objectives": {"kd": {"kind": "kd", "smoothing": 0.1}}},
         {"selections": {"mine": {"kind": "esy"}}},
-        {"teacher": {"weights": "a.pt", "training": {"steps": 1}}},
+        {"teacher": {"weights": "a.pt", "mean": [0.5], "training": {"steps": 1}}},
+        {"students": {"a": {"model": {"name": "tiny_cnn"}, "freeze": "head"}}},
     ],
 )
 def test_an_editor_marks_what_a_study_refuses(content):

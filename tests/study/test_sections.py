@@ -27,6 +27,29 @@ def test_a_loaded_teacher_says_what_it_has_learnt_from(write):
         load_study(write(loaded(trained_on=None)))
 
 
+def test_what_a_training_begins_from_stands_beside_it(write):
+    published = {"model": {"name": "timm/resnet10t.c3_in1k"}, "pretrained": True}
+    content = changed("teacher", STUDY["teacher"] | published)
+    content = changed("students.wide", published | {"freeze": "backbone"}, content)
+    content = changed("students.tiny.weights", "w.safetensors", content)
+    study = load_study(write(content))
+    assert study.teacher.trained_on == "kept"
+    assert study.recorded_training == study.teacher.training
+    assert study.teacher.model.options == study.students["wide"].model.options
+    assert study.teacher.model.options == {"stem": "original"}  # that of the published weights
+    assert study.students["tiny"].model.options == {}
+    content["students"]["wide"]["model"]["options"] = {"stem": "small"}
+    assert load_study(write(content)).students["wide"].model.options == {"stem": "small"}
+
+
+def test_features_that_do_not_change_are_compared_with_no_teacher(write):
+    student = {"model": {"name": "tiny_cnn"}, "weights": "w.pt", "freeze": "backbone"}
+    content = changed("objectives.kd", {"kind": "rkd", "distance": 1.0, "angle": 2.0})
+    load_study(write(content))
+    with pytest.raises(StudyError, match="objective kd compares features, and those of student wi"):
+        load_study(write(changed("students.wide", student, content)))
+
+
 @pytest.mark.parametrize("change", [{"early_stopping": 2}, {"schedule": "plateau"}])
 def test_validation_images_the_teacher_has_learnt_from_steer_nothing(write, change):
     content = loaded()
