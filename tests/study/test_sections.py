@@ -44,7 +44,7 @@ def test_what_a_training_begins_from_stands_beside_it(write):
 
 def test_features_that_do_not_change_are_compared_with_no_teacher(write):
     student = {"model": {"name": "tiny_cnn"}, "weights": "w.pt", "freeze": "backbone"}
-    content = changed("objectives.kd", {"kind": "rkd", "distance": 1.0, "angle": 2.0})
+    content = changed("objectives.kd", {"kind": "rkd", "distance_weight": 1.0, "angle_weight": 2.0})
     load_study(write(content))
     with pytest.raises(StudyError, match="objective kd compares features, and those of student wi"):
         load_study(write(changed("students.wide", student, content)))
