@@ -17,6 +17,20 @@ from torch import Tensor, nn
 from kdlib.repro import files
 from kdlib.study.models import Model
 
+# Types of a network's passes, by `compute.precision`
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def in_precision(kind: str, precision: str) -> torch.autocast:
+    """A `with` block in which networks compute in a precision.
+
+    Args:
+        kind: Of the device: `cpu`, `cuda`.
+        precision: A key of `DTYPES`.
+    """
+    dtype = DTYPES[precision]
+    return torch.autocast(kind, dtype, enabled=dtype != torch.float32)
+
 
 @dataclass(frozen=True)
 class Origin:

@@ -8,15 +8,13 @@ import torch
 from kdlib.cache.shards import Cache
 from kdlib.dataset.batch import Batch
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.base import Network
+from kdlib.models.base import Network, in_precision
 from kdlib.models.evaluation import accuracy
 from kdlib.models.outputs import Replay, view_outputs
 from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import files
 from kdlib.study.training import Augment
 
-# Types of the forward pass, by `compute.precision`; any other is float32
-SHORT = {"bf16": torch.bfloat16, "fp16": torch.float16}
 AT_ONCE = 500  # images of one forward pass: a batch of more is split
 SAMPLE = 256  # examples whose outputs are computed again
 
@@ -45,8 +43,7 @@ class LiveOutputs:
     def __call__(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Outputs of images (B, C, H, W) float32, normalised by `pixels`: (B, ...) float32 by
         name. A function of the images alone."""
-        dtype = SHORT.get(self.precision)
-        with torch.autocast(inputs.device.type, dtype, enabled=dtype is not None):
+        with in_precision(inputs.device.type, self.precision):
             parts = [self.network.outputs(some, self.wanted) for some in inputs.split(AT_ONCE)]
         return {name: torch.cat([part[name].float() for part in parts]) for name in self.wanted}
 

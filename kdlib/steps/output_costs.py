@@ -15,6 +15,7 @@ from kdlib.models.base import Network
 from kdlib.models.live import LiveOutputs
 from kdlib.models.outputs import output_columns
 from kdlib.repro import files
+from kdlib.steps.precision import decided
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher_network import teacher_network, teacher_pixels
 from kdlib.steps.teacher_outputs import kinds, read_by_students, replay_of, stored_outputs
@@ -47,7 +48,8 @@ def output_costs(study: Study, images: Images, name: str | None = None) -> pd.Da
         f"{views} views": StoredOutputs(**rest, views=views),
         "live": "live",
     }
-    in_step = _seconds(study, images, network, name, study.compute.precision)
+    precision = decided(study, images).get("precision", study.compute.precision)
+    in_step = _seconds(study, images, network, name, precision)
     in_pass = _seconds(study, images, network, name, "float32") / study.training.batch_size
     rows = []
     for way, outputs in ways.items():

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kdlib.dataset.images import Images
-from kdlib.models.base import Network
+from kdlib.models.base import Network, in_precision
 from kdlib.models.networks import network_for
 from kdlib.repro import files, processor
 from kdlib.repro.seeds import torch_seeded
@@ -16,7 +16,6 @@ from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 from kdlib.study.training import Training
 from kdlib.trainer.optimiser import make_optimiser
-from kdlib.trainer.step import DTYPES
 
 STEP_S, MEASURED_S = 0.1, 1.0  # seconds of a float32 step that is timed, and of all steps together
 FEWEST, MOST = 8, 20  # images of a step; steps of each precision
@@ -79,12 +78,12 @@ def _measure(study: Study, images: Images) -> dict[str, Any]:
 
 def _seconds(network: Network, pixels: torch.Tensor, precision: str, training: Training) -> float:
     """Seconds of a step: both passes and the update of weights."""
-    dtype, kind = DTYPES[precision], pixels.device.type
+    kind = pixels.device.type
     optimiser = make_optimiser(network.parameters(), training)
     _wait(kind)
     began = time.monotonic()
     with torch_seeded(0, "dropout"):
-        with torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        with in_precision(kind, precision):
             features = network.features(pixels)
         features.float().square().mean().backward()
     optimiser.step()

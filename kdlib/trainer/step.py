@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdlib.dataset.batch import Batch
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
-from kdlib.models.base import Network
+from kdlib.models.base import Network, in_precision
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Compute, Training
@@ -30,10 +30,6 @@ class Recorder(Protocol):
 
     def flush(self) -> None:
         """Write what was recorded to the disk."""
-
-
-# Types of a network's passes, by `compute.precision`
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainingError(RuntimeError):
@@ -182,8 +178,7 @@ class Step:
         task, seeded = self.task, contextlib.nullcontext()
         if self._drops:
             seeded = torch_seeded(task.seed, "dropout", step, piece, task.world.rank)
-        dtype, kind = DTYPES[task.compute.precision], batch.images.device.type
-        with seeded, torch.autocast(kind, dtype, enabled=dtype != torch.float32):
+        with seeded, in_precision(batch.images.device.type, task.compute.precision):
             self._precision = _precision(batch.images)
             seen = (batch.images,) if batch.second is None else (batch.images, batch.second)
             projected = self._call(*seen)
