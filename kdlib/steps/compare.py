@@ -43,6 +43,7 @@ from kdlib.steps.probe import open_probes
 from kdlib.steps.recount import Recount
 from kdlib.steps.recount_splits import pixel_disagreements, split_disagreements
 from kdlib.steps.remeasure import Remeasure
+from kdlib.steps.summaries import show_verdicts
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
 from kdlib.study.evaluation import AXES, OWN, measured_column
@@ -369,6 +370,7 @@ def finish_tables(study: Study, step: str, tables: Tables) -> dict[str, Any]:
         evidence["committed"] = {name: files.sha256_file(path) for name, path in paths.items()}
         refused = tables["results"]["refused"]
         evidence |= {"n_runs": len(refused), "n_accepted": int((~refused).sum())}
+        show_verdicts(study, tables)
     return Run(folder, settings).finish(evidence)
 
 

@@ -30,6 +30,7 @@ from kdlib.steps.probe_network import (
     probe_pair,
 )
 from kdlib.steps.processes import prepare_device
+from kdlib.steps.summaries import show_probes
 from kdlib.steps.teacher_network import load_teacher, teacher_pixels
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.study.cells import Cell
@@ -78,6 +79,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
             }
             evidence["checks"] = checks.demand(checks.PROBE, evidence)
             run.finish(evidence, device)
+            show_probes(study, cell, table)
     return open_probes(study, cell)
 
 

@@ -271,11 +271,13 @@ def train_run(
         tracking, run.folder, describe, run.settings, saved_step(run.state)
     ) as tracker:
         trained = train(run, task, describe, tracker)
-    if not world.first:
-        return None
-    if log is not None:
-        log.finish()
-    evidence = training_evidence(inputs, trained)
+        if not world.first:
+            return None
+        if log is not None:
+            log.finish()
+        evidence = training_evidence(inputs, trained)
+        checkpoints = measure_checkpoints(run.folder, network, images, trained)
+        tracker.summarise(_results(evidence, checkpoints))
     if study.compute.precision != "float32":
         evidence["precision"] = measured_precision(study)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
@@ -289,8 +291,16 @@ def train_run(
         stored = stored_accuracy(teacher.outputs, images.train, plan.example_ids)
         evidence["pairing"] |= {"stored_accuracy": stored}
     evidence["network"] = network_size(network, images.image_shape)
-    checkpoints = measure_checkpoints(run.folder, network, images, trained)
     return evidence | {"checkpoints": checkpoints}
+
+
+def _results(evidence: dict[str, Any], checkpoints: dict[str, Any]) -> dict[str, float]:
+    """What a tracker shows of a whole training."""
+    results = {"test_accuracy": checkpoints["last"]["test_accuracy"]}
+    if not evidence["selection"]["teacher_overlap"]:  # else the teacher learnt from these images
+        best = checkpoints["best"]
+        results |= {"test_accuracy_best": best["test_accuracy"], "best_step": best["step"]}
+    return results | evidence["budget"]["recorded"]
 
 
 def training_evidence(inputs: TrainingInputs, trained: Trained) -> dict[str, Any]:

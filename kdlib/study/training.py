@@ -244,3 +244,9 @@ class Tracking(Settings):
     """Send to Weights & Biases; WANDB_MODE=offline keeps it on this machine."""
     project: str = "kdlib"
     """Of Weights & Biases."""
+    group: str | None = None
+    """Of its runs there; without it the name of the study."""
+    tags: tuple[str, ...] | None = None
+    """Of its runs there; without them those of the cell: `strategy=easy`, `seed=0`, ..."""
+    notes: str | None = None
+    """Beside its runs there."""
