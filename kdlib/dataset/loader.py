@@ -67,7 +67,7 @@ class Loader:
             rank: Of `world_size` processes that share each batch.
 
         Raises: CacheError for damaged shards, or a teacher whose replayed views are not those of
-            `view`; ValueError for another residence.
+            `view`; ValueError for another residence, or a live teacher without a view.
         """
         if second is not None and (view is None or (second.settings, second.seed) == (
             view.settings, view.seed
@@ -92,6 +92,8 @@ class Loader:
         if teacher is not None:
             self._teacher = TeacherRows(teacher, columns, view, ids, self.device, resident)
         self.live = live
+        if live is not None and view is None:
+            raise ValueError("a live teacher is asked for outputs of views; give `view`")
         if live is not None:  # the same views, normalised for the teacher where that differs
             same = live.pixels == view.pixels
             self._live_view = None if same else dataclasses.replace(view, pixels=live.pixels)

@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "networks": ["build_network"],
         "weights": ["load_weights", "save_weights"],
         "evaluation": ["evaluate"],
+        "live": ["LiveOutputs"],
     },
 )

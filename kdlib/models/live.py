@@ -69,7 +69,8 @@ def live_evidence(
 
     Returns: `weights_sha256` of the network; `view`; `examples_sha256` of the `n` example ids in
         their order; `drift`, the largest difference of an output relative to its largest value;
-        `accuracy` of the logits of these views, None where the objective reads none; `precision`.
+        `accuracy` of the logits of these views, None where the objective reads none or images have
+        no labels; `precision`.
     """
     ids, drift, logits, labels = [], 0.0, [], []
     replay, n_seen = Replay(1, augment, seed), 0
@@ -90,7 +91,7 @@ def live_evidence(
             largest = values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
             gap = float((batch.teacher[name] - values).abs().max() / largest)
             drift = gap if gap != gap else max(drift, gap)  # NaN stays
-        if "logits" in again:
+        if "logits" in again and bool((batch.labels >= 0).all()):
             logits.append(batch.teacher["logits"].cpu())
             labels.append(batch.labels.cpu().clone())
         n_seen += len(ids[-1])

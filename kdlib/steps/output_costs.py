@@ -49,8 +49,10 @@ def output_costs(study: Study, images: Images, name: str | None = None) -> pd.Da
         "live": "live",
     }
     precision = decided(study, images).get("precision", study.compute.precision)
-    in_step = _seconds(study, images, network, name, precision)
-    in_pass = _seconds(study, images, network, name, "float32") / study.training.batch_size
+    in_step = batch_s = _seconds(study, images, network, name, "float32")
+    if precision != "float32":  # what is stored is computed in float32
+        in_step = _seconds(study, images, network, name, precision)
+    in_pass = batch_s / study.training.batch_size
     rows = []
     for way, outputs in ways.items():
         asked = owner.teacher.model_copy(update={"outputs": outputs})

@@ -121,6 +121,12 @@ def test_a_training_with_a_live_teacher_resumes_to_the_same_bytes(tmp_path, monk
     assert kept_bytes(tmp_path / "resumed") == kept_bytes(tmp_path / "whole")
 
 
+def test_a_live_teacher_needs_views(make_images):
+    images, live = make_images(N), LiveOutputs(teacher_of(), PIXELS, ("logits",))
+    with pytest.raises(ValueError, match="asked for outputs of views; give `view`"):
+        Loader(Plan(images.example_ids, 6, 12, 0), images, live=live)
+
+
 def shifted(batch):
     return batch._replace(teacher={k: v.roll(1, 0) for k, v in batch.teacher.items()})
 
