@@ -141,6 +141,13 @@ def _check_recordings(study: "Study") -> None:
             f"dynamics.per_seed needs a recording of each seed, and there is none of {lacking}: "
             f"give `recordings` a model and `seeds: {list(study.seeds)}`"
         )
+    epochs = (study.recordings.training or study.recorded_training).epochs  # None: of steps
+    read = max(study.dynamics.el2n_epoch, study.dynamics.window)
+    if epochs is not None and epochs < read:
+        raise ValueError(
+            f"dynamics.per_seed reads {read} epochs of each recording (el2n_epoch, window), and "
+            f"recordings.training has {epochs:g}: lower the first two, or raise the last"
+        )
 
 
 def _check_objectives(study: "Study") -> None:

@@ -164,6 +164,10 @@ def test_a_seed_without_a_recording_is_refused_when_the_study_is_read():
     says = r"needs a recording of each seed.* none of \[2\]: give `recordings` a model and `seeds:"
     with pytest.raises(StudyError, match=says):
         validated(changed("seeds", [0, 1, 2], content))
+    with pytest.raises(
+        StudyError, match=r"reads 4 epochs .*, and recordings.training has 3: lower"
+    ):
+        validated(changed("dynamics.window", 4, content))
     with pytest.raises(StudyError, match=r"none of \[0, 1\]"):
         validated({k: v for k, v in content.items() if k != "recordings"})
 
