@@ -40,8 +40,10 @@ UPSTREAM = relative(study.upstream.runs)  # images, teacher and datamap may be s
 # papermill takes braces in a path for parameters, and two of them for one
 NOTEBOOKS = f"{workflow.basedir}/notebooks".replace("{", "{{").replace("}", "}}")
 TEACHERS = study.shared_teachers[1:]
-SHARED = [f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", "datamap")]
-CACHE, TEACHER, _ = SHARED
+# without a recorded training there is no datamap, and nothing reads one
+MAP = ["datamap"] if study.recorded_training else []
+SHARED = [f"{UPSTREAM}/{step}/evidence.json" for step in ("cache", "teacher", *MAP)]
+CACHE, TEACHER, *_ = SHARED
 OF_SEEDS = []  # recordings by which each seed's subsets are chosen; 03 makes those of a shared study
 if study.dynamics.per_seed and study.shares is None:
     names = [recording_of_seed(study, seed) for seed in study.seeds]

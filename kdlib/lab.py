@@ -36,7 +36,7 @@ from kdlib.steps.cache import (
     split_table,
 )
 from kdlib.steps.compare import compile_tables, finish_tables, open_tables
-from kdlib.steps.datamap import make_datamap, open_datamap
+from kdlib.steps.datamap import demand_recorded, make_datamap, open_datamap
 from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, meanings, step_of
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.near import near_duplicates
@@ -139,7 +139,11 @@ class Lab:
         return teacher_table(self.study)
 
     def dynamics(self) -> DynamicsLog:
-        """The recorded training dynamics: an array (E, N) for each quantity, `log["gold_prob"]`."""
+        """The recorded training dynamics: an array (E, N) for each quantity, `log["gold_prob"]`.
+
+        Raises: StudyError for a study without a recorded training.
+        """
+        demand_recorded(self.study)
         return DynamicsLog.open(self.study.recorded_run / "dynamics", self.images.fingerprints)
 
     def datamap(self, seed: int | None = None) -> pd.DataFrame:
@@ -226,11 +230,11 @@ class Lab:
         """The teacher's stored outputs for clean images.
 
         Args:
-            split: `train`, which holds the validation images too, or `test`.
+            split: `train`, which holds the validation images too, or, of labelled images, `test`.
 
         Raises: ValueError for another split.
         """
-        splits = {"train": self.images.train, "test": self.images.test}
+        splits = self.images.caches
         if split not in splits:
             raise ValueError(f"no teacher outputs of split {split!r}; {nearest(split, splits)}")
         return open_stored(self.study, splits[split])

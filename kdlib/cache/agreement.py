@@ -17,12 +17,13 @@ Splits = dict[str, Source] | dict[str, Cache]
 
 
 def open_sources(data: Data) -> dict[str, Source]:
-    """The sources of `train` and `test`, compared before anything is built from them.
+    """The sources of `train` and, where there are labels, `test`, compared before anything is built
+    from them.
 
     Raises: As `open_source`; CheckError with a sentence for each reason why they do not belong
         together.
     """
-    both = {split: open_source(data, split) for split in splits.SPLITS}
+    both = {split: open_source(data, split) for split in data.splits}
     if found := splits.faults(declared(data, both)):
         raise CheckError(
             "the training and the test split do not belong together.\n  " + "\n  ".join(found)
@@ -33,7 +34,7 @@ def open_sources(data: Data) -> dict[str, Source]:
 def declared(data: Data, both: Splits) -> splits.Facts:
     """The facts that are known before pixels and labels are read."""
     facts = {key: {} for key in ("class_names", "shape", "n_images", "identity")}
-    for split in splits.SPLITS:
+    for split in both:
         for key, fact in zip(facts, _described(both[split]), strict=True):
             facts[key][split] = fact
     return facts | {"same_source": _same_source(data, facts.pop("identity"))}
@@ -45,17 +46,18 @@ def agreement(
     """All facts, once the caches are there.
 
     Args:
-        both: `train` and `test`.
+        both: As of `open_sources`.
         train_ids, validation_ids: (N,) int64 of the training split.
     """
     facts = declared(data, both)
-    n_classes, train, test = len(facts["class_names"]["train"]), both["train"], both["test"]
-    parts = {
-        "train": (train, train_ids),
-        "validation": (train, validation_ids),
-        "test": (test, test.example_ids),
-    }
+    n_classes = len(facts["class_names"]["train"])
     if n_classes:
+        train, test = both["train"], both["test"]
+        parts = {
+            "train": (train, train_ids),
+            "validation": (train, validation_ids),
+            "test": (test, test.example_ids),
+        }
         facts["per_class"] = {
             split: np.bincount(cache.read("labels", ids), minlength=n_classes).tolist()
             for split, (cache, ids) in parts.items()
@@ -75,6 +77,8 @@ def _described(opened: Source | Cache) -> tuple[list[str], list[int], int, dict[
 
 def _same_source(data: Data, identities: dict[str, dict[str, Any]]) -> str | None:
     """Words for a source that both splits are read from."""
+    if not data.labelled:
+        return None
     if data.source == "folder":
         root = files.data_root() / data.folder
         train, test = (os.path.realpath(root / name) for name in ("train", data.test_folder))

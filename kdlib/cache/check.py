@@ -70,7 +70,7 @@ def check_study(study: Study, n_workers: int | None = None, every: bool = False)
 def check_data(data: Data, n_workers: int | None = None, every: bool = False) -> Findings:
     """As `check_study`, of one data set."""
     findings, alike, sources = Findings(), defaultdict(list), {}
-    for split in SPLITS:
+    for split in data.splits:
         try:
             sources[split] = open_source(data, split)
         except (ValueError, OSError) as error:
@@ -84,7 +84,7 @@ def check_data(data: Data, n_workers: int | None = None, every: bool = False) ->
             )
         else:
             _check_split(data, source, pixels, n_workers, findings, alike)
-    if len(sources) == len(SPLITS):
+    if len(sources) == len(data.splits):
         for text in splits.faults(declared(data, sources)):
             findings.decisions["the splits do not belong together"].append(text)
         groups = alike.values() if pixels else _of_equal_bytes(sources, alike)
@@ -174,9 +174,11 @@ def _say_twins(
     if not rows:
         return
     table = pd.DataFrame(rows, columns=["group", "split", "example_id", "name", "label"])
-    n_images = [sources[split].n_examples for split in SPLITS]
-    counts = count_duplicates(table, *n_images, data.duplicates)
-    allowed, _ = splits.duplicates({"duplicates": counts})
+    allowed = True  # without labels: what is held out is not known yet
+    if data.labelled:
+        n_images = [sources[split].n_examples for split in SPLITS]
+        counts = count_duplicates(table, *n_images, data.duplicates)
+        allowed, _ = splits.duplicates({"duplicates": counts})
     for _, group in table.groupby("group", sort=False):
         kind, found = "more than once in one class", findings.notes
         if group["split"].nunique() > 1:

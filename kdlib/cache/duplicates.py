@@ -30,10 +30,11 @@ def pixel_digests(cache: Cache) -> np.ndarray:
         return np.frombuffer(b"".join(pool.map(of_shard, cache.shards.tolist())), _DIGEST)
 
 
-def find_duplicates(train: Cache, test: Cache, validation_ids: np.ndarray) -> pd.DataFrame:
+def find_duplicates(train: Cache, test: Cache | None, validation_ids: np.ndarray) -> pd.DataFrame:
     """The images whose pixels occur more than once.
 
     Args:
+        test: None for images without labels.
         validation_ids: (N,) int64, of the training split.
 
     Returns: One row per image: `group`, equal for images with the same pixels, numbered from 0;
@@ -42,6 +43,8 @@ def find_duplicates(train: Cache, test: Cache, validation_ids: np.ndarray) -> pd
     """
     tables = []
     for split, cache in (("train", train), ("test", test)):
+        if cache is None:
+            continue
         ids = cache.example_ids
         column = "original_labels" if "original_labels" in cache.header["columns"] else "labels"
         table = pd.DataFrame(pixel_digests(cache))
@@ -57,17 +60,23 @@ def find_duplicates(train: Cache, test: Cache, validation_ids: np.ndarray) -> pd
 
 
 def count_duplicates(
-    table: pd.DataFrame, n_train: int, n_test: int, limit: float | None
+    table: pd.DataFrame,
+    n_train: int,
+    n_test: int | None,
+    limit: float | None,
+    n_validation: int = 0,
 ) -> splits.Facts:
     """Counts of what `find_duplicates` found, for the evidence.
 
     Args:
+        n_test: None without a test split.
         limit: The largest share that is allowed; None: `LIMIT`.
 
     Returns: `pairs` in train (validation images included), in test and across, and those of them
         with two labels (`contradicting`); `crossing`, test images that are in train too;
         `held_out`, validation images that are among those trained on; `two_labels`, images whose
-        pixels have another label elsewhere; `n_images`, `limit`.
+        pixels have another label elsewhere; `n_images`, `limit`. Without a test split `pairs`,
+        `held_out`, `n_validation`, `n_images` and `limit`.
     """
     is_test = table["split"] == "test"
     held_out = table["split"] == "validation"
@@ -76,14 +85,19 @@ def count_duplicates(
     groups = marks.groupby("group")[where].sum()
     pairs, alike = _pairs(groups), _pairs(marks.groupby(["group", "label"])[where].sum())
     n_labels = table.groupby("group")["label"].transform("nunique")
+    held_out = int(groups.loc[groups["kept"] > 0, "held_out"].sum())
+    limit = LIMIT if limit is None else limit
+    if n_test is None:
+        facts = {"n_images": {"train": n_train}, "pairs": {"train": pairs["train"]}}
+        return facts | {"held_out": held_out, "n_validation": n_validation, "limit": limit}
     return {
         "n_images": {"train": n_train, "test": n_test},
         "pairs": pairs,
         "contradicting": {key: pairs[key] - alike[key] for key in pairs},
         "crossing": int(groups.loc[groups["train"] > 0, "test"].sum()),
-        "held_out": int(groups.loc[groups["kept"] > 0, "held_out"].sum()),
+        "held_out": held_out,
         "two_labels": int((n_labels > 1).sum()),
-        "limit": LIMIT if limit is None else limit,
+        "limit": limit,
     }
 
 

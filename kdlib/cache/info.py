@@ -18,7 +18,6 @@ from kdlib.cache.index import CacheError
 from kdlib.cache.readings import compare, counted, record_path, sentence
 from kdlib.cache.remedies import delete_and_run, run_to_make
 from kdlib.cache.shards import Cache
-from kdlib.cache.sources import SPLITS
 from kdlib.cache.study_source import open_source
 from kdlib.repro import files
 from kdlib.study.data import cache_folder, parse_part
@@ -44,7 +43,9 @@ def find_caches(path: str) -> list[Path]:
         outputs = sorted((study.upstream.runs / "teacher").glob("outputs-*"))
         outputs += sorted((study.runs / "teachers").glob("**/outputs-*"))
         images = [study.data, *study.probe.others.values()]
-        candidates = [cache_folder(data) / split for data in images for split in SPLITS] + outputs
+        candidates = [
+            cache_folder(data) / split for data in images for split in data.splits
+        ] + outputs
     else:
         raise FileNotFoundError(f"{path} is neither a cache folder nor a study file")
     caches = [c for c in candidates if index.index_paths(c) or index.journal_paths(c)]
@@ -62,20 +63,19 @@ def build_caches(
     there now.
 
     Args:
-        split: None: both, or with `part` the training split.
+        split: None: all, or with `part` the training split.
         part: `i/k`; None: of the training split what the study asks for, of the test split all.
         n_workers: As in `build_images`.
     """
-    names = (split,) if split else ("train",) if part else SPLITS
+    names = (split,) if split else ("train",) if part else ()
     # the data sets of probes are small: they are built whole, with the whole study
     probed = () if split or part else study.probe.others.values()
     for data in (study.data, *probed):
-        both = open_sources(data) if names == SPLITS else None
-        sources = both or {name: open_source(data, name) for name in names}
-        chosen = {n: parse_part(part or (data.part if n == "train" else "1/1")) for n in names}
+        sources = {name: open_source(data, name) for name in names} or open_sources(data)
+        chosen = {n: parse_part(part or (data.part if n == "train" else "1/1")) for n in sources}
         folder = cache_folder(data)
         build_splits(sources, folder, data.shard_size, chosen, n_workers)
-        for name in names:
+        for name in sources:
             print(state(Cache(folder / name)))
 
 
@@ -211,7 +211,7 @@ def compare_source(study: Study) -> bool:
     """
     same = True
     for data in (study.data, *study.probe.others.values()):
-        for split in SPLITS:
+        for split in data.splits:
             folder = cache_folder(data) / split
             if not index.index_paths(folder):
                 print(f"{folder}: not built")

@@ -11,7 +11,7 @@ import numpy as np
 
 from kdlib.cache.huggingface import open_huggingface
 from kdlib.cache.image_files import open_folder
-from kdlib.cache.sources import SPLITS, Source, array_source, check_labels, limited
+from kdlib.cache.sources import Source, array_source, check_labels, limited
 from kdlib.cache.tensor_files import open_tensors
 from kdlib.repro import files
 from kdlib.repro.seeds import hashed
@@ -25,14 +25,14 @@ def open_source(data: Data, split: str) -> Source:
     other labels where the section says so.
 
     Args:
-        split: `train` or `test`.
+        split: `train` or, of labelled images, `test`.
 
     Raises: ValueError for another split, for `n_train` beyond the split, or for a folder or data
         set whose layout, images or labels are unfit; FileNotFoundError when the data are not there
         and cannot be downloaded.
     """
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; {files.nearest(split, SPLITS)}")
+    if split not in data.splits:  # images without labels have no test split
+        raise ValueError(f"unknown split {split!r}; {files.nearest(split, data.splits)}")
     openers = {"folder": open_folder, "huggingface": open_huggingface, "tensors": open_tensors}
     source = openers.get(data.source, _open_arrays)(data, split)
     if split == "train" and data.n_train is not None:

@@ -36,6 +36,7 @@ def ledger(
     the target, `full_steps` and `steps`, so that the full set is not charged for steps that add
     less than the margin; a curve that does not reach the target saves nothing. A step costs the
     median over all runs of the student and objective of wall time / steps, evaluations included.
+    Of images without labels no accuracy is followed, and no cell has a row.
     Limits: steps are read from evaluations, between which nothing is known, and from curves of one
     schedule, which a shorter training would run through faster; the curves are of validation
     images; and wall times are those of machines that may have done other things.
@@ -59,7 +60,8 @@ def ledger(
     timed = timed.assign(s_per_step=timed["wall_s"] / timed["steps"])
     run_s = timed.groupby(CELL)["wall_s"].median()
     per_step = timed.groupby(["student", "objective"])["s_per_step"].median()
-    means = {cell: _mean_curve(rows) for cell, rows in curves.groupby(CELL)}
+    followed = "validation_accuracy" in curves
+    means = {c: _mean_curve(rows) for c, rows in curves.groupby(CELL)} if followed else {}
     means = {cell: curve for cell, curve in means.items() if len(curve)}  # NaN: nothing held out
     rows = []
     for (student, strategy, fraction, objective), curve in means.items():

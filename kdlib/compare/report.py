@@ -263,6 +263,14 @@ def ledger_text(study: Study, tables: Tables) -> str:
         "",
         table(("what", "wall time (s)", "steps", "device"), rows, "lrrl"),
         "",
+    ]
+    if "validation_accuracy" not in tables["curves"]:
+        lines += [
+            "Without labels no accuracy is followed during a training, and nothing says how many "
+            "of its steps a subset saves."
+        ]
+        return write_text(study, "ledger.md", lines)
+    lines += [
         "A student is charged the steps after which the mean validation curve of its cell is first "
         f"within {count(100 * study.compare.margin, 'point')} of where the full set's "
         "students end, on either side, at the median time of a step; at equal steps a subset by "

@@ -18,37 +18,34 @@ class Images:
 
     Attributes:
         train: Cache of the training split, validation images included.
-        test: Cache of the test split.
+        test: Cache of the test split; None for images without labels.
         train_ids: (N,) int64, sorted: what teachers and students may learn from.
         validation_ids: int64, sorted: what curves and best epochs are read from.
         pixels: Normalisation measured on `train_ids`.
     """
 
     train: Cache
-    test: Cache
+    test: Cache | None
     train_ids: np.ndarray
     validation_ids: np.ndarray
     pixels: Pixels
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Fingerprints of both caches and of the split, by which a run names its images."""
+        """Fingerprints of the caches and of the split, by which a run names its images."""
         split = files.sha256_array(self.train_ids, self.validation_ids)
-        return {"train": self.train.fingerprint, "test": self.test.fingerprint, "split": split}
+        return {name: cache.fingerprint for name, cache in self.caches.items()} | {"split": split}
+
+    @property
+    def caches(self) -> dict[str, Cache]:
+        """The cache of each split that there is: `train`, and `test` where there are labels."""
+        both = {"train": self.train, "test": self.test}
+        return {split: cache for split, cache in both.items() if cache is not None}
 
     @property
     def n_classes(self) -> int:
-        """Classes of the labels.
-
-        Raises: ValueError for images without labels.
-        """
-        names = self.train.header["class_names"]
-        if not names:
-            raise ValueError(
-                f"the images of {self.train.folder} have no labels (study: data.labelled), and "
-                "every objective, datamap and probe of this study needs them"
-            )
-        return len(names)
+        """Classes of the labels; 0 of images without labels."""
+        return len(self.train.header["class_names"])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -61,7 +58,8 @@ class Images:
         """The images of a split as a torch `Dataset`.
 
         Args:
-            split: `train`, `validation` (held out from the training split) or `test`.
+            split: `train`, `validation` (held out from the training split) or, where there are
+                labels, `test`.
             subset: A `Subset` or example ids; None: all of the split.
             normalised: float32 images, normalised as the study's networks see them; else uint8.
             options: `transform` and `teacher` of `ImageDataset`.
@@ -69,7 +67,8 @@ class Images:
         Raises: ValueError for another split, or examples that are not of it.
         """
         splits = {"train": self.train_ids, "validation": self.validation_ids}
-        splits["test"] = self.test.example_ids
+        if self.test is not None:
+            splits["test"] = self.test.example_ids
         if split not in splits:
             raise ValueError(f"no split {split!r}; {files.nearest(split, splits)}")
         ids = splits[split] if subset is None else getattr(subset, "example_ids", subset)
@@ -88,5 +87,8 @@ class Images:
 
 
 def probe_examples(images: Images) -> list[tuple[Cache, np.ndarray]]:
-    """(cache, ids) of what a probe learns from, and of what it is tested on."""
+    """(cache, ids) of what a probe learns from, and of what it is tested on; neither for images
+    without labels."""
+    if images.test is None:
+        return []
     return [(images.train, images.train_ids), (images.test, np.arange(images.test.n_examples))]

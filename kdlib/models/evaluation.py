@@ -95,15 +95,15 @@ class Evaluation(NamedTuple):
     """What an evaluation measured, and what it read.
 
     Attributes:
-        loss: Mean cross-entropy in nats.
-        accuracy: In [0, 1].
+        loss: Mean cross-entropy in nats; of images without labels the objective's.
+        accuracy: In [0, 1]; None without labels.
         n: Images read.
         sha256: Fingerprint of these images and labels, in their order.
         macro: As of `macro_scores`; None where they were not asked for.
     """
 
     loss: float
-    accuracy: float
+    accuracy: float | None
     n: int
     sha256: str
     macro: dict[str, float] | None = None
@@ -133,7 +133,7 @@ def evaluate(
     scores = None
     if macro:
         scores = macro_scores(logits.argmax(1).cpu().numpy(), labels.cpu().numpy())
-    sha256 = _read_sha256(images, labels)
+    sha256 = read_sha256(images, labels)
     return Evaluation(loss, accuracy(logits, labels), len(labels), sha256, scores)
 
 
@@ -141,7 +141,7 @@ def evaluate(
 _READ: Any = WeakTensorKeyDictionary()
 
 
-def _read_sha256(images: torch.Tensor, labels: torch.Tensor) -> str:
+def read_sha256(images: torch.Tensor, labels: torch.Tensor) -> str:
     """Fingerprint of images and labels; computed once for tensors that do not change."""
     kept = _READ.get(images)
     if kept is None or kept[0] != images._version or kept[1] is not labels:

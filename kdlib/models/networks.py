@@ -26,6 +26,10 @@ def _draw(network: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def _last_layer(n_features: int, n_classes: int) -> nn.Module:
+    return nn.Linear(n_features, n_classes) if n_classes else nn.Identity()
+
+
 class TinyCNN(Network):
     """Two 3x3 convolutions with BatchNorm and ReLU, the second with stride 2 and twice the
     channels, then global average pooling, dropout and a linear layer; 1,442 parameters for 1x8x8
@@ -54,7 +58,7 @@ class TinyCNN(Network):
         self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=bias)
         self.bn2 = norm(2 * width)
         self.drop = nn.Dropout(dropout) if dropout else nn.Identity()
-        self.linear = nn.Linear(2 * width, n_classes)
+        self.linear = _last_layer(2 * width, n_classes)
         _draw(self)
 
     def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -101,7 +105,7 @@ class CifarResNet(Network):
             blocks = [_Block(n_in, n_out, stride=1 if stage == 1 else 2)]
             blocks += [_Block(n_out, n_out, stride=1) for _ in range(n_blocks - 1)]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(64, n_classes)
+        self.linear = _last_layer(64, n_classes)
         _draw(self)
 
     def staged(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -152,17 +156,17 @@ def build_network(
         model: Name and options. `tiny_cnn` takes `width`, `batch_norm` and `dropout`;
             `timm/<name>` takes `stem` (`small` or `original`; `small` is the default up to 64
             pixels) and every option of the timm class; the others take none.
-        n_classes: C, >= 1.
+        n_classes: C, >= 0; 0: without a last layer.
         image_shape: (channels, height, width) of its images.
         seed: >= 0; weights are drawn from its stream `init`.
 
     Raises: ValueError for an unknown network or option (with the nearest known one), for an option
         that has an impossible value, and for a timm network that cannot take such images.
     """
-    if n_classes < 1 or len(image_shape) != 3 or min(image_shape) < 1:
+    if n_classes < 0 or len(image_shape) != 3 or min(image_shape) < 1:
         raise ValueError(
-            f"asked for {n_classes} classes and images of shape {image_shape}; expected >= 1 class "
-            "and (channels, height, width)"
+            f"asked for {n_classes} classes and images of shape {image_shape}; expected 0 or more "
+            "classes and (channels, height, width)"
         )
     if model.name.startswith("hub/"):
         raise ValueError(
@@ -184,7 +188,7 @@ def build_network(
 
 def network_for(images: Images, model: Model, seed: int, device: str, n_more: int = 0) -> Network:
     """A network for a study's images, with weights drawn from `seed` and `n_more` further classes,
-    on a device."""
+    on a device; without a last layer for images without labels."""
     n_classes = images.n_classes + n_more
     network = build_network(model, n_classes=n_classes, image_shape=images.image_shape, seed=seed)
     return network.to(device, memory_format=images.pixels.memory_format)

@@ -211,7 +211,7 @@ def load_pretrained(
         network = _from_timm(model, n_classes, image_shape)
     else:
         raise ValueError(f"{model.name} has no published weights; give teacher.weights")
-    if not network.n_classes:
+    if n_classes and not network.n_classes:
         print(
             f"{model.name}: without a classifier of {n_classes} classes; its features are scored "
             "by k-NN"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,7 +92,8 @@ def load_weights(network: nn.Module, path: Path) -> str:
     names may all begin with `module.`, `_orig_mod.` or another of `PREFIXES`, its floats may have
     another precision, and BatchNorm's counters `num_batches_tracked` may be missing; they become 0.
     Of a network of timm the names may be timm's own. Beside names with a prefix there may be others
-    without it, which are left out. A printed line says which of these was the case.
+    without it, which are left out, as is the last layer of a classifier where the network has none.
+    A printed line says which of these was the case.
 
     Returns: The fingerprint of the loaded weights.
     Raises: FileNotFoundError; ValueError for a file that is cut, holds more than tensors, holds the
@@ -148,6 +149,9 @@ def adopt(
     Raises: ValueError where names, shapes or types are not the network's, which is then unchanged.
     """
     expected, notes = network.state_dict(), list(notes or ())
+    if surplus := _last_layer(network, loaded.keys() - expected.keys(), loaded):
+        notes.append(f"left out the last layer, {', '.join(surplus)}")
+        loaded = {key: value for key, value in loaded.items() if key not in surplus}
     last = set() if head == "needed" else network.last_names()
     others = {loaded[k].shape[0] for k in last & loaded.keys() if not _like(loaded, expected, k)}
     is_kept = bool(last) and (not last & loaded.keys() or (head == "any" and len(others) == 1))
@@ -174,6 +178,19 @@ def _like(loaded: Mapping[str, Tensor], expected: Mapping[str, Tensor], key: str
     """Whether a tensor has the network's shape, or differs in more than its number of rows."""
     ours, theirs = expected[key].shape, loaded[key].shape
     return ours == theirs or ours[1:] != theirs[1:]
+
+
+def _last_layer(
+    network: nn.Module, surplus: Collection[str], loaded: Mapping[str, Tensor]
+) -> list[str]:
+    """Names of a linear layer over the features that a network without a classifier has not; empty
+    where more than that is too many."""
+    layers = {key.rpartition(".")[0] for key in surplus}
+    if getattr(network, "n_classes", None) != 0 or len(layers) != 1:
+        return []
+    weight = loaded.get(f"{layers.pop()}.weight")
+    fits = weight is not None and weight.shape[1:] == (network.n_features,)
+    return sorted(surplus) if fits else []
 
 
 def _only_state(

@@ -40,6 +40,7 @@ class CheckError(RuntimeError):
 
 Evidence = dict[str, Any]
 Outcome = tuple[bool, str]  # whether the check passed, and a sentence
+Rules = Iterable[Callable[[Evidence], Outcome]]
 
 
 def budget(evidence: Evidence) -> Outcome:
@@ -190,7 +191,12 @@ STUDENT = (*RUN, pairing, teacher_card)
 PROBE = (probe_floor, same_weights, not_collapsed)
 
 
-def run_all(checks: Iterable[Callable[[Evidence], Outcome]], evidence: Evidence) -> list[Check]:
+def student_rules(labelled: bool) -> Rules:
+    """The checks of a student; without labels those that read none."""
+    return STUDENT if labelled else (*RUN, pairing)
+
+
+def run_all(checks: Rules, evidence: Evidence) -> list[Check]:
     """Every check on one run's evidence; one whose evidence is missing has failed."""
     results = []
     for check in checks:
@@ -202,7 +208,7 @@ def run_all(checks: Iterable[Callable[[Evidence], Outcome]], evidence: Evidence)
     return results
 
 
-def demand(checks: Iterable[Callable[[Evidence], Outcome]], evidence: Evidence) -> list[dict]:
+def demand(checks: Rules, evidence: Evidence) -> list[dict]:
     """Run checks and stop at failures.
 
     Returns: The results, ready for the evidence.

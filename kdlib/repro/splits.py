@@ -19,17 +19,20 @@ def faults(facts: Facts) -> list[str]:
 
     Args:
         facts: `class_names`, `shape` and `n_images`, each by split (`train` with the validation
-            images, `test`); `same_source`, words for one source of both, or None. Once the caches
-            are there also `per_class`, the numbers of images of each class in `train`, `validation`
-            and `test`, and `fewer`, words for why a class of the source can be absent in train.
+            images, and `test` where there are labels); `same_source`, words for one source of
+            both, or None. Once the caches are there also `per_class`, the numbers of images of each
+            class in `train`, `validation` and `test`, and `fewer`, words for why a class of the
+            source can be absent in train.
     """
     names = facts["class_names"]
     found = [f"{facts['same_source']}; the test images must be others"] * bool(facts["same_source"])
     found += [
         f"the {split} split has no images (study: data)"
-        for split in SPLITS
+        for split in names
         if facts["n_images"][split] < 1
     ]
+    if "test" not in names:
+        return found
     found += _shapes(facts["shape"])
     found += _names(names["train"], names["test"])
     if names["train"] and len(names["train"]) < 2:
@@ -133,17 +136,20 @@ def agree(evidence: Facts) -> tuple[bool, str]:
     facts = evidence["agree"]
     if found := faults(facts):
         return False, "; ".join(found)
-    classes = facts["class_names"]["train"]
-    n_train, n_test = (facts["n_images"][split] for split in SPLITS)
-    sentence = f"{n_train:,} training and {n_test:,} test images of " + (
-        f"the same {len(classes)} classes" if classes else "one shape, without labels"
-    )
+    classes, n_train = facts["class_names"]["train"], facts["n_images"]["train"]
+    if "test" not in facts["n_images"]:
+        return True, f"{n_train:,} training images without labels; there is no test split"
+    n_test = facts["n_images"]["test"]
+    sentence = f"{n_train:,} training and {n_test:,} test images of the same {len(classes)} classes"
     return True, "; ".join([sentence, *remarks(facts)])
 
 
 def duplicates(evidence: Facts) -> tuple[bool, str]:
-    """Of images with the same pixels, few are in train and test, and few have two labels."""
+    """Of images with the same pixels, few are in train and test, and few have two labels; without
+    labels few validation images are among those trained on."""
     facts = evidence["duplicates"]
+    if "n_validation" in facts:
+        return _held_out(facts)
     n_images, n_test = sum(facts["n_images"].values()), facts["n_images"]["test"]
     pairs, other = facts["pairs"], facts["contradicting"]
     if not sum(pairs.values()):
@@ -158,10 +164,25 @@ def duplicates(evidence: Facts) -> tuple[bool, str]:
     if facts["held_out"]:
         shares += f", {facts['held_out']:,} validation images are among those trained on"
     sentence = f"pairs of images with the same pixels: {', '.join(parts)}; {shares}"
-    if max(crossing, torn) <= facts["limit"]:
+    return _within(max(crossing, torn), facts["limit"], sentence)
+
+
+def _held_out(facts: Facts) -> tuple[bool, str]:
+    n_train, share = facts["n_images"]["train"], facts["held_out"] / facts["n_validation"]
+    if not facts["pairs"]["train"]:
+        return True, f"no two of {n_train:,} images have the same pixels"
+    sentence = (
+        f"{facts['pairs']['train']:,} pairs of images with the same pixels; {share:.2%} of the "
+        "validation images are among those trained on"
+    )
+    return _within(share, facts["limit"], sentence)
+
+
+def _within(share: float, limit: float, sentence: str) -> tuple[bool, str]:
+    if share <= limit:
         return True, sentence
     return False, (
-        f"{sentence}: more than {facts['limit']:.2%}. duplicates.parquet in the folder of step 01 "
+        f"{sentence}: more than {limit:.2%}. duplicates.parquet in the folder of step 01 "
         "(runs/<study>/cache) lists them: remove them from the data set, or allow a larger share "
         "(study: data.duplicates)"
     )

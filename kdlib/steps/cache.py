@@ -26,16 +26,16 @@ DUPLICATES = "duplicates.parquet"  # in the folder of step 01's run
 
 
 def cache_images(study: Study, built: bool = False) -> Images:
-    """Step 01: cache both splits, split off validation images, measure the pixels.
+    """Step 01: cache the splits, split off validation images, measure the pixels.
 
     Args:
         built: The caches are whole already (unpacked, say), and their source is not opened.
     """
     _ask_for_portable(study)
     trainings, study, data = study.trainings, study.upstream, study.data
-    parts = {split: data.part_of(split) for split in SPLITS}
+    parts = {split: data.part_of(split) for split in data.splits}
     if built:
-        caches = {split: Cache(study.cache / split, part=parts[split]) for split in SPLITS}
+        caches = {split: Cache(study.cache / split, part=part) for split, part in parts.items()}
     else:
         caches = build_splits(open_sources(data), study.cache, data.shard_size, parts)
     for cache in caches.values():
@@ -72,18 +72,18 @@ def _checked(
     validation_ids: np.ndarray,
     path: Path,
 ) -> dict[str, Any]:
-    """Compare the two splits, and write the table of duplicates, which is there for the reader also
+    """Compare the splits, and write the table of duplicates, which is there for the reader also
     when a check fails.
 
     Returns: Evidence: `agree`, `duplicates`, `duplicates_sha256` and `checks`.
     Raises: checks.CheckError with a sentence for each fault.
     """
     evidence = {"agree": agreement(study.data, caches, train_ids, validation_ids)}
-    table = find_duplicates(caches["train"], caches["test"], validation_ids)
+    table = find_duplicates(caches["train"], caches.get("test"), validation_ids)
     write_parquet(path, table, {"inputs": {s: c.fingerprint for s, c in caches.items()}})
-    n_images = evidence["agree"]["n_images"]
+    n_images, limit = evidence["agree"]["n_images"], study.data.duplicates
     evidence["duplicates"] = count_duplicates(
-        table, n_images["train"], n_images["test"], study.data.duplicates
+        table, n_images["train"], n_images.get("test"), limit, len(validation_ids)
     )
     evidence["duplicates_sha256"] = files.sha256_file(path)
     try:
@@ -131,23 +131,24 @@ def open_images(study: Study) -> Images:
     _ask_for_portable(study)
     study = study.upstream
     evidence = read_evidence(study.runs / "cache", study.step_settings("cache"))
-    train, test = (
-        Cache(study.cache / split, part=study.data.part_of(split)) for split in ("train", "test")
+    train, *test = (
+        Cache(study.cache / split, part=study.data.part_of(split)) for split in study.data.splits
     )
     train_ids, validation_ids = split_ids(
         train.example_ids, study.data.n_validation, study.data.split_seed
     )
     pixels = Pixels(evidence["mean"], evidence["std"], study.compute.channels_last)
-    return Images(train, test, train_ids, validation_ids, pixels)
+    return Images(train, test[0] if test else None, train_ids, validation_ids, pixels)
 
 
 def split_table(images: Images) -> pd.DataFrame:
     """One row per split: number of images, their shape (C, H, W), and the folder of their cache."""
-    splits = (
+    splits = [
         ("train", images.train_ids, images.train),
         ("validation", images.validation_ids, images.train),
-        ("test", images.test.example_ids, images.test),
-    )
+    ]
+    if images.test is not None:
+        splits.append(("test", images.test.example_ids, images.test))
     rows = {
         split: {"images": len(ids), "shape": images.image_shape, "folder": str(cache.folder)}
         for split, ids, cache in splits

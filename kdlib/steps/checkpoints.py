@@ -18,25 +18,43 @@ def measure_checkpoints(
     folder: Path, network: Network, images: Images, trained: Trained
 ) -> dict[str, dict[str, Any]]:
     """Step, file, fingerprints, test accuracy, macro scores and test loss of the `last` and the
-    `best` checkpoint; the network then has the weights of one of them."""
-    device = next(network.parameters()).device
-    test = images.test.resident("images").to(device), images.test.resident("labels").to(device)
+    `best` checkpoint; without labels the validation loss of the objective instead. The network then
+    has the weights of one of them."""
     measured: dict[int, dict[str, Any]] = {}
+    if images.test is not None:
+        device = next(network.parameters()).device
+        test = [images.test.resident(column).to(device) for column in ("images", "labels")]
     for step in dict.fromkeys((trained.last_step, trained.best_step)):
         file, weights_sha256 = trained.checkpoints[step]
         _load(network, folder / file, weights_sha256)
-        again = evaluate(network, images.pixels, *test, macro=True)
         measured[step] = {
             "step": step,
             "file": file,
             "file_sha256": files.sha256_file(folder / file),
             "weights_sha256": weights_sha256,
+        }
+        if images.test is None:
+            row = trained.metrics.set_index("step").loc[step]
+            measured[step]["validation_loss"] = float(row["validation_loss"])
+            continue
+        again = evaluate(network, images.pixels, *test, macro=True)
+        measured[step] |= {
             "test_accuracy": again.accuracy,
             "test_loss": again.loss,
             **{f"test_{name}": score for name, score in again.macro.items()},
             "read": again.read,
         }
     return {"last": measured[trained.last_step], "best": measured[trained.best_step]}
+
+
+def shown_results(evidence: dict[str, Any], checkpoints: dict[str, Any]) -> dict[str, float]:
+    """What a tracker shows of a whole training."""
+    last, best = checkpoints["last"], checkpoints["best"]
+    measured = "test_accuracy" if "test_accuracy" in last else "validation_loss"
+    results = {measured: last[measured]}
+    if not evidence["selection"]["teacher_overlap"]:  # else the teacher learnt from these images
+        results |= {f"{measured}_best": best[measured], "best_step": best["step"]}
+    return results | evidence["budget"]["recorded"]
 
 
 def keep_epoch(training: Training, plan: Plan, epoch: int | None) -> Training:

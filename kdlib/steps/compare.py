@@ -93,7 +93,8 @@ def results(study: Study) -> pd.DataFrame:
             settings = files.read_json(folder / "settings.json")
             reference = reference or settings
             row |= _measured(evidence)
-            reasons = _reasons(folder, evidence, settings, reference)
+            rules = checks.student_rules(study.data.labelled)
+            reasons = _reasons(folder, evidence, settings, reference, rules)
             reasons += inputs.changed(cell, seed, evidence)
             row["test_accuracy_distinct"], unlike = again.student(cell, seed, evidence)
             reasons += unlike
@@ -152,7 +153,7 @@ class _Inputs:
         self.data = read_evidence(up.runs / "teacher", up.step_settings("teacher"))["data"]
         self.datamaps = {
             seed: read_evidence(datamap_folder(study, seed), datamap_settings(study, seed))
-            for seed in study.seeds
+            for seed in (study.seeds if study.recorded_training else ())
         }
         self.teacher = functools.cache(lambda name: open_teacher(study, name))
 
@@ -165,7 +166,7 @@ class _Inputs:
             changed.append("images")
         if evidence["teacher"] and shared and evidence["teacher"] != self.teacher(name):
             changed.append("teacher outputs")
-        datamap = self.datamaps[seed]["datamap_sha256"]
+        datamap = self.datamaps.get(seed, {}).get("datamap_sha256")
         if not cell.strategy.startswith(PICKED) and parent not in (None, datamap):
             changed.append("datamap")
         if not changed:
@@ -242,9 +243,11 @@ def _add_probes(
     return reasons
 
 
-def _reasons(folder: Path, evidence: dict, settings: dict, reference: dict) -> list[str]:
+def _reasons(
+    folder: Path, evidence: dict, settings: dict, reference: dict, rules: checks.Rules
+) -> list[str]:
     """Reasons to refuse a run: failed checks, and settings that differ beside the axes."""
-    outcomes = checks.run_all(checks.STUDENT, evidence)
+    outcomes = checks.run_all(rules, evidence)
     outcomes.append(checks.checkpoint_hashes(folder, evidence))
     reasons = _failed(outcomes)
     if lines := checks.differing(settings, reference, FACTORS):
@@ -287,7 +290,8 @@ def costs(study: Study) -> pd.DataFrame:
     runs = {what: [(up.runs / what, up.step_settings(what))] for what in ("cache", "teacher")}
     if study.dynamics.model is not None:
         runs["dynamics"] = [(study.recorded_run, dynamics_settings(study))]
-    runs["datamap"] = [(datamap_folder(study), datamap_settings(study))]
+    if study.recorded_training is not None:
+        runs["datamap"] = [(datamap_folder(study), datamap_settings(study))]
     if study.dynamics.per_seed:
         places = [(up, *recording_of_seed(study, seed)) for seed in study.seeds]
         runs["recordings"] = [(recording_folder(*p), recording_settings(*p)) for p in places]

@@ -39,7 +39,9 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     none yet.
 
     Returns: The study's datamap, of its recorded network.
+    Raises: StudyError for a study without a recorded training.
     """
+    demand_recorded(study)
     whole = _make(study, images, None)
     for seed in study.seeds if study.dynamics.per_seed else ():
         record(study.upstream, images, *recording_of_seed(study, seed))
@@ -84,6 +86,14 @@ def _open_log(study: Study, images: Images, seed: int | None) -> DynamicsLog:
     if seed is not None:
         return open_log(study.upstream, images, *recording_of_seed(study, seed))
     return DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
+
+
+def demand_recorded(study: Study) -> None:
+    """Raises: StudyError for a study without a recorded training."""
+    if study.recorded_training is None:
+        why = "gives `dynamics` no model and training, and its teacher is not trained here"
+        why = why if study.data.labelled else "has images without labels"
+        raise StudyError(f"{study.name} {why}: it has no training dynamics and no datamap")
 
 
 def _inputs(study: Study, seed: int | None) -> dict[str, str]:
@@ -138,8 +148,10 @@ def open_datamap(study: Study, images: Images, seed: int | None = None) -> pd.Da
         seed: That by which the subsets of this seed are chosen; None: the study's.
 
     Raises: FileNotFoundError that names the command; ValueError for a datamap of other images,
-        another recording or another teacher; StudyError for a seed without a recording.
+        another recording or another teacher; StudyError for a study without a recorded training,
+        or a seed without a recording.
     """
+    demand_recorded(study)
     if not study.dynamics.per_seed:
         seed = None
     elif seed is not None and seed not in study.seeds:

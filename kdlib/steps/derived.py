@@ -86,6 +86,11 @@ class Shards:
         spans = [np.arange(f, f + n) for f, n in sorted(entries.items()) if f // size in kept]
         return cls(folder, np.concatenate(spans), size)
 
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        return self.rows("images", self.ids[:1]).shape[1:]
+
     def rows(self, column: str, ids: np.ndarray) -> np.ndarray:
         """Rows of a column (`images`, `labels`) in the order of sorted ids."""
         parts = []

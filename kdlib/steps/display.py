@@ -47,6 +47,8 @@ MEANINGS = {
     "test_accuracy": "share of the test images it classifies rightly after the last step",
     "test_accuracy_best": "the same at the best epoch on validation images; NaN where there are "
     "none or the teacher learnt from them",
+    "validation_loss": "loss of the objective on held-out images after the last step",
+    "validation_loss_best": "the lowest one of the training",
     "best_step": "the step of that epoch",
     "test_precision": "precision of each class on the test images, averaged over classes; that of "
     "a class it never names counts 0",

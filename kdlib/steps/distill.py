@@ -48,7 +48,7 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
         return _picked(study, cell, seed, ids, data)
     rule = cell.strategy if cell.strategy == "full" else study.selection(cell.strategy)
     features = None
-    if rule == "full" or (rule.kind == "random" and not rule.balanced):  # these look at ids alone
+    if not study.reads_datamap(cell.strategy):  # these look at ids alone
         table = pd.DataFrame(index=pd.Index(ids, name="example_id"))
     else:
         table = open_datamap(study, images, seed)
@@ -129,7 +129,8 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
             "seed": seed,
             "parent_datamap": subset.parent,
         }
-        return finish_run(run, study, images, "distill", evidence, checks.STUDENT)
+        rules = checks.student_rules(study.data.labelled)
+        return finish_run(run, study, images, "distill", evidence, rules)
 
 
 def _renew(run: Run, subset: Subset, card: dict[str, Any] | None) -> None:
@@ -155,13 +156,18 @@ def open_student(study: Study, cell: Cell, seed: int) -> dict[str, Any]:
 
 
 def outcome(evidence: dict[str, Any]) -> dict[str, Any]:
-    """Accuracies and budget of a finished student; the columns of every table of runs."""
+    """Accuracies, without labels validation losses, and budget of a finished student; the columns
+    of every table of runs."""
     last, best = evidence["checkpoints"]["last"], evidence["checkpoints"]["best"]
     selection = evidence["selection"]  # no best epoch where the teacher learnt from these images
     chosen = selection["held_out"]["n"] > 0 and selection["teacher_overlap"] == 0
-    return {
-        "test_accuracy": last["test_accuracy"],
-        "test_accuracy_best": best["test_accuracy"] if chosen else float("nan"),
+    if "validation_loss" in last:
+        measured = {"validation_loss": last["validation_loss"]}
+        measured |= {"validation_loss_best": best["validation_loss"]}
+    else:
+        measured = {"test_accuracy": last["test_accuracy"]}
+        measured |= {"test_accuracy_best": best["test_accuracy"] if chosen else float("nan")}
+    return measured | {
         "best_step": best["step"],
         **{key: last[key] for key in MACRO if key in last},  # since 2026-11, likewise the next
         **evidence.get("network", {}),

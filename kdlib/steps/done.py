@@ -34,7 +34,7 @@ from kdlib.study.cells import Cell
 from kdlib.study.data import data_path
 from kdlib.study.models import Student, Teacher, TrainedTeacher
 from kdlib.study.objectives import needs_teacher
-from kdlib.study.selections import PICKED, SHARD_POLICIES
+from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"  # beside the package
@@ -93,7 +93,8 @@ def _sources(study: Study, step: str) -> list[Path]:
         runs = study.recordings.runs() if study.recordings else []
         return [recording_folder(study, *run) for run in runs]
     teachers = [teacher_folder(study, name) for name in study.shared_teachers]
-    shared = [study.upstream.runs / "cache", *teachers, datamap_folder(study)]
+    shared = [study.upstream.runs / "cache", *teachers]
+    shared += [datamap_folder(study)] if study.recorded_training else []
     for seed in study.seeds if study.dynamics.per_seed else ():
         recording = recording_folder(study.upstream, *recording_of_seed(study, seed))
         shared += [recording, datamap_folder(study, seed)]
@@ -195,7 +196,7 @@ class _Steps:
         study, up = self.study, self.study.upstream
         self._add(self.cache, up.step_settings("cache"), (), self._cached)
         self._look(self.cache, "cache")
-        if up.recorded_run != self.teacher:
+        if up.dynamics.model is not None:
             inputs = functools.partial(self._trained_on, up)
             self._add(up.recorded_run, dynamics_settings(study), [self.cache], inputs)
         for name in study.shared_teachers:
@@ -203,6 +204,8 @@ class _Steps:
         if up.recorded_run in self.open and self.teacher not in self.why:  # notebook 02 makes both
             why = self.why[up.recorded_run]
             self.why[self.teacher] = f"{_named(up.recorded_run)}: {why}"
+        if study.recorded_training is None:
+            return
         waits = [self.cache, up.recorded_run, self.teacher]
         inputs = functools.partial(self._of_datamap, up.recorded_run)
         self._add(self.datamap, datamap_settings(study), waits, inputs)
@@ -252,8 +255,7 @@ class _Steps:
     @functools.cached_property
     def _caches(self) -> dict[str, Cache]:
         up = self.study.upstream
-        splits = ("train", "test")
-        return {s: Cache(up.cache / s, part=up.data.part_of(s)) for s in splits}
+        return {s: Cache(up.cache / s, part=up.data.part_of(s)) for s in up.data.splits}
 
     def _cached(self) -> dict[str, str]:
         return {split: cache.fingerprint for split, cache in self._caches.items()}
@@ -282,7 +284,8 @@ class _Steps:
         if needs_teacher(objective) and objective.teacher in study.shared_teachers:
             teacher = teacher_folder(study, objective.teacher)
             waits.append(teacher)
-        if mapped := self._reads_datamap(cell):
+        picked = cell.strategy.startswith(PICKED)
+        if mapped := study.reads_datamap(cell.strategy) and not picked:
             waits.append(datamap_folder(study, seed))
 
         def further(evidence: Evidence) -> str:
@@ -292,7 +295,7 @@ class _Steps:
             datamap = self._evidence.get(datamap_folder(study, seed))
             if mapped and parent != datamap["datamap_sha256"]:
                 return "its subset was chosen by another datamap"
-            if cell.strategy.startswith(PICKED):
+            if picked:
                 saved = Subset.load(study.picked(cell.strategy)).sha256
                 if saved != evidence["subset"]["sha256"]:
                     return f"{study.picked(cell.strategy)} holds another selection"
@@ -305,12 +308,6 @@ class _Steps:
 
         self._add(folder, student_settings(study, cell, seed), waits, inputs, further)
         self._look(folder, "distill")
-
-    def _reads_datamap(self, cell: Cell) -> bool:
-        if cell.strategy in ("full", *SHARD_POLICIES) or cell.strategy.startswith(PICKED):
-            return False
-        rule = self.study.selection(cell.strategy)
-        return rule.kind != "random" or rule.balanced
 
     def _probes(self, cell: Cell) -> None:
         study = self.study

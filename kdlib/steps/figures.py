@@ -322,7 +322,7 @@ def redraw(study: Study) -> None:
             drawn |= draw_shard_visits(study)
             if _is_finished(study, "datamap"):
                 drawn |= draw_datamap(study)
-            else:
+            elif study.recorded_training is not None:
                 missing += FIGURES["datamap"]
     print(f"{', '.join(drawn)} drawn in {study.figures}")
     wrong_labels = study.recordings and study.data.relabel

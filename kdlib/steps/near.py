@@ -31,7 +31,7 @@ def near_duplicates(
     Raises: FileNotFoundError without a teacher's outputs; ValueError for limits out of range.
     """
     parts, features = [], []
-    for split, cache in (("train", images.train), ("test", images.test)):
+    for split, cache in images.caches.items():
         ids = cache.example_ids
         part = {"split": split, "example_id": ids, "label": cache.read("labels", ids)}
         parts.append(pd.DataFrame(part))

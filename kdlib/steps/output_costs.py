@@ -57,8 +57,8 @@ def output_costs(study: Study, images: Images, name: str | None = None) -> pd.Da
     for way, outputs in ways.items():
         asked = owner.teacher.model_copy(update={"outputs": outputs})
         other = owner.model_copy(update={"teacher": asked})
-        n_train, n_test = (len(cache.example_ids) for cache in (images.train, images.test))
-        n_images = n_train + n_test + (views * n_train if way.endswith("views") else 0)
+        n_train, *n_test = (len(cache.example_ids) for cache in images.caches.values())
+        n_images = n_train + sum(n_test) + (views * n_train if way.endswith("views") else 0)
         step_s = in_step if way == "live" else 0.0
         rows.append(
             {"outputs": way, "asked": outputs == owner.teacher.outputs,

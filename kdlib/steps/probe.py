@@ -1,7 +1,8 @@
 """Step 05: probes and diagnostics of every checkpoint of a cell's students, and of the teacher.
 
 The columns `on` and `layer` of the table name the data set (`own`: the study's, or one of
-`probe.others`) and the layer. The checks read the rows of the study's data and the last layer.
+`probe.others`) and the layer. The checks read the rows of the last layer and of the study's data,
+or, where these have no labels, of the first data set that is compared on.
 """
 
 from collections.abc import Callable, Iterator
@@ -63,13 +64,13 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
     with open_run(study.runs, folder, settings) as run:
         if not run.finished:
             further = (cache for examples in others.values() for cache, _ in examples)
-            for cache in (images.train, images.test, *further):
+            for cache in (*images.caches.values(), *further):
                 cache.verify()
             probing = _Probing(study, images, cell, teacher, others, device)
             table = pd.DataFrame([*probing.students(evidences), *probing.teacher()])
             write_parquet(folder / "probes.parquet", table, {"settings": run.settings_sha256})
             begun = [e["initialisation"].get("origin") for e in evidences.values()]
-            facts = _probe_evidence(table, images)
+            facts = _probe_evidence(table, OWN if images.n_classes else study.compare.places[0])
             facts["floor"]["given"] = bool(set(begun) - {None, Origin().name})
             evidence = facts | {
                 "step": "probe",
@@ -109,7 +110,8 @@ class _Probing:
     Attributes:
         card: The teacher's.
         others: Examples of other data sets, by name.
-        pair: The teacher's stored features of the study's training and test examples.
+        pair: The teacher's stored features of the study's training and test examples; empty where
+            these have no labels.
     """
 
     def __init__(
@@ -130,13 +132,21 @@ class _Probing:
             for cache, ids in probe_examples(images)
         ]
 
+    @property
+    def own(self) -> dict[str, Examples]:
+        """The study's examples, where they have labels."""
+        examples = probe_examples(self.images)
+        return {OWN: examples} if examples else {}
+
     def students(self, evidences: dict[int, dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The rows of every checkpoint of the seeds' runs."""
         study, images, cell = self.study, self.images, self.cell
         network = network_for(images, study.students[cell.student].model, 0, self.device)
-        teacher = self.pair[0].values
-        teacher = teacher, diagnostics.shared(teacher, teacher)
-        places = {OWN: probe_examples(images)} | self.others
+        teacher = None
+        if self.pair:
+            values = self.pair[0].values
+            teacher = values, diagnostics.shared(values, values)
+        places = self.own | self.others
         inputs = images.fingerprints | {"teacher": self.card["outputs"]}
         inputs |= _named_fingerprints(self.others)
 
@@ -158,10 +168,12 @@ class _Probing:
     def teacher(self) -> Iterator[dict[str, Any]]:
         """The teacher's rows: of its stored features, and of other data."""
         row = dict(self.cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
-        inputs = {"weights": self.pair[0].weights_sha256, "outputs": self.card["outputs"]}
-        place = {"on": OWN, "layer": LAST}
-        make = partial(probe_pair, place, *self.pair, self.study.probe)
-        rows = self._once(inputs | self.images.fingerprints, make)
+        inputs = {"weights": self.card["weights_sha256"], "outputs": self.card["outputs"]}
+        rows = []
+        if self.pair:
+            place = {"on": OWN, "layer": LAST}
+            make = partial(probe_pair, place, *self.pair, self.study.probe)
+            rows += self._once(inputs | self.images.fingerprints, make)
         for name, examples in self.others.items():
             make = partial(self._teacher_elsewhere, name, examples)
             rows += self._once(inputs | _fingerprints({name: examples}), make)
@@ -173,7 +185,7 @@ class _Probing:
         network = load_teacher(study, images, self.device, folder, read_evidence(folder))
         last = study.probe.model_copy(update={"layers": (LAST,)})
         yield from probe_network(
-            {name: examples}, network, self.pair[0].weights_sha256, teacher_pixels(study, images),
+            {name: examples}, network, self.card["weights_sha256"], teacher_pixels(study, images),
             images.image_shape, last,
         )  # fmt: skip
 
@@ -196,10 +208,10 @@ class _Probing:
         return read_table(path, asked).to_dict("records")
 
 
-def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
-    """The facts that the checks read: of the study's data and the last layer; and for all rows,
-    that training and test features are of the same weights."""
-    students = table[(table["strategy"] != "teacher") & (table["on"] == OWN)]
+def _probe_evidence(table: pd.DataFrame, on: str) -> dict[str, Any]:
+    """The facts that the checks read: of one data set and the last layer; and for all rows, that
+    training and test features are of the same weights."""
+    students = table[(table["strategy"] != "teacher") & (table["on"] == on)]
     linear = students[(students["probe"] == "linear") & (students["layer"] == LAST)]
     steps = linear.groupby("seed")["step"]  # seeds that stop early have other last steps
     first, last = linear.loc[steps.idxmin()], linear.loc[steps.idxmax()]
@@ -211,7 +223,7 @@ def _probe_evidence(table: pd.DataFrame, images: Images) -> dict[str, Any]:
         "floor": {
             "trained": trained,
             "untrained": floor if kept else None,
-            "slack": float(2 * np.sqrt(floor * (1 - floor) / images.test.n_examples)),
+            "slack": float(2 * np.sqrt(floor * (1 - floor) / int(last["n_test"].iloc[0]))),
         },
         "collapse": {
             "ratio": float(worst["rank_ratio"]),

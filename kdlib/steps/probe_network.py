@@ -152,7 +152,8 @@ def probe_weights(
     device = prepare_device(study.compute)
     network = network_for(images, model, 0, device)
     weights = read_weights(network, path, "any").weights_sha256
-    places = {OWN: probe_examples(images)}
+    own = probe_examples(images)  # none without labels
+    places = {OWN: own} if own else {}
     places |= {name: other_examples(data) for name, data in study.probe.others.items()}
     shown = pixels or images.pixels
     return pd.DataFrame(

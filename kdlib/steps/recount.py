@@ -120,7 +120,7 @@ class Recount:
         data, cache = study.upstream.data, study.upstream.cache
         self.study = study
         self.train = Shards.open(cache / "train", data.part_of("train"))
-        self.test = Shards.open(cache / "test", data.part_of("test"))
+        self.test = Shards.open(cache / "test", data.part_of("test")) if data.labelled else None
         self.train_ids, self.validation_ids = _split(data, self.train.ids)
         self.labels = np.full(self.train.ids[-1] + 1, -1, np.int64)
         self.labels[self.train.ids] = self.train.rows("labels", self.train.ids)
@@ -129,10 +129,9 @@ class Recount:
     @functools.cached_property
     def read(self) -> dict[str, dict[str, Any]]:
         """What an evaluation of each split reports: number of images, and their fingerprint."""
-        splits = {
-            "validation": (self.train, self.validation_ids),
-            "test": (self.test, self.test.ids),
-        }
+        splits = {"validation": (self.train, self.validation_ids)}
+        if self.test is not None:
+            splits["test"] = (self.test, self.test.ids)
         return {name: {"n": len(i), "sha256": s.sha256(i)} for name, (s, i) in splits.items()}
 
     @functools.cache  # noqa: B019 (lives as long as the tables are compiled)
@@ -158,12 +157,20 @@ class Recount:
                 for ids in np.array_split(shards.ids, max(1, len(shards.ids) // shards.size))
                 for image in shards.rows("images", ids)
             ]
-            for split, shards in (("train", self.train), ("test", self.test))
+            for split, shards in self.splits.items()
         }
+
+    @property
+    def splits(self) -> dict[str, Shards]:
+        """`train` and, where there are labels, `test`."""
+        both = {"train": self.train, "test": self.test}
+        return {split: shards for split, shards in both.items() if shards is not None}
 
     @functools.cached_property
     def distinct(self) -> np.ndarray:
         """Whether no other image of either split has the same pixels: (n_test,) bool."""
+        if self.test is None:
+            return np.zeros(0, bool)
         n_images = Counter(self.pixels["train"] + self.pixels["test"])
         return np.array([n_images[pixels] == 1 for pixels in self.pixels["test"]])
 
@@ -278,7 +285,8 @@ class Recount:
             expected = dataclasses.replace(expected, n_steps=min(recorded["steps"], planned))
         batches = list(expected.batches(training, seed, self.train.size))
         n_unique = len(np.unique(np.concatenate(batches)))
-        tested = {name: evidence["checkpoints"][name]["read"] for name in ("last", "best")}
+        kept = evidence["checkpoints"] if self.test is not None else ()
+        tested = {name: kept[name]["read"] for name in kept}
         facts = [
             ("steps", recorded["steps"], len(batches)),
             ("samples", recorded["samples"], sum(map(len, batches))),

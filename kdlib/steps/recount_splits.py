@@ -42,7 +42,7 @@ def pixel_disagreements(evidence: dict[str, Any], mean: np.ndarray, std: np.ndar
 
 
 def _agreement(recount: Recount) -> dict[str, Any]:
-    both = {"train": recount.train, "test": recount.test}
+    both = recount.splits
     first = {split: min(shards.folder.glob("index*.json")) for split, shards in both.items()}
     headers = {split: json.loads(path.read_text())["header"] for split, path in first.items()}
     names = {split: header["class_names"] for split, header in headers.items()}
@@ -71,7 +71,7 @@ def _duplicates(recount: Recount) -> dict[str, Any]:
     groups: dict[bytes, Counter[tuple[str, int]]] = defaultdict(Counter)  # -> (place, label)
     for pixels, example_id, label in _rows(recount, "train"):
         groups[pixels]["validation" if example_id in held_out else "kept", label] += 1
-    for pixels, _, label in _rows(recount, "test"):
+    for pixels, _, label in _rows(recount, "test") if "test" in recount.splits else ():
         groups[pixels]["test", label] += 1
     pairs, other = Counter(train=0, test=0, across=0), Counter(train=0, test=0, across=0)
     crossing = among_kept = two_labels = 0
@@ -89,6 +89,9 @@ def _duplicates(recount: Recount) -> dict[str, Any]:
         crossing += places["test"] if places["kept"] + places["validation"] else 0
         among_kept += places["validation"] if places["kept"] else 0
         two_labels += group.total() if len(labels) > 1 else 0
+    if "test" not in recount.splits:
+        facts = {"n_images": {"train": len(recount.train.ids)}, "pairs": {"train": pairs["train"]}}
+        return facts | {"held_out": among_kept, "n_validation": len(held_out)}
     return {
         "n_images": {"train": len(recount.train.ids), "test": len(recount.test.ids)},
         "pairs": dict(pairs), "contradicting": dict(other), "crossing": crossing,
@@ -104,7 +107,7 @@ def _pairs(places: Counter[str]) -> dict[str, int]:
 
 def _rows(recount: Recount, split: str) -> Iterator[tuple[bytes, int, int]]:
     """A hash of its pixels, id and label (the source's) of each image."""
-    shards = {"train": recount.train, "test": recount.test}[split]
+    shards = recount.splits[split]
     replaced = any(shards.folder.glob("original_labels-*.npy"))
     labels = shards.rows("original_labels" if replaced else "labels", shards.ids)
     return zip(recount.pixels[split], shards.ids.tolist(), labels.tolist(), strict=True)

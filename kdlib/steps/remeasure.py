@@ -31,12 +31,17 @@ from kdlib.steps.distill import MACRO, make_subset
 from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.recount import Recount
+from kdlib.steps.remeasure_loss import TOLERANCE, TeacherRows, loss_again
 from kdlib.steps.teacher_network import (
     begun_network,
+    load_teacher,
     of_file,
     teacher_network,
+    teacher_pixels,
     teacher_settings,
 )
+from kdlib.steps.teacher_outputs import REPLAYED
+from kdlib.steps.training import OBJECTIVE
 from kdlib.study.cells import Cell
 from kdlib.study.data import data_path
 from kdlib.study.models import Begun, Model
@@ -77,8 +82,9 @@ class Remeasure:
         self.recording = functools.cache(self._recording)  # of a seed
         self._initial: dict[tuple[str, int], str] = {}
         distinct = array_sha256(recount.distinct)
+        read = recount.read.get("test", recount.read["validation"])
         self._inputs = files.fingerprint(
-            [recount.read["test"], self.mean.tolist(), self.std.tolist(), distinct, VERSION]
+            [read, self.mean.tolist(), self.std.tolist(), distinct, VERSION]
         )
 
     def rights(
@@ -139,6 +145,8 @@ class Remeasure:
             reasons += self._unlike_origin(settings, init, evidence, folder, build)
         else:
             reasons += self._unlike_initial(settings.model, init, evidence, build)
+        if self.recount.test is None:
+            return math.nan, reasons + self._unlabelled(cell, seed, evidence, build)
         for name in ("best", "last"):
             entry = evidence["checkpoints"][name]
             if files.sha256_file(folder / entry["file"]) != entry["file_sha256"]:
@@ -156,6 +164,52 @@ class Remeasure:
             reasons += [f"datamap: {reason}" for reason in recorded]
         n = again["n_distinct"]
         return again["right_distinct"] / n if n else math.nan, reasons
+
+    def _unlabelled(
+        self, cell: Cell, seed: int, evidence: dict[str, Any], build: Callable[[], nn.Module]
+    ) -> list[str]:
+        """Why the validation loss of the last step does not stand; that of `best` is the lowest of
+        the same curve."""
+        study, recount, folder = self.study, self.recount, student_folder(self.study, cell, seed)
+        entry, objective = evidence["checkpoints"]["last"], study.objectives[cell.objective]
+        kept = load_file(folder / OBJECTIVE)
+        if weights_fingerprint(kept) != evidence["objective_sha256"]:
+            return [f"{OBJECTIVE} is not as the training left it"]
+        parts = [entry["weights_sha256"], evidence["objective_sha256"], evidence["teacher"]]
+        key = f"{files.fingerprint(parts)} {self._inputs}"
+        if key not in self._kept:
+            network = build()
+            network.load_state_dict(load_file(folder / entry["file"]))
+            self._kept[key] = loss_again(
+                study, cell.objective, folder, evidence, network.eval(), recount.train,
+                self._teacher_rows(objective.teacher), recount.validation_ids, self.mean, self.std,
+            )  # fmt: skip
+        again, recorded = self._kept[key], entry["validation_loss"]
+        if math.isclose(again, recorded, rel_tol=TOLERANCE):
+            return []
+        return [f"`last` measured again: validation loss {again:.6g}, {recorded:.6g} on record"]
+
+    def _teacher_rows(self, name: str | None) -> TeacherRows:
+        """A teacher's outputs: the stored ones, or of a live one those that it computes."""
+        study, folder = self.study, teacher_folder(self.study, name)
+        if not study.teacher.live:
+            which = "train" if study.teacher.stored.views is None else REPLAYED
+            stored = Shards.open(folder / f"outputs-{which}", study.data.part_of("train"))
+            return lambda names, ids, _: {
+                n: stored.rows(n, ids)[:, 0].astype(np.float32) for n in names
+            }
+        made = read_evidence(folder)
+        network = load_teacher(study, self.images, self.device, folder, made, name).eval()
+        shown = teacher_pixels(study, self.images, name)
+        mean, std = (np.float32(x)[:, None, None] for x in (shown.mean, shown.std))
+
+        def live(names: tuple[str, ...], ids: np.ndarray, images: np.ndarray) -> dict:
+            inputs = torch.from_numpy(((images - mean) / std).astype(np.float32))
+            with torch.no_grad():
+                outputs = network.outputs(inputs.to(self.device), names)
+            return {name: value.float().cpu().numpy() for name, value in outputs.items()}
+
+        return live
 
     def _drawn_again(self, cell: Cell, seed: int) -> np.ndarray | None:
         """The subset of a rule that `Recount` does not derive, for one seed in five."""

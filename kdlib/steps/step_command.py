@@ -58,7 +58,8 @@ def run_steps(
 def _make(study: Study, step: str, teacher: str | None, built: bool) -> Row | None:
     if step == "cache":
         images = cache_images(study, built)
-        return {"n_train": len(images.train_ids), "n_test": images.test.n_examples}
+        n_test = {} if images.test is None else {"n_test": images.test.n_examples}
+        return {"n_train": len(images.train_ids)} | n_test
     if step == "compare":  # `python -m kdlib figures` draws and writes what follows from the tables
         evidence = finish_tables(study, "compare", compile_tables(study))
         return {name: evidence[name] for name in ("n_runs", "n_accepted")}
@@ -70,7 +71,9 @@ def _make(study: Study, step: str, teacher: str | None, built: bool) -> Row | No
     evidence = (
         make_teacher(study, images) if teacher is None else make_one_teacher(study, images, teacher)
     )
-    return None if evidence is None else {"test_accuracy": evidence["teacher"]["measured"]}
+    measured = None if evidence is None else evidence["teacher"]["measured"]
+    facts = {} if measured is None else {"test_accuracy": measured}  # none without labels
+    return None if evidence is None else facts
 
 
 def read_points(lines: Iterable[str], study: Study) -> Iterator[tuple[Cell, int]]:
@@ -112,5 +115,7 @@ def distill(study: Study, points: Iterable[tuple[Cell, int]]) -> Iterator[Row]:
         else:
             if evidence is None:
                 continue
-            row["test_accuracy"] = evidence["checkpoints"]["last"]["test_accuracy"]
+            last = evidence["checkpoints"]["last"]
+            measured = "test_accuracy" if "test_accuracy" in last else "validation_loss"
+            row[measured] = last[measured]
         yield row | {"seconds": round(time.monotonic() - started, 3)}

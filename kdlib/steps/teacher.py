@@ -110,7 +110,8 @@ def _make(
             seed, by this process alone.
     """
     teacher, world = teacher_settings(study, name), this_process(study.compute.device)
-    device, own_seed, rules, describe = world.device, None, checks.TEACHER, "teacher"
+    device, own_seed, describe = world.device, None, "teacher"
+    rules = checks.TEACHER if study.data.labelled else ()  # its outputs are verified as stored
     if subset is not None:
         own_seed, world = derive(seed, "teacher"), World(device=device)  # the others wait
         describe = f"teacher {name} of {subset.strategy} {subset.fraction:g}, seed {seed}"

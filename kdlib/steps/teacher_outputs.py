@@ -44,7 +44,7 @@ def store_all_outputs(
     study: Study, images: Images, network: Network, name: str | None, folder: Path, device: str
 ) -> dict[str, Any]:
     """Store a teacher's outputs in the folder of its run; returns its card, with the accuracy of
-    the stored outputs."""
+    the stored outputs where the images have labels."""
     teacher = teacher_settings(study, name)
     stored = {
         which: _store(study, images, network, name, folder, which, device) for which in kinds(study)
@@ -56,7 +56,7 @@ def store_all_outputs(
             "claimed": teacher.expected_accuracy,
             "tolerance": teacher.tolerance,
             "uninformed": teacher.uninformed is True,
-            "split": "test",
+            "split": None if images.test is None else "test",
             "weights_sha256": weights_fingerprint(network),
             "n_stages": network.n_stages,
             "outputs": {which: cache.fingerprint for which, cache in stored.items()},
@@ -71,7 +71,9 @@ def _measured(
     study: Study, images: Images, n_classes: int, stored: dict[str, Cache]
 ) -> dict[str, Any]:
     """Accuracy of a teacher's stored logits; of a network without a classifier, accuracy of the
-    k-NN probe of its stored features."""
+    k-NN probe of its stored features; nothing without labels."""
+    if images.test is None:
+        return dict.fromkeys(("chance", "measured", "measured_train", "measured_by"))
     if n_classes:
         ids = images.test.example_ids
         answers = stored_logits(stored["test"], ids).argmax(1).numpy()
@@ -116,8 +118,9 @@ def store_part(study: Study, images: Images, part: tuple[int, int]) -> list[Cach
 
 
 def kinds(study: Study) -> tuple[str, ...]:
-    """What is stored of a teacher: outputs of both splits, and of replayed views."""
-    return ("train", "test") if replay(study) is None else ("train", "test", REPLAYED)
+    """What is stored of a teacher: outputs of each split, and of replayed views."""
+    splits = study.upstream.data.splits
+    return splits if replay(study) is None else (*splits, REPLAYED)
 
 
 def replay_of(study: Study, which: str) -> Replay | None:
@@ -187,7 +190,7 @@ def demand_grids(study: Study, images: Images, name: str | None) -> None:
             continue
         for student in study.axes.student:
             network = network_for(images, study.students[student].model, 0, "cpu")
-            wanted = student_outputs(objective, network.n_stages)
+            wanted = student_outputs(objective, network.n_stages, network.n_classes > 0)
             shapes = network.output_shapes(images.image_shape, wanted)
             sides = {shape[1:] for n, shape in shapes.items() if n.startswith("stage")}
             if other := sides - {(grid, grid)}:

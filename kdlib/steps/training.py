@@ -18,10 +18,11 @@ from kdlib.models.base import Network
 from kdlib.models.live import LiveOutputs, live_evidence
 from kdlib.models.outputs import Replay, stored_accuracy
 from kdlib.models.size import network_size
+from kdlib.models.weights import save_weights
 from kdlib.repro import checks, files
 from kdlib.repro.run import Run
 from kdlib.repro.seeds import PURPOSES, derive
-from kdlib.steps.checkpoints import keep_epoch, measure_checkpoints
+from kdlib.steps.checkpoints import keep_epoch, measure_checkpoints, shown_results
 from kdlib.steps.folders import measured_precision
 from kdlib.study.objectives import CrossEntropy, Objective
 from kdlib.study.selections import Dynamics
@@ -29,6 +30,7 @@ from kdlib.study.study import Study
 from kdlib.study.training import Compute, Tracking, Training
 from kdlib.trainer.distiller import Distiller
 from kdlib.trainer.distributed import World, this_process
+from kdlib.trainer.held_out import open_held_out
 from kdlib.trainer.loop import Trained, checkpoint_steps, train
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
 from kdlib.trainer.state import saved_step
@@ -36,6 +38,7 @@ from kdlib.trainer.step import Task
 from kdlib.trainer.tracking import open_tracker
 
 CROSS_ENTROPY = CrossEntropy()
+OBJECTIVE = "objective.safetensors"  # what an objective without labels trained beside the network
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,15 @@ def build_task(inputs: TrainingInputs, cls: type[Distiller] | None = None) -> Ta
             for name in (reads if teacher else ())
         }
     loader = _open_loader(inputs, reads, live)
+    wanted = student_outputs(objective, network.n_stages, images.n_classes > 0)
+    if images.n_classes:
+        validation = images.validation(inputs.world.device)
+    else:
+        replayed, size = teacher.replay is not None, inputs.training.batch_size
+        validation = open_held_out(images, teacher.outputs, reads, loader, replayed, size)
     distiller = build_distiller(
         objective,
-        network.output_shapes(images.image_shape, student_outputs(objective, network.n_stages)),
+        network.output_shapes(images.image_shape, wanted),
         shapes,
         seed=inputs.seed,
         n_examples=len(inputs.plan.example_ids),
@@ -173,7 +182,7 @@ def build_task(inputs: TrainingInputs, cls: type[Distiller] | None = None) -> Ta
         loader=loader,
         objective=objective,
         training=inputs.training,
-        validation=images.validation(inputs.world.device),
+        validation=validation,
         full_size=len(images.train_ids),
         n_examples=images.train.n_examples,
         seed=inputs.seed,
@@ -229,7 +238,8 @@ def train_run(
     dynamics: Dynamics | None = None,
     world: World | None = None,
 ) -> dict[str, Any] | None:
-    """Train, evaluate the last and the best checkpoint on the test split, and collect the evidence.
+    """Train, evaluate the last and the best checkpoint on the test split, where there are labels,
+    and collect the evidence.
 
     Args:
         network, seed, objective, teacher, labels: As of `TrainingInputs`.
@@ -263,7 +273,7 @@ def train_run(
         study.dynamics.observed, compute, world,
     )  # fmt: skip
     if world.first:  # once a run: 0.3 s per GB on two cores
-        for cache in (images.train, images.test, *([teacher.outputs] if teacher else [])):
+        for cache in (*images.caches.values(), *([teacher.outputs] if teacher else [])):
             cache.verify()
     task = build_task(inputs)
     tracking = study.tracking if world.first else Tracking()
@@ -276,8 +286,11 @@ def train_run(
         if log is not None:
             log.finish()
         evidence = training_evidence(inputs, trained)
+        if not task.distiller.labelled:  # its loss is what is measured again
+            path = run.folder / OBJECTIVE
+            evidence["objective_sha256"] = save_weights(task.distiller, path, {})
         checkpoints = measure_checkpoints(run.folder, network, images, trained)
-        tracker.summarise(_results(evidence, checkpoints))
+        tracker.summarise(shown_results(evidence, checkpoints))
     if study.compute.precision != "float32":
         evidence["precision"] = measured_precision(study)
     evidence["metrics_sha256"] = files.sha256_file(run.folder / "metrics.parquet")
@@ -292,15 +305,6 @@ def train_run(
         evidence["pairing"] |= {"stored_accuracy": stored}
     evidence["network"] = network_size(network, images.image_shape)
     return evidence | {"checkpoints": checkpoints}
-
-
-def _results(evidence: dict[str, Any], checkpoints: dict[str, Any]) -> dict[str, float]:
-    """What a tracker shows of a whole training."""
-    results = {"test_accuracy": checkpoints["last"]["test_accuracy"]}
-    if not evidence["selection"]["teacher_overlap"]:  # else the teacher learnt from these images
-        best = checkpoints["best"]
-        results |= {"test_accuracy_best": best["test_accuracy"], "best_step": best["step"]}
-    return results | evidence["budget"]["recorded"]
 
 
 def training_evidence(inputs: TrainingInputs, trained: Trained) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from kdlib.study.base import NAME, known
 from kdlib.study.evaluation import OWN
 from kdlib.study.models import StoredOutputs
-from kdlib.study.objectives import RKD, Objective, Similarity, needs_teacher
-from kdlib.study.selections import PICKED, STRATEGIES
+from kdlib.study.objectives import RKD, Objective, Similarity, needs_teacher, why_labels
+from kdlib.study.selections import PICKED, STRATEGIES, Dynamics
 from kdlib.study.training import Augment
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ def check(study: "Study") -> None:
     Raises: ValueError with the first thing that does not fit.
     """
     _check_names(study)
+    if study.data.labelled:
+        _check_teachers_accuracy(study)
+    else:
+        _check_unlabelled(study)
+    if study.recorded_training is None:
+        _check_unmapped(study)
     _check_probes(study)
     _check_teachers(study)
     _check_trainings(study)
@@ -91,10 +97,6 @@ def _check_teachers(study: "Study") -> None:
             "the study's teacher learns from all training images; one that learns from the "
             "subset stands under `teachers`"
         )
-    if study.recorded_training is None:
-        raise ValueError(
-            "a loaded teacher has no recorded training: give `dynamics` a model and a training"
-        )
     for name, teacher in study.teachers.items():
         if teacher.outputs != StoredOutputs():
             raise ValueError(
@@ -107,6 +109,76 @@ def _check_teachers(study: "Study") -> None:
         raise ValueError(
             f"`{how}` reads the validation images, which the teacher has learnt from "
             "(trained_on: train): take another teacher, or a budget that does not read them"
+        )
+
+
+def _check_unmapped(study: "Study") -> None:
+    """Without a recorded training there is no datamap; `full`, random subsets and shards need
+    none."""
+    why = "a loaded teacher has no recorded training: give `dynamics` a model and a training"
+    if not study.data.labelled:
+        why = "images without labels have none"
+    for name in study.axes.strategy:
+        if study.reads_datamap(name):
+            raise ValueError(
+                f"strategy {name} reads the datamap, and {why}; or take full, random, fixed_shards "
+                "or random_shards"
+            )
+    if study.dynamics != Dynamics():
+        raise ValueError(f"{why}; or leave `dynamics` out, as no strategy here reads the datamap")
+    if study.recordings is not None and study.recordings.training is None:
+        raise ValueError(f"`recordings` without a training repeat the recorded one, and {why}")
+
+
+def _check_teachers_accuracy(study: "Study") -> None:
+    for name, teacher in {"teacher": study.teacher, **study.teachers}.items():
+        if teacher.expected_accuracy is None:
+            raise ValueError(f"{name} has no `expected_accuracy`, which its outputs are held to")
+
+
+def _check_unlabelled(study: "Study") -> None:
+    """What needs labels, in a study whose images have none."""
+    if study.data.n_validation == 0:
+        raise ValueError(
+            "a training without labels is followed by its loss on held-out images, and "
+            "data.n_validation is 0: hold some out"
+        )
+    for settings, key in ((study.data, "test_folder"), (study.data.huggingface, "test_split")):
+        if settings and getattr(settings, key) != type(settings).model_fields[key].default:
+            raise ValueError(
+                "images without labels have no test split; validation images are held out of the "
+                f"training split: leave `{key}` out"
+            )
+    for name, objective in study.objectives.items():
+        if why := why_labels(objective):
+            raise ValueError(f"objective {name} needs labels, and the images have none: {why}")
+    for name, student in study.students.items():
+        if student.freeze is not None:
+            raise ValueError(
+                f"student {name} has `freeze: {student.freeze}`, and without labels there is no "
+                "last layer to train: leave it out"
+            )
+    for name, teacher in {"teacher": study.teacher, **study.teachers}.items():
+        for key, asked in (
+            ("training", getattr(teacher, "training", None)),
+            ("expected_accuracy", teacher.expected_accuracy),
+            ("uninformed", teacher.uninformed),
+            ("outputs.top_k", teacher.stored.top_k),
+        ):
+            if asked is not None:
+                raise ValueError(
+                    f"{name} has `{key}`, which is of labels, and the images have none: give a "
+                    "teacher by `weights` or `pretrained`, and leave the key out"
+                )
+    sections = {"recordings": study.recordings, "audit": study.audit or None}
+    sections["dynamics"] = None if study.dynamics == Dynamics() else study.dynamics
+    for key, asked in sections.items():
+        if asked is not None:
+            raise ValueError(f"`{key}` trains with labels, and the images have none: leave it out")
+    if study.compare.measure == "accuracy" or OWN in study.compare.places:
+        raise ValueError(
+            "the images have no labels, by which students could be compared: name labelled data "
+            "sets under probe.others, and write compare: {measure: linear, on: [...]}"
         )
 
 
@@ -126,7 +198,8 @@ def _check_trainings(study: "Study") -> None:
                 f"`{how}` reads validation images, and data.n_validation is 0: hold some out, or "
                 "take a budget and a schedule that do not read them"
             )
-    if study.recorded_training.early_stopping is not None:
+    recorded = study.recorded_training
+    if recorded is not None and recorded.early_stopping is not None:
         raise ValueError(
             "`early_stopping` is for students: every epoch of the recorded training is planned"
         )

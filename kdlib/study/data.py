@@ -21,6 +21,7 @@ class HuggingFace(Settings):
     """Commit of the hub repository; without it the latest one is taken and recorded."""
     train_split: str = "train"
     test_split: str = "test"
+    """Not read with `labelled: false`."""
     image_column: str = "image"
     label_column: str = "label"
     streaming: bool = False
@@ -70,15 +71,15 @@ class Data(Settings):
 
     source: Literal["digits", "mnist", "cifar10", "cifar100", "folder", "huggingface", "tensors"]
     folder: str | None = None
-    """Of source `folder`: a path with train/<class>/ and test/<class>/; unlabelled: train/,
-    test/. Of source `tensors`: a path with `.pt` files, each a tensor (n, C, H, W) of images in
-    [0, 1]."""
+    """Of source `folder`: a path with train/<class>/ and test/<class>/; without labels train/. Of
+    source `tensors`: a path with `.pt` files, each a tensor (n, C, H, W) of images in [0, 1]."""
     test_folder: str = "test"
     """Name of the folder of test images, such as `val`."""
     huggingface: HuggingFace | None = None
     """Of source `huggingface`."""
     labelled: bool = True
-    """False: labels are not read, and stored as -1."""
+    """False: labels are not read, and stored as -1; there is no test split, and students are judged
+    by probes on `probe.others`."""
     relabel: Relabel | None = None
     """Other labels for the training split."""
     n_train: Annotated[int, Field(ge=2)] | None = None
@@ -128,6 +129,11 @@ class Data(Settings):
     @classmethod
     def _refuse_is_absence(cls, value: str | None) -> str | None:
         return None if value == "refuse" else value
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are cached; `train` alone without labels, of which a test would ask."""
+        return ("train", "test") if self.labelled else ("train",)
 
     def part_of(self, split: str) -> tuple[int, int]:
         """(i, k): part i of k of a split's shards is learnt from; the test split stays whole."""

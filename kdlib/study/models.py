@@ -157,9 +157,9 @@ class Teacher(Settings):
     seed: Seed = 0
     image_size: ImageSize | None = None
     """Pixels of the images the teacher sees; students see those of the cache."""
-    expected_accuracy: Share
-    """Expected accuracy on the test split. A network without a classifier is scored by k-NN on its
-    features."""
+    expected_accuracy: Share | None = None
+    """Expected accuracy on the test split; left out where the images have no labels. A network
+    without a classifier is scored by k-NN on its features."""
     tolerance: NonNegative = 0.005
     """By how much the measured accuracy may lie below the expected one."""
     uninformed: Literal[True] | None = None

@@ -273,6 +273,24 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
+def why_labels(objective: Objective) -> str | None:
+    """Why an objective cannot be minimised on images without labels; None where it can. It is then
+    its distillation term with its weights, without the cross-entropy; the student has no last
+    layer."""
+    match objective:
+        case Tokens() | RKD() | Attention():
+            return None
+        case Hint() | Similarity():
+            behind = "without labels nothing trains what lies behind its stage: write `stage: last`"
+            return None if objective.stage == "last" else behind
+        case UserObjective():
+            features = objective.reads and "logits" not in objective.reads
+            return None if features else "it is to read features or stages, not logits"
+        case CRD():
+            return "its negatives are examples of other classes"
+    return "it compares classes"
+
+
 def needs_teacher(objective: Objective) -> bool:
     """Whether the objective reads teacher outputs."""
     if isinstance(objective, UserObjective):

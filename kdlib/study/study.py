@@ -16,6 +16,7 @@ from kdlib.study.models import AnyTeacher, Student
 from kdlib.study.objectives import AnyObjective
 from kdlib.study.selections import (
     PICKED,
+    SHARD_POLICIES,
     AnySelection,
     Dynamics,
     ExtraRecordings,
@@ -97,8 +98,20 @@ class Study(Settings):
 
     @property
     def recorded_training(self) -> Training | None:
-        """The training whose dynamics make the datamap."""
+        """The training whose dynamics make the datamap; None in a study without a datamap."""
         return self.dynamics.training or getattr(self.teacher, "training", None)
+
+    def reads_datamap(self, strategy: str) -> bool:
+        """Whether a strategy chooses by the datamap; a picked selection was chosen on it by hand.
+
+        Raises: As `selection`.
+        """
+        if strategy in ("full", *SHARD_POLICIES):
+            return False
+        if strategy.startswith(PICKED):
+            return True
+        rule = self.selection(strategy)
+        return rule.kind != "random" or rule.balanced
 
     @property
     def trainings(self) -> list[Training]:

@@ -43,6 +43,7 @@ class Distiller(nn.Module):
             the settings, `attention` for the maps of all stages.
         reads: The same, with the numbers of the stages.
         projectors: By the name of the student output they map.
+        labelled: Whether the student has logits; without them no cross-entropy is added.
         labels_train_head_only: Whether gradients of the cross-entropy stop at the features.
         exact: Type in which `pairing` compares two values of the term.
     """
@@ -57,7 +58,7 @@ class Distiller(nn.Module):
         """Arguments as of `build_distiller`, which seeds torch's generator."""
         super().__init__()
         self.objective, self.reads, self.n_examples = objective, tuple(teacher), n_examples
-        self.projectors = nn.ModuleDict()
+        self.projectors, self.labelled = nn.ModuleDict(), "logits" in student
         self.draw(student, teacher)
 
     def draw(self, student: Shapes, teacher: Shapes) -> None:
@@ -85,14 +86,19 @@ class Distiller(nn.Module):
 
         Args:
             projected: As `project` returns it.
-            labels: (B,) int64 in [0, C).
+            labels: (B,) int64 in [0, C); -1 of images without labels.
             teacher: (B, ...) float by name, as `teacher_columns` lists them.
 
         Returns: Scalar, mean over the batch.
         Raises: ValueError when teacher outputs are missing.
         """
-        hard = F.cross_entropy(widened(projected["logits"]), labels)
-        return self.total(hard, self.soft_term(projected, teacher, labels))
+        return self.total(self.hard(projected, labels), self.soft_term(projected, teacher, labels))
+
+    def hard(self, projected: Outputs, labels: Tensor) -> Tensor:
+        """The cross-entropy; 0 of a student without logits, whose images have no labels."""
+        if not self.labelled:
+            return torch.zeros(())
+        return F.cross_entropy(widened(projected["logits"]), labels)
 
     def soft_term(
         self, projected: Outputs, teacher: Outputs, labels: Tensor | None = None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kdlib.models.evaluation import all_outputs, evaluate
+from kdlib.models.evaluation import all_outputs
 from kdlib.models.origins import begun
 from kdlib.models.weights import save_weights, weights_fingerprint
 from kdlib.repro import files
@@ -29,7 +29,7 @@ from kdlib.trainer.distributed import gathered
 from kdlib.trainer.optimiser import Ema, Patience, lowered
 from kdlib.trainer.pairing import pairing
 from kdlib.trainer.state import read_state, write_state
-from kdlib.trainer.step import Step, Task, TrainingError
+from kdlib.trainer.step import Step, Task, TrainingError, evaluated
 from kdlib.trainer.tracking import Tracker
 
 STATE_EVERY_S = 20.0  # a killed run loses at most this much work
@@ -44,7 +44,8 @@ class Trained:
     Attributes:
         metrics: One row per evaluation.
         checkpoints: Step -> (file name, weights fingerprint), the last step included.
-        best_step: Step of the highest validation accuracy, the first one when several tie.
+        best_step: Step of the highest validation accuracy, without labels of the lowest validation
+            loss; the first one when several tie.
         last_step: Steps taken: those of the plan, or fewer with early stopping.
         visits: (n_examples of the split,) int64, how often each example id was trained on.
         evidence: Facts for the checks: initialisation, order, batches, gradient, pairing, what
@@ -109,8 +110,11 @@ def train(
                     known = {k: v for k, v in row.items() if k != "step" and not math.isnan(v)}
                     tracker.log(known, loop.step)
                 which = "train" if math.isnan(row["validation_loss"]) else "validation"
-                accuracy = row[f"{which}_accuracy"]
-                progress.set_postfix_str(f"loss {row['train_loss']:.3f}, {which} {accuracy:.1%}")
+                accuracy = row.get(f"{which}_accuracy")
+                held_out = (
+                    f"{row['validation_loss']:.3f}" if accuracy is None else f"{accuracy:.1%}"
+                )
+                progress.set_postfix_str(f"loss {row['train_loss']:.3f}, {which} {held_out}")
             progress.update(1)
             if time.monotonic() - saved >= interval:
                 loop.save()
@@ -152,6 +156,7 @@ class _Loop:
         self.losses: list[float] = []  # since the last row
         self.recorded: list[list[float]] = []  # loss and learning rate of each step
         self.hits, self.best_step, self.best_accuracy = 0, -1, -1.0
+        self.best_loss = math.inf  # decides without labels
         self.best_weights: dict[str, Tensor] = {}
         self.checkpoints: dict[int, tuple[str, str]] = {}
         self.visits = torch.zeros(task.n_examples, dtype=torch.int64)
@@ -188,7 +193,8 @@ class _Loop:
         self.losses.append(loss)
         if task.training.record_steps:
             self.recorded.append([loss, self._rate])
-        self.hits += int((logits.argmax(1) == labels).sum())
+        if logits.shape[1]:
+            self.hits += int((logits.argmax(1) == labels).sum())
         self._count(ids, labels)
         if task.log is not None:
             self._record(passes, positions, logits, labels)
@@ -271,8 +277,7 @@ class _Loop:
         if self.ema is not None:
             self._measured.load_state_dict(self.ema.weights)
         loss = accuracy = math.nan
-        if len(task.validation[1]):
-            measured = evaluate(self._measured, task.pixels, *task.validation)
+        if (measured := evaluated(task, self._measured)) is not None:
             loss, accuracy = measured.loss, measured.accuracy
             if measured.read not in self.evidence["validation"]:
                 self.evidence["validation"].append(measured.read)
@@ -285,11 +290,16 @@ class _Loop:
             "validation_loss": loss,
             "validation_accuracy": accuracy,
         }
+        if accuracy is None:  # there are no labels
+            del row["train_accuracy"], row["validation_accuracy"]
+            better = loss < self.best_loss
+        else:  # with nothing held out the last is the best
+            better = accuracy > self.best_accuracy or math.isnan(accuracy)
         self.rows.append(row)
         self.evidence["executed"] = self._executed()
         self.losses, self.hits = [], 0
-        if accuracy > self.best_accuracy or math.isnan(accuracy):  # without: the last is the best
-            self.best_accuracy, self.best_step = accuracy, self.step
+        if better:
+            self.best_accuracy, self.best_loss, self.best_step = accuracy, loss, self.step
             kept = self.kept_weights()
             self.best_weights = {k: v.detach().cpu().clone() for k, v in kept.items()}
         if training.schedule == "plateau" and self.plateau.spent(loss):
@@ -307,8 +317,8 @@ class _Loop:
         self.checkpoints[step] = (name, sha256)
 
     _NUMBERS = (
-        "step", "stopped", "rows", "losses", "hits", "best_step", "best_accuracy", "evidence",
-        "factor", "batches_sha256", "n_overflows",
+        "step", "stopped", "rows", "losses", "hits", "best_step", "best_accuracy", "best_loss",
+        "evidence", "factor", "batches_sha256", "n_overflows",
     )  # fmt: skip
 
     def save(self) -> None:

@@ -39,12 +39,16 @@ def teacher_columns(objective: Objective, n_stages: int) -> tuple[str, ...]:
     return tuple(name for column in columns for name in numbered.get(column, (column,)))
 
 
-def student_outputs(objective: Objective, n_stages: int) -> tuple[str, ...]:
+def student_outputs(objective: Objective, n_stages: int, logits: bool = True) -> tuple[str, ...]:
     """Which outputs of a student with `n_stages` stages an objective reads, `logits` first.
+
+    Args:
+        logits: Whether the student has a last layer.
 
     Raises: ValueError for a stage the student does not have.
     """
-    return tuple(dict.fromkeys(("logits", *teacher_columns(objective, n_stages))))
+    first = ("logits",) if logits else ()
+    return tuple(dict.fromkeys((*first, *teacher_columns(objective, n_stages))))
 
 
 def _stage(objective: Objective, n_stages: int) -> int:
@@ -257,8 +261,7 @@ class TokensDistiller(Distiller):
         return projected
 
     def loss(self, projected: Outputs, labels: Tensor, teacher: Outputs) -> Tensor:
-        hard = F.cross_entropy(widened(projected["logits"]), labels)
-        soft = self.soft_term(projected, teacher, labels)
+        hard, soft = self.hard(projected, labels), self.soft_term(projected, teacher, labels)
         if self.objective.compares_views:
             views = widened(projected["view1"]), widened(projected["view2"])
             soft = soft + self.objective.barlow_weight * feature_losses.barlow(*views)
@@ -276,7 +279,7 @@ class TokensDistiller(Distiller):
 @register_for(settings.UserObjective)
 class UserDistiller(Distiller):
     """The functions `loss`, `term` and `projectors` of the user's file; `loss` is required and
-    takes the place of a missing `term`."""
+    takes the place of a missing `term`. Of images without labels they get None for labels."""
 
     exact = torch.float32  # the user's code may not take float64
 
@@ -303,6 +306,7 @@ class UserDistiller(Distiller):
         self, name: str, projected: Outputs, teacher: Outputs, labels: Tensor | None
     ) -> Tensor:
         function, options = getattr(self.code, name), self.objective.options
+        labels = labels if self.labelled else None
         value = function(*widened_pair(projected, teacher), labels, **options)
         if not isinstance(value, Tensor) or value.ndim:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

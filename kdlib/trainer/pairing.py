@@ -19,8 +19,8 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     with swapped ones.
 
     Swapped: each example gets the teacher outputs of an example of another class, as long as no
-    class holds more than half of the examples; of another example of its class where there is one
-    class.
+    class holds more than half of the examples; of another example where there is one class, or no
+    labels.
 
     Returns: {"paired", "permuted"}: the two terms, the second None where there is one example;
         "teacher_accuracy": of the teacher logits of all
@@ -34,7 +34,8 @@ def pairing(task: Task, learner: Learner, n: int = 512) -> dict[str, Any] | None
     chosen = np.linspace(0, len(every) - 1, min(n, len(every))).astype(np.int64)
     labels = loader.labels[chosen]
     teacher = loader.teacher_rows(chosen, np.zeros_like(chosen))
-    by_class, shift = labels.argsort(stable=True), int(labels.bincount().max())
+    by_class = labels.argsort(stable=True)
+    shift = int(labels.unique(return_counts=True)[1].max())
     shift = 1 if shift == len(labels) else shift
     swapped = {name: rows.clone() for name, rows in teacher.items()}
     for name, rows in teacher.items():

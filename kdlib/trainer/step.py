@@ -13,11 +13,13 @@ from kdlib.dataset.batch import Batch
 from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.models.base import Network, in_precision
+from kdlib.models.evaluation import Evaluation, evaluate
 from kdlib.repro.seeds import torch_seeded
 from kdlib.study.objectives import Objective
 from kdlib.study.training import Compute, Training
 from kdlib.trainer.distiller import Distiller
 from kdlib.trainer.distributed import World, distributed, gathered, synchronised
+from kdlib.trainer.held_out import HeldOut
 from kdlib.trainer.objectives import student_outputs
 from kdlib.trainer.optimiser import learning_rate, make_optimiser
 
@@ -43,7 +45,7 @@ class Task:
     Attributes:
         distiller: The objective's loss, with the projectors it trains beside the network.
         validation: (images (N, C, H, W) uint8, labels (N,) int64) for the curves and the best
-            epoch.
+            epoch; of images without labels with their teacher outputs.
         full_size: Number of training images before any selection: one `epoch` of the curves.
         n_examples: Examples of the whole split; every example id is below it.
         seed: The run's seed, from which every random stream is derived.
@@ -60,7 +62,7 @@ class Task:
     loader: Loader
     objective: Objective
     training: Training
-    validation: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor] | HeldOut
     full_size: int
     n_examples: int
     seed: int
@@ -77,9 +79,9 @@ class Learner(nn.Module):
     def __init__(self, network: Network, distiller: Distiller, objective: Objective) -> None:
         super().__init__()
         self.network, self.distiller = network, distiller
-        wanted = student_outputs(objective, network.n_stages)
+        wanted = student_outputs(objective, network.n_stages, distiller.labelled)
         # gradients of the label loss stop at the features: labels train the last layer only
-        self.apart = distiller.labels_train_head_only
+        self.apart = distiller.labels_train_head_only and distiller.labelled
         self.wanted = tuple(name for name in wanted if not (self.apart and name == "logits"))
 
     def _outputs(self, images: Tensor) -> dict[str, Tensor]:
@@ -95,6 +97,16 @@ class Learner(nn.Module):
         outputs = self._outputs(images)
         others = None if second is None else self._outputs(second)
         return self.distiller.project(outputs, others)
+
+
+def evaluated(task: Task, network: Network) -> Evaluation | None:
+    """A network on the held-out images, without labels by the objective's loss; None where nothing
+    is held out."""
+    held_out = task.validation
+    if isinstance(held_out, HeldOut):
+        learner = Learner(network, task.distiller, task.objective)
+        return held_out.evaluate(learner, task.distiller)
+    return evaluate(network, task.pixels, *held_out) if len(held_out[1]) else None
 
 
 class Step:
@@ -131,7 +143,7 @@ class Step:
             factor: Multiplies the schedule's learning rate.
 
         Returns: (loss in nats, detached logits (B, C) float32 from before the step), of the batch
-            of all processes.
+            of all processes; C is 0 without labels.
         Raises: TrainingError when the loss is not finite; the weights are then unchanged.
         """
         task, training = self.task, self.task.training
@@ -186,8 +198,10 @@ class Step:
             {k: gathered(v, task.world) for k, v in outputs.items()}
             for outputs in (projected, batch.teacher or {})
         )
-        loss = task.distiller.loss(projected, gathered(batch.labels, task.world), teacher)
-        return loss, projected["logits"].detach().float()
+        labels = gathered(batch.labels, task.world)
+        loss = task.distiller.loss(projected, labels, teacher)
+        logits = projected.get("logits", labels.new_empty(len(labels), 0))
+        return loss, logits.detach().float()
 
 
 def _demand_statistics(learner: nn.Module, training: Training) -> None:

@@ -1,10 +1,8 @@
-"""Cached images of a study: their parts, their damage, and images without labels."""
+"""Cached images of a study: their parts and their damage."""
 
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
 from tiny import flip, tiny_study
 
 from kdlib.cache.shards import CacheError
@@ -42,17 +40,3 @@ def test_a_study_on_part_of_the_shards_learns_from_those_alone(lab):
     assert all(check["passed"] for check in evidence["checks"])
     assert evidence["subset"]["n_examples"] == 165  # 33 % of 500
     assert open_images(study).fingerprints == images.fingerprints
-
-
-def test_images_without_labels_are_cached_and_then_refused_by_name(lab):
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        path = lab / "data" / "wild" / ("train" if i < 9 else "test") / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
-    data = {"source": "folder", "folder": "wild", "labelled": False, "n_validation": 2}
-    study = tiny_study(lab, data=data)
-    images = cache_images(study)
-    assert images.train.read("labels", images.train_ids).tolist() == [-1] * 7
-    with pytest.raises(ValueError, match=r"no labels \(study: data\.labelled\)"):
-        make_teacher(study, images)

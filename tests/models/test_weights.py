@@ -265,6 +265,19 @@ def test_weights_for_another_number_of_classes_are_named_as_such(tmp_path):
         load_weights(build("tiny_cnn", (1, 8, 8)), tmp_path / "w.safetensors")
 
 
+def test_a_classifier_is_left_out_where_the_network_has_none(tmp_path, capsys):
+    path = tmp_path / "weights.safetensors"
+    whole, bare = (build("tiny_cnn", (1, 8, 8), n_classes=n, seed=n) for n in (3, 0))
+    save_weights(whole, path, {})
+    load_weights(bare, path)
+    assert "left out the last layer, linear.bias, linear.weight" in capsys.readouterr().out
+    image = torch.ones(2, 1, 8, 8)
+    assert torch.equal(bare.eval().features(image), whole.eval().features(image))
+    save_weights(whole.state_dict() | {"more": torch.zeros(1)}, path, {})
+    with pytest.raises(ValueError, match="in 3 keys the file differs"):
+        load_weights(bare, path)
+
+
 def test_a_checkpoint_named_safetensors_is_read_after_the_renaming_that_is_asked_for(
     saved, tmp_path
 ):

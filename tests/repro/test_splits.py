@@ -64,7 +64,10 @@ def test_splits_that_do_not_belong_together_fail_with_a_sentence(changes, said):
         ({}, "6 training and 2 test images of the same 2 classes"),
         (named(["a", "A", "b"]), "the same 3 classes"),  # handwriting
         (named(["10", "1", "100"]), "the same 3 classes"),
-        ({"class_names": {"train": [], "test": []}, "per_class": None}, "of one shape, without"),
+        (
+            {"class_names": {"train": []}, "n_images": {"train": 6}, "per_class": None},
+            "6 training images without labels; there is no test split",
+        ),
         (
             {"per_class": {"train": [2, 2], "validation": [2, 0], "test": [0, 2]}},
             "no validation images of 1 of 2 classes: ['dog']; no test images of 1 of 2 classes: "
@@ -103,6 +106,9 @@ NONE = {"pairs": dict.fromkeys(COUNTS["pairs"], 0), "crossing": 0, "held_out": 0
         ({"crossing": 2}, False, "2.00% of the test images are in train too"),
         ({"two_labels": 3}, False, "more than 1.00%. duplicates.parquet in the folder of step 01"),
         ({"crossing": 2, "limit": 0.02}, True, "2.00% of the test images are in train too"),
+        ({"n_validation": 100}, True, "1.00% of the validation images are among those trained on"),
+        ({"n_validation": 50}, False, "2.00% of the validation images are among those trained on"),
+        (NONE | {"n_validation": 50}, True, "no two of 100 images have the same pixels"),
     ],
 )
 def test_duplicates_fail_beyond_the_share_that_the_study_allows(changes, passed, said):

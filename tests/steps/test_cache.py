@@ -97,7 +97,8 @@ def test_test_images_from_the_training_folder_are_refused(study, pictures):
 
 def test_a_folder_inside_the_other_is_refused(study, pictures):
     pictures("train", cat=[1, 2, 3], dog=[4, 5, 6])
-    mine = study(source="folder", folder="pets", test_folder="train/dog", labelled=False)
+    pictures("train/dog", cat=[7], dog=[8])
+    mine = study(source="folder", folder="pets", test_folder="train/dog")
     stops_twice(mine, "one lies in the other")
 
 

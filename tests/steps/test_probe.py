@@ -118,13 +118,13 @@ def test_probes_of_layers_and_of_other_data_stand_in_rows_of_their_own(probed):
 
 
 def test_the_checks_judge_the_study_s_own_data_and_the_last_layer(probed):
-    _, images, _, table = _probed(probed)
-    before = probe._probe_evidence(table, images)
+    *_, table = _probed(probed)
+    before = probe._probe_evidence(table, "own")
     elsewhere = (table["on"] != "own") | (table["layer"] != "features")
     table.loc[elsewhere, ["accuracy", "rank_ratio"]] = 0.0
-    assert probe._probe_evidence(table, images) == before
+    assert probe._probe_evidence(table, "own") == before
     table.loc[~elsewhere, "accuracy"] = 0.0
-    assert probe._probe_evidence(table, images) != before
+    assert probe._probe_evidence(table, "own") != before
 
 
 def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probed, monkeypatch):
@@ -150,11 +150,11 @@ def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probe
 
 
 def test_seeds_that_stop_early_are_each_judged_at_their_last_step(probed):
-    _, images, _, table = _probed(probed)
+    *_, table = _probed(probed)
     first = (table["seed"] == 0) & (table["step"] == 60)
     table.loc[first, "step"] = 50  # it stopped there, and collapsed
     table.loc[first, ["accuracy", "rank_ratio"]] = 0.01
-    evidence = probe._probe_evidence(table, images)
+    evidence = probe._probe_evidence(table, "own")
     assert evidence["collapse"]["ratio"] == 0.01
     assert evidence["floor"]["trained"] < 0.6
 

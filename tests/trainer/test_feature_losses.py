@@ -79,6 +79,40 @@ def copied(made, of_teacher: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {k: v.requires_grad_() for k, v in projected.items()}
 
 
+# --- without labels ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [HINT, ATTENTION, RKD, SIMILARITY, TOKENS, BARLOW])
+def test_without_logits_the_loss_is_the_sum_of_the_weighted_terms(objective):
+    """With a cross-entropy of 0: logits of 50 for the gold class."""
+    labelled, student, teacher = built(objective)
+    without = {name: value for name, value in student.items() if name != "logits"}
+    shapes = [{k: tuple(v.shape[1:]) for k, v in x.items()} for x in (without, teacher)]
+    made = build_distiller(objective, *shapes, seed=0, n_examples=100).double()
+    student["logits"] = F.one_hot(LABELS, CLASSES).double() * 50
+    second = None
+    if objective.compares_views:
+        second = {name: value + drawn(9)[name] for name, value in without.items()}
+    expected = labelled.loss(labelled.project(student, second), LABELS, teacher)
+    found = made.loss(made.project(without, second), torch.full_like(LABELS, -1), teacher)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_tokens_without_logits_worked_by_hand():
+    # vectors at 60 degrees: 1 - 1/2; grids at right angles: 1 - 0; so 2 * 0.5 + 0.5 * 1
+    made = build_distiller(
+        Tokens(cls_weight=2.0, patch_weight=0.5),
+        {"features": (2,), "stage2": (2, 1, 1)},
+        {"features": (2,), "stage2": (2, 1, 1)},
+        seed=0,
+        n_examples=1,
+    )
+    student = {"features": torch.tensor([[1.0, 0.0]]), "stage2": torch.ones(1, 2, 1, 1)}
+    teacher = {"features": torch.tensor([[0.5, math.sqrt(3) / 2]])}
+    teacher["stage2"] = torch.tensor([[[[1.0]], [[-1.0]]]])
+    assert made.loss(student, torch.tensor([-1]), teacher).item() == pytest.approx(1.5, abs=1e-6)
+
+
 # --- by hand -------------------------------------------------------------------------------------
 
 

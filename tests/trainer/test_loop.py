@@ -88,7 +88,7 @@ def test_the_last_step_is_measured_even_off_the_evaluation_grid(tmp_path, images
 
 def test_the_best_step_is_the_first_of_those_that_tie(tmp_path, images, monkeypatch):
     evaluations = iter([0.5, 0.9, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(1.0, next(evaluations), 1, ""))
+    monkeypatch.setattr(loop, "evaluated", lambda *_: Evaluation(1.0, next(evaluations), 1, ""))
     assert train(run_in(tmp_path / "run"), small_task(images)).best_step == 10
 
 
@@ -176,6 +176,19 @@ def test_permuted_teacher_rows_show_in_the_pairing(tmp_path, images):
     assert broken["teacher_accuracy"] < 0.6
 
 
+def test_without_labels_rows_are_shifted_by_one_in_the_pairing(tmp_path, images, monkeypatch):
+    task, seen = small_task(images), []
+    task.loader._labels[:] = -1
+
+    def term(projected, teacher, labels):
+        seen.append(teacher["logits"])
+        return teacher["logits"].sum()
+
+    monkeypatch.setattr(task.distiller, "soft_term", term)
+    pairing(task, Step(task).learner)
+    assert torch.equal(seen[1], seen[0].roll(1, 0))
+
+
 def test_without_teacher_there_is_no_pairing(tmp_path, images):
     task = small_task(images, objective=CrossEntropy())
     loader = Loader(task.loader.plan, images, view=View(TRAINING.augment, 0, PIXELS))
@@ -232,7 +245,7 @@ def test_a_clipped_gradient_has_at_most_the_norm_asked_for(images):
 def test_early_stopping_ends_the_run_and_keeps_its_last_weights(tmp_path, images, monkeypatch):
     training = TRAINING.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
     evaluations = iter([0.5, 0.6, 0.7])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(evaluations), 0.5, 1, ""))
+    monkeypatch.setattr(loop, "evaluated", lambda *_: Evaluation(next(evaluations), 0.5, 1, ""))
     trained = train(run_in(tmp_path / "run"), small_task(images, training=training))
     assert (trained.last_step, trained.evidence["stopped_early"]) == (6, True)
     assert (tmp_path / "run" / trained.checkpoints[6][0]).exists()
@@ -244,7 +257,7 @@ def test_a_plateau_lowers_the_learning_rate(tmp_path, images, monkeypatch):
         update={"schedule": "plateau", "patience": 1, "decay": 0.5, "evaluate_every_steps": 3}
     )
     evaluations = iter([0.5, 0.6, 0.7, 0.8, 0.9])
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(evaluations), 0.5, 1, ""))
+    monkeypatch.setattr(loop, "evaluated", lambda *_: Evaluation(next(evaluations), 0.5, 1, ""))
     metrics = train(run_in(tmp_path / "run"), small_task(images, training=training)).metrics
     # the third evaluation is one too many, and the fifth again
     assert metrics["learning_rate"].tolist() == pytest.approx([0.1, 0.1, 0.1, 0.05, 0.05])
@@ -309,7 +322,7 @@ def test_a_plateau_stops_at_its_floor(tmp_path, images, monkeypatch):
     schedule = {"schedule": "plateau", "patience": 1, "decay": 0.25, "lr_floor": 0.01}
     training = TRAINING.model_copy(update=schedule | {"evaluate_every_steps": 2, "warmup_steps": 0})
     worse = iter(range(10))
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(worse), 0.5, 1, ""))
+    monkeypatch.setattr(loop, "evaluated", lambda *_: Evaluation(next(worse), 0.5, 1, ""))
     trained = train(run_in(tmp_path / "run"), small_task(images, training=training))
     # lowered after the evaluations of steps 6, 10 and 14: 0.1, 0.025, 0.01 instead of 0.00625
     rates = [0.1, 0.1, 0.1, 0.025, 0.025, 0.01, 0.01, 0.01]
