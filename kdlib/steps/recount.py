@@ -242,9 +242,7 @@ class Recount:
         ]
         expected = self.expected(cell, ids, step["training"])
         reasons = _contradicted(facts + self._live(step, expected, seed, evidence))
-        if step["training"].get("record_steps"):
-            reasons += unlike_recorded_steps(folder, evidence["steps_sha256"])
-        return reasons + self.training_reasons(step, expected, seed, evidence)
+        return reasons + self.training_reasons(step, expected, seed, evidence, folder)
 
     def _live(
         self, step: dict[str, Any], expected: Expected, seed: int, evidence: dict[str, Any]
@@ -270,13 +268,19 @@ class Recount:
         ]  # fmt: skip
 
     def training_reasons(
-        self, step: dict[str, Any], expected: Expected, seed: int, evidence: dict[str, Any]
+        self,
+        step: dict[str, Any],
+        expected: Expected,
+        seed: int,
+        evidence: dict[str, Any],
+        folder: Path,
     ) -> list[str]:
         """A sentence for each fact of a training that its files contradict.
 
         Args:
             step: Its settings: `training`, `compute`, `objective`.
             expected: What it is to have seen.
+            folder: Of its run.
         """
         training, recorded = step["training"], evidence["budget"]["recorded"]
         read, planned = evidence["read"], expected.n_steps
@@ -295,7 +299,10 @@ class Recount:
             ("validation images", read["validation"], held_out),
             *((f"test images of `{name}`", of, self.read["test"]) for name, of in tested.items()),
         ]
-        return _contradicted(facts) + unlike_executed(step, evidence["executed"], planned)
+        reasons = _contradicted(facts) + unlike_executed(step, evidence["executed"], planned)
+        if training.get("record_steps"):
+            reasons += unlike_recorded_steps(folder, evidence["steps_sha256"])
+        return reasons
 
     def teacher_reasons(self, folder: Path, evidence: dict[str, Any]) -> list[str]:
         """The same of a training on all training images: a teacher's, or that of the network whose
@@ -304,7 +311,7 @@ class Recount:
         of = asked["teacher"] if evidence["step"] == "teacher" else asked["dynamics"]
         step = asked | {"training": of["training"], "objective": {"kind": "cross_entropy"}}
         expected = Expected(self.train_ids, steps_of(of["training"], len(self.train_ids)))
-        return self.training_reasons(step, expected, of["seed"], evidence)
+        return self.training_reasons(step, expected, of["seed"], evidence, folder)
 
     def recording_reasons(self, seed: int, folder: Path, evidence: dict[str, Any]) -> list[str]:
         """The same of the recording of a seed, and of what its datamap took from its log."""
@@ -322,7 +329,7 @@ class Recount:
                 reasons.append(f"{score} of {unlike.sum()} examples is not that of its recording")
         step = step | {"objective": {"kind": "cross_entropy"}}
         expected = Expected(self.train_ids, steps_of(step["training"], len(self.train_ids)))
-        return reasons + self.training_reasons(step, expected, seed, evidence)
+        return reasons + self.training_reasons(step, expected, seed, evidence, folder)
 
 
 def _without_null(value: Any) -> Any:

@@ -11,7 +11,7 @@ from kdlib.compare.report import summary
 from kdlib.plots.curves import learning_curves
 from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.steps.compare import compile_tables
-from kdlib.steps.recount import unlike_recorded_steps
+from kdlib.steps.recount import Recount, unlike_recorded_steps
 
 TRAINING = {"steps": 8, "batch_size": 64, "lr_peak": 0.1, "evaluate_every_steps": 3,
             "record_steps": True, "checkpoint_fractions": [0, 1]}  # fmt: skip
@@ -23,7 +23,8 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDLIB_HOME", str(home))
         study = tiny_study(
-            home, data__n_validation=0, training=TRAINING, recordings=None, seeds=[0, 1],
+            home, data__n_validation=0, training=TRAINING, recordings=None,
+            teacher__training__record_steps=True, seeds=[0, 1],
             axes__strategy=["random"], axes__objective=["kd"], compare={"baseline": "random"},
             probe__strategy=["full"],
         )  # fmt: skip
@@ -64,6 +65,16 @@ def test_each_step_is_on_record_and_belongs_to_the_metrics(study, tmp_path):
     sha256 = read_evidence(folder)["steps_sha256"]
     assert unlike_recorded_steps(folder, sha256) == []
     assert unlike_recorded_steps(folder, "other") == ["steps.parquet was changed"]
+
+
+def test_the_teacher_s_steps_are_on_record_too(study):
+    folder = study.runs / "teacher"
+    evidence = read_evidence(folder)
+    assert len(read_metrics(folder, "steps")) == evidence["budget"]["recorded"]["steps"]
+    counted = Recount(study)
+    assert counted.teacher_reasons(folder, evidence) == []
+    forged = evidence | {"steps_sha256": "other"}
+    assert counted.teacher_reasons(folder, forged) == ["steps.parquet was changed"]
 
 
 @pytest.mark.parametrize(
