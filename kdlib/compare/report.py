@@ -208,6 +208,9 @@ def objective_table(study: Study, tables: Tables) -> str:
     for name in study.axes.objective:
         settings = study.objectives[name]
         formula, paper, test = settings.described()
+        if not study.data.labelled:
+            labels_alone = "; labels train the last layer alone"
+            formula = formula.removeprefix("CE + ").removesuffix(labels_alone)
         numbers = settings.model_dump(
             exclude={"kind", "trust_code", "teacher"}, exclude_none=True, exclude_defaults=True
         )

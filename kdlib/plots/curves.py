@@ -5,6 +5,7 @@ returns it.
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pandas as pd
@@ -30,8 +31,8 @@ DIAGNOSTICS = (
 
 
 def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axes:
-    """Validation accuracy over optimiser steps, training accuracy where no image was held out: mean
-    and standard deviation over seeds.
+    """Validation accuracy over optimiser steps, training accuracy where no image was held out, or
+    without labels the validation loss: mean and standard deviation over seeds.
 
     Each cell (student, strategy, fraction, objective) is one line, named at its end by `by` and by
     what else tells it from the other cells of the same `by`.
@@ -39,21 +40,24 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
     Args:
         ax: The axis.
         curves: The axes of the study, `seed`, `step`, `validation_accuracy` in [0, 1], and where
-            all of these are NaN, `train_accuracy`.
+            all of these are NaN, `train_accuracy`; or `validation_loss`.
         by: The axis of the study that decides the colour.
 
     Returns: `ax`.
     Raises: ValueError for missing columns, an empty table, an unknown `by`, or a cell whose seeds
         were not all evaluated at the same steps.
     """
-    theme.demand(curves, (*AXES, "seed", "step", "validation_accuracy"), "curves")
-    which = "validation" if curves["validation_accuracy"].notna().any() else "train"
-    ends = _draw_cells(ax, curves, f"{which}_accuracy", by)
-    ax.set(xlabel="optimiser steps", ylabel=f"{which.replace('train', 'training')} accuracy (%)")
+    unlabelled = "validation_loss" in curves and "validation_accuracy" not in curves
+    measured = "loss" if unlabelled else "accuracy"
+    theme.demand(curves, (*AXES, "seed", "step", f"validation_{measured}"), "curves")
+    which = "validation" if curves[f"validation_{measured}"].notna().any() else "train"
+    name, unit = f"{which.replace('train', 'training')} {measured}", " (%)" * (measured != "loss")
+    ends = _draw_cells(ax, curves, f"{which}_{measured}", by, scale=100 if unit else 1)
+    ax.set(xlabel="optimiser steps", ylabel=f"{name}{unit}")
     ax.set_title(
         f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}", fontsize=theme.TEXT_PT
     )
-    _finish_lines(ax, ends)
+    _finish_lines(ax, ends, 100 if unit else math.inf)
     return ax
 
 
@@ -244,12 +248,12 @@ def _draw_cells(
     return ends
 
 
-def _finish_lines(ax: Axes, ends: Sequence[layout.End]) -> None:
-    """Freeze the limits (x from 0 to the last step, y inside [0, 100]) and name the lines."""
+def _finish_lines(ax: Axes, ends: Sequence[layout.End], most: float = 100) -> None:
+    """Freeze the limits (x from 0 to the last step, y inside [0, most]) and name the lines."""
     ax.set_xlim(0, max((step for *_, step in ends if step is not None), default=1.0))
     ax.margins(y=0.04)
     low, high = ax.get_ylim()
-    ax.set_ylim(max(low, 0), min(high, 100))
+    ax.set_ylim(max(low, 0), min(high, most))
     layout.label_ends(ax, ends)
 
 

@@ -1,14 +1,16 @@
 """A study of images without labels, from the cache to the comparison."""
 
 import copy
+import json
 import math
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny import forge
+from tiny import ROOT, forge
 from unlabelled import TOKENS, UNLABELLED, write_images
 
 from kdlib.lab import open_study
@@ -105,6 +107,23 @@ def test_what_needs_labels_is_absent_and_not_zero(wild):
     probes = open_probes(wild, cell)
     assert set(probes["on"]) == {"digits"}
     assert "teacher" in set(probes["strategy"])  # whose quality these probes are
+
+
+@pytest.mark.parametrize("name", ["01_cache", "02_teacher", "04_distill", "05_probe", "06_compare"])
+def test_the_cells_of_a_notebook_run_without_labels(wild, name, monkeypatch):
+    notebook = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    file = wild.runs.parents[1] / "params" / "wild.yaml"
+    known = {"__name__": "notebook"}
+    for i, cell in enumerate(cells):
+        exec(compile(cell, f"{name}, cell {i}", "exec"), known)
+        known["study"] = str(file)
+    plt.close("all")
+    if name == "06_compare":
+        assert unfinished(wild).keys() == {wild.runs / "cache"}  # its figure is of notebook 01
+        shown = (wild.figures / "objectives.md").read_text()
+        assert "| cls_weight (1 - cos CLS) + patch_weight (1 - cos patches) + barlow" in shown
+        assert "labels train" not in shown
 
 
 def test_the_student_has_no_last_layer(wild):
