@@ -52,7 +52,8 @@ def shown_results(evidence: dict[str, Any], checkpoints: dict[str, Any]) -> dict
     last, best = checkpoints["last"], checkpoints["best"]
     measured = "test_accuracy" if "test_accuracy" in last else "validation_loss"
     results = {measured: last[measured]}
-    if not evidence["selection"]["teacher_overlap"]:  # else the teacher learnt from these images
+    selection = evidence["selection"]  # no best epoch where the teacher learnt from these images
+    if selection["held_out"]["n"] and not selection["teacher_overlap"]:
         results |= {f"{measured}_best": best[measured], "best_step": best["step"]}
     return results | evidence["budget"]["recorded"]
 

@@ -10,6 +10,7 @@ from tiny import first_run, make_study, tiny_study
 from kdlib.compare.report import summary
 from kdlib.plots.curves import learning_curves
 from kdlib.repro.run import read_evidence, read_metrics
+from kdlib.steps.checkpoints import shown_results
 from kdlib.steps.compare import compile_tables
 from kdlib.steps.recount import Recount, unlike_recorded_steps
 
@@ -44,6 +45,8 @@ def test_without_validation_images_the_last_epoch_counts_and_the_study_is_whole(
     assert metrics["step"].tolist() == [3, 6, 8]
     evidence = read_evidence(first_run(study))
     assert evidence["read"]["validation"] == []
+    shown = shown_results(evidence, evidence["checkpoints"])
+    assert set(shown) == {"test_accuracy", "steps", "samples", "unique_examples"}
     sentences = {check["name"]: check["sentence"] for check in evidence["checks"]}
     assert sentences["untouched_test"].startswith("no image was held out")
     assert "No image was held out, so that there is no best epoch" in summary(study, tables)
