@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ from kdlib.trainer import loop
 from kdlib.trainer.step import Step
 
 PIPED = 0.08  # of the kills, of the whole pipeline
+QUICK_STEPS = ("cache", "teacher", "datamap", "students")
 QUICK = {"flips": "evidence of a student", "truncations": "training state"}
 STATE_EVERY_S = 0.05  # of a training: more states, and so more moments to be killed at
 TORN = 3  # damaged files of a kind that are mended as their sentence says, and made again
@@ -218,12 +219,13 @@ STEPS = {  # in their order; each begins in a workspace in which the ones before
 class Shop:
     """Workspaces `before/<step>`, one `done`, and copies of them to be spoilt."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, steps: Iterable[str] = STEPS) -> None:
         self.folder, self._n = folder, 0
         home = folder / "done"
         _write_studies(home)
         with workspace(home):
-            for name, make in STEPS.items():
+            for name in steps:
+                make = STEPS[name]
                 shutil.copytree(home, folder / "before" / name)
                 with (
                     contextlib.redirect_stdout(io.StringIO()),
@@ -234,7 +236,8 @@ class Shop:
                     _keep_weights(home)
 
     def before(self, step: str) -> Path:
-        return self.folder / "done" if step == "done" else self.folder / "before" / step
+        folder = self.folder / "before" / step
+        return folder if folder.exists() else self.folder / "done"  # of a quick call, too
 
     @contextlib.contextmanager
     def copy(self, step: str, folder: Path | None = None) -> Iterator[Path]:
@@ -937,7 +940,7 @@ def main() -> int:
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
     groups: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        shop = Shop(Path(folder))
+        shop = Shop(Path(folder), QUICK_STEPS if arguments.quick else STEPS)
         limit_memory()
         for row in campaign(shop, kills, arguments.seed, arguments.only, arguments.quick):
             print(f"| {' | '.join(row.cells())} |", flush=True)

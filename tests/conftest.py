@@ -2,8 +2,9 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
 
@@ -21,6 +22,9 @@ from kdlib.steps.processes import prepare_device
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 from kdlib.study.training import Compute
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 torch.set_num_threads(1)
 
@@ -110,3 +114,17 @@ def lab(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of steps are laid out and drawn, but made no file: that takes most of the time."""
+    from kdlib.plots.theme import style
+
+    def drawn(figures: Mapping[str, "Figure"], folder: Path) -> dict[str, Path]:
+        with style():
+            for figure in figures.values():
+                figure.draw_without_rendering()
+        return {name: folder / f"{name}.png" for name in figures}
+
+    monkeypatch.setattr("kdlib.steps.figures.save_figures", drawn)

@@ -1,6 +1,7 @@
 """The package as a whole: which module imports which, and what no module may do."""
 
 import ast
+import functools
 import importlib
 import subprocess
 import sys
@@ -129,6 +130,7 @@ def forbidden(tree: ast.AST) -> list[str]:
     return faults
 
 
+@functools.cache
 def parsed(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text())
 

@@ -27,16 +27,6 @@ def test_without_a_front_end_the_still_map_is_shown(study, capsys):
         assert picture.width > 1000
 
 
-def test_a_newer_datamap_is_drawn_again(study, monkeypatch):
-    from kdlib.steps import figures
-
-    path = still_map(study)
-    monkeypatch.setattr(figures, "draw_datamap", lambda study: {"datamap": "drawn again"})
-    assert still_map(study) == path
-    os.utime(path, (0, 0))
-    assert still_map(study) == "drawn again"
-
-
 def test_plain_python_can_explore_without_importing_widgets(study):
     code = (
         "import sys; from kdlib.explorer import explore\nfrom kdlib.study import load_study\n"
@@ -46,6 +36,16 @@ def test_plain_python_can_explore_without_importing_widgets(study):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "still map" in done.stdout, done.stderr
     assert done.stdout.endswith("[]\n")
+
+
+def test_a_newer_datamap_is_drawn_again(study, monkeypatch):
+    from kdlib.steps import figures
+
+    path = still_map(study)
+    monkeypatch.setattr(figures, "draw_datamap", lambda study: {"datamap": "drawn again"})
+    assert still_map(study) == path
+    os.utime(path, (0, 0))
+    assert still_map(study) == "drawn again"
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ def test_run_tables_say_what_each_number_was_made_from(lab):
     assert str(lab) not in summary(study, compile_tables(study))
 
 
-def test_a_study_of_features_compares_the_probe_of_the_last_step(lab):
+def test_a_study_of_features_compares_the_probe_of_the_last_step(lab, unwritten):
     study = tiny_study(
         lab, compare={"baseline": "random", "margin": 0.02, "measure": "linear",
                       "on": ["own", "large"]},
@@ -206,7 +206,7 @@ def test_a_study_of_features_compares_the_probe_of_the_last_step(lab):
     assert found[found["refused"]]["reason"].str.contains("probe_floor").tolist() == [True] * 2
 
 
-def test_probes_of_refused_runs_are_left_out_or_called_so(lab):
+def test_probes_of_refused_runs_are_left_out_or_called_so(lab, unwritten):
     study = tiny_study(lab)
     cell = study.cell(strategy="easy")
     forge(student_folder(study, cell, 0), lambda e: e["budget"]["recorded"].update(steps=9))
@@ -253,7 +253,7 @@ def test_shard_policies_are_strategies_with_budgets_of_their_own(lab):
     assert drawn["subset"]["n_examples"] == len(images.train_ids)
 
 
-def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(lab):
+def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(lab, unwritten):
     training = {"steps": 60, "batch_size": 64, "lr_peak": 2.0, "evaluate_every_steps": 2,
                 "early_stopping": 1, "checkpoint_fractions": [0, 0.5, 1]}  # fmt: skip
     study = tiny_study(lab, training=training)

@@ -127,7 +127,9 @@ def test_the_checks_judge_the_study_s_own_data_and_the_last_layer(probed):
     assert probe._probe_evidence(table, "own") != before
 
 
-def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(probed, monkeypatch):
+def test_teacher_and_untrained_networks_are_probed_once_whatever_the_cells(
+    probed, unwritten, monkeypatch
+):
     study, images, _, table = _probed(probed)
     seen, real = [], probe.probe_network
     monkeypatch.setattr(probe, "load_teacher", None)  # its rows are there
