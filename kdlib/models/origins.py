@@ -41,21 +41,21 @@ def begin(
 
 def begun(network: Network) -> dict[str, Any]:
     """What a network begins from, for the evidence: its `origin`; where that is not random, the
-    fingerprint of all that was loaded but the last layer (`body_sha256`), whether the last layer
-    was loaded too (`last`), and what was done to names (`notes`); of a last layer that was drawn,
-    its fingerprint (`drawn_sha256`), None where its numbers are no random ones; and the number of
-    tensors that are not trained (`frozen`), where there are some."""
+    fingerprint of all that was loaded but the last layer (`body_sha256`), whether that was `loaded`
+    too, or `drawn`, or is absent, `none` (`last`), and what was done to names (`notes`); of a last
+    layer that was drawn, its fingerprint (`drawn_sha256`), None where its numbers are no random
+    ones; and the number of tensors that are not trained (`frozen`), where there are some."""
     origin, facts = network.origin, {"origin": network.origin.name}
     if frozen := sum(not p.requires_grad for p in network.parameters()):
         facts["frozen"] = frozen
     if origin == Origin():
         return facts
     body, last = parts(network)
-    facts |= {"body_sha256": weights_fingerprint(body), "last": "drawn", "notes": [*origin.notes]}
-    if origin.head:
-        return facts | {"last": "loaded", "drawn_sha256": None}
-    drawn = {k: v for k, v in last.items() if torch.any(v != v.flatten()[0])}
-    return facts | {"drawn_sha256": weights_fingerprint(drawn) if drawn else None}
+    facts |= {"body_sha256": weights_fingerprint(body), "notes": [*origin.notes]}
+    facts["last"] = "none" if not last else "loaded" if origin.head else "drawn"
+    random = {k: v for k, v in last.items() if torch.any(v != v.flatten()[0])}
+    is_drawn = random and not origin.head
+    return facts | {"drawn_sha256": weights_fingerprint(random) if is_drawn else None}
 
 
 def parts(network: Network) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

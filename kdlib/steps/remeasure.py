@@ -301,7 +301,7 @@ class Remeasure:
                 "origin": origin,
                 "weights_sha256": weights_fingerprint(network),
                 "body_sha256": weights_fingerprint(body),
-                "last": "loaded" if network.origin.head else "drawn",
+                "last": begun(network)["last"],
                 "names": names,
                 "elsewhere": lacking,
             }

@@ -9,7 +9,7 @@ import pandas as pd
 from kdlib.cache.outputs import open_outputs
 from kdlib.cartography.subset import Subset
 from kdlib.dataset.images import Images
-from kdlib.models.base import Network
+from kdlib.models.base import Network, Origin
 from kdlib.models.networks import network_for
 from kdlib.models.size import network_size
 from kdlib.repro import checks
@@ -69,10 +69,12 @@ def teacher_table(study: Study) -> pd.DataFrame:
         folder = teacher_folder(study, name)
         evidence = read_evidence(folder)
         card, checked = evidence["teacher"], evidence["checks"]
+        origin = evidence.get("initialisation", {}).get("origin", Origin().name)
+        begun = {} if origin == Origin().name else {"begun_from": origin}
         rows.append(
             {"teacher": card["name"], "accuracy": card["measured"], "expected": card["claimed"],
              "tolerance": card["tolerance"], "measured_by": card["measured_by"],
-             "trained_on": card["trained_on"], **evidence.get("network", {}),
+             "trained_on": card["trained_on"], **begun, **evidence.get("network", {}),
              "checks": sum(c["passed"] for c in checked), "folder": str(folder)}
         )  # fmt: skip
     return pd.DataFrame(rows)

@@ -21,9 +21,9 @@ def published(monkeypatch) -> nn.Module:
     return stand_in(monkeypatch, "resnet10t")
 
 
-def stand_in(monkeypatch, name: str) -> nn.Module:
+def stand_in(monkeypatch, name: str, **options) -> nn.Module:
     real = timm.create_model
-    body = real(name, num_classes=10)
+    body = real(name, num_classes=10, **options)
 
     def create(name, pretrained=False, **options):
         if pretrained:  # the tensors in the place of the file that timm would fetch
@@ -92,6 +92,16 @@ def test_a_file_s_body_is_the_beginning_of_every_seed(tmp_path):
     assert facts["body_sha256"] == others["body_sha256"]
     assert facts["drawn_sha256"] != others["drawn_sha256"]
     assert begun(build("tiny_cnn", SHAPE)) == {"origin": "random"}
+
+
+def test_a_network_without_a_last_layer_leaves_the_published_one_out(published, tmp_path):
+    network = build("timm/resnet10t", SHAPE, stem="original")
+    network.drop_last()
+    begin(network, Student.model_validate(PUBLISHED), SHAPE, None)
+    facts = begun(network)
+    assert (facts["last"], facts["drawn_sha256"]) == ("none", None)
+    assert facts["notes"] == ["left out the last layer, body.fc.bias, body.fc.weight"]
+    assert torch.equal(network.body.conv1[0].weight, published.conv1[0].weight)
 
 
 def test_a_last_layer_that_is_drawn_as_zeros_says_nothing_of_the_seed(tmp_path):

@@ -176,6 +176,21 @@ def test_three_seeds_that_are_one_seed_are_noticed():
     assert "seed [1]" in checks.distinct_seeds(same_order)[0].sentence
     undrawn = [run(0, "a", None), run(1, "b", None)]  # a sequential order has nothing of the seed
     assert all(check.passed for check in checks.distinct_seeds(undrawn))
+    given = [run(0, "a", "x"), run(1, "a", "y")]  # both begin from all of a file
+    assert not any(check.passed for check in checks.distinct_seeds(given))
+    for each in given:
+        each["initialisation"]["drawn_sha256"] = None
+    assert all(check.passed for check in checks.distinct_seeds(given))
+    for each in given:  # a last layer was drawn, and not by the seed
+        each["initialisation"]["drawn_sha256"] = "h"
+    assert not any(check.passed for check in checks.distinct_seeds(given))
+
+
+def test_a_probe_below_that_of_given_weights_is_no_fault():
+    floor = {"trained": 0.5, "untrained": 0.8, "slack": 0.01}
+    for given in (False, True):
+        passed, sentence = checks.probe_floor({"floor": floor | {"given": given}})
+        assert (passed, "began from given weights" in sentence) == (given, given)
 
 
 def test_settings_that_differ_beside_the_factor_are_named():

@@ -1,9 +1,13 @@
 """Students and teachers that begin from given weights: in the evidence, in the tables, and held to
 what the study asks for."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
+from models.test_origins import PUBLISHED, stand_in
 from tiny import forge, tiny_study
 
 from kdlib.dataset.images import Images
@@ -23,6 +27,7 @@ from kdlib.steps.folders import student_folder
 from kdlib.steps.probe import probe_cell
 from kdlib.study.models import Model
 from kdlib.study.study import Study
+from kdlib.trainer import loop
 
 TINY = {"name": "tiny_cnn", "options": {"width": 8}}
 
@@ -200,3 +205,54 @@ def test_a_file_without_its_last_layer_is_a_teacher_of_features(given, capsys):
     assert card["measured_by"] == "knn"
     assert read_evidence(study.runs / "teacher")["teacher"] == card
     assert "no last layer" in capsys.readouterr().out
+
+
+def test_students_of_published_weights_are_derived_again_without_a_network(lab, monkeypatch):
+    """Once, where the weights are; what they are is then kept."""
+    stand_in(monkeypatch, "resnet10t", in_chans=1)
+    axes = {"student": ["small"], "strategy": ["random"], "fraction": [0.33],
+            "objective": ["plain"]}  # fmt: skip
+    study = tiny_study(
+        lab, students={"small": PUBLISHED}, axes=axes, probe__strategy=["random"],
+        probe__objective=["plain"], training__steps=4, training__checkpoint_fractions=[1],
+    )  # fmt: skip
+    made(study, images := open_images(study))
+    assert set(reasons(study).values()) == {""}
+    assert set(results(study)["origin"].dropna()) == {"pretrained: resnet10t.c3_in1k"}
+    monkeypatch.setattr(timm, "create_model", unreachable(timm.create_model))
+    assert set(reasons(study).values()) == {""}
+    (study.runs / "measured.json").unlink()
+    assert all("timm/resnet10t are not on this machine" in r for r in reasons(study).values())
+    with pytest.raises(RuntimeError, match="are not on this machine"):
+        teacher_module.make_teacher(study, images)
+
+
+def unreachable(real: Callable) -> Callable:
+    def create(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("name resolution failed")
+        return real(name, **options)
+
+    return create
+
+
+def test_a_killed_training_of_a_last_layer_goes_on_to_the_same_bytes(given, monkeypatch):
+    study, images = given
+    cell = study.cell(student="frozen", strategy="random", objective="plain")
+    whole = train_student(study, images, cell, 0)
+    shutil.rmtree(student_folder(study, cell, 0))
+    real = loop._Loop.advance
+
+    def advance(self):
+        if self.step == 40:
+            self.save()
+            raise KeyboardInterrupt
+        real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "advance", advance)
+        with pytest.raises(KeyboardInterrupt):
+            train_student(study, images, cell, 0)
+    again = train_student(study, images, cell, 0)
+    for key in ("checkpoints", "initialisation", "series_sha256"):
+        assert again[key] == whole[key]
