@@ -68,7 +68,8 @@ def coverage(evidence: Evidence) -> Outcome:
 
 
 def gradient(evidence: Evidence) -> Outcome:
-    """The first step's gradient reached every trained tensor."""
+    """The first step's gradient reached every trained tensor, or the second's, where tensors that
+    were drawn as zeros held the first back."""
     norm, without, n = (evidence["gradient"][k] for k in ("norm", "tensors_without", "tensors"))
     sentence = f"gradient norm {norm:.3g}; {without} of {n} parameter tensors got none"
     return norm > 0 and without == 0, sentence

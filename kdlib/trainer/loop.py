@@ -184,8 +184,8 @@ class _Loop:
         batch = task.loader.batch(self.step)
         loss, logits = self.advance_one(batch, self.step, self.factor)
         self.n_overflows += self.advance_one.overflowed
-        if "gradient" not in self.evidence and not self.advance_one.overflowed:
-            self.evidence["gradient"] = self._gradient()
+        if not self.advance_one.overflowed:
+            self._judge_gradient()
         if self.ema is not None:
             self.ema.update(task.network)
         columns = (batch.example_ids, batch.labels, batch.passes, batch.positions)
@@ -237,6 +237,15 @@ class _Loop:
             ),
             "ema": None if self.ema is None else self.ema.decay,
         }
+
+    def _judge_gradient(self) -> None:
+        """Keep what the first step's gradient was; where it missed some tensors, how many the
+        second misses: weights drawn as zeros, as in timm's ResNets, hold the first one back."""
+        first = self.evidence.get("gradient")
+        if first is None:
+            self.evidence["gradient"] = self._gradient()
+        elif first["tensors_without"] and "steps" not in first:
+            first |= {"tensors_without": self._gradient()["tensors_without"], "steps": 2}
 
     def _gradient(self) -> dict[str, float]:
         trained = [p for p in self.advance_one.learner.parameters() if p.requires_grad]
