@@ -185,7 +185,8 @@ class _Loop:
         loss, logits = self.advance_one(batch, self.step, self.factor)
         self.n_overflows += self.advance_one.overflowed
         if not self.advance_one.overflowed:
-            self._judge_gradient()
+            before = self.evidence.get("gradient")
+            self.evidence["gradient"] = self.advance_one.gradient(before)
         if self.ema is not None:
             self.ema.update(task.network)
         columns = (batch.example_ids, batch.labels, batch.passes, batch.positions)
@@ -236,24 +237,6 @@ class _Loop:
                 mode="json", exclude_none=True
             ),
             "ema": None if self.ema is None else self.ema.decay,
-        }
-
-    def _judge_gradient(self) -> None:
-        """Keep what the first step's gradient was; where it missed some tensors, how many the
-        second misses: weights drawn as zeros, as in timm's ResNets, hold the first one back."""
-        first = self.evidence.get("gradient")
-        if first is None:
-            self.evidence["gradient"] = self._gradient()
-        elif first["tensors_without"] and "steps" not in first:
-            first |= {"tensors_without": self._gradient()["tensors_without"], "steps": 2}
-
-    def _gradient(self) -> dict[str, float]:
-        trained = [p for p in self.advance_one.learner.parameters() if p.requires_grad]
-        norms = [float(p.grad.norm()) if p.grad is not None else 0.0 for p in trained]
-        return {
-            "norm": math.hypot(*norms),
-            "tensors": len(norms),
-            "tensors_without": sum(n == 0.0 for n in norms),
         }
 
     def _record(self, passes: Tensor, positions: Tensor, logits: Tensor, labels: Tensor) -> None:

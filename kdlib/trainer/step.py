@@ -185,6 +185,24 @@ class Step:
         of_rank = zip(*(part.chunk(task.world.size) for part in parts), strict=True)
         return total, torch.cat([rows for ranks in of_rank for rows in ranks])
 
+    def gradient(self, before: dict[str, float] | None) -> dict[str, float]:
+        """Norm of the first step's gradient, number of trained tensors, and of those it missed.
+        Where it missed some, those that the second step's misses count (`steps` is then 2): weights
+        drawn as zeros, as in timm's ResNets, hold the first one back.
+
+        Args:
+            before: What this returned after the step before, to which the last one adds; None after
+                the first step.
+        """
+        if before is not None and (not before["tensors_without"] or "steps" in before):
+            return before
+        trained = [p for p in self.learner.parameters() if p.requires_grad]
+        norms = [float(p.grad.norm()) if p.grad is not None else 0.0 for p in trained]
+        missed = sum(n == 0.0 for n in norms)
+        if before is not None:
+            return before | {"tensors_without": missed, "steps": 2}
+        return {"norm": math.hypot(*norms), "tensors": len(norms), "tensors_without": missed}
+
     def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
         """(the loss of the whole batch, its detached logits)."""
         task, seeded = self.task, contextlib.nullcontext()
