@@ -79,7 +79,7 @@ def check_data(data: Data, n_workers: int | None = None, every: bool = False) ->
     for split, source in sources.items():
         if source.encoded is None:
             findings.counts.append(
-                f"{split}: {source.n_examples:,} images that are arrays of one size and 8 bits; "
+                f"{split}: {source.n_examples:,} images that are arrays of one size; "
                 "there is nothing to check"
             )
         else:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, forge
@@ -202,3 +203,20 @@ def test_a_study_without_recorded_training_says_why_it_has_no_datamap(wild, caps
         lab.dynamics()
     with pytest.raises(StudyError, match="it has no training dynamics and no datamap"):
         lab.select("easy")
+
+
+def test_images_in_files_of_tensors_are_learnt_from_and_rounding_is_in_the_evidence(home):
+    """As the shards of study B, but for one image whose values are no 256 levels."""
+    write_images(home)
+    files = cache_images(study_of(home))
+    pixels = files.train.resident("images").float() / 255
+    pixels[3] = pixels[3] * 0.999
+    (home / "data" / "shards").mkdir()
+    for i in range(2):
+        torch.save({"images": pixels[24 * i : 24 * i + 24]}, home / f"data/shards/images_{i}.pt")
+    study = study_of(home, data__source="tensors", data__folder="shards")
+    tensors = cache_images(study)
+    assert torch.equal(tensors.train.resident("images"), files.train.resident("images"))
+    reader = read_evidence(study.runs / "cache")["reader"]["train"]
+    assert reader["counts"] == {"rounded": 1}
+    assert any("1 of values that were rounded" in text for text in cache_sentences(study))
