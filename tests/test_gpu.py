@@ -23,6 +23,7 @@ from kdlib.dataset.loader import Loader
 from kdlib.dataset.pixels import Pixels
 from kdlib.dataset.plan import Plan
 from kdlib.dataset.views import apply, draw
+from kdlib.models.live import LiveOutputs
 from kdlib.models.outputs import Replay, store_outputs, verify_outputs
 from kdlib.probes.classifiers import Features, knn_probe, linear_probe
 from kdlib.probes.features import layer_features
@@ -140,6 +141,28 @@ def test_a_loader_makes_the_batches_of_the_plain_one(
         equal(ours, theirs)
     assert not reuse or len(places) == len(loader._buffers)
     assert batch.images.device.type == device
+
+
+def test_a_live_teacher_computes_what_was_stored_while_a_thread_works_ahead(
+    images, replayed, device
+):
+    plan = Plan(np.arange(80), 16, 12, 0)
+    view = View(AUGMENT, 5, PIXELS, n_views=3)
+    live = LiveOutputs(devices.network(width=6, seed=9).to(device), PIXELS, KEPT)
+    loader = Loader(plan, images, view=view, live=live, device=device, residence="mapped",
+                    reuse=True)  # fmt: skip
+    if device == "cpu":
+        loader._works_ahead, loader._buffers = True, [{}, {}]
+    for batch, expected in zip(
+        loader, Loader(plan, images, view=view, teacher=replayed, reads=KEPT), strict=True
+    ):
+        assert batch.teacher.keys() == expected.teacher.keys()
+        for name, stored in expected.teacher.items():
+            found, scale = batch.teacher[name], stored.abs().max().item()
+            assert found.device.type == device
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.cpu(), stored, rtol=0, atol=2**-10 * scale)
+    loader.close()
 
 
 def test_stored_images_and_labels_are_handed_out_as_they_are(images, device):
