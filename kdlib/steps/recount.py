@@ -253,19 +253,27 @@ class Recount:
         asked = step.get("teacher_outputs") == "live"
         if live is None or not asked:
             return [("a live teacher", live is not None, asked)]
-        share, first = step["training"]["batch_size"] // step["compute"]["processes"], []
-        for ids in expected.batches(step["training"], seed, self.train.size):
-            first.append(ids[:share])
-            if sum(map(len, first)) >= live["n"]:
-                break
+        first = self.first_asked(step, expected, seed, live["n"])
         return [
             ("the live teacher's weights", live["weights_sha256"],
              evidence["teacher"]["weights_sha256"]),
             ("its views", live["view"]["augment"], step["training"]["augment"]),
             ("the seed of its views", live["view"]["seed"], stream_seed(seed, "augment")),
             ("the examples it was asked for", live["examples_sha256"],
-             array_sha256(np.concatenate(first))),
+             array_sha256(first)),
         ]  # fmt: skip
+
+    def first_asked(
+        self, step: dict[str, Any], expected: Expected, seed: int, n: int
+    ) -> np.ndarray:
+        """Ids of the first `n` examples or more, in whole batches, of the first of the processes
+        that share each batch."""
+        share, first = step["training"]["batch_size"] // step["compute"]["processes"], []
+        for ids in expected.batches(step["training"], seed, self.train.size):
+            first.append(ids[:share])
+            if sum(map(len, first)) >= n:
+                break
+        return np.concatenate(first)
 
     def training_reasons(
         self,

@@ -31,7 +31,7 @@ from kdlib.steps.distill import MACRO, make_subset
 from kdlib.steps.folders import student_folder, teacher_folder
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.recount import Recount
-from kdlib.steps.remeasure_loss import TOLERANCE, TeacherRows, loss_again
+from kdlib.steps.remeasure_loss import TOLERANCE, TeacherRows, live_accuracy, loss_again
 from kdlib.steps.teacher_network import (
     begun_network,
     load_teacher,
@@ -51,6 +51,7 @@ from kdlib.study.study import Study
 BATCH = 1000  # images in memory at once
 VERSION = 3  # of what is kept; a measurement by an earlier version is made again
 ROUNDED = 0.005  # of an average over classes, where an image lies between two of them
+SHORT = 0.05  # share of views whose class may differ between float32 and a type of 16 bits
 HALF_PRECISION = 0.001  # share of test images on which stored logits may have another class
 
 
@@ -159,11 +160,25 @@ class Remeasure:
         objective = self.study.objectives[cell.objective]
         if needs_teacher(objective) and objective.teacher in self.study.shared_teachers:
             reasons += [f"teacher: {reason}" for reason in self.teacher(objective.teacher)]
+            reasons += self._live(cell, seed, folder, evidence)
         if evidence["subset"]["parent_datamap"] is not None:
             recorded = self.recording(seed) if self.study.dynamics.per_seed else self.recorded
             reasons += [f"datamap: {reason}" for reason in recorded]
         n = again["n_distinct"]
         return again["right_distinct"] / n if n else math.nan, reasons
+
+    def _live(self, cell: Cell, seed: int, folder: Path, evidence: dict[str, Any]) -> list[str]:
+        """Why the accuracy of a live teacher on its first views does not stand."""
+        live = evidence["pairing"].get("live") or {"accuracy": None}
+        if live["accuracy"] is None or cell.strategy == "random_shards":  # passes are not derived
+            return []
+        if (key := f"{files.fingerprint(live)} {self._inputs}") not in self._kept:
+            rows_of = self._teacher_rows(self.study.objectives[cell.objective].teacher)
+            self._kept[key] = live_accuracy(rows_of, self.recount, cell, seed, folder, live)
+        again, recorded = self._kept[key], live["accuracy"]
+        if abs(again - recorded) <= (1 / live["n"] if live["precision"] == "float32" else SHORT):
+            return []
+        return [f"its live teacher measured again: {again:.2%} right, {recorded:.2%} on record"]
 
     def _unlabelled(
         self, cell: Cell, seed: int, evidence: dict[str, Any], build: Callable[[], nn.Module]

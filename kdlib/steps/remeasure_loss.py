@@ -1,4 +1,5 @@
-"""The validation loss of a student of images without labels, measured again by code of its own.
+"""The validation loss of a student of images without labels, and the accuracy of a live teacher,
+measured again by code of their own.
 
 The images, their normalisation, the teacher's rows, the pieces and the mean are read and made here
 a second time; the networks, the objective's loss and the views are the library's.
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from kdlib.dataset.views import augment
 from kdlib.steps.derived import Shards, stream_seed
+from kdlib.steps.recount import Recount
 from kdlib.steps.training import OBJECTIVE
+from kdlib.study.cells import Cell
 from kdlib.study.study import Study
 from kdlib.study.training import Augment
 from kdlib.trainer.objectives import build_distiller, student_outputs, teacher_columns
@@ -87,6 +91,36 @@ def loss_again(
             labels = torch.full((len(some),), -1, device=device)
             total.append(len(some) * float(distiller.loss(projected, labels, teacher)))
     return math.fsum(total) / len(ids)
+
+
+def live_accuracy(
+    rows_of: TeacherRows,
+    recount: Recount,
+    cell: Cell,
+    seed: int,
+    folder: Path,
+    live: dict[str, Any],
+) -> float:
+    """Share of the first views in a student's training that its live teacher classifies rightly.
+
+    Args:
+        rows_of: As of `loss_again`.
+        folder: Of the student's run.
+        live: Of its evidence: the number of examples, `augment` and `seed` of their views.
+    """
+    step = json.loads((folder / "settings.json").read_text())["step"]
+    subset = pd.read_parquet(folder / "subset.parquet")["example_id"].to_numpy(np.int64)
+    expected, shards = recount.expected(cell, subset, step["training"]), recount.train
+    ids = np.sort(recount.first_asked(step, expected, seed, live["n"]))
+    # an example that comes for the n-th time does so in the n-th pass
+    passes = np.concatenate([np.arange(n) for n in np.unique(ids, return_counts=True)[1]])
+    settings = Augment.model_validate(live["view"]["augment"])
+    raw = torch.from_numpy(shards.rows("images", ids))
+    seen = augment(
+        raw, torch.from_numpy(ids), torch.from_numpy(passes), settings, live["view"]["seed"]
+    )
+    logits = rows_of(("logits",), ids, seen.float().numpy() / 255)["logits"]
+    return float((logits.argmax(1) == shards.rows("labels", ids)).mean())
 
 
 def _bounds(n: int, n_pieces: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from kdlib.steps.distill import train_student
 from kdlib.steps.done import unfinished
 from kdlib.steps.folders import student_folder
 from kdlib.steps.recount import Recount
+from kdlib.steps.remeasure import Remeasure
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_outputs import outputs_folder
 from kdlib.study.base import StudyError
@@ -85,6 +86,13 @@ def test_students_of_a_live_teacher_pass_every_check_and_are_recounted(study, ob
     assert reasons(view={"augment": {}, "seed": 1})[0].startswith("its views")
     assert "the seed of its views: 1 on record" in reasons(view=found["view"] | {"seed": 1})[0]
     assert "the examples it was asked for" in reasons(examples_sha256="0" * 64)[0]
+    if found["accuracy"] is not None and objective != "own":  # whose teacher is of one student
+        remeasure = Remeasure(study, recount)
+        assert remeasure.student(cell, 0, evidence)[1] == []
+        forged = found | {"accuracy": found["accuracy"] + 0.1}
+        lied = evidence | {"pairing": evidence["pairing"] | {"live": forged}}
+        (reason,) = remeasure.student(cell, 0, lied)[1]
+        assert reason.startswith("its live teacher measured again: ")
     bare = evidence | {"pairing": evidence["pairing"] | {"live": None}}
     assert "a live teacher: False on record, True by the files" in recount.reasons(
         cell, 0, folder, bare, lambda *_: None
