@@ -22,12 +22,21 @@ from kdlib.steps.folders import student_folder
 from kdlib.study.study import Study
 
 
-def whole(home: Path, **changes) -> Study:
-    """The tiny study without recordings, compared, with what its notebooks show."""
-    study = tiny_study(home, recordings=None, **changes)
-    compare(study)
-    show(study, "cache", "datamap")
-    return study
+def whole(home: Path) -> Study:
+    """The tiny study without recordings, which is finished in each `lab` of these tests."""
+    return tiny_study(home, recordings=None)
+
+
+@pytest.fixture(scope="module")
+def made(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of that name with its comparison, and with what its notebooks show."""
+    home = shutil.copytree(made, tmp_path_factory.mktemp("compared") / "home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDLIB_HOME", str(home))
+        study = whole(home)
+        compare(study)
+        show(study, "cache", "datamap")
+    return home
 
 
 def compare(study: Study) -> None:
