@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
+from planning import planned
 from safetensors.torch import load_file, save_file
 from tiny import ROOT, forge
 from unlabelled import TOKENS, UNLABELLED, write_images
@@ -88,6 +90,12 @@ def test_a_study_without_labels_runs_whole(wild):
     left = {path.name for path in unfinished(wild)}
     assert left == {"cache", "compare"}  # whose figures are drawn in notebooks
     assert "48 training images without labels; there is no test split" in cache_sentences(wild)[0]
+
+
+def test_the_pipeline_has_no_step_03(home):
+    study_of(home)
+    jobs = planned(home / "params" / "wild.yaml", home, home / "plan.log", environment=os.environ)
+    assert jobs == {"all": 1, "cache": 1, "teacher": 1, "distill": 3, "probe": 3, "compare": 1}
 
 
 def test_what_needs_labels_is_absent_and_not_zero(wild):
