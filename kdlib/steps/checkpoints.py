@@ -51,7 +51,7 @@ def shown_results(evidence: dict[str, Any], checkpoints: dict[str, Any]) -> dict
     """What a tracker shows of a whole training."""
     last, best = checkpoints["last"], checkpoints["best"]
     measured = "test_accuracy" if "test_accuracy" in last else "validation_loss"
-    results = {measured: last[measured]}
+    results = {name: last[name] for name in last if name.startswith("test_") or name == measured}
     selection = evidence["selection"]  # no best epoch where the teacher learnt from these images
     if selection["held_out"]["n"] and not selection["teacher_overlap"]:
         results |= {f"{measured}_best": best[measured], "best_step": best["step"]}

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import warnings
 from itertools import starmap
 from unittest.mock import MagicMock
@@ -130,29 +131,38 @@ def test_a_tracker_that_cannot_be_opened_or_closed_stops_nothing(tmp_path, monke
         log(Tracking(tensorboard=True), tmp_path, [1])
 
 
-def sent(folder):
-    """What an offline run has for the server: (its run record, its summary), in order of writing.
+def records(path):
+    """The records of an offline run's file; its process may still write when the run has ended.
 
-    Its file holds records in blocks of 32 kB: checksum, length and kind (whole, first, middle,
-    last) before each piece, and 7 bytes before all.
+    The file holds them in blocks of 32 kB: checksum, length and kind (whole, first, middle, last)
+    before each piece, and 7 bytes before all.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    runs, summary = [], {}
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        data, at, whole = path.read_bytes(), 7, b""
+    found, until = [], time.monotonic() + 60
+    while not found or not found[-1].HasField("exit"):
+        assert time.monotonic() < until, f"{path} has no end"
+        data, at, whole, found = path.read_bytes(), 7, b"", []
         while at + 7 <= len(data):
             if (left := 32768 - at % 32768) < 7:
                 at += left
                 continue
             n, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
             whole, at = whole + data[at + 7 : at + 7 + n], at + 7 + n
-            if kind in (1, 4):
-                record, whole = Record.FromString(whole), b""
-                if record.HasField("run"):
-                    runs.append(record.run)
-                for item in record.summary.update:
-                    summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+            if kind in (1, 4) and at <= len(data):
+                found.append(Record.FromString(whole))
+                whole = b""
+    return found
+
+
+def sent(folder):
+    """What offline runs have for the server: (their run records, the summary that results)."""
+    runs, summary = [], {}
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        for record in records(path):
+            runs += [record.run] if record.HasField("run") else []
+            for item in record.summary.update:
+                summary[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
     return runs, summary
 
 
