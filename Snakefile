@@ -50,7 +50,7 @@ if study.dynamics.per_seed and study.shares is None:
     OF_SEEDS = [f"{RUNS}/recorded/model={m}/{part}/evidence.json" for m, part in names]
 SHARED += OF_SEEDS
 FURTHER = [f"{RUNS}/teachers/{name}/evidence.json" for name in TEACHERS]
-SUBSET = "student={student}/strategy={strategy}/fraction={fraction}"
+SUBSET = "student={student}/strategy={strategy}/{size}"
 CELL = SUBSET + "/objective={objective}"
 SEEDS = [f"seed={seed}" for seed in study.seeds]
 RUNS_OF_SUBSET = [f"objective={o}/{seed}" for o in study.axes.objective for seed in SEEDS]
@@ -63,7 +63,7 @@ PAPERMILL = (
 )
 AXES = (
     " -p student {wildcards.student:q} -p strategy {wildcards.strategy:q}"
-    " -p fraction {wildcards.fraction}"
+    " -p {params.size}"
 )
 LOG = " > {log.text:q} 2>&1"
 
@@ -116,6 +116,11 @@ def reading(rule, before, *evidence):
     return inputs
 
 
+def size_parameter(wildcards):
+    """The wildcard `fraction=0.33` or `shards=25` as papermill takes it."""
+    return wildcards.size.replace("=", " ")
+
+
 def students(cells):
     return [f"{RUNS}/distill/{cell.path}/{seed}/evidence.json" for cell in cells for seed in SEEDS]
 
@@ -126,7 +131,7 @@ wildcard_constraints:
     part="[^/]+",
     student="[^/]+",
     strategy="[^/]+",
-    fraction=r"[0-9.e+-]+",
+    size=r"fraction=[0-9.e+-]+|shards=[0-9]+",
     objective="[^/]+",
 
 
@@ -213,6 +218,7 @@ rule distill:
         text=f"{RUNS}/distill/{SUBSET}/04_distill.log",
     params:
         notebook="04_distill.ipynb",
+        size=size_parameter,
     threads: study.compute.threads * study.compute.processes
     resources:
         gpu=GPUS,
@@ -230,6 +236,7 @@ rule probe:
         text=f"{RUNS}/probe/{CELL}/05_probe.log",
     params:
         notebook="05_probe.ipynb",
+        size=size_parameter,
     threads: study.compute.threads
     resources:
         gpu=min(GPUS, 1),

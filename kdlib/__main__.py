@@ -21,6 +21,7 @@ from kdlib.study.study import STEPS, Study
 
 STEP_COMMANDS = ("cache", "teacher", "datamap", "distill", "probe", "compare")
 
+OPTIONS = (*AXES, "shards")  # of `step distill`, that name a cell
 # options of Snakemake after which there may be no comparison
 PARTLY = {"--until", "-U", "--omit-from", "-O", "--dry-run", "--dryrun", "-n", "--touch", "-t",
           "--summary", "-S"}  # fmt: skip
@@ -128,7 +129,11 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
 
     Raises: ValueError.
     """
-    of_step = {"distill": (*AXES, "seed", "points"), "teacher": ("teacher",), "cache": ("built",)}
+    of_step = {
+        "distill": (*OPTIONS, "seed", "points"),
+        "teacher": ("teacher",),
+        "cache": ("built",),
+    }
     for step, names in of_step.items():
         given = [name for name in names if getattr(arguments, name) not in (None, False)]
         if given and step not in arguments.step:
@@ -137,7 +142,7 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
                 f"{', '.join(arguments.step)}: leave it out, or add the step"
             )
     if arguments.points is not None:
-        for name in (*AXES, "seed"):
+        for name in (*OPTIONS, "seed"):
             if getattr(arguments, name) is not None:
                 raise ValueError(
                     f"--{name} and --points both name students: each line of --points has the "
@@ -154,7 +159,7 @@ def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell,
     elif arguments.points is not None:
         yield from read_points(Path(arguments.points).read_text().splitlines(), study)
     else:
-        cell = study.cell(**{axis: getattr(arguments, axis) for axis in AXES})
+        cell = study.cell(**{axis: getattr(arguments, axis) for axis in OPTIONS})
         for seed in [0] if arguments.seed is None else checked_seeds(arguments.seed):
             yield cell, seed
 
@@ -329,8 +334,8 @@ def _add_step(step: Any) -> None:
     text = f"one of {', '.join(STEP_COMMANDS)}, or several separated by commas"
     step.add_argument("step", type=_named_steps, help=text)
     step.add_argument("study", help="study file, such as params/digits.yaml")
-    for axis in AXES:
-        step.add_argument(f"--{axis}", type=float if axis == "fraction" else str)
+    for axis in OPTIONS:
+        step.add_argument(f"--{axis}", type={"fraction": float, "shards": int}.get(axis, str))
     step.add_argument("--seed", type=int, action="append", help="0; given twice, one after another")
     text = 'of distill: a file of lines {"strategy": "easy", ..., "seed": 0}; - is standard input'
     step.add_argument("--points", metavar="FILE", help=text)

@@ -79,8 +79,9 @@ def open_study(study: str | Path = "params/digits.yaml", **axes: str | float | N
 class Lab:
     """A study with its images, runs, tables and figures.
 
-    Methods about students take `strategy`, `fraction`, `objective` and `student`. One that is not
-    given has the value of `open_study`, else the first of the study's axis.
+    Methods about students take `strategy`, `fraction`, `objective` and `student`, and of shard
+    strategies `shards` in place of `fraction`. One that is not given has the value of `open_study`,
+    else the first of the study's axis.
 
     Attributes:
         study: The settings.
@@ -100,7 +101,7 @@ class Lab:
         return open_images(self.study)
 
     def cell(self, **point: str | float | None) -> Cell:
-        """One cell of the study: a student, strategy, fraction and objective."""
+        """One cell of the study: a student, strategy, fraction or number of shards, objective."""
         given = {axis: value for axis, value in point.items() if value is not None}
         return self.study.cell(**self._point | given)
 
@@ -170,9 +171,15 @@ class Lab:
 
         return explore(self.study, **options)
 
-    def select(self, strategy: Name = None, fraction: Share = None, seed: int = 0) -> Subset:
+    def select(
+        self,
+        strategy: Name = None,
+        fraction: Share = None,
+        seed: int = 0,
+        shards: int | None = None,
+    ) -> Subset:
         """The training examples of a strategy, fraction and seed: `subset.example_ids`."""
-        cell = self.cell(strategy=strategy, fraction=fraction)
+        cell = self.cell(strategy=strategy, fraction=fraction, shards=shards)
         return make_subset(self.study, self.images, cell, *checked_seeds([seed]))
 
     def distill(
@@ -182,13 +189,20 @@ class Lab:
         objective: Name = None,
         student: Name = None,
         seeds: Iterable[int] | None = None,
+        shards: int | None = None,
     ) -> pd.DataFrame:
         """Step 04: train the students of one subset: all seeds, and all objectives unless one is
         given.
 
         Returns: One row per run; `lab.columns(table)` explains the columns.
         """
-        cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
+        cell = self.cell(
+            strategy=strategy,
+            fraction=fraction,
+            shards=shards,
+            objective=objective,
+            student=student,
+        )
         one = objective is not None or "objective" in self._point
         seeds = self.study.seeds if seeds is None else checked_seeds(seeds)
         runs = {
@@ -205,10 +219,17 @@ class Lab:
         objective: Name = None,
         student: Name = None,
         seed: int = 0,
+        shards: int | None = None,
     ) -> Network:
         """The network of one finished student, with the weights of its last step, in evaluation
         mode."""
-        cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
+        cell = self.cell(
+            strategy=strategy,
+            fraction=fraction,
+            shards=shards,
+            objective=objective,
+            student=student,
+        )
         return student_network(self.study, self.images, cell, *checked_seeds([seed]))
 
     def untrained(self, student: Name = None, seed: int = 0) -> Network:
@@ -250,12 +271,19 @@ class Lab:
         fraction: Share = None,
         objective: Name = None,
         student: Name = None,
+        shards: int | None = None,
     ) -> pd.DataFrame:
         """Step 05: probes and diagnostics of every kept checkpoint of a cell, and of the teacher.
 
         Returns: One row per seed, step, data set, layer and probe.
         """
-        cell = self.cell(strategy=strategy, fraction=fraction, objective=objective, student=student)
+        cell = self.cell(
+            strategy=strategy,
+            fraction=fraction,
+            shards=shards,
+            objective=objective,
+            student=student,
+        )
         return probe_cell(self.study, self.images, cell)
 
     def compare(self) -> Tables:

@@ -1,13 +1,15 @@
 """Comparisons of a study, computed from its table of runs."""
 
+import functools
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pandas as pd
 
 from kdlib.compare.costs import ledger
 from kdlib.compare.differences import objective_differences, paired_differences
-from kdlib.study.cells import Cell
+from kdlib.study.cells import Cell, shards_counted
 from kdlib.study.evaluation import AXES, MEASURES
 from kdlib.study.objectives import needs_teacher
 from kdlib.study.selections import PICKED, SHARD_POLICIES
@@ -17,10 +19,21 @@ PROBED = {measure: column for measure, column in MEASURES.items() if measure != 
 Tables = dict[str, pd.DataFrame]
 
 
+def names_shards(describe: Callable[[Study, Tables], Any]) -> Callable[[Study, Tables], Any]:
+    """A function of a study and its tables, in whose texts numbers of shards stand as such."""
+
+    @functools.wraps(describe)
+    def counted(study: Study, tables: Tables) -> Any:
+        with shards_counted(tables["results"]):
+            return describe(study, tables)
+
+    return counted
+
+
 def rerun_command(study: Study, cell: Cell) -> str:
     """The command that makes a cell's runs again, from the repository's folder."""
-    axes = dict(cell.items()) | {"fraction": repr(cell.fraction)}
-    parameters = {"study": f"params/{study.name}.yaml"} | axes
+    sizes = {size: repr(value) for size, value in cell.size.items()}
+    parameters = {"study": f"params/{study.name}.yaml"} | dict(cell.items()) | sizes
     options = (f"-p {name} {shlex.quote(str(value))}" for name, value in parameters.items())
     return f"papermill notebooks/04_distill.ipynb out.ipynb {' '.join(options)}"
 
@@ -99,7 +112,8 @@ def _compared(study: Study, results: pd.DataFrame, measure: str) -> Tables:
     """The comparisons of one column of the results table."""
     settings, names = study.compare, study.axes.objective
     how = (settings.margin, settings.confidence_level, measure)
-    compared = {"strategies": paired_differences(results, settings.baseline, *how)}
+    pairs = [pair.cells for pair in settings.pairs or ()]
+    compared = {"strategies": paired_differences(results, settings.baseline, *how, pairs=pairs)}
     plain = [n for n in names if study.objectives[n].kind == "cross_entropy"][:1]
     against = {"objectives": plain[0] if plain else None, "controls": settings.objective}
     if against["controls"] == against["objectives"]:

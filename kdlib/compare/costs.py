@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from kdlib.compare.text import table
+from kdlib.study.cells import share_in_words
 from kdlib.study.evaluation import AXES
 
 CELL = list(AXES)
@@ -105,7 +106,7 @@ def ledger_markdown(cells: pd.DataFrame) -> str:
         pays = "never" if math.isnan(row.pays_after) else _students(row.pays_after)
         rows.append(
             (
-                row.student, row.objective, row.strategy, f"{100 * row.fraction:.4g} %",
+                row.student, row.objective, row.strategy, share_in_words(row.fraction),
                 f"{row.run_s:.3g}", f"{row.full_run_s:.3g}", f"{100 * row.target:.1f}",
                 "never" if never else f"{row.steps:.0f}", f"{row.full_steps:.0f}",
                 "-" if never else f"{row.saved_s:+.3g}", f"{row.selection_s:.3g}", pays,

@@ -36,7 +36,12 @@ Cell = tuple[str, str, float, str]  # values of AXES
 
 
 def paired_differences(
-    results: pd.DataFrame, baseline: str, margin: float, level: float, measure: str = TEST_ACCURACY
+    results: pd.DataFrame,
+    baseline: str,
+    margin: float,
+    level: float,
+    measure: str = TEST_ACCURACY,
+    pairs: Iterable[tuple[tuple[str, int], tuple[str, int]]] = (),
 ) -> pd.DataFrame:
     """Every strategy minus the baseline strategy at the same student, fraction and objective.
 
@@ -51,31 +56,39 @@ def paired_differences(
         margin: Smallest difference of accuracy that matters, in (0, 1).
         level: Confidence level of `low` and `high`, in (0, 1).
         measure: Column that is compared.
+        pairs: Further pairs, each of two (strategy, number of shards), by the column `shards`.
 
-    Returns: The comparison, sorted by the axes: the four axes; `against_...`, the cell compared
-        with; `budget`, its kind; `n_seeds`, the pairs of accepted runs; `n_refused`, the refused
-        rows of both cells; mean and sample standard deviation (ddof=1) of both cells over the
-        paired seeds; `difference` and `sd_difference`; the interval at `level` (`low`, `high`) and
-        at 90 % (`low90`, `high90`); `p_value`, two-sided, and `p_holm`, the same corrected for all
-        rows; `verdict`; `seeds_needed` where the verdict is inconclusive and at least two pairs
-        give a spread; `best_mean` and `best_difference`, the same at the best epoch, NaN where one
-        of its runs reports none, and, over the `n_inflation` runs of all rows that report one, by
-        how much it lies above the last (`inflation_mean`, `inflation_max`); `measure`; `margin`;
-        `level`. Accuracies are in [0, 1]; a seed that one cell lacks is left out. With fewer than
-        two pairs the intervals are NaN and the verdict inconclusive.
+    Returns: The comparison, sorted by the axes, further pairs last: the four axes; `against_...`,
+        the cell compared with; `budget`, its kind; `n_seeds`, the pairs of accepted runs;
+        `n_refused`, the refused rows of both cells; mean and sample standard deviation (ddof=1) of
+        both cells over the paired seeds; `difference` and `sd_difference`; the interval at `level`
+        (`low`, `high`) and at 90 % (`low90`, `high90`); `p_value`, two-sided, and `p_holm`, the
+        same corrected for all rows; `verdict`; `seeds_needed` where the verdict is inconclusive and
+        at least two pairs give a spread; `best_mean` and `best_difference`, the same at the best
+        epoch, NaN where one of its runs reports none, and, over the `n_inflation` runs of all rows
+        that report one, by how much it lies above the last (`inflation_mean`, `inflation_max`);
+        `measure`; `margin`; `level`. Accuracies are in [0, 1]; a seed that one cell lacks is left
+        out. With fewer than two pairs the intervals are NaN and the verdict inconclusive.
     Raises: ValueError for missing columns, a baseline that is not there, two rows of one cell and
         seed, an accepted row whose accuracy is not in [0, 1], budgets that may not be compared, or
         a margin or level out of range.
     """
     cells = _known_cells(results, "strategy", baseline, measure)
     fractions = sorted({cell[2] for cell in cells if cell[1] == baseline})
-    pairs = []
+    known, further, pairs = set(cells), pairs, []
     for student, strategy, fraction, objective in cells:
         if strategy != baseline:
             with_full = "full" in (strategy, baseline)
             for against_fraction in fractions if with_full else [fraction]:
                 against = (student, baseline, against_fraction, objective)
+                if "shards" in results and against not in known:
+                    continue  # the baseline takes shards and this one a fraction, or the reverse
                 pairs.append(((student, strategy, fraction, objective), against))
+    for pair in further:
+        first, second = (_of_shards(results, *cell) for cell in pair)
+        for student, objective in dict.fromkeys((cell[0], cell[3]) for cell in cells):
+            both = [(student, strategy, f, objective) for strategy, f in (first, second)]
+            pairs += [tuple(both)] if known.issuperset(both) else []
     return _compared(results, pairs, margin, level, measure)
 
 
@@ -124,6 +137,12 @@ def _known_cells(results: pd.DataFrame, axis: str, name: str, measure: str) -> l
             f"{nearest(name, known) if known else 'the results are empty'}"
         )
     return sorted(set(_cells(results)))
+
+
+def _of_shards(results: pd.DataFrame, strategy: str, shards: int) -> tuple[str, float]:
+    """The strategy and the fraction of its cells of so many shards."""
+    rows = results[(results["strategy"] == strategy) & (results["shards"] == shards)]
+    return strategy, rows["fraction"].iloc[0]
 
 
 def _compared(

@@ -12,6 +12,7 @@ from kdlib.compare.comparisons import by_place, comparisons
 from kdlib.compare.statistics import VERDICTS
 from kdlib.compare.text import count, place_in_words
 from kdlib.repro.files import workspace
+from kdlib.study.cells import shards_counted, share_in_words
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
 
@@ -138,11 +139,12 @@ def finding(study: Study, question: str, repository: str = "") -> str:
         f"[study]({repository}params/{name}.yaml), {count(len(study.seeds), 'seed')}"
         + (", each with a recording of its own" if study.dynamics.per_seed else "")
     )
-    verdicts = "".join(
-        f"\n  - {f'on {place_in_words(on)}, ' if on else ''}{line}."
-        for on, rows in by_place(tables[kind])
-        for line in _groups(rows, kind)
-    )
+    with shards_counted(tables["results"]):
+        verdicts = "".join(
+            f"\n  - {f'on {place_in_words(on)}, ' if on else ''}{line}."
+            for on, rows in by_place(tables[kind])
+            for line in _groups(rows, kind)
+        )
     refused = tables["results"]["refused"]
     lost = f", {count(int(refused.sum()), 'run')} refused" if refused.any() else ""
     training = study.training
@@ -162,7 +164,7 @@ def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:
         table = subsets
     several = table["student"].nunique() > 1
     for (student, part), rows in table.groupby(by, sort=False):
-        label = part if kind == "strategies" else f"{100 * part:.4g} % of the images"
+        label = part if kind == "strategies" else f"{share_in_words(part)} of the images"
         verdicts = [_verdict(rows, verdict, kind) for verdict in VERDICTS]
         yield f"{f'{student}, ' if several else ''}{label}: {'; '.join(filter(None, verdicts))}"
 
@@ -177,9 +179,11 @@ def _verdict(rows: pd.DataFrame, verdict: str, kind: str) -> str:
     for row in order.head(NAMED).itertuples():
         name = row.strategy if kind == "strategies" else row.objective
         if kind == "strategies" and row.strategy == "full":
-            name = f"full against {100 * row.against_fraction:.4g} %"
+            name = f"full against {share_in_words(row.against_fraction)}"
         elif kind == "strategies" and rows["fraction"].nunique() > 1:
-            name += f" at {100 * row.fraction:.4g} %"
+            name += f" at {share_in_words(row.fraction)}"
+            if row.against_fraction != row.fraction and row.against_strategy != "full":
+                name += f" against {row.against_strategy} at {share_in_words(row.against_fraction)}"
         ends = f"{100 * row.low:+.1f} to {100 * row.high:+.1f}"
         no_interval = "one seed" if row.n_seeds == 1 else "the same in every seed"
         ends = no_interval if pd.isna(row.low) else ends

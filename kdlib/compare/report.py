@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.comparisons import Tables, by_place
+from kdlib.compare.comparisons import Tables, by_place, names_shards
 from kdlib.compare.costs import ledger_markdown
 from kdlib.compare.text import (
     comparison_latex,
@@ -15,6 +15,7 @@ from kdlib.compare.text import (
     table,
     write_text,
 )
+from kdlib.study.cells import share_in_words
 from kdlib.study.evaluation import AXES
 from kdlib.study.study import Study
 
@@ -36,6 +37,7 @@ def titled(study: Study, tables: Tables) -> list[tuple[str, str, pd.DataFrame]]:
     return found
 
 
+@names_shards
 def summary(study: Study, tables: Tables) -> str:
     """The results in plain sentences, as Markdown; also written to the figures folder."""
     results, measured = tables["results"], list(study.compare.columns.values())
@@ -87,7 +89,7 @@ def summary(study: Study, tables: Tables) -> str:
         (
             row.student,
             row.strategy,
-            f"{100 * row.fraction:.4g} %",
+            share_in_words(row.fraction),
             row.objective,
             f"`{row.command}`",
         )
@@ -125,7 +127,7 @@ def _distinct(tables: Tables) -> list[str]:
         whole, distinct = (100 * runs[column].mean() for column in both)
         student, strategy, fraction, objective = axes
         cells = (f"{whole:.2f}", f"{distinct:.2f}", f"{distinct - whole:+.2f}")
-        rows.append((student, objective, f"{100 * fraction:.4g} %", strategy, *cells))
+        rows.append((student, objective, share_in_words(fraction), strategy, *cells))
     head = ("student", "objective", "fraction", "strategy", "all (%)", "distinct (%)", "points")
     return [
         "## On test images that occur once",
@@ -191,6 +193,7 @@ def _where_again(study: Study, results: pd.DataFrame) -> str:
     return f"These runs were made on {', '.join(devices)}. {same}"
 
 
+@names_shards
 def objective_table(study: Study, tables: Tables) -> str:
     """Every objective of the axis with its formula, paper, test and accuracies, as Markdown; also
     written to the figures folder.
@@ -201,7 +204,7 @@ def objective_table(study: Study, tables: Tables) -> str:
     accepted = tables["results"].query("not refused")
     accepted = accepted[accepted["student"] == study.axes.student[0]]
     subsets = accepted[["strategy", "fraction"]].drop_duplicates().to_records(index=False)
-    heads = [s if s == "full" else f"{s} {100 * f:.4g} %" for s, f in subsets]
+    heads = [s if s == "full" else f"{s} {share_in_words(f)}" for s, f in subsets]
     if study.compare.on is not None:
         heads = [f"{head}, on {place_in_words(on)}" for head in heads for on in study.compare.on]
     rows = []
@@ -232,6 +235,7 @@ def objective_table(study: Study, tables: Tables) -> str:
     return write_text(study, "objectives.md", [table(head, rows, "llll" + "r" * len(heads))])
 
 
+@names_shards
 def comparison_texts(study: Study, tables: Tables) -> str:
     """The tables of the comparison as Markdown; also written to the figures folder, there with
     `comparison.tex` for a paper."""
@@ -246,6 +250,7 @@ def comparison_texts(study: Study, tables: Tables) -> str:
     return write_text(study, "comparison.md", markdown)
 
 
+@names_shards
 def ledger_text(study: Study, tables: Tables) -> str:
     """What each selection costs and after how many students it has paid, as Markdown; also written
     to the figures folder."""

@@ -20,7 +20,8 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
     Its views are `metrics`, one row per evaluation of each finished student run that is here
     (`runs/<study>/distill/<axis=value>/.../metrics.parquet`), and `results`, `curves`, `probes` and
     `costs` of all studies with committed tables (`figures/<study>/tables/`). Every view has a
-    column `study`; `metrics` has the axes of its folder, `fraction` and `seed` as numbers.
+    column `study`; `metrics` has the axes of its folder, `fraction` (or `shards`) and `seed` as
+    numbers.
 
     Args:
         text: SQL; values belong into `parameters`, where they need no quotes: `study = ?`.
@@ -48,7 +49,8 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
             place = {"filename": str(path), "study": study}
             try:
                 place |= dict(a.split("=", 1) for a in axes)
-                place |= {"fraction": float(place["fraction"]), "seed": int(place["seed"])}
+                size, kind = ("shards", int) if "shards" in place else ("fraction", float)
+                place |= {size: kind(place[size]), "seed": int(place["seed"])}
             except (ValueError, KeyError):
                 raise ValueError(
                     f"{path.parent} is no folder of a student (student=.../strategy=.../"

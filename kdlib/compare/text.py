@@ -10,6 +10,7 @@ import pandas as pd
 from kdlib.compare.differences import AGAINST
 from kdlib.compare.statistics import EQUIVALENCE_LEVEL, VERDICTS
 from kdlib.repro.files import write_atomic
+from kdlib.study.cells import share_in_words
 from kdlib.study.evaluation import AXES, OWN, named_place
 from kdlib.study.study import Study
 
@@ -180,7 +181,7 @@ def _head_and_rows(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]
         best = f"{_points(row.best_mean)} ({_points(row.best_difference, '+')})"
         rows.append(
             [
-                row.student, row.objective, f"{100 * row.fraction:.4g} %", row.strategy,
+                row.student, row.objective, share_in_words(row.fraction), row.strategy,
                 f"{_points(row.mean)} ± {_points(row.sd)}", _against(row),
                 f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
                 f"{_points(row.difference, '+')} {interval}", _probability(row.p_holm),
@@ -227,7 +228,7 @@ def _against(row: Any) -> str:
     if row.against_objective != row.objective:
         parts.append(f"with {row.against_objective}")
     if row.against_fraction != row.fraction:
-        parts.append(f"at {100 * row.against_fraction:.4g} %")
+        parts.append(f"at {share_in_words(row.against_fraction)}")
     return " ".join(parts)
 
 
@@ -237,7 +238,7 @@ def _sentence(row: Any, name_student: bool) -> str:
     subject = (
         f"With {row.objective}, the full set"
         if is_full
-        else f"At {100 * row.fraction:.4g} % with {row.objective}, {row.strategy}"
+        else f"At {share_in_words(row.fraction)} with {row.objective}, {row.strategy}"
     )
     level, ends = row.level, (row.low, row.high)
     if row.verdict == "equivalent":

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from kdlib.plots import layout, theme
-from kdlib.plots.differences import accuracy_label, verdict_handles, verdict_mark
+from kdlib.plots.differences import accuracy_label, crossed, verdict_handles, verdict_mark
 from kdlib.study.evaluation import AXES
 
 
@@ -36,7 +36,8 @@ def accuracy_by_strategy(
     Raises: ValueError for missing columns, an empty table, or refused rows.
     """
     theme.demand(results, (*AXES, "seed", measure), "results")
-    theme.demand(comparison, (*AXES, "against_strategy", "verdict"), "comparison")
+    needed = (*AXES, "against_strategy", "against_fraction", "verdict")
+    theme.demand(comparison, needed, "comparison")
     objectives = sorted(set(results["objective"]))
     is_full = results["strategy"] == "full"
     subsets, full = results[~is_full], results[is_full]
@@ -44,6 +45,7 @@ def accuracy_by_strategy(
     fractions = sorted(set(subsets["fraction"]), reverse=True)
     strategies = sorted(set(subsets["strategy"]), key=theme.sorting_key)
     baseline = next(iter(comparison["against_strategy"]), None)
+    compared = comparison[~crossed(comparison)]
     panels = [(student, fraction) for student in students for fraction in fractions]
     most = len(fractions) if 1 < len(fractions) <= layout.PANELS else layout.PANELS
     most = 2 if len(panels) == 4 else most
@@ -68,11 +70,11 @@ def accuracy_by_strategy(
                 cell = (student, strategy, fraction, objective)
                 values = 100 * theme.of_cell(subsets, cell)[measure]
                 _draw_seeds(ax, values, y + shift, *theme.OBJECTIVES[k], 0.25 / len(objectives))
-                for verdict in theme.of_cell(comparison, cell)["verdict"]:
+                for verdict in theme.of_cell(compared, cell)["verdict"]:
                     where = {"transform": ax.get_yaxis_transform()}
                     verdict_mark(ax, 1.035, y + shift, verdict, **where)
         layout.name_rows(ax, [theme.in_words(name) for name in strategies], 0.5)
-        title = f"{theme.percent(fraction)} of the data"
+        title = theme.of_the_data(fraction)
         ax.set_title(f"{theme.in_words(student)}, {title}" if len(students) > 1 else title)
     layout.legend_in_rows(fig, _objective_handles(objectives, full), verdict_handles(baseline))
     return fig
@@ -134,7 +136,7 @@ def accuracy_by_objective(
                 ax.axvline(values.mean(), color=theme.GREY, lw=1, ls=theme.DASHES[1], zorder=1)
         layout.name_rows(ax, [theme.in_words(name) for name in objectives], 0.6)
         title = theme.in_words(strategy)
-        title += "" if strategy == "full" else f", {theme.percent(fraction)} of the data"
+        title += "" if strategy == "full" else f", {theme.of_the_data(fraction)}"
         ax.set_title(f"{theme.in_words(student)}, {title}" if several else title)
     n_seeds = results["seed"].nunique()
     marks = [

@@ -40,6 +40,12 @@ def accuracy_label(column: str) -> str:
     return ACCURACIES[base] + (f" on {theme.in_words(on)}" if on else "")
 
 
+def crossed(comparison: pd.DataFrame) -> pd.Series:
+    """Which rows compare cells of different sizes, the full set aside: pairs that a study names."""
+    across = comparison["against_fraction"] != comparison["fraction"]
+    return across & (comparison["strategy"] != "full") & (comparison["against_strategy"] != "full")
+
+
 def forest_plot_by_student(fig: Figure, comparison: pd.DataFrame, margin: float) -> Figure:
     """`forest_plot`, a panel for each student, with names and legend once.
 
@@ -129,6 +135,7 @@ def _forest_rows(comparison: pd.DataFrame) -> pd.DataFrame:
             comparison["strategy"] == "full", comparison["fraction"]
         ),
         order=comparison["strategy"].map(theme.sorting_key),
+        crossed=crossed(comparison),
     ).sort_values(["order", "student", "shown", "objective"], ascending=[True, True, False, True])
     naming = [a for a in ("shown", "objective", "student") if rows[a].nunique() > 1]
     labels, heights, y = [], [], 0.0
@@ -136,7 +143,12 @@ def _forest_rows(comparison: pd.DataFrame) -> pd.DataFrame:
         for row in group.to_dict("records"):
             label = ", ".join(theme.value_in_words(row[axis]) for axis in naming)
             across = row["against_fraction"] != row["fraction"]
-            labels.append(f"against {label}" if across and label else label)
+            if row["crossed"]:
+                other = (row["against_strategy"], row["against_fraction"])
+                against = f"against {', '.join(map(theme.value_in_words, other))}"
+                labels.append(f"{label}, {against}" if label else against)
+            else:
+                labels.append(f"against {label}" if across and label else label)
             heights.append(y)
             y += 1
         y += 0.6

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageChops, ImageStat  # matplotlib brings Pillow
 
 from kdlib.repro.files import write_atomic
+from kdlib.study.cells import share_in_words
 from kdlib.study.evaluation import AXES
 
 NARROW, WIDE = 3.25, 6.75  # inches: one column, two columns
@@ -216,8 +217,8 @@ def held_axes(table: pd.DataFrame, by: str) -> str:
     words = []
     for axis, rows in (("objective", table), ("fraction", subsets if len(subsets) else table)):
         if axis != by and rows[axis].nunique() == 1:
-            value = value_in_words(rows[axis].iloc[0])
-            words.append(f"{value} of the data" if axis == "fraction" else value)
+            value = rows[axis].iloc[0]
+            words.append(of_the_data(value) if axis == "fraction" else value_in_words(value))
     return ", ".join(words)
 
 
@@ -231,11 +232,12 @@ def name_of_spread(table: pd.DataFrame) -> str:
 
 
 def value_in_words(value: Any) -> str:
-    return in_words(value) if isinstance(value, str) else percent(value)
+    return in_words(value) if isinstance(value, str) else share_in_words(value)
 
 
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.4g} %"
+def of_the_data(fraction: float) -> str:
+    share = share_in_words(fraction)
+    return f"{share} of the data" if share.endswith("%") else share
 
 
 def of_cell(table: pd.DataFrame, cell: tuple[str, str, float, str]) -> pd.DataFrame:

@@ -28,6 +28,7 @@ from kdlib.steps.cache import reader_sentence
 from kdlib.steps.distill import open_student, outcome
 from kdlib.steps.done import read_by
 from kdlib.steps.folders import (
+    axes_of,
     datamap_folder,
     datamap_settings,
     dynamics_settings,
@@ -85,7 +86,7 @@ def results(study: Study) -> pd.DataFrame:
     probed = {cell: _last_probes(study, cell) for cell in study.probed_cells()}
     for cell, seed in itertools.product(study.cells(), study.seeds):
         folder = student_folder(study, cell, seed)
-        row = dict(cell.items()) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
+        row = axes_of(study, cell) | {"seed": seed, "run": str(folder.relative_to(study.runs))}
         row |= {"command": rerun_command(study, cell), "duplicates": inputs.duplicates}
         row |= {"reader": inputs.reader} if inputs.reader else {}
         try:
@@ -122,7 +123,14 @@ def results(study: Study) -> pd.DataFrame:
             table[column] = np.nan
     if "origin" in table and table["origin"].dropna().eq(RANDOM).all():
         table = table.drop(columns="origin")
-    return table.assign(refused=table["reason"] != "")
+    return _counted(table.assign(refused=table["reason"] != ""))
+
+
+def _counted(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose column `shards`, if it has one, is 0 of cells that take a fraction."""
+    if "shards" not in table:
+        return table
+    return table.assign(shards=table["shards"].fillna(0).astype(np.int64))
 
 
 def _did(study: Study, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -272,7 +280,7 @@ def curves(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 def probes(study: Study) -> pd.DataFrame:
     """Probe rows of all probed cells, with reference rows `untrained` and `teacher`."""
     parts = [open_probes(study, cell) for cell in study.probed_cells()]
-    return with_untrained(pd.concat(parts, ignore_index=True))
+    return _counted(with_untrained(pd.concat(parts, ignore_index=True)))
 
 
 def costs(study: Study) -> pd.DataFrame:
@@ -313,8 +321,8 @@ def costs(study: Study) -> pd.DataFrame:
     for cell, seed in itertools.product(study.cells(), study.seeds):
         folder = student_folder(study, cell, seed)
         if cost := _cost(folder, student_settings(study, cell, seed)):
-            rows.append({"what": "student"} | dict(cell.items()) | {"seed": seed} | cost)
-    return pd.DataFrame(rows)
+            rows.append({"what": "student"} | axes_of(study, cell) | {"seed": seed} | cost)
+    return _counted(pd.DataFrame(rows))
 
 
 def _seed_of(path: Path) -> dict[str, int]:

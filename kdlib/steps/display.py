@@ -42,6 +42,7 @@ MEANINGS = {
     "student": "name of the student in the study file",
     "strategy": "how its training examples were chosen; of probes also `untrained` and `teacher`",
     "fraction": "share of the training images it learnt from",
+    "shards": "number of shards of the cache that each pass reads; 0 where a fraction is taken",
     "objective": "name of its loss in the study file",
     "seed": "decides initial weights, order of batches and the draw of the subset",
     "test_accuracy": "share of the test images it classifies rightly after the last step",

@@ -16,7 +16,7 @@ from kdlib.repro.run import Run, read_evidence
 from kdlib.repro.seeds import derive
 from kdlib.steps.checkpoints import load_last
 from kdlib.steps.datamap import open_datamap
-from kdlib.steps.folders import datamap_folder, student_folder, student_settings
+from kdlib.steps.folders import axes_of, datamap_folder, student_folder, student_settings
 from kdlib.steps.precision import decided
 from kdlib.steps.processes import launch_run, open_shared_run, prepare_device
 from kdlib.steps.teacher import open_stored_teacher
@@ -35,15 +35,17 @@ MACRO = ("test_precision", "test_recall", "test_f1")  # averages over classes
 def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
     """The training examples of one cell and seed; their number is the fraction of all.
 
-    `fixed_shards` takes the fraction of the shards, whole. `random_shards` takes all examples;
-    each pass draws its shards.
+    `fixed_shards` takes the fraction of the shards, whole, or the cell's number of them.
+    `random_shards` takes all examples; each pass draws its shards.
+
+    Raises: ValueError for more shards than there are.
     """
     ids, data, parent = images.train_ids, files.fingerprint(images.fingerprints), None
     if cell.strategy in SHARD_POLICIES:
+        n = _n_shards(images, cell)
         if cell.strategy == "fixed_shards":
-            size = images.train.shard_size
-            ids = fixed_shards(ids, size, shards_in_fraction(ids, size, cell.fraction), seed)
-        return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
+            ids = fixed_shards(ids, images.train.shard_size, n, seed)
+        return Subset(ids, cell.strategy, axes_of(study, cell)["fraction"], seed, parent, data)
     if cell.strategy.startswith(PICKED):
         return _picked(study, cell, seed, ids, data)
     rule = cell.strategy if cell.strategy == "full" else study.selection(cell.strategy)
@@ -63,6 +65,19 @@ def make_subset(study: Study, images: Images, cell: Cell, seed: int) -> Subset:
             f"fraction of {cell.fraction:g} is {asked}"
         )
     return Subset(ids, cell.strategy, cell.fraction, seed, parent, data)
+
+
+def _n_shards(images: Images, cell: Cell) -> int:
+    """The shards of a cell: its number, or those in its fraction."""
+    ids, size = images.train_ids, images.train.shard_size
+    if cell.shards is None:
+        return shards_in_fraction(ids, size, cell.fraction)
+    if cell.shards > (n := len(np.unique(ids // size))):
+        raise ValueError(
+            f"{cell.strategy} asks for {cell.shards} of {n} shards with training images; expected "
+            f"at most {n} (study: axes.shards)"
+        )
+    return cell.shards
 
 
 def _picked(study: Study, cell: Cell, seed: int, ids: np.ndarray, data: str) -> Subset:
@@ -98,8 +113,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
     launch_run(study, folder, settings, "distill", **dict(cell.items()), seed=seed)
     world, n_shards = this_process(study.compute.device), None
     if cell.strategy == "random_shards":
-        size = images.train.shard_size
-        n_shards = shards_in_fraction(subset.example_ids, size, cell.fraction)
+        n_shards = _n_shards(images, cell)
     with open_shared_run(study, folder, settings, world) as run:
         if run.finished:
             if world.first:
@@ -115,7 +129,7 @@ def train_student(study: Study, images: Images, cell: Cell, seed: int) -> dict[s
             study.training,
             subset.example_ids,
             seed,
-            f"{cell.strategy} {cell.fraction:g} {cell.objective}, seed {seed}",
+            f"{cell.strategy} {subset.fraction:g} {cell.objective}, seed {seed}",
             objective=objective,
             teacher=teacher,
             shards_per_pass=n_shards,
@@ -178,7 +192,7 @@ def outcome(evidence: dict[str, Any]) -> dict[str, Any]:
 def run_table(study: Study, evidences: dict[tuple[Cell, int], dict[str, Any]]) -> pd.DataFrame:
     """One row per student, by cell and seed: axes, accuracies, budget, checks, folder."""
     rows = [
-        dict(cell.items())
+        axes_of(study, cell)
         | {"seed": seed}
         | outcome(evidence)
         | {"checks": sum(check["passed"] for check in evidence["checks"])}

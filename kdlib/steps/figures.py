@@ -14,7 +14,7 @@ from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.scores import confidence, correctness, variability
 from kdlib.cartography.variants import SAME_NAME
 from kdlib.compare.committed import is_committed
-from kdlib.compare.comparisons import Tables, by_place
+from kdlib.compare.comparisons import Tables, by_place, names_shards
 from kdlib.dataset.images import Images
 from kdlib.dataset.plan import Plan, fixed_shards
 from kdlib.plots import theme
@@ -41,6 +41,7 @@ from kdlib.steps.noise import DETECTORS, noise_tables, suspects
 from kdlib.steps.recordings import open_log
 from kdlib.steps.scores import score_tables
 from kdlib.study.evaluation import AXES
+from kdlib.study.selections import SHARD_POLICIES
 from kdlib.study.study import Study
 
 # Drawn as lines; the tables hold all scores.
@@ -121,6 +122,7 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
     return save_figures({"shard_visits": fig}, study.figures)
 
 
+@names_shards
 def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
     """Draw `accuracy`, `differences` (of strategies, or of objectives where there are many),
     `objective_differences` and `control_differences` where there are such, `fractions` where there
@@ -231,7 +233,10 @@ def _shown_curves(study: Study, rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     shown = [s for s in study.probe.strategy if s != "full"]
     if not shown:
         return rows[full], "objective"
-    of_subsets = rows["strategy"].isin(shown) & rows["fraction"].isin(study.probe.fractions)
+    of_subsets = rows["strategy"].isin(shown) & (
+        rows["fraction"].isin(study.probe.fractions)
+        | (rows["strategy"].isin(SHARD_POLICIES) & (study.axes.shards is not None))
+    )
     of_objective = rows["objective"] == study.probe.objective[0]
     return rows[of_objective & (full | of_subsets)], "strategy"
 

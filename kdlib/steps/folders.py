@@ -5,6 +5,7 @@ from typing import Any
 
 from kdlib.repro import files
 from kdlib.study.cells import Cell
+from kdlib.study.evaluation import AXES
 from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 
@@ -28,6 +29,19 @@ def dynamics_settings(study: Study) -> dict[str, Any]:
 def student_folder(study: Study, cell: Cell, seed: int) -> Path:
     """The folder of the run of one cell and seed."""
     return study.runs / "distill" / cell.path / f"seed={seed}"
+
+
+def axes_of(study: Study, cell: Cell) -> dict[str, Any]:
+    """The axes of a cell as tables hold them: that of so many shards has its share of the cache's
+    shards as `fraction`, and `shards`."""
+    if cell.shards is None:
+        return dict(cell.items())
+    index, *_ = sorted((study.upstream.cache / "train").glob("index*.json"))
+    header = files.read_json(index)["header"]
+    n, (i, k) = -(-header["n_examples"] // header["shard_size"]), study.data.part_of("train")
+    size = {"fraction": cell.shards / (n * i // k - n * (i - 1) // k), "shards": cell.shards}
+    axes = {axis: (dict(cell.items()) | size)[axis] for axis in AXES}
+    return axes | size
 
 
 def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:

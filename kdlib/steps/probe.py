@@ -22,7 +22,7 @@ from kdlib.repro.run import open_run, read_evidence, read_table
 from kdlib.repro.tables import write_parquet
 from kdlib.steps.checkpoints import load_step
 from kdlib.steps.distill import open_student
-from kdlib.steps.folders import probe_folder, student_folder, teacher_folder
+from kdlib.steps.folders import axes_of, probe_folder, student_folder, teacher_folder
 from kdlib.steps.probe_network import (
     LAST,
     Examples,
@@ -159,7 +159,7 @@ class _Probing:
         for seed, evidence in evidences.items():
             untrained = {"weights": evidence["initialisation"]["weights_sha256"]}
             for step in evidence["series"]:
-                row = dict(cell.items()) | {"seed": seed, "step": int(step)}
+                row = axes_of(study, cell) | {"seed": seed, "step": int(step)}
                 make = partial(rows, evidence, seed, step)
                 if step == "0":  # the same network in every cell
                     make = partial(self._once, inputs | untrained, make)
@@ -167,7 +167,7 @@ class _Probing:
 
     def teacher(self) -> Iterator[dict[str, Any]]:
         """The teacher's rows: of its stored features, and of other data."""
-        row = dict(self.cell.items()) | {"strategy": "teacher", "seed": -1, "step": -1}
+        row = axes_of(self.study, self.cell) | {"strategy": "teacher", "seed": -1, "step": -1}
         inputs = {"weights": self.card["weights_sha256"], "outputs": self.card["outputs"]}
         rows = []
         if self.pair:

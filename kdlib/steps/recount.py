@@ -186,7 +186,7 @@ class Recount:
         if cell.strategy in ("full", "random_shards"):
             return ids
         if cell.strategy == "fixed_shards":
-            n = max(1, rounded(len(shards), cell.fraction))
+            n = cell.shards or max(1, rounded(len(shards), cell.fraction))
             drawn = stream(seed, "subset").choice(shards, n, replace=False)
             return ids[np.isin(ids // self.train.size, drawn)]
         if cell.strategy.startswith(PICKED):
@@ -205,7 +205,7 @@ class Recount:
         n_drawn, n = None, len(ids)
         if cell.strategy == "random_shards":
             n_shards = len(np.unique(ids // self.train.size))
-            n_drawn = max(1, rounded(n_shards, cell.fraction))
+            n_drawn = cell.shards or max(1, rounded(n_shards, cell.fraction))
             n = round(n * n_drawn / n_shards)  # an epoch: the mean number of a pass
         return Expected(ids, steps_of(training, n), n_drawn)
 
@@ -233,7 +233,8 @@ class Recount:
         drawn = again(cell, seed) if drawn is None else drawn
         facts = [
             ("seed", step["seed"], seed),
-            ("cell", (asked["strategy"], asked["fraction"]), (cell.strategy, cell.fraction)),
+            ("cell", asked["strategy"], cell.strategy),
+            *(("cell", asked.get(size), value) for size, value in cell.size.items()),
             ("split", evidence["data"]["split"], split),
             ("subset", evidence["subset"]["sha256"], sha256),
             ("subset of the settings", settings["inputs"]["subset"], sha256),

@@ -1,5 +1,7 @@
 """Whether the sections of a study fit each other."""
 
+import itertools
+import math
 import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -8,7 +10,7 @@ from kdlib.study.base import NAME, known
 from kdlib.study.evaluation import OWN
 from kdlib.study.models import StoredOutputs
 from kdlib.study.objectives import RKD, Objective, Similarity, needs_teacher, why_labels
-from kdlib.study.selections import PICKED, STRATEGIES, Dynamics
+from kdlib.study.selections import PICKED, SHARD_POLICIES, STRATEGIES, Dynamics
 from kdlib.study.training import Augment
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ def check(study: "Study") -> None:
         _check_unlabelled(study)
     if study.recorded_training is None:
         _check_unmapped(study)
+    _check_shards(study)
     _check_probes(study)
     _check_teachers(study)
     _check_trainings(study)
@@ -62,13 +65,43 @@ def _check_names(study: "Study") -> None:
             known(name, among, what)
 
 
+def _check_shards(study: "Study") -> None:
+    """Numbers of shards that there are, where their number is known before the cache is built, and
+    a baseline for cells of so many shards."""
+    axes, data, compare = study.axes, study.data, study.compare
+    if data.n_train is not None:
+        (i, k), n = data.part_of("train"), math.ceil(data.n_train / data.shard_size)
+        n = n * i // k - n * (i - 1) // k
+        for asked in axes.shards or ():
+            if asked > n:
+                raise ValueError(
+                    f"axes.shards asks for {asked} of {n} shards ({data.n_train:,} images, "
+                    f"{data.shard_size:,} to a shard): expected at most {n}"
+                )
+    of_shards = set(itertools.product(axes.strategy, axes.shards or ()))
+    for pair in compare.pairs or ():
+        for cell in pair.cells:
+            if cell not in of_shards:
+                raise ValueError(
+                    f"compare.pairs names {cell[0]} of {cell[1]} shards; expected a strategy of "
+                    "axes.strategy and a number of axes.shards"
+                )
+    if axes.shards and not compare.pairs and compare.baseline not in ("full", *SHARD_POLICIES):
+        raise ValueError(
+            f"cells of so many shards are not compared with {compare.baseline}: give "
+            f"compare.baseline: full, {' or '.join(SHARD_POLICIES)}, or compare.pairs"
+        )
+
+
 def _check_probes(study: "Study") -> None:
     probe, axes, measure = study.probe, study.axes, study.compare.measure
     for name in probe.strategy:
         if name.startswith(PICKED):
             raise ValueError(f"{name} has the fraction it was saved with and cannot be probed")
+    if probe.fraction is None and axes.fraction is not None:
+        raise ValueError("probe.fraction is missing; expected one of axes.fraction")
     for fraction in probe.fractions:
-        if fraction not in axes.fraction:
+        if fraction not in (axes.fraction or ()):
             raise ValueError(f"probe.fraction is {fraction}; expected one of axes.fraction")
     if measure == "accuracy":
         if study.compare.on is not None:
@@ -82,7 +115,7 @@ def _check_probes(study: "Study") -> None:
     lacking = {
         "strategy": {"full", *axes.strategy} - set(probe.strategy),
         "objective": set(axes.objective) - set(probe.objective),
-        "fraction": set(axes.fraction) - set(probe.fractions),
+        "fraction": set(axes.fraction or ()) - set(probe.fractions),
     }
     if lacking := {axis: sorted(values) for axis, values in lacking.items() if values}:
         raise ValueError(

@@ -18,7 +18,7 @@ from kdlib.study.base import (
     suggested,
 )
 from kdlib.study.data import Data
-from kdlib.study.selections import STRATEGIES
+from kdlib.study.selections import SHARD_POLICIES, STRATEGIES
 
 AXES = ("student", "strategy", "fraction", "objective")
 # What a study compares, and the column of the results table that holds it.
@@ -39,18 +39,34 @@ class Axes(Settings):
     """Names of `students`."""
     strategy: _Strategies
     """Built-in strategies, names of `selections`, or `picked_<name>` of a saved selection."""
-    fraction: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct]
-    """Of the training images."""
+    fraction: Annotated[tuple[Fraction, ...], Field(min_length=1), Distinct] | None = None
+    """Of the training images; may be left out where `shards` are given for all strategies."""
+    shards: Annotated[tuple[Count, ...], Field(min_length=1), Distinct] | None = None
+    """Numbers of shards of the cache: `fixed_shards` and `random_shards` then take so many, each
+    number in cells of its own, and not a fraction."""
     objective: _Names
     """Names of `objectives`."""
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "Axes":
+        of_shards = [name for name in self.strategy if name in SHARD_POLICIES]
+        if self.shards is not None and not of_shards:
+            raise ValueError(f"`shards` are for the strategies {' and '.join(SHARD_POLICIES)}")
+        if self.fraction is None:
+            for name in self.strategy:
+                if name != "full" and (self.shards is None or name not in SHARD_POLICIES):
+                    raise ValueError(
+                        f"`fraction` is missing: {name} takes a fraction of the images"
+                    )
+        return self
 
 
 class Probe(Settings):
     """Which cells are probed, and how."""
 
     strategy: _Strategies = ("full", "random")
-    fraction: one_or_more(Fraction)
-    """One of `axes.fraction`, or several."""
+    fraction: one_or_more(Fraction) | None = None
+    """One of `axes.fraction`, or several. Cells of so many shards are probed at each number."""
     objective: _Names
     k: one_or_more(Count) = 20
     """Neighbours, one k-NN probe for each number; the first is the probe `knn`, which `compare`
@@ -80,11 +96,24 @@ class Probe(Settings):
 
     @property
     def fractions(self) -> tuple[float, ...]:
-        return listed(self.fraction)
+        return () if self.fraction is None else listed(self.fraction)
 
     @property
     def ks(self) -> tuple[int, ...]:
         return listed(self.k)
+
+
+class Pair(Settings):
+    """Two cells of so many shards: the first is compared with the second."""
+
+    strategy: Literal["fixed_shards", "random_shards"]
+    shards: Count
+    against_strategy: Literal["fixed_shards", "random_shards"]
+    against_shards: Count
+
+    @property
+    def cells(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        return (self.strategy, self.shards), (self.against_strategy, self.against_shards)
 
 
 class Compare(Settings):
@@ -97,6 +126,8 @@ class Compare(Settings):
     `probe.others`, and `own` for the study's images, which are taken where the key is not given."""
     baseline: Strategy = "random"
     """Strategy that the others are compared with."""
+    pairs: Annotated[tuple[Pair, ...], Field(min_length=1)] | None = None
+    """Pairs of cells of so many shards that are compared, too."""
     objective: str | None = None
     """Objective with which every other one is compared, in the table `controls`; the table
     `objectives` compares each with the one without a teacher."""

@@ -81,7 +81,7 @@ def dumped(study: "Study", **options: Any) -> dict[str, Any]:
 
 
 def _of_student(study: "Study", dump: dict[str, Any], cell: Cell) -> dict[str, Any]:
-    subset = {"strategy": cell.strategy, "fraction": cell.fraction}
+    subset = {"strategy": cell.strategy, **cell.size}
     if cell.strategy in study.selections or cell.strategy in CORESETS:
         rule = study.selection(cell.strategy)
         subset["rule"] = rule.model_dump(mode="json", exclude_none=True)

@@ -15,6 +15,7 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import compile_tables, curves, results
 from kdlib.steps.distill import make_subset, train_student
+from kdlib.steps.done import unfinished
 from kdlib.steps.figures import _accepted_probes, draw_comparison, redraw_comparison
 from kdlib.steps.folders import probe_folder, student_folder
 from kdlib.steps.probe import open_probes, probe_cell
@@ -251,6 +252,55 @@ def test_shard_policies_are_strategies_with_budgets_of_their_own(lab):
     assert drawn["coverage"]["shards_per_pass"] == 2
     assert drawn["coverage"]["most"] - drawn["coverage"]["fewest"] > 1
     assert drawn["subset"]["n_examples"] == len(images.train_ids)
+
+
+def test_shards_are_counted_and_compared_at_equal_and_at_different_numbers(lab):
+    axes = {"student": ["tiny"], "strategy": ["fixed_shards", "random_shards"], "shards": [2, 1],
+            "objective": ["kd"]}  # fmt: skip
+    pair = {"strategy": "random_shards", "shards": 1}
+    pair |= {"against_strategy": "fixed_shards", "against_shards": 2}
+    study = tiny_study(
+        lab, axes=axes, training={"steps": 12, "batch_size": 64, "lr_peak": 0.1},
+        probe={"strategy": ["full", "fixed_shards"], "objective": ["kd"], "k": 5, "c_grid": [1.0]},
+        compare={"baseline": "random_shards", "margin": 0.02, "pairs": [pair]},
+    )  # fmt: skip
+    images = open_images(study)
+    for cell in study.cells():
+        runs = [train_student(study, images, cell, seed) for seed in study.seeds]
+        ids = make_subset(study, images, cell, 0).example_ids
+        if cell.strategy == "fixed_shards":
+            assert len(np.unique(ids // images.train.shard_size)) == cell.shards
+        elif cell.strategy == "random_shards":
+            assert runs[0]["coverage"]["shards_per_pass"] == cell.shards
+    for cell in study.probed_cells():
+        probe_cell(study, images, cell)
+    assert [cell.shards for cell in study.probed_cells()] == [None, 2, 1]
+    assert not {"distill", "probe"} & {p for f in unfinished(study) for p in f.parts}
+    tables = compile_tables(study)
+    results = tables["results"]
+    assert not results["refused"].any()
+    shares = {(r.strategy, r.shards): r.fraction for r in results.itertuples()}
+    assert shares == {
+        ("full", 0): 1.0, ("fixed_shards", 2): 0.4, ("fixed_shards", 1): 0.2,
+        ("random_shards", 2): 0.4, ("random_shards", 1): 0.2,
+    }  # fmt: skip
+    compared = ["strategy", "fraction", "against_strategy", "against_fraction", "n_seeds"]
+    assert tables["strategies"][compared].to_numpy().tolist() == [
+        ["fixed_shards", 0.2, "random_shards", 0.2, 2],
+        ["fixed_shards", 0.4, "random_shards", 0.4, 2],
+        ["full", 1.0, "random_shards", 0.2, 2],
+        ["full", 1.0, "random_shards", 0.4, 2],
+        ["random_shards", 0.2, "fixed_shards", 0.4, 2],
+    ]
+    assert set(tables["strategies"]["budget"]) == {"equal_steps"}
+    text = summary(study, tables)
+    assert "| tiny | kd | 1 shard | random_shards |" in text
+    assert "fixed_shards at 2 shards" in text
+    assert "-p strategy fixed_shards -p shards 2 -p objective kd`" in text
+    redraw_comparison(study)
+    too_many = study.cell(strategy="random_shards", shards=6)
+    with pytest.raises(ValueError, match="asks for 6 of 5 shards with training images"):
+        train_student(study, images, too_many, 0)
 
 
 def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(lab, unwritten):

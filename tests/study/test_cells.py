@@ -108,3 +108,49 @@ def test_a_cell_s_folder_says_its_fraction_exactly(fraction, text):
     *_, found, _ = Cell("tiny", "random", fraction, "kd").path.parts
     assert found == f"fraction={text or repr(fraction)}"
     assert float(found.removeprefix("fraction=")) == fraction
+
+
+def test_cells_of_so_many_shards_stand_beside_those_of_a_fraction():
+    content = changed("axes.strategy", ["random", "fixed_shards", "random_shards"])
+    content = changed("compare.baseline", "random_shards", changed("axes.shards", [3, 2], content))
+    content["probe"]["strategy"] = ["full", "fixed_shards"]
+    study = validated(changed("axes.objective", ["kd"], changed("axes.student", ["tiny"], content)))
+    assert [(c.strategy, c.fraction, c.shards) for c in study.cells()] == [
+        ("full", 1.0, None), ("random", 0.33, None), ("random", 0.1, None),
+        ("fixed_shards", None, 3), ("fixed_shards", None, 2),
+        ("random_shards", None, 3), ("random_shards", None, 2),
+    ]  # fmt: skip
+    cell = study.cell(strategy="fixed_shards")
+    assert str(cell.path) == "student=tiny/strategy=fixed_shards/shards=3/objective=kd"
+    assert study.step_settings("distill", cell)["subset"] == {
+        "strategy": "fixed_shards", "shards": 3,
+    }  # fmt: skip
+    assert study.cell(**dict(cell.items())) == cell
+    assert study.cell(strategy="fixed_shards", fraction=0.5).shards is None
+    assert study.cell().path.parts[2] == "fraction=0.33"
+    assert [c.shards for c in study.probed_cells()] == [None, 3, 2]
+    for axes, message in (
+        ({"strategy": "easy", "shards": 3}, "shards are for fixed_shards and random_shards"),
+        ({"strategy": "fixed_shards", "shards": 3, "fraction": 0.1}, "in place of a fraction"),
+        ({"strategy": "fixed_shards", "shards": 2.5}, "expected an integer >= 1"),
+    ):
+        with pytest.raises(StudyError, match=message):
+            study.cell(**axes)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("data.n_train", 1000, r"axes\.shards asks for 3 of 2 shards \(1,000 images"),
+        ("compare.baseline", "random", r"not compared with random: give compare\.baseline: full, "),
+        ("compare.pairs", [{"strategy": "random_shards", "shards": 9,
+                            "against_strategy": "fixed_shards", "against_shards": 3}],
+         "compare.pairs names random_shards of 9 shards; expected"),
+    ],
+)  # fmt: skip
+def test_shards_that_cannot_be_read_or_compared_are_refused(path, value, message):
+    content = changed("axes.strategy", ["random", "fixed_shards", "random_shards"])
+    content = changed("compare.baseline", "random_shards", changed("axes.shards", [3, 2], content))
+    content["probe"]["strategy"] = ["full"]
+    with pytest.raises(StudyError, match=message):
+        validated(changed(path, value, content))

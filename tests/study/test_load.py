@@ -206,6 +206,8 @@ IMPOSSIBLE = [
     ("probe.k", [5, 5], r"probe\.k: \[5, 5\] names a value twice"),
     ("probe.fraction", [0.1, 0.5], "probe.fraction is 0.5; expected one of axes.fraction"),
     ("compare.on", ["own"], "compare.on names data sets on which probes are compared: give mea"),
+    ("axes.shards", [3], "`shards` are for the strategies fixed_shards and random_shards"),
+    ("axes.fraction", None, "`fraction` is missing: random takes a fraction of the images"),
     ("compare", {"measure": "knn", "on": ["mnist"]}, "unknown data set to compare on 'mnist'"),
     # YAML reads `yes` as true and `no` as false: neither is a number
     ("training.batch_size", True, "batch_size: Input should be a valid integer"),
