@@ -61,6 +61,40 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
     return ax
 
 
+def losses(fig: Figure, curves: pd.DataFrame, by: str = "strategy") -> Figure:
+    """Training loss, validation loss and each term of the training loss over optimiser steps, a
+    panel for each.
+
+    Args:
+        fig: An empty figure; its height is set to what the panels need.
+        curves: The axes of the study, `seed`, `step`, `train_loss`, `validation_loss`, and
+            `train_loss_<term>`, NaN of cells whose loss has no such term.
+        by: The axis of the study that decides the colour.
+
+    Returns: `fig`.
+    Raises: ValueError as `learning_curves`.
+    """
+    theme.demand(curves, (*AXES, "seed", "step", "train_loss", "validation_loss"), "curves")
+    terms = [name for name in curves if name.startswith("train_loss_")]
+    drawn = {"train_loss": "training loss", "validation_loss": "validation loss"}
+    drawn |= {
+        name: theme.in_words(name.removeprefix("train_loss_")) + ", training" for name in terms
+    }
+    rows = {name: curves[curves[name].notna()] for name in drawn}
+    drawn = {name: title for name, title in drawn.items() if len(rows[name])}
+    axs = layout.panel_grid(fig, len(drawn), 2.1, 3, xlabel="optimiser steps", sharey=False)
+    handles = {}
+    for ax, (name, title) in zip(axs, drawn.items(), strict=True):
+        _draw_cells(ax, rows[name], name, by, scale=1)
+        ax.set_xlim(0, max(1, curves["step"].max()))
+        ax.set_title(title, fontsize=theme.TEXT_PT)
+        found, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    title = f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}"
+    layout.legend_in_rows(fig, list(handles.values()), title=title, handlelength=3.5)
+    return fig
+
+
 def probe_curves(
     ax: Axes, probes: pd.DataFrame, probe: str = "linear", on: str = OWN, layer: str = "features"
 ) -> Axes:

@@ -29,6 +29,7 @@ from kdlib.steps.distill import open_student, outcome
 from kdlib.steps.done import read_by
 from kdlib.steps.folders import (
     axes_of,
+    counted,
     datamap_folder,
     datamap_settings,
     dynamics_settings,
@@ -123,14 +124,7 @@ def results(study: Study) -> pd.DataFrame:
             table[column] = np.nan
     if "origin" in table and table["origin"].dropna().eq(RANDOM).all():
         table = table.drop(columns="origin")
-    return _counted(table.assign(refused=table["reason"] != ""))
-
-
-def _counted(table: pd.DataFrame) -> pd.DataFrame:
-    """A table whose column `shards`, if it has one, is 0 of cells that take a fraction."""
-    if "shards" not in table:
-        return table
-    return table.assign(shards=table["shards"].fillna(0).astype(np.int64))
+    return counted(table.assign(refused=table["reason"] != ""))
 
 
 def _did(study: Study, row: dict[str, Any]) -> dict[str, Any] | None:
@@ -280,7 +274,7 @@ def curves(study: Study, table: pd.DataFrame) -> pd.DataFrame:
 def probes(study: Study) -> pd.DataFrame:
     """Probe rows of all probed cells, with reference rows `untrained` and `teacher`."""
     parts = [open_probes(study, cell) for cell in study.probed_cells()]
-    return _counted(with_untrained(pd.concat(parts, ignore_index=True)))
+    return counted(with_untrained(pd.concat(parts, ignore_index=True)))
 
 
 def costs(study: Study) -> pd.DataFrame:
@@ -322,7 +316,7 @@ def costs(study: Study) -> pd.DataFrame:
         folder = student_folder(study, cell, seed)
         if cost := _cost(folder, student_settings(study, cell, seed)):
             rows.append({"what": "student"} | axes_of(study, cell) | {"seed": seed} | cost)
-    return _counted(pd.DataFrame(rows))
+    return counted(pd.DataFrame(rows))
 
 
 def _seed_of(path: Path) -> dict[str, int]:

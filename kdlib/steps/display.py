@@ -20,7 +20,7 @@ FIGURES = {
     "cache": ("shard_visits",),
     "datamap": ("datamap", "forming", "regions"),
     "compare": ("accuracy", "differences", "objective_differences", "control_differences",
-                "fractions", "curves", "probes", "diagnostics", "places"),
+                "fractions", "curves", "losses", "probes", "diagnostics", "places"),
     "scores": ("same_name", "stability", "map_against"),
     "noise": ("detectors", "suspects"),
 }  # fmt: skip

@@ -23,6 +23,7 @@ from kdlib.plots.curves import (
     REFERENCES,
     diagnostics,
     learning_curves_by_student,
+    losses,
     probe_curves,
     probe_places,
 )
@@ -46,6 +47,7 @@ from kdlib.study.study import Study
 
 # Drawn as lines; the tables hold all scores.
 DRAWN = ("confidence", "variability", "aum", "el2n", "grand", "forgetting_events", "dual", "tdds")
+FEWEST_POINTS = 4  # of a curve of losses
 MOST_LINES = 20  # strategies that are drawn over the fractions, at most
 
 
@@ -126,7 +128,8 @@ def draw_shard_visits(study: Study) -> dict[str, Path]:
 def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
     """Draw `accuracy`, `differences` (of strategies, or of objectives where there are many),
     `objective_differences` and `control_differences` where there are such, `fractions` where there
-    are three or more, `curves`, `probes`, of the first student `diagnostics`, and `places` where
+    are three or more, `curves`, of the first student `losses` where its curves have four points or
+    more, `probes`, of the first student `diagnostics`, and `places` where
     probes are of several layers or data sets. Those of accuracies and features are drawn for each
     data set; of the first that is compared on, `accuracy`, of another one `accuracy_on_<name>`.
 
@@ -140,6 +143,10 @@ def draw_comparison(study: Study, tables: Tables) -> dict[str, Path]:
         figures["curves"] = Figure(figsize=(WIDE, 3.4))
         rows, by = _shown_curves(study, _common(study, tables["curves"], ["objective"]))
         learning_curves_by_student(figures["curves"], rows, by)
+        first = rows[rows["student"] == rows["student"].iloc[0]]
+        if first.groupby([*AXES, "seed"])["step"].nunique().min() >= FEWEST_POINTS:
+            figures["losses"] = Figure(figsize=(WIDE, 3.4))
+            losses(figures["losses"], first, by)
         figures |= _probe_figures(study, tables)
     return save_figures(figures, study.figures)
 

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from kdlib.repro import files
 from kdlib.study.cells import Cell
 from kdlib.study.evaluation import AXES
@@ -42,6 +45,13 @@ def axes_of(study: Study, cell: Cell) -> dict[str, Any]:
     size = {"fraction": cell.shards / (n * i // k - n * (i - 1) // k), "shards": cell.shards}
     axes = {axis: (dict(cell.items()) | size)[axis] for axis in AXES}
     return axes | size
+
+
+def counted(table: pd.DataFrame) -> pd.DataFrame:
+    """A table of cells whose column `shards`, if it has one, is 0 of those that take a fraction."""
+    if "shards" not in table:
+        return table
+    return table.assign(shards=table["shards"].fillna(0).astype(np.int64))
 
 
 def student_settings(study: Study, cell: Cell, seed: int) -> dict[str, Any]:

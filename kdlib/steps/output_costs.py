@@ -15,6 +15,7 @@ from kdlib.models.base import Network
 from kdlib.models.live import LiveOutputs
 from kdlib.models.outputs import output_columns
 from kdlib.repro import files
+from kdlib.steps.folders import axes_of
 from kdlib.steps.precision import decided
 from kdlib.steps.processes import prepare_device
 from kdlib.steps.teacher_network import teacher_network, teacher_pixels
@@ -113,7 +114,7 @@ def stored_bytes(study: Study, images: Images, network: Network, name: str | Non
 def _steps(study: Study, images: Images, name: str | None) -> list[int]:
     """Steps of each student that reads a teacher."""
     return [
-        study.training.n_steps(budget(len(images.train_ids), cell.fraction))
+        study.training.n_steps(budget(len(images.train_ids), axes_of(study, cell)["fraction"]))
         for cell in study.cells()
         if needs_teacher(objective := study.objectives[cell.objective])
         and objective.teacher == name

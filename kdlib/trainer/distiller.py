@@ -46,6 +46,8 @@ class Distiller(nn.Module):
         labelled: Whether the student has logits; without them no cross-entropy is added.
         labels_train_head_only: Whether gradients of the cross-entropy stop at the features.
         exact: Type in which `pairing` compares two values of the term.
+        parts: Of the last loss by name: the cross-entropy and each distillation term before its
+            weight, detached scalars; empty where the loss is one term.
     """
 
     columns: ClassVar[tuple[str, ...]] = ()
@@ -59,6 +61,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.objective, self.reads, self.n_examples = objective, tuple(teacher), n_examples
         self.projectors, self.labelled = nn.ModuleDict(), "logits" in student
+        self.parts: dict[str, Tensor] = {}
         self.draw(student, teacher)
 
     def draw(self, student: Shapes, teacher: Shapes) -> None:
@@ -92,13 +95,23 @@ class Distiller(nn.Module):
         Returns: Scalar, mean over the batch.
         Raises: ValueError when teacher outputs are missing.
         """
-        return self.total(self.hard(projected, labels), self.soft_term(projected, teacher, labels))
+        self.parts = {}
+        hard, soft = self.hard(projected, labels), self.soft_term(projected, teacher, labels)
+        if not self.parts.keys() - {"cross_entropy"}:
+            self.note(**{self.objective.kind: soft})
+        return self.total(hard, soft)
+
+    def note(self, **parts: Tensor) -> None:
+        """Keep the value of parts of the loss, for the curves."""
+        self.parts |= {name: value.detach() for name, value in parts.items()}
 
     def hard(self, projected: Outputs, labels: Tensor) -> Tensor:
         """The cross-entropy; 0 of a student without logits, whose images have no labels."""
         if not self.labelled:
             return torch.zeros(())
-        return F.cross_entropy(widened(projected["logits"]), labels)
+        hard = F.cross_entropy(widened(projected["logits"]), labels)
+        self.note(cross_entropy=hard)
+        return hard
 
     def soft_term(
         self, projected: Outputs, teacher: Outputs, labels: Tensor | None = None

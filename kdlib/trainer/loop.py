@@ -281,6 +281,7 @@ class _Loop:
             "train_accuracy": self.hits / (len(self.losses) * training.batch_size),
             "validation_loss": loss,
             "validation_accuracy": accuracy,
+            **self.advance_one.take_means(),
         }
         if accuracy is None:  # there are no labels
             del row["train_accuracy"], row["validation_accuracy"]
@@ -328,6 +329,7 @@ class _Loop:
             "plateau": [self.plateau.best, self.plateau.waited],
             "patience": [self.patience.best, self.patience.waited],
             "scaler": step.scaler.state_dict(),
+            "parts": [step.summed, {name: float(part) for name, part in step.parts.items()}],
         }
         if self.ema is not None:
             tensors |= {f"ema.{k}": v for k, v in self.ema.weights.items()}
@@ -356,6 +358,7 @@ class _Loop:
         step = self.advance_one
         step.learner.load_state_dict(parts["learner"])
         step.scaler.load_state_dict(numbers.get("scaler", {}))
+        step.summed, step.parts = numbers.get("parts", (0, {}))  # of an older state: none
         if self.ema is not None:
             self.ema.load(parts["ema"], numbers["ema_updates"])
         groups = step.optimiser.state_dict()["param_groups"]

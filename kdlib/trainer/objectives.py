@@ -118,9 +118,11 @@ class LogitDistiller(Distiller):
                 return logit_mse(*pair)
             case settings.DKD():
                 target, rest = decoupled(*pair, labels, o.temperature)
+                self.note(target=target, rest=rest)
                 return o.target_weight * target + o.rest_weight * rest
             case settings.DIST():
                 inter, intra = dist_terms(*pair, o.temperature)
+                self.note(inter=inter, intra=intra)
                 return o.inter_weight * inter + o.intra_weight * intra
         raise TypeError(f"no term for {type(o).__name__}")
 
@@ -199,6 +201,7 @@ class RKDDistiller(Distiller):
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         distance, angle = feature_losses.rkd(student["features"], teacher["features"])
+        self.note(distance=distance, angle=angle)
         return self.objective.distance_weight * distance + self.objective.angle_weight * angle
 
 
@@ -261,18 +264,23 @@ class TokensDistiller(Distiller):
         return projected
 
     def loss(self, projected: Outputs, labels: Tensor, teacher: Outputs) -> Tensor:
+        self.parts = {}
         hard, soft = self.hard(projected, labels), self.soft_term(projected, teacher, labels)
         if self.objective.compares_views:
             views = widened(projected["view1"]), widened(projected["view2"])
-            soft = soft + self.objective.barlow_weight * feature_losses.barlow(*views)
+            barlow = feature_losses.barlow(*views)
+            self.note(barlow=barlow)
+            soft = soft + self.objective.barlow_weight * barlow
         return hard + soft
 
     def term(self, student: Outputs, teacher: Outputs, labels: Tensor | None) -> Tensor:
         cls = patches = 0.0
         if self.objective.cls_weight > 0:
             cls = feature_losses.tokens(student["features"], teacher["features"])
+            self.note(cls=cls)
         if self.objective.compares_grids:
             patches = feature_losses.tokens(student[_grid(student)], teacher[_grid(teacher)])
+            self.note(patch=patches)
         return self.objective.cls_weight * cls + self.objective.patch_weight * patches
 
 

@@ -119,11 +119,15 @@ class Step:
             `precision`, the type in which its passes were computed.
         scaler: Of the loss, in float16. A step whose scaled gradient overflows changes no weight.
         overflowed: Whether the last one did.
+        parts: Sums of `Distiller.parts` over the last `summed` steps: float64 scalars on the
+            device, so that no step waits for them.
     """
 
     def __init__(self, task: Task) -> None:
         self.task = task
         self.executed: dict[str, Any] = {}
+        self.parts: dict[str, Tensor | float] = {}
+        self.summed = 0
         learner = synchronised(Learner(task.network, task.distiller, task.objective), task.world)
         _demand_statistics(learner, task.training)
         self.learner, self.optimiser = learner, make_optimiser(learner.parameters(), task.training)
@@ -164,6 +168,8 @@ class Step:
                 # times the number of processes, by which DistributedDataParallel divides
                 self.scaler.scale(loss * task.world.size / n_pieces).backward()
             total += value
+            for name, part in task.distiller.parts.items():
+                self.parts[name] = self.parts.get(name, 0.0) + part.double() / n_pieces
             parts.append(logits)
         self.scaler.unscale_(self.optimiser)
         if training.clip_norm is not None:
@@ -181,6 +187,7 @@ class Step:
             "clip_norm": training.clip_norm,
             "precision": self._precision,
         }
+        self.summed += 1
         # rows of pieces, each gathered over the processes, in the order of the gathered batch
         of_rank = zip(*(part.chunk(task.world.size) for part in parts), strict=True)
         return total, torch.cat([rows for ranks in of_rank for rows in ranks])
@@ -202,6 +209,13 @@ class Step:
         if before is not None:
             return before | {"tensors_without": missed, "steps": 2}
         return {"norm": math.hypot(*norms), "tensors": len(norms), "tensors_without": missed}
+
+    def take_means(self) -> dict[str, float]:
+        """`train_loss_<name>` of each part of the loss, a mean over the steps since the last
+        call."""
+        means = {f"train_loss_{k}": float(v) / self.summed for k, v in self.parts.items()}
+        self.parts, self.summed = {}, 0
+        return means
 
     def _loss(self, batch: Batch, step: int, piece: int) -> tuple[Tensor, Tensor]:
         """(the loss of the whole batch, its detached logits)."""

@@ -20,7 +20,14 @@ from plots.example_tables import (
 )
 
 from kdlib.plots import theme
-from kdlib.plots.curves import DIAGNOSTICS, diagnostics, learning_curves, probe_curves, probe_places
+from kdlib.plots.curves import (
+    DIAGNOSTICS,
+    diagnostics,
+    learning_curves,
+    losses,
+    probe_curves,
+    probe_places,
+)
 
 
 def test_learning_curve_is_the_mean_and_the_band_one_standard_deviation():
@@ -180,3 +187,20 @@ def test_the_way_from_a_short_line_to_its_label_is_level_and_dotted():
     (start, end), (low, high) = leader.get_xdata(), leader.get_ydata()
     assert (start, end) == (pytest.approx(1 / 3), 1.0)
     assert low == high
+
+
+def test_losses_have_a_panel_for_each_term_and_draw_it_where_it_is():
+    curves = curve_table(objectives=("kd", "plain"))
+    with_teacher = curves["objective"] == "kd"
+    curves = curves.assign(
+        train_loss=2.0, validation_loss=1.0, train_loss_kd=np.where(with_teacher, 3.0, np.nan)
+    )
+    fig = losses(Figure(), curves)
+    heights = {title_of(ax): {y for line in ax.lines for y in line.get_ydata()} for ax in fig.axes}
+    assert heights == {
+        "training loss": {2.0}, "validation loss": {1.0}, "KD, training": {3.0},
+    }  # fmt: skip
+    n_lines = [len(ax.lines) for ax in fig.axes]
+    assert n_lines[0] == n_lines[1] == 2 * n_lines[2]
+    fig = losses(Figure(), curves.assign(train_loss_kd=np.nan))
+    assert [title_of(ax) for ax in fig.axes] == ["training loss", "validation loss"]

@@ -13,7 +13,7 @@ from kdlib.dataset.plan import Plan
 from kdlib.models.networks import network_for
 from kdlib.models.weights import weights_fingerprint
 from kdlib.repro import checks
-from kdlib.repro.run import read_evidence
+from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.repro.seeds import derive
 from kdlib.steps import training as training_module
 from kdlib.steps.cache import cache_images, open_images
@@ -79,6 +79,19 @@ def test_a_study_is_written_with_every_number_and_letter(home):
     again = load_study(write_study(study))
     assert again == study
     assert again.students["tiny"].model.options == options
+
+
+def test_the_terms_of_a_loss_stand_apart_and_make_up_the_whole(lab):
+    study = tiny_study(lab)
+    kd, plain = (
+        read_metrics(student_folder(study, study.cell(objective=objective), 0))
+        for objective in ("kd", "plain")
+    )
+    assert len(kd) > 1
+    whole = 0.5 * kd["train_loss_cross_entropy"] + 0.5 * 2.0**2 * kd["train_loss_kd"]
+    np.testing.assert_allclose(kd["train_loss"], whole, rtol=1e-6)
+    assert (kd["train_loss_kd"] != kd["train_loss_cross_entropy"]).all()
+    assert not [name for name in plain if name.startswith("train_loss_")]
 
 
 def test_every_run_says_where_its_weights_began(lab):

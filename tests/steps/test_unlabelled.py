@@ -105,7 +105,9 @@ def test_what_needs_labels_is_absent_and_not_zero(wild):
     assert names == ["budget", "coverage", "gradient", "untouched_test", "pairing"]
     assert "test_accuracy" not in run_table(wild, {(cell, 0): evidence})
     metrics = read_metrics(student_folder(wild, cell, 0))
-    assert list(metrics) == ["step", "epoch", "learning_rate", "train_loss", "validation_loss"]
+    terms = ["train_loss_cls", "train_loss_patch"]
+    facts = ["step", "epoch", "learning_rate", "train_loss", "validation_loss"]
+    assert list(metrics) == facts + terms
     best = metrics.loc[metrics["validation_loss"].idxmin()]
     kept = evidence["checkpoints"]["best"]
     assert (kept["step"], kept["validation_loss"]) == (best["step"], best["validation_loss"])
