@@ -1,5 +1,6 @@
 # make study    run a study: STUDY=params/mnist.yaml selects the file, CORES=8 the number of cores;
 #               STEP=scores, noise or audit runs that step and what it needs, without the students;
+#               MINIATURE=1 runs the study with few images, few steps and small networks;
 #               PROFILE=profiles/slurm submits each notebook as a job of a Slurm cluster
 # make figures  redraw the figures of STUDY, or of every study when STUDY is not given
 # make test | lint | lab | clean
@@ -18,7 +19,7 @@ export PYTHONDONTWRITEBYTECODE :=
 .DELETE_ON_ERROR:
 
 study: .venv/installed
-	@$(BIN)/python -m kdlib study "$(STUDY)" $(STEP) $(if $(PROFILE),--profile "$(PROFILE)",--cores $(CORES))
+	@$(BIN)/python -m kdlib study "$(STUDY)" $(STEP) $(if $(MINIATURE),--miniature) $(if $(PROFILE),--profile "$(PROFILE)",--cores $(CORES))
 
 # Three processes, one test file at a time each: on two cores one of them mostly waits, for a cluster
 # or a browser. The long files run first; xdist would otherwise start with those of the most tests.

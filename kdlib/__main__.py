@@ -32,6 +32,11 @@ def _study(arguments: argparse.Namespace) -> int | None:
     from kdlib.steps.pipeline import closing_message, run_pipeline
 
     path, options, step = study_file(arguments.study), arguments.further, arguments.step
+    if arguments.miniature:
+        from kdlib.steps.miniature import write_miniature
+
+        path = write_miniature(path)
+        print(f"The miniature: {path}", file=sys.stderr)
     study = load_study(path)
     code = run_pipeline(study, path, step, arguments.cores, arguments.profile, options)
     if not PARTLY.isdisjoint(option.split("=")[0] for option in options):
@@ -74,7 +79,7 @@ def _figures(arguments: argparse.Namespace) -> int:
         redraw(load_study(arguments.study))
         return 0
     code = 0
-    for path in sorted((files.workspace() / "params").glob("*.yaml")):
+    for path in files.study_files():
         try:
             if drawable(study := load_study(path)):
                 redraw(study)
@@ -304,6 +309,8 @@ def _add_commands(commands: Any) -> None:
     study.add_argument("step", nargs="?", choices=STEPS, help="only this, without the students")
     study.add_argument("--cores", type=_count, help="at once; 2 where no profile is given")
     study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
+    text = "few images, few steps, small networks: does the whole study run here?"
+    study.add_argument("--miniature", action="store_true", help=text)
     _command(commands, "status", _status, digits)
     text = f"study file, such as {digits}; without one, all studies that have either"
     figures = _command(commands, "figures", _figures)

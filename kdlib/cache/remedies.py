@@ -23,7 +23,7 @@ def run_to_make(folder: Path, part: tuple[int, int] | None = None) -> str:
         return (
             f"run `{commands.KDLIB} cache build STUDY{of_part}` with a study file of these images"
         )
-    return f"run `{commands.KDLIB} cache build params/{name}{of_part}`"
+    return f"run `{commands.KDLIB} cache build {name}{of_part}`"
 
 
 def delete_and_run(folder: Path) -> str:
@@ -40,13 +40,13 @@ def repair_and_run(folder: Path) -> str:
 
 
 def _study_of(folder: Path) -> str | None:
-    """The first study file in `params/` that asks for the images of a cache."""
+    """The first study file that asks for the images of a cache."""
     folder = Path(folder).absolute()
     if folder.is_relative_to(files.workspace() / "cache"):
-        for path in sorted((files.workspace() / "params").glob("*.yaml")):
+        for path in files.study_files(miniatures=True):
             with contextlib.suppress(ValueError, OSError):  # a study file that is wrong
                 study = load_study(path)
                 data = (study.data, *study.probe.others.values())
                 if any(folder.is_relative_to(cache_folder(images)) for images in data):
-                    return path.name
+                    return str(path.relative_to(files.workspace()))
     return None

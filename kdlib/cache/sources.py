@@ -167,7 +167,8 @@ def array_source(
 
     Args:
         images: (N, channels, H, W) uint8; channels 1 or 3.
-        labels: (N,), integers in [0, n_classes).
+        labels: (N,), integers in [0, n_classes), or -1 without classes.
+        class_names: Empty for images without labels.
         image_size: Side in pixels to which images are resized as they are read; None keeps H, W.
 
     Raises: ValueError for other shapes, dtypes or labels.
@@ -183,7 +184,8 @@ def array_source(
             f"{name} {split} has {len(images)} images but labels of shape {labels.shape}; expected "
             "one label per image"
         )
-    check_labels(labels, len(class_names), f"{name} {split}")
+    if len(class_names) or (labels != -1).any():
+        check_labels(labels, len(class_names), f"{name} {split}")
     if images.shape[2:] == (image_size, image_size):
         image_size = None
     identity = {"source": name, "split": split, "sha256": files.sha256_array(images, labels)}

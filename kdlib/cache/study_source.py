@@ -45,6 +45,8 @@ def open_source(data: Data, split: str) -> Source:
 def _open_arrays(data: Data, split: str) -> Source:
     read = _read_digits(split) if data.source == "digits" else _read_torchvision(data, split)
     images, labels, class_names = read
+    if not data.labelled:
+        labels, class_names = np.full(len(images), -1), ()
     n = limited(data, split, len(images))
     return array_source(
         data.source, split, images[:n], labels[:n], class_names, image_size=data.image_size

@@ -11,7 +11,7 @@ from kdlib.compare.committed import is_committed, read_committed
 from kdlib.compare.comparisons import by_place, comparisons
 from kdlib.compare.statistics import VERDICTS
 from kdlib.compare.text import count, place_in_words
-from kdlib.repro.files import workspace
+from kdlib.repro.files import study_files
 from kdlib.study.cells import shards_counted, share_in_words
 from kdlib.study.load import load_study
 from kdlib.study.study import Study
@@ -111,7 +111,7 @@ def findings(repository: str = "") -> list[str]:
     Raises: ValueError for tables that were changed or belong to other settings.
     """
     items = []
-    for path in (workspace() / "params").glob("*.yaml"):
+    for path in study_files():
         question = question_of(path)
         if question is not None and is_committed(study := load_study(path)):
             items.append((question, finding(study, question, repository)))

@@ -166,7 +166,7 @@ def probe_floor(evidence: Evidence) -> Outcome:
     sentence = f"linear probe {trained:.2%} trained, {floor:.2%} untrained (slack {slack:.2%})"
     if trained < floor - slack:
         sentence += ": were test features extracted with the weights of this checkpoint?"
-    return trained >= floor - slack, sentence
+    return trained >= floor - slack or _uninformed(evidence), sentence
 
 
 def same_weights(evidence: Evidence) -> Outcome:
@@ -182,7 +182,12 @@ def not_collapsed(evidence: Evidence) -> Outcome:
     """The effective rank of the features reaches a share of that of isotropic features."""
     ratio, least = evidence["collapse"]["ratio"], evidence["collapse"]["threshold"]
     sentence = f"effective rank is {ratio:.1%} of that of isotropic features (at least {least:.1%})"
-    return ratio >= least, sentence
+    return ratio >= least or _uninformed(evidence), sentence
+
+
+def _uninformed(evidence: Evidence) -> bool:
+    """Whether the study lets features pass that know nothing (probe.uninformed)."""
+    return evidence.get("uninformed") is True
 
 
 CACHE = (agree, duplicates)

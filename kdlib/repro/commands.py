@@ -1,8 +1,7 @@
 """The command that makes a file again, by the place of the file.
 
 Messages about something missing, unfinished, changed or of another format name it. Steps write
-below `runs/<study>/`, tables to commit lie in `figures/<study>/tables/`, and a study file in
-`params/`.
+below `runs/<study>/`, tables to commit lie in `figures/<study>/tables/`.
 """
 
 import shlex
@@ -44,7 +43,9 @@ def _made_by(given: Path) -> tuple[Path, str]:
     for root in (home / "runs", home / "figures"):
         if path.is_relative_to(root) and path != root:
             name, *parts = path.relative_to(root).parts
-            study = shlex.quote(f"params/{name}.yaml")
+            known = [file for file in files.study_files(miniatures=True) if file.stem == name]
+            study = known[0].relative_to(home) if known else f"params/{name}.yaml"
+            study = shlex.quote(str(study))
             if root.name == "figures":
                 return path, f"run `{KDLIB} step compare {study}`"
             if parts[:1] == ["selections"]:

@@ -33,6 +33,16 @@ def settle() -> None:
             os.environ[name] = os.path.abspath(os.environ[name])
 
 
+def study_files(miniatures: bool = False) -> list[Path]:
+    """The study files in `params/` and its folders.
+
+    Args:
+        miniatures: Also those that `--miniature` writes.
+    """
+    places = [workspace() / "params"] + [workspace() / "runs" / "miniatures"] * miniatures
+    return [path for place in places for path in sorted(place.glob("**/*.yaml"))]
+
+
 def data_root() -> Path:
     """The folder of downloaded data and weights: `$KDLIB_DATA`, or `data/` in the workspace."""
     return _folder_of("KDLIB_DATA") or workspace() / "data"

@@ -77,6 +77,7 @@ def probe_cell(study: Study, images: Images, cell: Cell) -> pd.DataFrame:
                 "study": study.name,
                 "cell": dict(cell.items()),
                 "table_sha256": files.sha256_file(folder / "probes.parquet"),
+                "uninformed": study.probe.uninformed is True,
             }
             evidence["checks"] = checks.demand(checks.PROBE, evidence)
             run.finish(evidence, device)

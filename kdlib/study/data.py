@@ -115,8 +115,6 @@ class Data(Settings):
                 )
         if self.labelled and self.source == "tensors":
             raise ValueError("tensors of images have no labels: give `labelled: false`")
-        if not self.labelled and self.source not in ("folder", "huggingface", "tensors"):
-            raise ValueError(f"{self.source} has labels; `labelled: false` is for other images")
         if self.relabel is not None and not self.labelled:
             raise ValueError("`relabel` replaces labels, and `labelled: false` says there are none")
         for key in ("exif", "alpha"):

@@ -84,6 +84,9 @@ class Probe(Settings):
     the mean of a stage's grid, `stage1`, ..."""
     others: dict[Name, Data] = Field(default_factory=dict)
     """Further data sets on which the same networks are probed."""
+    uninformed: Literal[True] | None = None
+    """Let features pass that are collapsed, or probed worse than those of random weights, as in a
+    miniature."""
     seed: Seed = 0
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from kdlib.repro.files import nearest, one_line, workspace
+from kdlib.repro.files import nearest, one_line, study_files, workspace
 from kdlib.study.base import StudyError
 from kdlib.study.study import Study
 from kdlib.study.user_code import UserCode, pin
@@ -33,7 +33,7 @@ def study_file(path: str | Path) -> Path:
     for candidate in (Path(path), workspace() / path):
         if os.path.isfile(candidate):
             return Path(os.path.abspath(candidate))
-    known = sorted(p.name for p in (workspace() / "params").glob("*.yaml"))
+    known = [str(file.relative_to(workspace() / "params")) for file in study_files()]
     raise FileNotFoundError(
         f"no study file {str(path)!r}; params/ has {', '.join(known) or 'none'}"
     )
@@ -63,7 +63,7 @@ def load_study(path: str | Path) -> Study:
 
 def _alone(path: Path) -> Study:
     """The study of a file without what it shares, with the sha256 of every code file it names."""
-    study = study_from({"name": path.stem, **_read_yaml(path, ())}, str(path))
+    study = study_from({"name": path.stem, **read_content(path, ())}, str(path))
     sections = {
         section: {
             name: pin(rule, f"{section}.{name}") if isinstance(rule, UserCode) else rule
@@ -115,7 +115,7 @@ def _worded(error: dict[str, Any], content: Any) -> str:
     return f"{_short('.'.join(parts) or 'study', 200)}: {_short(message)}"
 
 
-def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def read_content(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The content of a study file, laid over that of its `base` where it names one.
 
     A key of the file replaces that of its base, mappings key by key; `null` takes a key away.
@@ -146,7 +146,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise StudyError(
             f"{path}: its base {_short(name)} is {fault}; expected another study file beside it"
         )
-    return _laid_over(_read_yaml(base, (path, *above)), content)
+    return _laid_over(read_content(base, (path, *above)), content)
 
 
 def _fault(error: Exception) -> str:

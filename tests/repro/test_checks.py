@@ -218,3 +218,11 @@ def test_live_outputs_are_those_of_the_teacher_and_of_their_examples(changes, pa
     assert passed == passes
     assert "256 views" in sentence
     assert sentence.endswith("and are right for 90.00%")
+
+
+@pytest.mark.parametrize(("fact", "key"), [("floor", "trained"), ("collapse", "ratio")])
+def test_features_that_know_nothing_pass_where_the_study_lets_them(fact, key):
+    rule = {"floor": checks.probe_floor, "collapse": checks.not_collapsed}[fact]
+    broken = _broken(fact, key, 0.0)
+    assert not rule(broken)[0]
+    assert rule(broken | {"uninformed": True})[0]
