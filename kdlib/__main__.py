@@ -134,11 +134,8 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
 
     Raises: ValueError.
     """
-    of_step = {
-        "distill": (*OPTIONS, "seed", "points"),
-        "teacher": ("teacher",),
-        "cache": ("built",),
-    }
+    students = (*OPTIONS, "seed")
+    of_step = {"distill": (*students, "points"), "teacher": ("teacher",), "cache": ("built",)}
     for step, names in of_step.items():
         given = [name for name in names if getattr(arguments, name) not in (None, False)]
         if given and step not in arguments.step:
@@ -147,7 +144,7 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
                 f"{', '.join(arguments.step)}: leave it out, or add the step"
             )
     if arguments.points is not None:
-        for name in (*OPTIONS, "seed"):
+        for name in students:
             if getattr(arguments, name) is not None:
                 raise ValueError(
                     f"--{name} and --points both name students: each line of --points has the "
