@@ -18,12 +18,12 @@ from kdlib.steps.display import meanings
 from kdlib.steps.distill import make_subset
 from kdlib.study.base import StudyError
 
-# page -> its program: the block of code that opens a study
+# page -> its program: the block of code that opens the default study
 PROGRAMS = {
     path.name: block
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
-    if "open_study(" in block
+    if "open_study(" in block and "digits" in block
 }
 # what holds after it
 RESULTS = {

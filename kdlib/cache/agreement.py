@@ -84,10 +84,6 @@ def _same_source(data: Data, identities: dict[str, dict[str, Any]]) -> str | Non
         train, test = (os.path.realpath(root / name) for name in ("train", data.test_folder))
         if train == test:
             return f"both splits are read from the folder {train} (study: data.test_folder)"
-        if os.path.commonpath([train, test]) in (train, test):
-            return (
-                f"of the folders {train} and {test} one lies in the other (study: data.test_folder)"
-            )
         return None
     if data.source == "huggingface":
         hub = data.huggingface

@@ -123,15 +123,15 @@ def other_examples(data: Data) -> Examples:
     Raises: ValueError for images without labels; checks.CheckError for splits that do not belong
         together; whatever opening the source raises.
     """
+    if not data.labelled:
+        raise ValueError(
+            "images without labels cannot be probed, since a probe learns from labels (study: "
+            "probe.others, data.labelled)"
+        )
     folder, parts = cache_folder(data), {split: data.part_of(split) for split in SPLITS}
     with files.locked(folder.parent / f".{folder.name}.lock"):  # cells are probed side by side
         caches = build_splits(open_sources(data), folder, data.shard_size, parts)
     train, test = (caches[split] for split in SPLITS)
-    if not train.header["class_names"]:
-        raise ValueError(
-            f"the images of {train.folder} have no labels, and a probe learns from labels (params: "
-            "probe.others)"
-        )
     kept, _ = split_ids(train.example_ids, data.n_validation, data.split_seed)
     return [(train, kept), (test, np.arange(test.n_examples))]
 

@@ -83,7 +83,8 @@ def test_the_commands_train_the_selection_and_as_many_random_examples(state, stu
     state.select(state.table.index[:110])
     state.save("mine")
     first, second = training_commands(state.study, "mine")
-    assert first[3:8] == ["--engine", "ipc", "--no-progress-bar", "notebooks/04_distill.ipynb",
+    assert first[2:6] == ["kdlib.papermill_engine", "--no-progress-bar",
+                          "notebooks/04_distill.ipynb",
                           str(study.runs / "selections" / "mine-04_distill.ipynb")]  # fmt: skip
     assert first[-2:] == ["strategy", "picked_mine"]
     assert second[-5:] == ["strategy", "random", "-p", "fraction", "0.1"]

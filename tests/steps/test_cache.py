@@ -95,13 +95,6 @@ def test_test_images_from_the_training_folder_are_refused(study, pictures):
     assert not mine.cache.exists()  # refused before a byte was built
 
 
-def test_a_folder_inside_the_other_is_refused(study, pictures):
-    pictures("train", cat=[1, 2, 3], dog=[4, 5, 6])
-    pictures("train/dog", cat=[7], dog=[8])
-    mine = study(source="folder", folder="pets", test_folder="train/dog")
-    stops_twice(mine, "one lies in the other")
-
-
 def test_a_copy_of_the_training_folder_is_refused_until_the_copies_are_removed(study, pictures):
     folder = pictures("train", cat=[1, 2, 3], dog=[4, 5, 6])
     pictures("test", cat=[1, 7], dog=[8, 9])

@@ -46,7 +46,8 @@ def test_without_validation_images_the_last_epoch_counts_and_the_study_is_whole(
     evidence = read_evidence(first_run(study))
     assert evidence["read"]["validation"] == []
     shown = shown_results(evidence, evidence["checkpoints"])
-    assert set(shown) == {"test_accuracy", "steps", "samples", "unique_examples"}
+    measured = {f"test_{name}" for name in ("accuracy", "loss", "precision", "recall", "f1")}
+    assert set(shown) == measured | {"steps", "samples", "unique_examples"}
     sentences = {check["name"]: check["sentence"] for check in evidence["checks"]}
     assert sentences["untouched_test"].startswith("no image was held out")
     assert "No image was held out, so that there is no best epoch" in summary(study, tables)

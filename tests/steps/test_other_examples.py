@@ -21,17 +21,7 @@ def test_examples_of_another_data_set_are_cached_once_and_split_as_it_says(tmp_p
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*.npy")} == before
 
 
-def test_other_images_without_labels_are_refused(tmp_path, monkeypatch):
-    from PIL import Image
-
-    monkeypatch.setenv("KDLIB_HOME", str(tmp_path))
-    for split in ("train", "test"):
-        (tmp_path / "pictures" / split).mkdir(parents=True)
-        for i in range(3):
-            Image.new("L", (8, 8), 40 * i).save(tmp_path / "pictures" / split / f"{i}.png")
-    data = Data(
-        source="folder", folder=str(tmp_path / "pictures"), labelled=False, image_size=8,
-        n_validation=1,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="have no labels, and a probe learns from labels"):
+def test_other_images_without_labels_are_refused():
+    data = Data(source="folder", folder="pictures", labelled=False, n_validation=1)
+    with pytest.raises(ValueError, match="a probe learns from labels"):
         other_examples(data)

@@ -101,7 +101,7 @@ def test_every_run_says_where_its_weights_began(lab):
         for seed in study.seeds:
             found = read_evidence(student_folder(study, cell, seed))["initialisation"]
             network = network_for(images, study.students["tiny"].model, derive(seed, "init"), "cpu")
-            assert found == {"weights_sha256": weights_fingerprint(network)}
+            assert found == {"origin": "random", "weights_sha256": weights_fingerprint(network)}
 
 
 def test_a_loader_that_ignores_its_subset_cannot_finish_a_run(lab, monkeypatch):
