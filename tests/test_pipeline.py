@@ -1,5 +1,6 @@
 """The whole study through Snakemake: done once, done again, changed, broken, killed."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -10,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 import yaml
 from planning import dry_run, planned
@@ -231,6 +233,18 @@ def _stop(home, how, there):
     assert process.poll() is None, "it had ended before the signal"
     os.killpg(process.pid, how)
     assert process.wait(timeout=300) != 0
+    # kernels are in sessions of their own, and end by themselves when they see it
+    while any(str(home) in kernel for kernel in _kernels()):
+        assert time.monotonic() < deadline, "a kernel goes on"
+        time.sleep(0.05)
+
+
+def _kernels():
+    """Environments of the running Jupyter kernels."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "ipykernel_launcher" in " ".join(process.cmdline()):
+                yield str(process.environ())
 
 
 def test_a_study_that_is_killed_stopped_and_fails_ends_with_the_same_bytes(done, home):

@@ -117,17 +117,12 @@ def test_a_sweep_on_slurm_ends_as_by_hand_whatever_fails_is_killed_or_lost(start
             code, printed = _end(process)
         finally:
             _kill(process)
-        distill = "rule_distill_wildcards_tiny_"
-        states = {
-            rule.removeprefix(distill).split("_")[0]: (id, state)
-            for id, state, rule in cluster.jobs()
-            if rule.startswith(distill)
-        }
+        states = {rule: (id, state) for id, state, rule in cluster.jobs()}
         assert code == 1, printed
         assert (at_loss, at_kill) == (1, 2), "the job had ended by itself"
-        assert states["random"] == (job, "CANCELLED")
-        assert states["easy"][1] == "FAILED"
-        assert states["full"][1] == "COMPLETED"
+        assert states["rule_distill_wildcards_tiny_random_fraction=0.33"] == (job, "CANCELLED")
+        assert states["rule_distill_wildcards_tiny_easy_fraction=0.33"][1] == "FAILED"
+        assert states["rule_distill_wildcards_tiny_full_fraction=1"][1] == "COMPLETED"
         assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)
         assert "1 step(s) failed" in printed
         assert "StateError" in printed
