@@ -86,6 +86,9 @@ def pairing(evidence: Evidence) -> Outcome:
     else:
         passed = terms["permuted"] - terms["paired"] > ROUNDING
         sentence = f"teacher term {terms['paired']:.4g}, {terms['permuted']:.4g} with permuted rows"
+        if not passed and (evidence.get("teacher") or {}).get("uninformed"):
+            passed = True
+            sentence += ", which need not differ: the teacher is `uninformed`"
     if terms["teacher_accuracy"] is not None:
         read, measured = terms["teacher_accuracy"], terms["stored_accuracy"]
         passed = passed and abs(read - measured) < 1e-9

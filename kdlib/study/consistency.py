@@ -195,7 +195,6 @@ def _check_unlabelled(study: "Study") -> None:
         for key, asked in (
             ("training", getattr(teacher, "training", None)),
             ("expected_accuracy", teacher.expected_accuracy),
-            ("uninformed", teacher.uninformed),
             ("outputs.top_k", teacher.stored.top_k),
         ):
             if asked is not None:

@@ -5,11 +5,12 @@ import copy
 import re
 from typing import Any
 
-STEPS, EPOCHS, BATCH = 12, 3, 16  # at most so many, of any training
+STEPS, EPOCHS, BATCH = 8, 3, 16  # at most so many, of any training
 IMAGES = {"cifar100": 1000, "digits": None, "folder": None}  # first ones that hold every class
-OTHER_IMAGES = 400  # of every other source
+OTHER_IMAGES = 200  # of every other source
 SIZES = {"cifar10": 50_000, "cifar100": 50_000, "mnist": 60_000}  # training images
-HELD_OUT = 64
+HELD_OUT = 32
+SIDE = 112  # pixels of a teacher's images, at most: a multiple of patches of 14 and 16
 SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 # A network -> the smallest one of its family, and options that make it small; the first match
@@ -49,8 +50,12 @@ def miniature(content: dict[str, Any]) -> dict[str, Any]:
     for section in (*trained, *small["students"].values()):
         for key in ("pretrained", "freeze"):
             section.pop(key, None)
-    for teacher in teachers(small).values() if small["data"].get("labelled", True) else ():
-        teacher |= {"expected_accuracy": 0.0, "uninformed": True}
+    for teacher in teachers(small).values():
+        teacher["uninformed"] = True
+        if "image_size" in teacher:
+            teacher["image_size"] = min(teacher["image_size"], SIDE)
+        if small["data"].get("labelled", True):
+            teacher["expected_accuracy"] = 0.0
     small["seeds"] = list(small["seeds"][:2])
     _shrink_questions(small)
     small["compute"] = {"threads": 1}

@@ -163,7 +163,8 @@ class Teacher(Settings):
     tolerance: NonNegative = 0.005
     """By how much the measured accuracy may lie below the expected one."""
     uninformed: Literal[True] | None = None
-    """Let a teacher pass that is no better than chance on the test split, as a control."""
+    """Let a teacher pass that is no better than chance on the test split, as a control; a student
+    need not learn more from its outputs than from those of other images."""
     outputs: Outputs = StoredOutputs()
     """What is stored for students; or `live`: in each step the teacher computes its outputs on the
     very views that the student sees, and nothing is stored for students."""

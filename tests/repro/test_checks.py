@@ -226,3 +226,13 @@ def test_features_that_know_nothing_pass_where_the_study_lets_them(fact, key):
     broken = _broken(fact, key, 0.0)
     assert not rule(broken)[0]
     assert rule(broken | {"uninformed": True})[0]
+
+
+def test_rows_of_an_uninformed_teacher_need_not_matter():
+    broken = _broken("pairing", "permuted", 0.0)
+    assert not checks.pairing(broken)[0]
+    passed, sentence = checks.pairing(
+        broken | {"teacher": broken["teacher"] | {"uninformed": True}}
+    )
+    assert passed
+    assert "need not differ" in sentence

@@ -55,20 +55,21 @@ def run_whole(file: Path, *steps: str, **axes: list) -> None:
     study = load_study(small)
     points = [(cell, seed) for cell in study.cells() for seed in study.seeds]
     for row in run_steps(study, steps, points):
-        assert "error" not in row
+        assert "error" not in row, row.get("error")
     assert row["n_accepted"] == row["n_runs"] == len(points)
 
 
 def test_study_a_runs_whole(data):
-    write_cifar(data, 10, 400, 40)
+    write_cifar(data, 10, 200, 20)
     steps = ("cache", "teacher", "datamap", "distill", "probe", "compare")
     file = ROOT / "params/study_a/cifar10_phase1.yaml"
-    run_whole(file, *steps, strategy=["random", "trend_top"], objective=["kd"])
+    axes = {"strategy": ["random", "trend_top"], "student": ["resnet18", "efficientnet"]}
+    run_whole(file, *steps, objective=["kd"], **axes)
 
 
 def test_study_b_runs_whole(data):
-    write_cifar(data, 10, 400, 40)
+    write_cifar(data, 10, 200, 20)
     write_cifar(data, 100, 1000, 100)
-    images = [png(image) for image in pixels(400, size=(96, 96))]
+    images = [png(image) for image in pixels(200, size=(96, 96))]
     write_parquet(data / "tsbpp/fall2025_deeplearning/train.parquet", images, None)
     run_whole(ROOT / "params/study_b.yaml", "cache", "teacher", "distill", "probe", "compare")

@@ -32,9 +32,9 @@ def test_a_shard_holds_the_same_part_of_the_images():
         "probe": {}, "seeds": [0, 1, 2],
     }  # fmt: skip
     small = miniature(study)
-    # 400 of 250,000 images: 2048 * 400 / 250,000 = 3.3, rounded up
-    assert small["data"]["n_train"] == 400
-    assert small["data"]["shard_size"] == 4
+    # 200 of 250,000 images: 2048 * 200 / 250,000 = 1.6, rounded up
+    assert small["data"]["n_train"] == 200
+    assert small["data"]["shard_size"] == 2
     assert data["n_train"] == 250_000
     assert small["seeds"] == [0, 1]
 

@@ -48,7 +48,6 @@ def test_a_study_without_labels_is_read():
         ("teacher", TRAINED, "teacher has `training`, which is of labels"),
         ("teacher.expected_accuracy", 0.5, "teacher has `expected_accuracy`, which is of labels"),
         ("teacher.outputs", {"top_k": 2}, r"teacher has `outputs\.top_k`, which is of labels"),
-        ("teacher.uninformed", True, "teacher has `uninformed`, which is of labels"),
         ("teachers", {"b": TRAINED}, "b has `training`, which is of labels"),
         ("axes.strategy", [*BOTH, "easy"], "strategy easy reads the datamap, and images without"),
         ("axes.strategy", [*BOTH, "random_balanced"], "random_balanced reads the datamap"),
