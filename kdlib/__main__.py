@@ -146,10 +146,7 @@ def _refuse_unused(arguments: argparse.Namespace) -> None:
     if arguments.points is not None:
         for name in students:
             if getattr(arguments, name) is not None:
-                raise ValueError(
-                    f"--{name} and --points both name students: each line of --points has the "
-                    f"{name}; leave one of the two options out"
-                )
+                raise ValueError(f"--{name} and --points both name students: give one of them")
 
 
 def _points(arguments: argparse.Namespace, study: Study) -> Iterator[tuple[Cell, int]]:
@@ -175,9 +172,8 @@ def _count(text: str) -> int:
 def _named_steps(text: str) -> list[str]:
     for name in text.split(","):
         if name not in STEP_COMMANDS:
-            raise argparse.ArgumentTypeError(
-                f"no step {name!r}; {files.nearest(name, STEP_COMMANDS)}"
-            )
+            near = files.nearest(name, STEP_COMMANDS)
+            raise argparse.ArgumentTypeError(f"no step {name!r}; {near}")
     return text.split(",")
 
 
