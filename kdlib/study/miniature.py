@@ -10,6 +10,7 @@ IMAGES = {"cifar100": 1000, "digits": None, "folder": None}  # first ones that h
 OTHER_IMAGES = 200  # of every other source
 SIZES = {"cifar10": 50_000, "cifar100": 50_000, "mnist": 60_000}  # training images
 HELD_OUT = 32
+SHARD = 64  # examples
 SIDE = 112  # pixels of a teacher's images, at most: a multiple of patches of 14 and 16
 SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
@@ -29,18 +30,19 @@ FAMILIES: tuple[tuple[str, str, dict[str, int]], ...] = (
 def miniature(content: dict[str, Any]) -> dict[str, Any]:
     """The content of a study file, made small.
 
-    Axes, objectives, strategies and views stay, and a shard holds the same part of the images.
-    There are two seeds, trainings of at most `STEPS` steps or `EPOCHS` epochs, and networks by
-    `FAMILIES`, but for those whose weights are in a file; everything is computed in float32 on one
-    CPU thread. Networks to train begin at random weights; every teacher and all features pass,
-    however bad.
+    Axes, objectives, strategies and views stay; where strategies take numbers of shards, a shard
+    holds the same part of the images. There are two seeds, trainings of at most `STEPS` steps or
+    `EPOCHS` epochs, and networks by `FAMILIES`, but for those whose weights are in a file;
+    everything is computed in float32 on one CPU thread. Networks to train begin at random weights;
+    every teacher and all features pass, however bad.
 
     Args:
         content: As YAML gives it, laid over its base.
     """
     small = copy.deepcopy(content)
-    for data in (small["data"], *small["probe"].get("others", {}).values()):
-        _shrink_images(data)
+    _shrink_images(small["data"], "shards" in small["axes"])
+    for data in small["probe"].get("others", {}).values():
+        _shrink_images(data, False)
     for section in (small, *_sections(small)):
         if "training" in section:
             _shrink_training(section["training"])
@@ -83,12 +85,19 @@ def _sections(study: dict[str, Any]) -> list[dict[str, Any]]:
     return [*named, study.get("dynamics", {}), study.get("recordings", {})]
 
 
-def _shrink_images(data: dict[str, Any]) -> None:
+def _shrink_images(data: dict[str, Any], counted: bool) -> None:
+    """Take the first few images.
+
+    Args:
+        counted: Strategies take numbers of shards, and there must be as many.
+    """
     few, size = IMAGES.get(data["source"], OTHER_IMAGES), data.get("shard_size", 2048)
+    data["shard_size"] = min(size, SHARD)
     if few is not None:
         all_images = data.get("n_train", SIZES.get(data["source"], 32 * size))
         data["n_train"] = min(few, all_images)
-        data["shard_size"] = -(-size * data["n_train"] // all_images)
+        if counted:
+            data["shard_size"] = -(-size * data["n_train"] // all_images)
     data["n_validation"] = min(HELD_OUT, data["n_validation"])
     data["duplicates"] = 1.0  # a few images of some sets are mostly look-alikes
     data.pop("part", None)

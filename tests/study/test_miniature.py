@@ -29,7 +29,7 @@ def test_a_shard_holds_the_same_part_of_the_images():
     data = {"source": "huggingface", "n_train": 250_000, "n_validation": 2000, "shard_size": 2048}
     study = {
         "data": data, "teacher": {"model": {"name": "timm/resnet50"}}, "students": {},
-        "probe": {}, "seeds": [0, 1, 2],
+        "probe": {}, "seeds": [0, 1, 2], "axes": {"shards": [25]},
     }  # fmt: skip
     small = miniature(study)
     # 200 of 250,000 images: 2048 * 200 / 250,000 = 1.6, rounded up
