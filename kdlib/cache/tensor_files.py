@@ -128,6 +128,8 @@ def _tensor(path: Path) -> "torch.Tensor":
     mapped = zipfile.is_zipfile(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError:  # of this machine, not of the file
+        raise
     except Exception as error:  # of torch, pickle and zipfile, with no common base
         raise ValueError(
             f"{path} cannot be read as plain tensors ({files.one_line(error).split('. ')[0]}); "

@@ -150,7 +150,7 @@ def _by_class(tables: Tables) -> list[str]:
         return []
     means = 100 * accepted.groupby(list(AXES), sort=False)[columns].mean()
     rows = [
-        (student, objective, f"{100 * fraction:.4g} %", strategy, *(f"{v:.2f}" for v in values))
+        (student, objective, share_in_words(fraction), strategy, *(f"{v:.2f}" for v in values))
         for (student, strategy, fraction, objective), *values in means.itertuples()
     ]
     head = ("student", "objective", "fraction", "strategy", "accuracy", "precision", "recall", "F1")

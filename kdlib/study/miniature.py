@@ -54,7 +54,7 @@ def miniature(content: dict[str, Any]) -> dict[str, Any]:
             section.pop(key, None)
     for teacher in teachers(small).values():
         teacher["uninformed"] = True
-        if "image_size" in teacher:
+        if "image_size" in teacher and "weights" not in teacher:
             teacher["image_size"] = min(teacher["image_size"], SIDE)
         if small["data"].get("labelled", True):
             teacher["expected_accuracy"] = 0.0

@@ -295,6 +295,7 @@ def test_shards_are_counted_and_compared_at_equal_and_at_different_numbers(lab):
     assert set(tables["strategies"]["budget"]) == {"equal_steps"}
     text = summary(study, tables)
     assert "| tiny | kd | 1 shard | random_shards |" in text
+    assert "| tiny | kd | 20 % |" not in text  # in no table
     assert "fixed_shards at 2 shards" in text
     assert "-p strategy fixed_shards -p shards 2 -p objective kd`" in text
     redraw_comparison(study)

@@ -62,3 +62,15 @@ def test_options_of_a_network_stay():
     )
     assert found["options"]["drop_path_rate"] == 0.1
     assert found["options"]["depth"] == 2
+
+
+def test_a_teacher_of_a_file_sees_the_images_its_weights_are_made_for():
+    teacher = {"model": {"name": "timm/vit_base_patch14_dinov2"}, "image_size": 224}
+    study = {
+        "data": {"source": "digits", "n_validation": 97}, "teacher": teacher | {"weights": "a.pt"},
+        "teachers": {"b": teacher}, "students": {}, "probe": {}, "seeds": [0, 1], "axes": {},
+    }  # fmt: skip
+    small = miniature(study)
+    assert small["teacher"]["image_size"] == 224
+    assert small["teacher"]["model"] == teacher["model"]
+    assert small["teachers"]["b"]["image_size"] == 112
