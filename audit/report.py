@@ -111,7 +111,7 @@ def ours(table: pd.DataFrame, strategy: str, fraction: float) -> str:
     objective, in %; `-` where there are none.
 
     Args:
-        table: Rows of one student, from `kdlib.steps.compare.results`.
+        table: Rows of one student, from `kdlib.steps.results.results`.
     """
     rows = table[~table["refused"].astype(bool) & (table["strategy"] == strategy)]
     rows = rows[np.isclose(rows["fraction"], fraction)]

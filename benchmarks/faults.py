@@ -64,13 +64,13 @@ from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.compare import compile_tables, curves, finish_tables
-from kdlib.steps.compare import results as run_table
 from kdlib.steps.datamap import make_datamap, open_datamap
 from kdlib.steps.distill import open_student, train_student
 from kdlib.steps.figures import draw_comparison
 from kdlib.steps.folders import probe_folder, student_folder
 from kdlib.steps.probe import open_probes, probe_cell
 from kdlib.steps.recordings import open_gradients, open_log, record
+from kdlib.steps.results import results as run_table
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
 from kdlib.study.cells import Cell

@@ -19,12 +19,12 @@ from kdlib.cartography.subset import Subset
 from kdlib.compare.committed import read_committed
 from kdlib.repro.run import read_metrics
 from kdlib.steps.cache import open_duplicates, open_images
-from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap, open_datamap
 from kdlib.steps.distill import open_student, student_network
 from kdlib.steps.folders import probe_folder, student_folder
 from kdlib.steps.probe import open_probes
 from kdlib.steps.recordings import open_log
+from kdlib.steps.results import results
 from kdlib.steps.teacher import make_teacher
 from kdlib.steps.teacher_outputs import open_stored, open_teacher
 from kdlib.study.base import StudyError

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from kdlib.compare.classes import fewest
 from kdlib.compare.costs import ledger
 from kdlib.compare.differences import objective_differences, paired_differences
 from kdlib.study.cells import Cell, shards_counted
@@ -122,8 +123,11 @@ def _compared(study: Study, results: pd.DataFrame, measure: str) -> Tables:
         if reference is not None and len(names) > 1:
             compared[name] = objective_differences(results, reference, *how)
     axes = list(AXES)
-    commands = results.drop_duplicates(axes).set_index(axes)["command"]
+    commands, scarce = results.drop_duplicates(axes).set_index(axes)["command"], fewest(results)
     for name, table in compared.items():
         cells = zip(*(table[axis] for axis in AXES), strict=True)
         compared[name] = table.assign(command=[commands[cell] for cell in cells])
+        if len(scarce):
+            subsets = zip(table["strategy"], table["fraction"], strict=True)
+            compared[name]["fewest"] = [scarce.get(subset, "-") for subset in subsets]
     return compared

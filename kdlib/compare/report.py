@@ -3,16 +3,18 @@
 import numpy as np
 import pandas as pd
 
+from kdlib.compare.classes import class_sentences, class_table
 from kdlib.compare.comparisons import Tables, by_place, names_shards
 from kdlib.compare.costs import ledger_markdown
 from kdlib.compare.text import (
+    Section,
+    Table,
     comparison_latex,
     comparison_markdown,
     count,
     measured_on,
     place_in_words,
     summary_lines,
-    table,
     write_text,
 )
 from kdlib.study.cells import share_in_words
@@ -71,6 +73,8 @@ def summary(study: Study, tables: Tables) -> str:
     dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11
     if dirty:
         lines += [f"{count(dirty, 'run')} of code with uncommitted changes.", ""]
+    if scarce := class_sentences(results):
+        lines += [*[f"- {line}" for line in scarce], ""]
     for row in refused.to_dict("records"):
         accuracy = row[measured[0]]
         number = f" ({100 * accuracy:.1f} %, which enters no mean)"
@@ -83,19 +87,36 @@ def summary(study: Study, tables: Tables) -> str:
         if len(sentences) > LARGEST:
             lines.append(f"- The other {len(sentences) - LARGEST} comparisons are in the table.")
         lines += ["", comparison_markdown(rows), ""]
-    lines += _distinct(tables) + _by_class(tables) + _networks(tables)
-    lines += ["## The command that makes a cell again", "", _where_again(study, results), ""]
-    commands = [
-        (
-            row.student,
-            row.strategy,
-            share_in_words(row.fraction),
-            row.objective,
-            f"`{row.command}`",
-        )
-        for row in results.drop_duplicates(list(AXES)).itertuples()
+    for section in sections(study, tables):
+        lines += section.markdown()
+    return write_text(study, "summary.md", lines)
+
+
+def sections(study: Study, tables: Tables) -> list[Section]:
+    """What a summary and a report say beside the comparisons, a table each."""
+    parts = (_distinct(tables), _by_class(tables), _classes(tables), _networks(tables))
+    return [*filter(None, parts), _again(study, tables)]
+
+
+def _again(study: Study, tables: Tables) -> Section:
+    """The command of each cell."""
+    cells = tables["results"].drop_duplicates(list(AXES))
+    rows = [
+        (r.student, r.strategy, share_in_words(r.fraction), r.objective, f"`{r.command}`")
+        for r in cells.itertuples()
     ]
-    return write_text(study, "summary.md", [*lines, table([*AXES, "command"], commands)])
+    text = _where_again(study, tables["results"])
+    return Section("The command that makes a cell again", text, Table([*AXES, "command"], rows))
+
+
+def _classes(tables: Tables) -> Section | None:
+    """How many examples of each class a subset has; nothing where it was not recorded."""
+    found = class_table(tables["results"])
+    text = (
+        "Examples of each class in a subset, by the labels of the training; of seeds that differ, "
+        "the fewest."
+    )
+    return found and Section("Classes of each subset", text, found)
 
 
 def _best_epoch(study: Study, tables: Tables) -> str:
@@ -115,13 +136,13 @@ def _best_epoch(study: Study, tables: Tables) -> str:
     )
 
 
-def _distinct(tables: Tables) -> list[str]:
+def _distinct(tables: Tables) -> Section | None:
     """Accuracy on the test images whose pixels occur only once, beside that on all of them; nothing
     where the two are the same or the tables are from before it was measured."""
     accepted = tables["results"].query("not refused")
     both = ["test_accuracy", "test_accuracy_distinct"]
     if both[1] not in accepted or not (accepted[both[0]] - accepted[both[1]]).abs().gt(1e-9).any():
-        return []
+        return None
     rows = []
     for axes, runs in accepted.groupby(list(AXES), sort=False):
         whole, distinct = (100 * runs[column].mean() for column in both)
@@ -129,55 +150,47 @@ def _distinct(tables: Tables) -> list[str]:
         cells = (f"{whole:.2f}", f"{distinct:.2f}", f"{distinct - whole:+.2f}")
         rows.append((student, objective, share_in_words(fraction), strategy, *cells))
     head = ("student", "objective", "fraction", "strategy", "all (%)", "distinct (%)", "points")
-    return [
-        "## On test images that occur once",
-        "",
+    text = (
         "A test image whose pixels occur again, in either split, can be classified by memory. Mean "
         "accuracy of the last step over seeds, on all test images and without those; verdicts rest "
-        "on all.",
-        "",
-        table(head, rows, "llrlrrr"),
-        "",
-    ]
+        "on all."
+    )
+    return Section("On test images that occur once", text, Table(head, rows, "llrlrrr"))
 
 
-def _by_class(tables: Tables) -> list[str]:
+def _by_class(tables: Tables) -> Section | None:
     """Precision, recall and F1, each averaged over classes, beside accuracy; nothing where the runs
     are from before they were measured."""
     accepted = tables["results"].query("not refused")
     columns = ["test_accuracy", "test_precision", "test_recall", "test_f1"]
     if columns[-1] not in accepted or accepted[columns[-1]].isna().all():
-        return []
+        return None
     means = 100 * accepted.groupby(list(AXES), sort=False)[columns].mean()
     rows = [
         (student, objective, share_in_words(fraction), strategy, *(f"{v:.2f}" for v in values))
         for (student, strategy, fraction, objective), *values in means.itertuples()
     ]
     head = ("student", "objective", "fraction", "strategy", "accuracy", "precision", "recall", "F1")
-    return [
-        "## Averages over classes",
-        "",
+    text = (
         "Accuracy, precision, recall and F1 (%) of the last step on the test split, means over "
         "seeds; the last three are those of each class, averaged over classes, where the precision "
-        "of a class that is never predicted counts 0.",
-        "",
-        table(head, rows, "llrlrrrr"),
-        "",
-    ]
+        "of a class that is never predicted counts 0."
+    )
+    return Section("Averages over classes", text, Table(head, rows, "llrlrrrr"))
 
 
-def _networks(tables: Tables) -> list[str]:
+def _networks(tables: Tables) -> Section | None:
     """Size and cost of each student; nothing where the runs are from before they were measured."""
     results, columns = tables["results"], ["parameters", "megabytes", "multiply_adds"]
     if columns[0] not in results:
-        return []
+        return None
     sizes = results.dropna(subset=columns).drop_duplicates("student")[["student", *columns]]
     rows = [
         (student, f"{n:,.0f}", f"{size:.3g}", f"{products / 1e6:,.4g}")
         for student, n, size, products in sizes.itertuples(index=False)
     ]
     head = ("student", "parameters", "size (MB)", "multiply-adds of an image (millions)")
-    return ["## The networks", "", table(head, rows, "lrrr"), ""]
+    return Section("The networks", "", Table(head, rows, "lrrr"))
 
 
 def _where_again(study: Study, results: pd.DataFrame) -> str:
@@ -193,10 +206,14 @@ def _where_again(study: Study, results: pd.DataFrame) -> str:
     return f"These runs were made on {', '.join(devices)}. {same}"
 
 
-@names_shards
 def objective_table(study: Study, tables: Tables) -> str:
-    """Every objective of the axis with its formula, paper, test and accuracies, as Markdown; also
-    written to the figures folder.
+    """What `objectives` returns, as Markdown; also written to the figures folder."""
+    return write_text(study, "objectives.md", [objectives(study, tables).markdown()])
+
+
+@names_shards
+def objectives(study: Study, tables: Tables) -> Table:
+    """Every objective of the axis with its formula, paper, test and accuracies.
 
     Accuracies, by the measure of the study, are means and standard deviations over seeds (ddof=1),
     in %, of the accepted runs of its first student.
@@ -228,11 +245,11 @@ def objective_table(study: Study, tables: Tables) -> str:
                 accuracy = 100 * accepted[of_cell][column]
                 mean_sd = f"{accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f}"
                 cells.append(mean_sd if len(accuracy) else "-")
-        loss = formula.replace("|", "\\|") + (f" ({given})" if given else "")
+        loss = formula + (f" ({given})" if given else "")
         test = f"`{test.removeprefix('tests/')}`"
         rows.append([name, loss, paper, test, *cells])
     head = ["objective", "loss", "paper", "test", *heads]
-    return write_text(study, "objectives.md", [table(head, rows, "llll" + "r" * len(heads))])
+    return Table(head, rows, "llll" + "r" * len(heads))
 
 
 @names_shards
@@ -269,7 +286,7 @@ def ledger_text(study: Study, tables: Tables) -> str:
     lines = [
         f"# {study.name}: what a selection costs, and when it has paid",
         "",
-        table(("what", "wall time (s)", "steps", "device"), rows, "lrrl"),
+        Table(("what", "wall time (s)", "steps", "device"), rows, "lrrl").markdown(),
         "",
     ]
     if "validation_accuracy" not in tables["curves"]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,39 @@ _LATEX = {
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "±": r"$\pm$",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table before it is written as Markdown, HTML or LaTeX.
+
+    Attributes:
+        head: Names of the columns.
+        rows: Cells of each row.
+        align: `l` or `r` for each column; columns without a letter are aligned left.
+    """
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    align: str = ""
+
+    def markdown(self) -> str:
+        """Lines joined by newlines, without one at the end."""
+        return table(self.head, self.rows, self.align)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a text: a title, a paragraph, a table."""
+
+    title: str
+    text: str
+    table: Table
+
+    def markdown(self) -> list[str]:
+        """Blocks of Markdown, below a heading of the second level."""
+        text = [self.text, ""] if self.text else []
+        return [f"## {self.title}", "", *text, self.table.markdown(), ""]
 
 
 def measured_on(columns: Iterable[str]) -> str:
@@ -117,7 +151,7 @@ def comparison_markdown(comparison: pd.DataFrame) -> str:
     Returns: The table; a number that is not there is "-", and best epochs have a column where one
         is reported.
     """
-    return table(*_head_and_rows(comparison))
+    return comparison_table(comparison).markdown()
 
 
 def comparison_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
@@ -129,7 +163,8 @@ def comparison_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
 
     Returns: A `table`, or a `longtable` of more than 40 rows, ending with a newline.
     """
-    head, rows = _head_and_rows(comparison)
+    written = comparison_table(comparison)
+    head, rows = written.head, written.rows
     numbers = {"fraction", "seeds", "p (Holm)"}
     columns = "".join("r" if name in numbers else "l" for name in head)
     title = rf"\caption{{{escaped(caption)}}}\label{{tab:{_label(label)}}}"
@@ -168,13 +203,18 @@ def count(n: float, thing: str) -> str:
     return f"{n:g} {thing}" if n == 1 else f"{n:g} {thing}s"
 
 
-def _head_and_rows(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of a comparison, as text."""
+def comparison_table(comparison: pd.DataFrame) -> Table:
+    """A comparison as text: a row for each of its rows, in the same order.
+
+    Args:
+        comparison: From `paired_differences` or `objective_differences`; of `comparisons` it also
+            has the examples of the rarest class (`fewest`).
+    """
     head = [
         "student", "objective", "fraction", "strategy", "accuracy (%)", "against",
         "its accuracy (%)", "difference (points)", "p (Holm)", "seeds", "verdict",
     ]  # fmt: skip
-    has_best = comparison["best_mean"].notna().any()
+    has_best, has_classes = comparison["best_mean"].notna().any(), "fewest" in comparison
     rows = []
     for row in comparison.itertuples():
         interval = f"({100 * row.level:g} %: {_points(row.low, '+')} to {_points(row.high, '+')})"
@@ -186,9 +226,11 @@ def _head_and_rows(comparison: pd.DataFrame) -> tuple[list[str], list[list[str]]
                 f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
                 f"{_points(row.difference, '+')} {interval}", _probability(row.p_holm),
                 str(row.n_seeds), row.verdict, *([best] if has_best else []),
+                *([row.fewest] if has_classes else []),
             ]
         )  # fmt: skip
-    return head + (["best epoch (%)"] if has_best else []), rows
+    head += ["best epoch (%)"] * int(has_best) + ["fewest of a class"] * has_classes
+    return Table(head, rows)
 
 
 def _probability(p: float) -> str:

@@ -200,6 +200,21 @@ STUDENT = (*RUN, pairing, teacher_card)
 PROBE = (probe_floor, same_weights, not_collapsed)
 
 
+# What is looked at beside the evidence of one run when a table is compiled: name -> what holds
+FURTHER = {
+    "checkpoint_hashes": "The weights on the disk are those the accuracies were measured with.",
+    "derived_again": "Split, subset, batches, settings and accuracies, derived and measured again "
+    "from the files by other code, are those on record.",
+    "images": "Split, pixels and duplicates on record are those of the cache's files.",
+    "inputs": "Images, teacher and datamap are those of the study as they are now.",
+    "one_factor": "Settings differ from those of the other runs in the compared factors only.",
+    "distinct_seeds": "Two seeds of one cell share neither initial weights nor order.",
+    "twins": "No run of other settings has the same weights.",
+    "probed": "The probe of the last step is there, of these weights, and passes its checks.",
+    "evidence": "The run is finished, and its evidence is whole and of the study's settings.",
+}
+
+
 def student_rules(labelled: bool) -> Rules:
     """The checks of a student; without labels those that read none."""
     return STUDENT if labelled else (*RUN, pairing)

@@ -9,8 +9,9 @@ from tiny import forge, tiny_study
 from kdlib.compare.report import ledger_text, summary
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
-from kdlib.steps.compare import compile_tables, results
+from kdlib.steps.compare import compile_tables
 from kdlib.steps.folders import student_folder
+from kdlib.steps.results import results
 from kdlib.study.load import load_study
 
 

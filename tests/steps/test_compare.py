@@ -13,12 +13,13 @@ from kdlib.compare.report import objective_table, summary
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
-from kdlib.steps.compare import compile_tables, curves, results
+from kdlib.steps.compare import compile_tables, curves
 from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.done import unfinished
 from kdlib.steps.figures import _accepted_probes, draw_comparison, redraw_comparison
 from kdlib.steps.folders import probe_folder, student_folder
 from kdlib.steps.probe import open_probes, probe_cell
+from kdlib.steps.results import results
 
 
 def test_every_row_of_an_honest_study_is_accepted(lab):
@@ -321,3 +322,28 @@ def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(lab, unwri
     assert "early stopping" in summary(study, tables)
     assert "curves" in draw_comparison(study, tables)
     assert objective_table(study, tables).count("\n| ") == 3  # kd and plain below the line
+
+
+def test_a_row_says_how_many_examples_of_each_class_it_learnt_from(lab):
+    study = tiny_study(lab)
+    tables = compile_tables(study)
+    images = open_images(study)
+    for row in tables["results"].to_dict("records"):
+        cell = study.cell(**{axis: row[axis] for axis in ("strategy", "fraction", "objective")})
+        ids = make_subset(study, images, cell, row["seed"]).example_ids
+        labels = images.train.read("labels", ids)
+        counted = [int((labels == label).sum()) for label in range(10)]
+        assert list(map(int, row["class_counts"].split())) == counted
+        assert json.loads(row["class_names"]) == [str(label) for label in range(10)]
+    assert "## Classes of each subset" in summary(study, tables)
+
+
+def test_a_refused_row_names_the_checks_that_failed(lab):
+    study = tiny_study(lab)
+    forge(first_run(study), lambda e: e["budget"]["recorded"].update(steps=156))
+    table = results(study)
+    assert table["failed_checks"].tolist()[1:] == [""] * 11
+    assert table["failed_checks"][0] == "budget derived_again"
+    shutil.rmtree(student_folder(study, study.cell(strategy="easy"), 0))
+    missing = results(study).query("strategy == 'easy' and objective == 'kd' and seed == 0")
+    assert missing["failed_checks"].tolist() == ["evidence"]

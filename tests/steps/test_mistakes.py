@@ -25,9 +25,9 @@ from kdlib.repro.seeds import generator
 from kdlib.steps import cache as steps_cache
 from kdlib.steps import checkpoints, distill, training
 from kdlib.steps.cache import open_images
-from kdlib.steps.compare import results
 from kdlib.steps.distill import train_student
 from kdlib.steps.folders import student_folder
+from kdlib.steps.results import results
 from kdlib.trainer import step
 
 Patch = pytest.MonkeyPatch

@@ -19,12 +19,12 @@ from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps import teacher as teacher_module
 from kdlib.steps.cache import open_images
-from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import student_network, train_student
 from kdlib.steps.done import unfinished
 from kdlib.steps.folders import student_folder
 from kdlib.steps.probe import probe_cell
+from kdlib.steps.results import results
 from kdlib.study.models import Model
 from kdlib.study.study import Study
 from kdlib.trainer import loop

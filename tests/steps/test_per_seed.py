@@ -15,12 +15,13 @@ from kdlib.lab import Lab
 from kdlib.repro.run import read_evidence
 from kdlib.steps import datamap, distill
 from kdlib.steps.cache import open_images
-from kdlib.steps.compare import compile_tables, results
+from kdlib.steps.compare import compile_tables
 from kdlib.steps.datamap import make_datamap, open_datamap
 from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.done import unfinished
 from kdlib.steps.folders import datamap_folder, recording_folder, student_folder
 from kdlib.steps.probe import probe_cell
+from kdlib.steps.results import results
 from kdlib.study.base import StudyError
 from kdlib.study.study import Study
 

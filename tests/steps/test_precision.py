@@ -7,10 +7,10 @@ from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
 from kdlib.steps import precision
 from kdlib.steps.cache import cache_images
-from kdlib.steps.compare import FACTORS
 from kdlib.steps.done import unfinished
 from kdlib.steps.folders import precision_file, student_folder
 from kdlib.steps.recount import Recount
+from kdlib.steps.results import FACTORS
 from kdlib.study.base import StudyError
 
 PLAIN = {"strategy": "random", "objective": "plain"}

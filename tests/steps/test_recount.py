@@ -16,12 +16,12 @@ from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import derive, hashed
 from kdlib.steps import derived
 from kdlib.steps.cache import open_images
-from kdlib.steps.compare import results
 from kdlib.steps.derived import Expected
 from kdlib.steps.distill import make_subset
 from kdlib.steps.folders import student_folder
 from kdlib.steps.recount import Recount
 from kdlib.steps.remeasure import Remeasure
+from kdlib.steps.results import results
 from kdlib.study.training import Training
 from kdlib.trainer.optimiser import learning_rate
 

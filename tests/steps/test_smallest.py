@@ -20,9 +20,9 @@ from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.steps import distill, probe, probe_network, training
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import results
 from kdlib.steps.distill import train_student
 from kdlib.steps.folders import student_folder
+from kdlib.steps.results import results
 from kdlib.steps.teacher import make_teacher
 from kdlib.study.load import load_study
 from kdlib.study.study import Study

@@ -23,10 +23,10 @@ from kdlib.repro.run import read_evidence
 from kdlib.steps import teacher as teacher_module
 from kdlib.steps import teacher_outputs, training
 from kdlib.steps.cache import cache_images, open_images
-from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.folders import teacher_folder
+from kdlib.steps.results import results
 from kdlib.steps.teacher_outputs import open_teacher, outputs_folder, store_part
 from kdlib.study.load import load_study
 from kdlib.study.models import Model

@@ -18,11 +18,11 @@ from kdlib.repro.seeds import derive
 from kdlib.steps import training as training_module
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.checkpoints import keep_epoch
-from kdlib.steps.compare import results
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import train_student
 from kdlib.steps.folders import student_folder
 from kdlib.steps.processes import write_study
+from kdlib.steps.results import results
 from kdlib.steps.teacher import make_teacher
 from kdlib.study.load import load_study
 from kdlib.study.study import Study

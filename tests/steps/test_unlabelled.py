@@ -20,7 +20,7 @@ from kdlib.lab import open_study
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence, read_metrics
 from kdlib.steps.cache import cache_images, cache_sentences, open_images
-from kdlib.steps.compare import compile_tables, finish_tables, results
+from kdlib.steps.compare import compile_tables, finish_tables
 from kdlib.steps.datamap import make_datamap
 from kdlib.steps.distill import run_table, train_student
 from kdlib.steps.done import unfinished
@@ -28,6 +28,7 @@ from kdlib.steps.folders import student_folder
 from kdlib.steps.probe import open_probes, probe_cell
 from kdlib.steps.recount import Recount
 from kdlib.steps.remeasure import Remeasure
+from kdlib.steps.results import results
 from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.training import OBJECTIVE
 from kdlib.study.base import StudyError
