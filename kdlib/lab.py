@@ -37,7 +37,18 @@ from kdlib.steps.cache import (
 )
 from kdlib.steps.compare import compile_tables, finish_tables, open_tables
 from kdlib.steps.datamap import demand_recorded, make_datamap, open_datamap
-from kdlib.steps.display import FIGURES, TEXTS, Picture, Text, describe, draw, meanings, step_of
+from kdlib.steps.display import (
+    FIGURES,
+    TEXTS,
+    Picture,
+    Text,
+    describe,
+    draw,
+    folded,
+    meanings,
+    settings_text,
+    step_of,
+)
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.near import near_duplicates
 from kdlib.steps.noise import noise_tables
@@ -48,7 +59,7 @@ from kdlib.steps.scores import score_tables
 from kdlib.steps.teacher import make_teacher, teacher_table
 from kdlib.steps.teacher_outputs import open_stored
 from kdlib.study.cells import Cell, checked_seeds
-from kdlib.study.evaluation import AXES
+from kdlib.study.evaluation import AXES, named_place
 from kdlib.study.load import load_study, study_file
 from kdlib.study.parameters import check_history
 from kdlib.study.study import Study
@@ -197,12 +208,9 @@ class Lab:
         Returns: One row per run; `lab.columns(table)` explains the columns.
         """
         cell = self.cell(
-            strategy=strategy,
-            fraction=fraction,
-            shards=shards,
-            objective=objective,
-            student=student,
-        )
+            student=student, objective=objective,
+            strategy=strategy, fraction=fraction, shards=shards,
+        )  # fmt: skip
         one = objective is not None or "objective" in self._point
         seeds = self.study.seeds if seeds is None else checked_seeds(seeds)
         runs = {
@@ -224,12 +232,9 @@ class Lab:
         """The network of one finished student, with the weights of its last step, in evaluation
         mode."""
         cell = self.cell(
-            strategy=strategy,
-            fraction=fraction,
-            shards=shards,
-            objective=objective,
-            student=student,
-        )
+            student=student, objective=objective,
+            strategy=strategy, fraction=fraction, shards=shards,
+        )  # fmt: skip
         return student_network(self.study, self.images, cell, *checked_seeds([seed]))
 
     def untrained(self, student: Name = None, seed: int = 0) -> Network:
@@ -278,12 +283,9 @@ class Lab:
         Returns: One row per seed, step, data set, layer and probe.
         """
         cell = self.cell(
-            strategy=strategy,
-            fraction=fraction,
-            shards=shards,
-            objective=objective,
-            student=student,
-        )
+            student=student, objective=objective,
+            strategy=strategy, fraction=fraction, shards=shards,
+        )  # fmt: skip
         return probe_cell(self.study, self.images, cell)
 
     def compare(self) -> Tables:
@@ -341,6 +343,24 @@ class Lab:
         `comparison`, `objectives`, `ledger`, `scores` or `noise`."""
         return describe(self.study, name, self._open(step_of(name, TEXTS)))
 
+    def fold(self, title: str, *names: str) -> Text:
+        """Figures and texts under a title that a click opens: those of these names that the study
+        has, and with a figure those of further data sets (`probes_on_mnist` with `probes`)."""
+        texts = {name for of_step in TEXTS.values() for name in of_step}
+        shown: dict[str, Picture | Text] = {name: self.text(name) for name in texts & set(names)}
+        for step in {step_of(name, FIGURES) for name in names if name not in texts}:
+            shown |= self.figures(step)
+        of = [shown[n] for name in names for n in shown if named_place(n)[0] == name]
+        return folded(title, of)
+
+    def settings(self, *sections: str) -> Text:
+        """The settings that differ from the defaults, or have none, as a table under a title.
+
+        Args:
+            sections: Of the study, such as `data` or `data.relabel`; none: all.
+        """
+        return settings_text(self.study, *sections)
+
     def curves(self, runs: pd.DataFrame) -> pd.DataFrame:
         """The metrics of runs, one row per evaluation: accuracy and loss by epoch and step.
 
@@ -359,7 +379,8 @@ class Lab:
 
     def columns(self, table: pd.DataFrame) -> Text:
         """What the columns of a table mean, for those of the datamap, of runs, of probes."""
-        return Text("\n".join(f"- `{name}`: {text}" for name, text in meanings(table).items()))
+        lines = (f"- `{name}`: {text}" for name, text in meanings(table).items())
+        return Text("\n".join(lines), "What the columns mean")
 
 
 def _of_each(runs: pd.DataFrame, read: Any) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """The lab of a finished study: what each method gives, and the page that shows them."""
 
+import base64
 import re
 import sys
 from pathlib import Path
@@ -185,6 +186,26 @@ def test_figures_and_texts_are_those_of_the_steps(tiny_lab):
     assert text == text._repr_markdown_() == (tiny_lab.study.figures / "summary.md").read_text()
     with pytest.raises(KeyError, match="did you mean 'regions'"):
         tiny_lab.figure("region")
+
+
+def test_what_is_long_stands_under_a_title_that_a_click_opens(tiny_lab):
+    tiny_lab.compare()
+    shown = tiny_lab.fold("More & more", "summary", "curves", "fractions")._repr_markdown_()
+    assert shown.startswith("<details><summary>More &amp; more</summary>\n\n# tiny: results\n")
+    assert shown.endswith("\n\n</details>")
+    encoded = base64.b64encode((tiny_lab.study.figures / "curves.png").read_bytes()).decode()
+    assert re.findall('<img alt="(.*?)" .*?base64,(.*?)">', shown) == [("curves", encoded)]
+    assert "This study has none." in tiny_lab.fold("More data", "fractions")._repr_markdown_()
+    with pytest.raises(KeyError, match="did you mean 'curves'"):
+        tiny_lab.fold("More", "curve")
+
+
+def test_settings_are_shown_as_what_differs_from_the_defaults(tiny_lab):
+    text = tiny_lab.settings("compare", "data")
+    assert "| compare.margin | 0.02 | 0.01 |" in text
+    assert "| data.shard_size | 300 | 2048 |" in text
+    assert "teacher" not in text and "baseline" not in text
+    assert "<summary>Settings of tiny that differ" in text._repr_markdown_()
 
 
 def test_a_notebook_s_unknown_parameter_is_refused_though_no_history_is_passed(lab, monkeypatch):

@@ -1,17 +1,23 @@
 """What a notebook shows of a step: figures and texts by name, and the meaning of columns."""
 
+import base64
+import html
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Self
 
 import pandas as pd
 
 from kdlib.cartography import feature_scores, scores
 from kdlib.compare.comparisons import Tables
 from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
+from kdlib.compare.text import table as markdown_table
 from kdlib.dataset.images import Images
 from kdlib.repro.files import nearest
 from kdlib.steps.noise import describe_noise
 from kdlib.steps.scores import describe_scores
+from kdlib.study.defaults import changed
 from kdlib.study.evaluation import named_place
 from kdlib.study.study import Study
 
@@ -114,10 +120,34 @@ class Picture:
 
 
 class Text(str):
-    """Markdown that JupyterLab shows formatted."""
+    """Markdown that JupyterLab shows formatted; with a title, below that title once it is clicked.
+
+    Attributes:
+        title: The line that is shown at first; "" shows the whole text.
+    """
+
+    def __new__(cls, markdown: str, title: str = "") -> Self:
+        text = super().__new__(cls, markdown)
+        text.title = title
+        return text
 
     def _repr_markdown_(self) -> str:
-        return str(self)
+        if not self.title:
+            return str(self)
+        summary = f"<summary>{html.escape(self.title)}</summary>"
+        return f"<details>{summary}\n\n{self}\n\n</details>"
+
+
+def folded(title: str, shown: Iterable[Picture | Text]) -> Text:
+    """Pictures and texts as one text, under a title that a click opens; the pictures are in it."""
+    parts = []
+    for part in shown:
+        if isinstance(part, Picture):
+            data = base64.b64encode(part.path.read_bytes()).decode()
+            source = f'width="{WIDTH}" src="data:image/png;base64,{data}"'
+            part = f'<img alt="{part.path.stem}" {source}>'
+        parts.append(part.strip())
+    return Text("\n\n".join(parts) or "This study has none.", title)
 
 
 def step_of(name: str, of: dict) -> str:
@@ -152,6 +182,13 @@ def draw(study: Study, images: Images, step: str, tables: Tables) -> dict[str, P
 def describe(study: Study, name: str, tables: Tables) -> Text:
     """One text of `TEXTS`, also written to the figures folder."""
     return Text(TEXTS[step_of(name, TEXTS)][name](study, tables))
+
+
+def settings_text(study: Study, *sections: str) -> Text:
+    """The settings of sections that differ from the defaults, or have none, as a folded table."""
+    rows = changed(study, *sections)
+    title = f"Settings of {study.name} that differ from the defaults"
+    return Text(markdown_table(("setting", "here", "default"), rows), title)
 
 
 def meanings(table: pd.DataFrame) -> dict[str, str]:
