@@ -51,7 +51,7 @@ from kdlib.steps.display import (
 )
 from kdlib.steps.distill import make_subset, new_student, run_table, student_network, train_student
 from kdlib.steps.near import near_duplicates
-from kdlib.steps.noise import noise_tables
+from kdlib.steps.noise import demand_relabelled, noise_tables
 from kdlib.steps.output_costs import output_costs
 from kdlib.steps.probe import probe_cell
 from kdlib.steps.recordings import record_all, recording_table
@@ -173,11 +173,7 @@ class Lab:
         return open_datamap(self.study, self.images, *checked_seeds([seed]))
 
     def explore(self, **options: Any) -> Any:
-        """The datamap as an app; make it the last line of a cell.
-
-        Args:
-            options: Of `kdlib.explorer.explore`.
-        """
+        """The datamap as an app, the last line of a cell; options of `kdlib.explorer.explore`."""
         from kdlib.explorer import explore  # widgets, where they are shown
 
         return explore(self.study, **options)
@@ -302,11 +298,19 @@ class Lab:
         return recording_table(self.study, record_all(self.study, self.images))
 
     def scores(self) -> Tables:
-        """Step 07: how scores agree with each other, from seed to seed and between networks."""
+        """Step 07: how scores agree with each other, from seed to seed and between networks. Trains
+        the recordings that are missing."""
+        record_all(self.study, self.images)
         return self._keep("scores", score_tables(self.study, self.images))
 
     def noise(self) -> Tables:
-        """Step 08: how well scores find training labels that are wrong."""
+        """Step 08: how well scores find training labels that are wrong. Trains the recordings that
+        are missing.
+
+        Raises: StudyError for a study whose labels are those of its source, before any training.
+        """
+        demand_relabelled(self.study)
+        record_all(self.study, self.images)
         return self._keep("noise", noise_tables(self.study, self.images))
 
     def _keep(self, step: str, tables: Tables) -> Tables:

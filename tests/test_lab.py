@@ -200,11 +200,23 @@ def test_what_is_long_stands_under_a_title_that_a_click_opens(tiny_lab):
         tiny_lab.fold("More", "curve")
 
 
+def test_a_study_without_wrong_labels_gets_one_sentence_before_any_training(lab):
+    slow = {"models": {"slow": {"name": "tiny_cnn"}}, "seeds": [0, 1]}
+    tiny = Lab(tiny_study(lab, recordings=slow))
+    with pytest.raises(StudyError, match="no label of tiny is known to be wrong") as caught:
+        tiny.noise()
+    [shown] = caught.value._render_traceback_()  # what IPython shows of it
+    assert shown == f"StudyError: {caught.value}"
+    assert "\n" not in shown
+    assert not (tiny.study.runs / "recorded" / "model=slow").exists()
+
+
 def test_settings_are_shown_as_what_differs_from_the_defaults(tiny_lab):
     text = tiny_lab.settings("compare", "data")
     assert "| compare.margin | 0.02 | 0.01 |" in text
     assert "| data.shard_size | 300 | 2048 |" in text
-    assert "teacher" not in text and "baseline" not in text
+    assert "teacher" not in text
+    assert "baseline" not in text
     assert "<summary>Settings of tiny that differ" in text._repr_markdown_()
 
 

@@ -1,6 +1,6 @@
-"""The command that makes a file again, by the place of the file.
+"""The command and the notebook that make a file again, by the place of the file.
 
-Messages about something missing, unfinished, changed or of another format name it. Steps write
+Messages about something missing, unfinished, changed or of another format name them. Steps write
 below `runs/<study>/`, tables to commit lie in `figures/<study>/tables/`.
 """
 
@@ -15,13 +15,18 @@ _COMMANDS = {  # of a step's folder, with the study file
     "datamap": "step datamap {}", "compare": "step compare {}", "measured.json": "step compare {}",
     "scores": "study {} scores", "noise": "study {} noise", "audit": "study {} audit",
 }  # fmt: skip
+_NOTEBOOKS = {  # of a command: its step
+    "cache": "01_cache", "teacher": "02_teacher", "datamap": "03_datamap", "distill": "04_distill",
+    "probe": "05_probe", "compare": "06_compare", "record": "07_scores", "scores": "07_scores",
+    "noise": "08_noise", "audit": "09_audit",
+}  # fmt: skip
 _MAP = "notebooks/03_datamap.ipynb, opened by `make lab`"
 _N_AXES = 4  # of a student's folder, before its seed
 
 
 def run_to_make(path: Path) -> str:
     """`run` and the command that makes a file or folder which is not there, unfinished, or made
-    with other settings. A picked selection is made by hand.
+    with other settings, or the notebook that does. A picked selection is made by hand.
 
     Args:
         path: Of the file, or of a folder above it.
@@ -47,12 +52,12 @@ def _made_by(given: Path) -> tuple[Path, str]:
             study = known[0].relative_to(home) if known else f"params/{name}.yaml"
             study = shlex.quote(str(study))
             if root.name == "figures":
-                return path, f"run `{KDLIB} step compare {study}`"
+                return path, f"run {_said(f'step compare {study}')}"
             if parts[:1] == ["selections"]:
                 return path, f"save a selection named {path.stem} in the map: {_MAP}"
             depth, command = _of_run(root / name, parts, study)
             depth += len(parts) > depth and parts[depth].startswith("outputs-")
-            return root.joinpath(name, *parts[:depth]), f"run `{KDLIB} {command}`"
+            return root.joinpath(name, *parts[:depth]), f"run {_said(command)}"
     return given, f"run `{KDLIB} study STUDY` with the study file that it belongs to"
 
 
@@ -78,6 +83,15 @@ def _of_run(runs: Path, parts: list[str], study: str) -> tuple[int, str]:
     if step in _COMMANDS:
         return 1, _COMMANDS[step].format(study)
     return len(parts), f"study {study}"
+
+
+def _said(command: str) -> str:
+    """A command in a message, and the notebook that does the same, where it is a step of one."""
+    first, *rest = shlex.split(command)
+    step = {"step": rest[0], "study": rest[-1]}.get(first, first)
+    notebook = _NOTEBOOKS.get(step)
+    same = f" or notebooks/{notebook}.ipynb with this study" if notebook else ""
+    return f"`{KDLIB} {command}`{same}"
 
 
 def _student_of(runs: Path, below: list[str]) -> list[str] | None:

@@ -28,11 +28,7 @@ def noise_tables(study: Study, images: Images) -> Tables:
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    if study.data.relabel is None:
-        raise StudyError(
-            f"the labels of {study.name} are those of its source, so that none is known to be "
-            "wrong: give `data` a `relabel`, as params/digits_noise.yaml has"
-        )
+    demand_relabelled(study)
     ids = images.train_ids
     labels, originals = (images.train.read(c, ids) for c in ("labels", "original_labels"))
     wrong = labels != originals
@@ -78,6 +74,15 @@ def noise_tables(study: Study, images: Images) -> Tables:
         ),
         "labels": pd.DataFrame({"wrong": [int(wrong.sum())], "n_examples": [len(wrong)]}),
     }
+
+
+def demand_relabelled(study: Study) -> None:
+    """Raises: StudyError when the study's labels are those of its source."""
+    if study.data.relabel is None:
+        raise StudyError(
+            f"no label of {study.name} is known to be wrong, since all are those of its source: "
+            "open a study with `data: {relabel: ...}`, such as params/digits_noise.yaml"
+        )
 
 
 def _below_threshold(study: Study, images: Images) -> np.ndarray:

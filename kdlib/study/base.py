@@ -21,6 +21,10 @@ from kdlib.repro.files import nearest
 class StudyError(ValueError):
     """A study file or an axis value that is not valid."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows below a cell: the sentence, which says what to do."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class Settings(BaseModel):
     """Base of every section: frozen and exactly typed. An unknown key is refused with the nearest

@@ -5,7 +5,7 @@ import argparse
 import shlex
 
 import pytest
-from tiny import tiny_study
+from tiny import ROOT, tiny_study
 
 from kdlib.__main__ import _add_commands
 from kdlib.cache.shards import Cache
@@ -13,33 +13,46 @@ from kdlib.repro import files
 from kdlib.repro.commands import delete_and_run, run_to_make
 from kdlib.study.load import load_study
 
+# place below runs/ -> the folder to delete, the command, the notebook
 PLACES = {
-    "tiny/cache/duplicates.parquet": ("tiny/cache", "step cache params/tiny.yaml"),
-    "tiny/dynamics/dynamics/loss.npy": ("tiny/dynamics", "step teacher params/tiny.yaml"),
+    "tiny/cache/duplicates.parquet": ("tiny/cache", "step cache params/tiny.yaml", "01_cache"),
+    "tiny/dynamics/dynamics/loss.npy": (
+        "tiny/dynamics", "step teacher params/tiny.yaml", "02_teacher",
+    ),
     "tiny/teachers/wide/metrics.parquet": (
-        "tiny/teachers/wide", "step teacher params/tiny.yaml --teacher wide",
+        "tiny/teachers/wide", "step teacher params/tiny.yaml --teacher wide", "02_teacher",
     ),
     "tiny/teachers/wide/outputs-train/index.json": (
         "tiny/teachers/wide/outputs-train", "step teacher params/tiny.yaml --teacher wide",
+        "02_teacher",
+    ),
+    "tiny/distill/student=tiny/strategy=easy/fraction=0.33/objective=kd/seed=1/metrics.parquet": (
+        "tiny/distill/student=tiny/strategy=easy/fraction=0.33/objective=kd/seed=1",
+        "step distill params/tiny.yaml --student tiny --strategy easy --fraction 0.33 "
+        "--objective kd --seed 1", "04_distill",
     ),
     "tiny/recorded/model=tiny/fold=2/held_out.parquet": (
         "tiny/recorded/model=tiny/fold=2", "record params/tiny.yaml --model tiny --part fold=2",
+        "07_scores",
     ),
-    "tiny/scores": ("tiny/scores", "study params/tiny.yaml scores"),
-    "tiny/noise/evidence.json": ("tiny/noise", "study params/tiny.yaml noise"),
-    "tiny/audit/exhibits.parquet": ("tiny/audit", "study params/tiny.yaml audit"),
-    "tiny/compare/results.parquet": ("tiny/compare", "step compare params/tiny.yaml"),
-    "tiny/measured.json": ("tiny/measured.json", "step compare params/tiny.yaml"),
-    "tiny/distill": ("tiny/distill", "study params/tiny.yaml"),
-    "tiny": ("tiny", "study params/tiny.yaml"),
+    "tiny/scores": ("tiny/scores", "study params/tiny.yaml scores", "07_scores"),
+    "tiny/noise/evidence.json": ("tiny/noise", "study params/tiny.yaml noise", "08_noise"),
+    "tiny/audit/exhibits.parquet": ("tiny/audit", "study params/tiny.yaml audit", "09_audit"),
+    "tiny/compare/results.parquet": ("tiny/compare", "step compare params/tiny.yaml", "06_compare"),
+    "tiny/measured.json": ("tiny/measured.json", "step compare params/tiny.yaml", "06_compare"),
+    "tiny/distill": ("tiny/distill", "study params/tiny.yaml", None),
+    "tiny": ("tiny", "study params/tiny.yaml", None),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_command_of_a_place_is_one_that_there_is(home, place):
-    folder, command = PLACES[place]
+def test_the_command_and_the_notebook_of_a_place_are_there(home, place):
+    folder, command, notebook = PLACES[place]
     tiny_study(home)
     said = f"run `python -m kdlib {command}`"
+    if notebook is not None:
+        assert (ROOT / "notebooks" / f"{notebook}.ipynb").is_file()
+        said += f" or notebooks/{notebook}.ipynb with this study"
     assert run_to_make(home / "runs" / place) == said
     assert delete_and_run(home / "runs" / place) == f"delete {home / 'runs' / folder}, then {said}"
     parser = argparse.ArgumentParser()
@@ -58,7 +71,8 @@ def test_a_teacher_of_a_subset_is_made_by_a_student_of_that_subset(home):
     student = "--student tiny --strategy easy --fraction 0.33 --objective own --seed 1"
     assert delete_and_run(teacher / "outputs-train" / "index.json") == (
         f"delete {teacher / 'outputs-train'}, then run "
-        f"`python -m kdlib step distill params/tiny.yaml {student}`"
+        f"`python -m kdlib step distill params/tiny.yaml {student}` or notebooks/04_distill.ipynb "
+        "with this study"
     )
     elsewhere = teacher.with_name("seed=0")
     assert run_to_make(elsewhere) == "run `python -m kdlib study params/tiny.yaml`"
@@ -70,7 +84,8 @@ def test_other_places_and_selections_made_by_hand_name_what_there_is(home):
     assert run_to_make(picked).startswith("save a selection named mine in the map: notebooks/03")
     table = home / "figures" / "tiny" / "tables" / "probes.parquet"
     assert delete_and_run(table) == (
-        f"delete {table}, then run `python -m kdlib step compare params/tiny.yaml`"
+        f"delete {table}, then run `python -m kdlib step compare params/tiny.yaml` or "
+        "notebooks/06_compare.ipynb with this study"
     )
 
 

@@ -201,7 +201,7 @@ def test_recordings_made_before_the_study_was_changed_are_not_read(study, made):
 def test_a_study_that_asks_for_nothing_or_has_the_source_s_labels_says_so(home):
     content = parse_yaml(TINY.read_text())
     plain = Study.model_validate({"name": "plain", **content})
-    with pytest.raises(StudyError, match="those of its source"):
+    with pytest.raises(StudyError, match="all are those of its source"):
         noise_tables(plain, None)
     content.pop("recordings")
     with pytest.raises(StudyError, match="asks for no further recordings"):
