@@ -3,28 +3,32 @@
 #               MINIATURE=1 runs the study with few images, few steps and small networks;
 #               PROFILE=profiles/slurm submits each notebook as a job of a Slurm cluster
 # make figures  redraw the figures of STUDY, or of every study when STUDY is not given
-# make test | lint | lab | clean
+# make test    all tests but the longest, in less than eight minutes; make test-long runs those
+# make lint | lab | clean
 STUDY ?= params/digits.yaml
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
-LONG := tests/test_pipeline.py tests/test_slurm.py tests/explorer/test_browser.py \
-  tests/test_benchmarks_gpu.py tests/test_notebooks.py tests/audit/test_report.py tests/test_faults.py \
-  tests/test_golden.py
+FIRST := tests/test_pipeline.py tests/explorer/test_browser.py tests/test_notebooks.py tests/audit/test_report.py tests/test_golden.py
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Each notebook starts two processes. Without compiled modules, which uv does not install and some
 # containers do not keep, they start in twice the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: study test lab figures lint clean
+.PHONY: study test test-long lab figures lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
 	@$(BIN)/python -m kdlib study "$(STUDY)" $(STEP) $(if $(MINIATURE),--miniature) $(if $(PROFILE),--profile "$(PROFILE)",--cores $(CORES))
 
-# Three processes, one test file at a time each: on two cores one of them mostly waits, for a cluster
-# or a browser. The long files run first; xdist would otherwise start with those of the most tests.
+# Three processes, one test file at a time each: on two cores one of them mostly waits, for a kernel
+# or a browser. The files that take longest run first; xdist would otherwise start with those of the
+# most tests. Without `-m`, pytest runs the tests of both targets.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 test: .venv/installed
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(LONG) tests kdlib audit
+	$(PYTEST) -m "not long" $(FIRST) tests kdlib audit
+
+test-long: .venv/installed
+	$(PYTEST) -m long tests
 
 # JupyterLab saves outputs into notebooks: this opens copies in lab/, which git ignores.
 lab: .venv/installed $(patsubst notebooks/%,lab/%,$(wildcard notebooks/*.ipynb))

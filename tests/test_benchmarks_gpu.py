@@ -46,6 +46,7 @@ def dry(tmp_path_factory):
     return out, subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_a_dry_run_leaves_the_rows_of_every_part(dry):
     out, done = dry
     told, rows = done.stdout + done.stderr, _rows(out)
@@ -76,6 +77,7 @@ def test_a_dry_run_leaves_the_rows_of_every_part(dry):
     assert "| kdlib, stored teacher |" in summary
 
 
+@pytest.mark.long
 def test_a_miniature_comes_home_as_tables_of_the_complete_seeds(dry, tmp_path, monkeypatch):
     # 3 strategies with the full set, 2 objectives, 2 seeds, and one student of the third seed
     folder = dry[0] / "study"

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 def test_a_few_faults_of_each_kind_are_noticed_and_mended():
     command = [sys.executable, str(ROOT / "benchmarks" / "faults.py"), "--quick"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

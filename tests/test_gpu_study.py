@@ -46,6 +46,7 @@ def ran(tmp_path, *arguments):
     return done, rows, packed
 
 
+@pytest.mark.long
 def test_at_the_limit_everything_is_killed_and_the_evidence_comes_home(tmp_path):
     done, rows, packed = ran(tmp_path, "--seconds", "2", "--reserve", "1", "--workers", "2")
     assert done.returncode == 3

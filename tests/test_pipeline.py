@@ -247,6 +247,7 @@ def _kernels():
                 yield str(process.environ())
 
 
+@pytest.mark.long
 def test_a_study_that_is_killed_stopped_and_fails_ends_with_the_same_bytes(done, home):
     runs, study = home / "runs" / "tiny", load_study(home / STUDY)
     shutil.rmtree(runs / "distill")

@@ -21,10 +21,13 @@ from kdlib.steps.step_command import run_steps
 from kdlib.steps.teacher import make_teacher
 from kdlib.study.load import load_study
 
-pytestmark = pytest.mark.skipif(
-    bool(slurm.missing()),
-    reason=f"no Slurm here ({', '.join(slurm.missing())} missing): apt install slurm-wlm munge",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        bool(slurm.missing()),
+        reason=f"no Slurm here ({', '.join(slurm.missing())} missing): apt install slurm-wlm munge",
+    ),
+]
 BOUND_S = 600  # of each wait, on a machine with much else to do; idle, all take about two minutes
 STUDY = {  # three subsets, three seeds, one objective: three notebooks that train for some seconds
     "base": "tiny.yaml",

@@ -102,6 +102,7 @@ def test_settings_of_a_study_that_is_not_portable_read_as_before(home):
     assert asked.step_settings("teacher")["compute"]["portable"] is True
 
 
+@pytest.mark.long
 @has_avx2
 def test_a_portable_study_gives_the_same_bytes_in_its_pipeline_and_by_hand(tmp_path):
     pipeline = [sys.executable, "-m", "kdlib", "study", "params/tiny.yaml", "--cores", "1"]

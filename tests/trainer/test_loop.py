@@ -135,6 +135,7 @@ def test_an_error_of_another_kind_keeps_its_own_words(tmp_path, images, monkeypa
         train(run_in(tmp_path / "run"), task)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 @pytest.mark.filterwarnings("ignore")  # of the compiler
 def test_a_compiled_network_trains_like_the_plain_one(tmp_path, images):
