@@ -1,5 +1,5 @@
-"""Command line: `python -m kdlib study | status | figures | findings | schema | record | step |
-probe | near | cache`."""
+"""Command line: `python -m kdlib study | status | figures | report | findings | schema | record |
+step | probe | near | cache`."""
 
 # Commands import what they need when they run, so that help and errors come at once. The docstring
 # of a command's function is its help; the function returns the exit code, or None for 0.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kdlib.repro import files
+from kdlib.steps import publish
 from kdlib.study.cells import Cell, checked_seeds
 from kdlib.study.data import parse_part
 from kdlib.study.evaluation import AXES, Probe
@@ -308,6 +309,8 @@ def _add_commands(commands: Any) -> None:
     text = f"study file, such as {digits}; without one, all studies that have either"
     figures = _command(commands, "figures", _figures)
     figures.add_argument("study", nargs="?", default="all", help=text)
+    report = _command(commands, "report", publish.report, digits)
+    report.add_argument("--html", action="store_true", help="no PDF")
     _command(commands, "findings", _findings)
     _command(commands, "schema", _schema)
     record = _command(commands, "record", _record, digits)

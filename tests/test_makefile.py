@@ -53,4 +53,7 @@ def test_a_study_and_a_profile_with_spaces_are_one_argument_each(clone):
     assert made(clone, "figures", "STUDY=my study.yaml")[1:] == [
         "-m", "kdlib", "figures", "my study.yaml",
     ]  # fmt: skip
+    assert made(clone, "report", "STUDY=my study.yaml")[1:] == [
+        "-m", "kdlib", "report", "my study.yaml",
+    ]  # fmt: skip
     assert made(clone, "figures")[1:] == ["-m", "kdlib", "figures", "all"]

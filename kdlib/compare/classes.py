@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.text import Table
+from kdlib.compare.text import Table, numbers_of
 from kdlib.study.cells import share_in_words
 
 FEW = 5  # examples of a class, below which a sentence says so
@@ -85,6 +85,8 @@ def class_table(results: pd.DataFrame) -> Table | None:
     if (counts := class_counts(results)).empty:
         return None
     rows, names = [], list(map(str, counts.columns))
+    first = results.drop_duplicates(SUBSET).set_index(SUBSET)
+    of = [(*first.loc[key, ["student"]], *key, first.loc[key, "objective"]) for key in counts.index]
     for (strategy, fraction), numbers in counts.iterrows():
         cells = [strategy, share_in_words(fraction), str(int((numbers > 0).sum()))]
         if len(names) > MOST_COLUMNS:
@@ -92,7 +94,8 @@ def class_table(results: pd.DataFrame) -> Table | None:
         rows.append([*cells, *map(str, numbers)])
     if len(names) > MOST_COLUMNS:
         names = ["fewest of a class", "median", "most"]
-    return Table(["strategy", "fraction", "classes", *names], rows, "llr" + "r" * len(names))
+    head = ["strategy", "fraction", "classes", *names]
+    return Table(head, rows, "llr" + "r" * len(names), numbers_of(of, range(2, len(head))))
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -101,6 +101,15 @@ def comparisons(study: Study, tables: Tables) -> Tables:
     return tables | compared
 
 
+def asked_comparison(study: Study, tables: Tables) -> str:
+    """The name of the comparison that a study is about: `strategies`, or of one that names an
+    objective to compare with `controls`, or `objectives` where that is the one without a teacher.
+    """
+    if study.compare.objective is None:
+        return "strategies"
+    return "controls" if "controls" in tables else "objectives"
+
+
 def by_place(comparison: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each data set of a comparison and its rows; "" where the study names none."""
     if "on" not in comparison or comparison.empty:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from kdlib.compare.text import table
+from kdlib.compare.text import Table, numbers_of
 from kdlib.study.cells import share_in_words
 from kdlib.study.evaluation import AXES
 
@@ -93,8 +93,8 @@ def pays_after(spent: float, saved: float) -> float:
     return float(math.ceil(spent / saved)) if saved > 0 else math.nan
 
 
-def ledger_markdown(cells: pd.DataFrame) -> str:
-    """What `ledger` returns as a Markdown table; lines joined by newlines."""
+def ledger_table(cells: pd.DataFrame) -> Table:
+    """What `ledger` returns, as text."""
     head = (
         "student", "objective", "strategy", "fraction", "whole run (s)", "on the full set (s)",
         "target (%)", "steps", "of the full set", "saved per student (s)", "selection (s)",
@@ -112,7 +112,8 @@ def ledger_markdown(cells: pd.DataFrame) -> str:
                 "-" if never else f"{row.saved_s:+.3g}", f"{row.selection_s:.3g}", pays,
             )
         )  # fmt: skip
-    return table(head, rows, "llll" + "r" * 8)
+    of = cells[CELL].itertuples(index=False, name=None)
+    return Table(head, rows, "llll" + "r" * 8, numbers_of(of, range(4, len(head))))
 
 
 def _students(n: float) -> str:

@@ -1,14 +1,14 @@
 """The findings of the studies, in words, from their committed tables (README, docs/findings.md)."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from kdlib.compare.answer import first_comment
 from kdlib.compare.committed import is_committed, read_committed
-from kdlib.compare.comparisons import by_place, comparisons
+from kdlib.compare.comparisons import asked_comparison, by_place, comparisons
 from kdlib.compare.statistics import VERDICTS
 from kdlib.compare.text import count, place_in_words
 from kdlib.repro.files import study_files
@@ -96,8 +96,7 @@ def in_words(sentence: Sentence) -> str:
 def question_of(path: Path) -> str | None:
     """The question of a study: the first comment of its file up to `?`, where the comment begins
     with `ASKS`."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().split("\n"))
-    comment = " ".join(line.removeprefix("#").strip() for line in lines)
+    comment = first_comment(path)
     return comment.split("?")[0] + "?" if comment.startswith(ASKS) else None
 
 
@@ -122,9 +121,7 @@ def finding(study: Study, question: str, repository: str = "") -> str:
     """The findings of one study: an item of a list with the question, and one below it for each
     student, and objective or fraction."""
     tables = comparisons(study, read_committed(study))
-    kind = "strategies" if study.compare.objective is None else "controls"
-    kind = kind if kind in tables else "objectives"  # the control is the training without teacher
-    name = study.name
+    kind, name = asked_comparison(study, tables), study.name
     against = study.compare.baseline if kind == "strategies" else study.compare.objective
     pictures = {"strategies": "differences", "controls": "control_differences",
                 "objectives": "objective_differences"}  # fmt: skip

@@ -5,7 +5,7 @@ import pandas as pd
 
 from kdlib.compare.classes import class_sentences, class_table
 from kdlib.compare.comparisons import Tables, by_place, names_shards
-from kdlib.compare.costs import ledger_markdown
+from kdlib.compare.costs import ledger_table
 from kdlib.compare.text import (
     Section,
     Table,
@@ -13,6 +13,7 @@ from kdlib.compare.text import (
     comparison_markdown,
     count,
     measured_on,
+    numbers_of,
     place_in_words,
     summary_lines,
     write_text,
@@ -42,63 +43,74 @@ def titled(study: Study, tables: Tables) -> list[tuple[str, str, pd.DataFrame]]:
 @names_shards
 def summary(study: Study, tables: Tables) -> str:
     """The results in plain sentences, as Markdown; also written to the figures folder."""
-    results, measured = tables["results"], list(study.compare.columns.values())
-    refused = results[results["refused"]]
-    versions = results["code_sha256"].nunique()
-    lines = [
-        f"# {study.name}: results",
-        "",
-        f"{len(results) - len(refused)} of {len(results)} runs accepted, {len(study.seeds)} paired "
-        f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the "
-        f"{measured_on(measured)}. {_best_epoch(study, tables)}",
-        "",
-    ]
-    if "duplicates" in results:  # since 2026-11
-        lines += [f"Duplicates: {results['duplicates'].iloc[0]}.", ""]
-    if "reader" in results:  # of images in files of which some were converted or cut
-        lines += [f"Images as they were read: {results['reader'].iloc[0]}.", ""]
-    if study.dynamics.per_seed:
-        lines += [
-            "Every seed had a recording of its own, by whose scores its subsets were chosen "
-            f"(`{next(iter(study.upstream.recordings.models))}`): an interval over seeds is one "
-            "over recordings.",
-            "",
-        ]
-    if "origin" in results:  # not random throughout
-        begun = results.drop_duplicates(["student", "origin"]).dropna(subset="origin")
-        each = "; ".join(f"{row.student}: {row.origin}" for row in begun.itertuples())
-        lines += [f"First weights of the students: {each}.", ""]
-    if versions > 1:
-        lines += [f"The runs were made by {versions} versions of the code.", ""]
-    dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11
-    if dirty:
-        lines += [f"{count(dirty, 'run')} of code with uncommitted changes.", ""]
+    results, lines = tables["results"], [f"# {study.name}: results", ""]
+    for note in notes(study, tables):
+        lines += [note, ""]
     if scarce := class_sentences(results):
         lines += [*[f"- {line}" for line in scarce], ""]
-    for row in refused.to_dict("records"):
-        accuracy = row[measured[0]]
-        number = f" ({100 * accuracy:.1f} %, which enters no mean)"
-        number = "" if pd.isna(accuracy) else number
-        lines.append(f"- refused: {row['run']}{number}: {row['reason']}")
-    lines += [""] if len(refused) else []
+    if refused := refusals(study, tables):
+        lines += [*[f"- refused: {line}" for line in refused], ""]
     for _, title, rows in titled(study, tables):
         sentences = summary_lines(rows)
         lines += [f"## {title}", "", *[f"- {line}" for line in sentences[:LARGEST]]]
         if len(sentences) > LARGEST:
             lines.append(f"- The other {len(sentences) - LARGEST} comparisons are in the table.")
         lines += ["", comparison_markdown(rows), ""]
-    for section in sections(study, tables):
-        lines += section.markdown()
+    for section in (*further_sections(tables), class_section(tables), again(study, tables)):
+        lines += section.markdown() if section else []
     return write_text(study, "summary.md", lines)
 
 
-def sections(study: Study, tables: Tables) -> list[Section]:
-    """What a summary and a report say beside the comparisons, a table each."""
-    parts = (_distinct(tables), _by_class(tables), _classes(tables), _networks(tables))
-    return [*filter(None, parts), _again(study, tables)]
+@names_shards
+def notes(study: Study, tables: Tables) -> list[str]:
+    """What a reader of the numbers has to know, a paragraph each: how many runs were accepted, what
+    the accuracies are, and what is unusual about data, runs and code."""
+    results, measured = tables["results"], list(study.compare.columns.values())
+    n_accepted = int((~results["refused"]).sum())
+    found = [
+        f"{n_accepted} of {len(results)} runs accepted, {len(study.seeds)} paired "
+        f"seeds, {study.training.comparison.replace('_', ' ')}. Accuracies are those of the "
+        f"{measured_on(measured)}. {_best_epoch(study, tables)}"
+    ]
+    if "duplicates" in results:  # since 2026-11
+        found.append(f"Duplicates: {results['duplicates'].iloc[0]}.")
+    if "reader" in results:  # of images in files of which some were converted or cut
+        found.append(f"Images as they were read: {results['reader'].iloc[0]}.")
+    if study.dynamics.per_seed:
+        found.append(
+            "Every seed had a recording of its own, by whose scores its subsets were chosen "
+            f"(`{next(iter(study.upstream.recordings.models))}`): an interval over seeds is one "
+            "over recordings."
+        )
+    if "origin" in results:  # not random throughout
+        begun = results.drop_duplicates(["student", "origin"]).dropna(subset="origin")
+        each = "; ".join(f"{row.student}: {row.origin}" for row in begun.itertuples())
+        found.append(f"First weights of the students: {each}.")
+    if (versions := results["code_sha256"].nunique()) > 1:
+        found.append(f"The runs were made by {versions} versions of the code.")
+    dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11
+    if dirty:
+        found.append(f"{count(dirty, 'run')} of code with uncommitted changes.")
+    return found
 
 
-def _again(study: Study, tables: Tables) -> Section:
+def refusals(study: Study, tables: Tables) -> list[str]:
+    """Each refused run with its accuracy and the reasons."""
+    results, column = tables["results"], next(iter(study.compare.columns.values()))
+    lines = []
+    for row in results[results["refused"]].to_dict("records"):
+        number = f" ({100 * row[column]:.1f} %, which enters no mean)"
+        number = "" if pd.isna(row[column]) else number
+        lines.append(f"{row['run']}{number}: {row['reason']}")
+    return lines
+
+
+def further_sections(tables: Tables) -> list[Section | None]:
+    """What there is to say beside the comparisons, a table each."""
+    return [_distinct(tables), _by_class(tables), _networks(tables)]
+
+
+def again(study: Study, tables: Tables) -> Section:
     """The command of each cell."""
     cells = tables["results"].drop_duplicates(list(AXES))
     rows = [
@@ -109,7 +121,7 @@ def _again(study: Study, tables: Tables) -> Section:
     return Section("The command that makes a cell again", text, Table([*AXES, "command"], rows))
 
 
-def _classes(tables: Tables) -> Section | None:
+def class_section(tables: Tables) -> Section | None:
     """How many examples of each class a subset has; nothing where it was not recorded."""
     found = class_table(tables["results"])
     text = (
@@ -143,19 +155,24 @@ def _distinct(tables: Tables) -> Section | None:
     both = ["test_accuracy", "test_accuracy_distinct"]
     if both[1] not in accepted or not (accepted[both[0]] - accepted[both[1]]).abs().gt(1e-9).any():
         return None
-    rows = []
+    rows, cells = [], []
     for axes, runs in accepted.groupby(list(AXES), sort=False):
         whole, distinct = (100 * runs[column].mean() for column in both)
         student, strategy, fraction, objective = axes
-        cells = (f"{whole:.2f}", f"{distinct:.2f}", f"{distinct - whole:+.2f}")
-        rows.append((student, objective, share_in_words(fraction), strategy, *cells))
+        numbers = (f"{whole:.2f}", f"{distinct:.2f}", f"{distinct - whole:+.2f}")
+        rows.append((student, objective, share_in_words(fraction), strategy, *numbers))
+        cells.append(axes)
     head = ("student", "objective", "fraction", "strategy", "all (%)", "distinct (%)", "points")
     text = (
         "A test image whose pixels occur again, in either split, can be classified by memory. Mean "
         "accuracy of the last step over seeds, on all test images and without those; verdicts rest "
         "on all."
     )
-    return Section("On test images that occur once", text, Table(head, rows, "llrlrrr"))
+    return Section(
+        "On test images that occur once",
+        text,
+        Table(head, rows, "llrlrrr", numbers_of(cells, range(4, 7))),
+    )
 
 
 def _by_class(tables: Tables) -> Section | None:
@@ -176,7 +193,8 @@ def _by_class(tables: Tables) -> Section | None:
         "seeds; the last three are those of each class, averaged over classes, where the precision "
         "of a class that is never predicted counts 0."
     )
-    return Section("Averages over classes", text, Table(head, rows, "llrlrrrr"))
+    table = Table(head, rows, "llrlrrrr", numbers_of(means.index, range(4, 8)))
+    return Section("Averages over classes", text, table)
 
 
 def _networks(tables: Tables) -> Section | None:
@@ -184,13 +202,14 @@ def _networks(tables: Tables) -> Section | None:
     results, columns = tables["results"], ["parameters", "megabytes", "multiply_adds"]
     if columns[0] not in results:
         return None
-    sizes = results.dropna(subset=columns).drop_duplicates("student")[["student", *columns]]
+    of = results.dropna(subset=columns).drop_duplicates("student")
+    sizes, cells = of[["student", *columns]], of[list(AXES)].itertuples(index=False, name=None)
     rows = [
         (student, f"{n:,.0f}", f"{size:.3g}", f"{products / 1e6:,.4g}")
         for student, n, size, products in sizes.itertuples(index=False)
     ]
     head = ("student", "parameters", "size (MB)", "multiply-adds of an image (millions)")
-    return Section("The networks", "", Table(head, rows, "lrrr"))
+    return Section("The networks", "", Table(head, rows, "lrrr", numbers_of(cells, range(1, 4))))
 
 
 def _where_again(study: Study, results: pd.DataFrame) -> str:
@@ -219,12 +238,13 @@ def objectives(study: Study, tables: Tables) -> Table:
     in %, of the accepted runs of its first student.
     """
     accepted = tables["results"].query("not refused")
-    accepted = accepted[accepted["student"] == study.axes.student[0]]
+    student, places = study.axes.student[0], study.compare.columns.values()
+    accepted = accepted[accepted["student"] == student]
     subsets = accepted[["strategy", "fraction"]].drop_duplicates().to_records(index=False)
     heads = [s if s == "full" else f"{s} {share_in_words(f)}" for s, f in subsets]
     if study.compare.on is not None:
         heads = [f"{head}, on {place_in_words(on)}" for head in heads for on in study.compare.on]
-    rows = []
+    rows, cells = [], []
     for name in study.axes.objective:
         settings = study.objectives[name]
         formula, paper, test = settings.described()
@@ -237,19 +257,21 @@ def objectives(study: Study, tables: Tables) -> Table:
         numbers |= numbers.pop("options", {})
         numbers |= {"teacher": settings.teacher} if settings.teacher else {}
         given = ", ".join(f"{key} {value}" for key, value in numbers.items())
-        cells = []
+        numbers, of = [], []
         for strategy, fraction in subsets:
             point = {"strategy": strategy, "fraction": fraction, "objective": name}
             of_cell = np.all([accepted[axis] == v for axis, v in point.items()], axis=0)
-            for column in study.compare.columns.values():
+            for column in places:
                 accuracy = 100 * accepted[of_cell][column]
                 mean_sd = f"{accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f}"
-                cells.append(mean_sd if len(accuracy) else "-")
+                numbers.append(mean_sd if len(accuracy) else "-")
+                of.append((student, strategy, fraction, name))
         loss = formula + (f" ({given})" if given else "")
         test = f"`{test.removeprefix('tests/')}`"
-        rows.append([name, loss, paper, test, *cells])
+        rows.append([name, loss, paper, test, *numbers])
+        cells.append(dict(enumerate(of, start=4)))
     head = ["objective", "loss", "paper", "test", *heads]
-    return Table(head, rows, "llll" + "r" * len(heads))
+    return Table(head, rows, "llll" + "r" * len(heads), cells)
 
 
 @names_shards
@@ -271,6 +293,15 @@ def comparison_texts(study: Study, tables: Tables) -> str:
 def ledger_text(study: Study, tables: Tables) -> str:
     """What each selection costs and after how many students it has paid, as Markdown; also written
     to the figures folder."""
+    took, paid = ledger_sections(study, tables)
+    lines = [f"# {study.name}: what a selection costs, and when it has paid", ""]
+    lines += [took.table.markdown(), "", paid.text]
+    lines += ["", paid.table.markdown()] if paid.table.rows else []
+    return write_text(study, "ledger.md", lines)
+
+
+def ledger_sections(study: Study, tables: Tables) -> tuple[Section, Section]:
+    """What each step took, and after how many students a selection has paid."""
     costs = tables["costs"]
     students = costs[costs["what"] == "student"]
     rows = [
@@ -283,26 +314,19 @@ def ledger_text(study: Study, tables: Tables) -> str:
             f"{students['steps'].median():.0f}", students["device"].iloc[0],
         )
     )  # fmt: skip
-    lines = [
-        f"# {study.name}: what a selection costs, and when it has paid",
-        "",
-        Table(("what", "wall time (s)", "steps", "device"), rows, "lrrl").markdown(),
-        "",
-    ]
-    if "validation_accuracy" not in tables["curves"]:
-        lines += [
-            "Without labels no accuracy is followed during a training, and nothing says how many "
-            "of its steps a subset saves."
-        ]
-        return write_text(study, "ledger.md", lines)
-    lines += [
+    took = Table(("what", "wall time (s)", "steps", "device"), rows, "lrrl")
+    text = (
         "A student is charged the steps after which the mean validation curve of its cell is first "
         f"within {count(100 * study.compare.margin, 'point')} of where the full set's "
         "students end, on either side, at the median time of a step; at equal steps a subset by "
         "itself saves nothing. A selection is charged the datamap and the training recorded for "
         "it, unless a teacher was needed anyway. Times are those of the process that finished a "
-        "run, on machines that may have done other things.",
-        "",
-        ledger_markdown(tables["ledger"]),
-    ]
-    return write_text(study, "ledger.md", lines)
+        "run, on machines that may have done other things."
+    )
+    if "validation_accuracy" not in tables["curves"]:
+        text = (
+            "Without labels no accuracy is followed during a training, and nothing says how many "
+            "of its steps a subset saves."
+        )
+    paid = Section("When a selection has paid", text, ledger_table(tables["ledger"]))
+    return Section("What each step took", "", took), paid

@@ -1,7 +1,7 @@
 """Comparisons as sentences, Markdown and LaTeX, from the same rows."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +38,24 @@ class Table:
         head: Names of the columns.
         rows: Cells of each row.
         align: `l` or `r` for each column; columns without a letter are aligned left.
+        cells: For each row, column -> the cell of the study (values of `AXES`) that its number is
+            of; of a row without an entry none is known.
     """
 
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
     align: str = ""
+    cells: Sequence[Mapping[int, tuple]] = ()
 
     def markdown(self) -> str:
         """Lines joined by newlines, without one at the end."""
         return table(self.head, self.rows, self.align)
+
+
+def numbers_of(cells: Iterable[tuple], columns: Iterable[int]) -> list[dict[int, tuple]]:
+    """The `cells` of a table each of whose rows has numbers of one cell in the same columns."""
+    columns = list(columns)
+    return [dict.fromkeys(columns, tuple(cell)) for cell in cells]
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,14 @@ def count(n: float, thing: str) -> str:
     return f"{n:g} {thing}" if n == 1 else f"{n:g} {thing}s"
 
 
+def points(accuracy: float, sign: str = "") -> str:
+    """An accuracy or a difference in percent, "-" for NaN."""
+    rounded = round(100 * accuracy, 1)
+    if rounded == 0:
+        return "0.0"  # neither +0.0 nor -0.0
+    return "-" if np.isnan(rounded) else f"{rounded:{sign}.1f}"
+
+
 def comparison_table(comparison: pd.DataFrame) -> Table:
     """A comparison as text: a row for each of its rows, in the same order.
 
@@ -215,22 +232,25 @@ def comparison_table(comparison: pd.DataFrame) -> Table:
         "its accuracy (%)", "difference (points)", "p (Holm)", "seeds", "verdict",
     ]  # fmt: skip
     has_best, has_classes = comparison["best_mean"].notna().any(), "fewest" in comparison
-    rows = []
+    rows, cells = [], []
     for row in comparison.itertuples():
-        interval = f"({100 * row.level:g} %: {_points(row.low, '+')} to {_points(row.high, '+')})"
-        best = f"{_points(row.best_mean)} ({_points(row.best_difference, '+')})"
+        interval = f"({100 * row.level:g} %: {points(row.low, '+')} to {points(row.high, '+')})"
+        best = f"{points(row.best_mean)} ({points(row.best_difference, '+')})"
         rows.append(
             [
                 row.student, row.objective, share_in_words(row.fraction), row.strategy,
-                f"{_points(row.mean)} ± {_points(row.sd)}", _against(row),
-                f"{_points(row.against_mean)} ± {_points(row.against_sd)}",
-                f"{_points(row.difference, '+')} {interval}", _probability(row.p_holm),
+                f"{points(row.mean)} ± {points(row.sd)}", _against(row),
+                f"{points(row.against_mean)} ± {points(row.against_sd)}",
+                f"{points(row.difference, '+')} {interval}", _probability(row.p_holm),
                 str(row.n_seeds), row.verdict, *([best] if has_best else []),
                 *([row.fewest] if has_classes else []),
             ]
         )  # fmt: skip
+        cell = tuple(getattr(row, axis) for axis in AXES)
+        against = row.student, row.against_strategy, row.against_fraction, row.against_objective
+        cells.append(dict.fromkeys((4, 7, 8, 9, *range(11, len(rows[-1]))), cell) | {6: against})
     head += ["best epoch (%)"] * int(has_best) + ["fewest of a class"] * has_classes
-    return Table(head, rows)
+    return Table(head, rows, cells=cells)
 
 
 def _probability(p: float) -> str:
@@ -256,14 +276,6 @@ def _label(text: str) -> str:
     return "".join(sign if sign.isalnum() or sign in "-.:" else "-" for sign in text)
 
 
-def _points(accuracy: float, sign: str = "") -> str:
-    """An accuracy or a difference in percent, "-" for NaN."""
-    rounded = round(100 * accuracy, 1)
-    if rounded == 0:
-        return "0.0"  # neither +0.0 nor -0.0
-    return "-" if np.isnan(rounded) else f"{rounded:{sign}.1f}"
-
-
 def _against(row: Any) -> str:
     """What a row is compared with: only what differs from its cell."""
     parts = [row.against_strategy] if row.against_strategy != row.strategy else []
@@ -285,7 +297,7 @@ def _sentence(row: Any, name_student: bool) -> str:
     level, ends = row.level, (row.low, row.high)
     if row.verdict == "equivalent":
         level, ends = EQUIVALENCE_LEVEL, (row.low90, row.high90)
-    facts = [f"{100 * level:g} % interval {_points(ends[0])} to {_points(ends[1])}"]
+    facts = [f"{100 * level:g} % interval {points(ends[0])} to {points(ends[1])}"]
     facts = [] if np.isnan(row.low) else facts
     facts.append(count(row.n_seeds, "paired seed"))
     if row.n_refused:
@@ -294,15 +306,15 @@ def _sentence(row: Any, name_student: bool) -> str:
         facts.append(f"student {row.student}")
     basis, against = f"({', '.join(facts)})", _against(row)
     if row.verdict in ("better", "worse"):
-        size = _points(abs(row.difference))
+        size = points(abs(row.difference))
         return f"{subject} is {row.verdict} than {against} by {size} points {basis}."
     if row.verdict == "equivalent":
-        margin, size = count(100 * row.margin, "point"), _points(row.difference, "+")
+        margin, size = count(100 * row.margin, "point"), points(row.difference, "+")
         return f"{subject} is as good as {against} within {margin}: it differs by {size} {basis}."
     if row.n_seeds < 2:
         return f"{subject} cannot be compared with {against}: two paired seeds are needed {basis}."
     if np.isnan(row.low):
-        size = _points(row.difference, "+")
+        size = points(row.difference, "+")
         return (
             f"{subject} has no interval against {against}: the difference is {size} points in "
             f"every seed {basis}."
@@ -310,5 +322,5 @@ def _sentence(row: Any, name_student: bool) -> str:
     ending = "a difference between 0 and the margin may need many more seeds"
     if row.seeds_needed > row.n_seeds:
         ending = f"about {row.seeds_needed} paired seeds would settle it"
-    size = _points(row.difference, "+")
+    size = points(row.difference, "+")
     return f"{subject} may be better or worse than {against}: {size} points {basis}; {ending}."
