@@ -72,33 +72,6 @@ def _status(arguments: argparse.Namespace) -> int:
     return 1 if found else 0
 
 
-def _figures(arguments: argparse.Namespace) -> int:
-    """Redraw all figures, from the run records or from committed tables."""
-    from kdlib.steps.figures import drawable, redraw
-
-    if arguments.study != "all":
-        redraw(load_study(arguments.study))
-        return 0
-    code = 0
-    for path in files.study_files():
-        try:
-            if drawable(study := load_study(path)):
-                redraw(study)
-            else:
-                print(f"{study.name}: neither runs nor tables are here")
-        except (ValueError, OSError, RuntimeError) as error:  # the other studies are still drawn
-            print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
-            code = 1
-    return code
-
-
-def _findings(arguments: argparse.Namespace) -> None:
-    """Print the findings of the studies whose tables are committed."""
-    from kdlib.compare.findings import findings
-
-    print(*findings(), sep="\n")
-
-
 def _schema(arguments: argparse.Namespace) -> None:
     """Write the schema of study files for editors, and docs/studies.md."""
     from kdlib.study.schema import write
@@ -307,11 +280,11 @@ def _add_commands(commands: Any) -> None:
     study.add_argument("--miniature", action="store_true", help=text)
     _command(commands, "status", _status, digits)
     text = f"study file, such as {digits}; without one, all studies that have either"
-    figures = _command(commands, "figures", _figures)
+    figures = _command(commands, "figures", publish.figures)
     figures.add_argument("study", nargs="?", default="all", help=text)
     report = _command(commands, "report", publish.report, digits)
     report.add_argument("--html", action="store_true", help="no PDF")
-    _command(commands, "findings", _findings)
+    _command(commands, "findings", publish.findings)
     _command(commands, "schema", _schema)
     record = _command(commands, "record", _record, digits)
     record.add_argument("--model", required=True, help="one of recordings.models")
