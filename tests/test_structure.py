@@ -38,7 +38,11 @@ SLOW = {
 DRAWING = {m for m in MODULES if m.startswith("plots.")} | {"steps.figures"}
 # `explorer.app` imports the two when it shows an app; `Lab.explore` reaches it by the room's face.
 APP = "explorer.app"
-WIDGETS = {"explorer.controls": {"ipywidgets"}, "explorer.map": {"anywidget", "jscatter"}}
+WIDGETS = {
+    "explorer.controls": {"ipywidgets"}, "explorer.swatches": {"ipywidgets"},
+    "explorer.map": {"jscatter"}, "explorer.hand": {"anywidget"},
+    "explorer.histograms": {"anywidget"},
+}  # fmt: skip
 ENGINE = "papermill_engine"  # papermill loads it, by its entry point; no module imports it
 EXECUTING = {"pickle", "dill", "joblib", "cloudpickle", "shelve", "marshal"}  # run code on loading
 PRIVATE = {"default_rng", "Generator", "SeedSequence"}  # all of np.random that has no global state

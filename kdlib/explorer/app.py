@@ -16,9 +16,16 @@ import numpy as np
 import pandas as pd
 
 from kdlib.explorer.background import BackgroundTraining
-from kdlib.explorer.html import LIT, counts_html, failure_html, gallery_html, results_html
-from kdlib.explorer.map import MapWidget, range_of
-from kdlib.explorer.selections import saved_selections, training_commands, training_progress
+from kdlib.explorer.density import MANY
+from kdlib.explorer.html import failure_html, gallery_html, results_html
+from kdlib.explorer.map import MapWidget
+from kdlib.explorer.membership import COLUMN
+from kdlib.explorer.selections import (
+    saved_ids,
+    saved_selections,
+    training_commands,
+    training_progress,
+)
 from kdlib.explorer.state import Explorer
 from kdlib.study.study import Study
 
@@ -95,17 +102,19 @@ class App:
         self.state, self.training = state, None
         self._muted = True  # changes of widgets call no callback
         self._lassoed = self._drawing_until = -np.inf  # monotonic times
-        self._waiting = None
+        self._waiting = self._filtered = None
         linked = state.other is not None
         tables = [state.shown] + ([state.other] if linked else [])
-        self.plots = [MapWidget(state, table, 420 if linked else 470) for table in tables]
+        self.plots = [MapWidget(state, table, 520 if linked else 800) for table in tables]
+        self.plots[0].hand.listens = True
         frame = self.plots[0].frame
         kinds = [c for c in frame.select_dtypes("category") if c in state.table]
-        self.controls = Controls(state, ["class", *kinds, *state.scores])
+        colours = ["class", *kinds, *state.scores]
+        self.controls = Controls(state, colours, self._callback(self._mark))
+        self.controls.density.value = self.plots[0].density
         self.box = arranged(self.controls, self.plots, state)
         self._connect()
         self._look()
-        self._show_range()
         self._list_saved()
         self._refresh()
         self._muted = False
@@ -115,20 +124,24 @@ class App:
         """Let each control call its action."""
         c = self.controls
         for control, action in (
-            (c.x, self._look), (c.y, self._look), (c.colour, self._look), (c.shape, self._shape),
-            (c.id, self._find), (c.classes, self._filter), (c.by, self._show_range),
-            (c.range, self._filter), (c.sort, self._order), (c.ascending, self._order),
+            (c.x, self._look), (c.y, self._look), (c.colour, self._recolour),
+            (c.shape, self._shape), (c.density, self._draw_density), (c.operation, self._operate),
+            (c.id, self._find), (c.sort, self._order), (c.ascending, self._order),
             (c.restore, self._restore),
         ):  # fmt: skip
             control.observe(self._callback(action), names="value")
         for button, action in (
-            (c.find, self._find), (c.clear, self._clear), (c.back, lambda: self._turn(-1)),
+            (c.find, self._find), (c.clear, self._clear), (c.take, self._take),
+            (c.undo, self._undo), (c.redo, self._redo), (c.back, lambda: self._turn(-1)),
             (c.forth, lambda: self._turn(1)), (c.save, self._save), (c.train, self._train),
             (c.stop, self._stop),
         ):  # fmt: skip
             button.on_click(self._callback(action))
+        c.histograms.observe(self._callback(self._filter), ["ranges", "chosen", "dragging"])
         for plot in self.plots:
             plot.widget.observe(self._callback(lambda plot=plot: self._lasso(plot)), "selection")
+            plot.hand.observe(self._callback(lambda plot=plot: self._wear(plot)), "dark")
+            plot.hand.on_msg(lambda _, message, buffers, plot=plot: self._hear(plot, message))
 
     def _callback(self, action: Callable[[], str | None]) -> Callable:
         """The action as a callback of widgets, attempted once; its changes call no callback."""
@@ -157,9 +170,9 @@ class App:
 
     def say(self, sentence: str, wrong: bool = False) -> None:
         """Show one sentence in the status line."""
-        look = f"color:{LIT};font-weight:bold" if wrong else "color:#333333"
+        look = "kdlib-status kdlib-wrong" if wrong else "kdlib-status"
         text = html.escape(" ".join(sentence.split()))
-        self.controls.status.value = f"<span class='kdlib-status' style='{look}'>{text}</span>"
+        self.controls.status.value = f"<span class='{look}' role='status'>{text}</span>"
 
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         """The app, and the still map for where no widget can be shown, such as GitHub."""
@@ -192,19 +205,78 @@ class App:
         n = max(len(plot.table) for plot in self.plots)
         self._drawing_until = time.monotonic() + 0.5 + 5e-6 * n
 
+    def _recolour(self) -> None:
+        """Colour by another column than that of the saved selections, whose buttons go up."""
+        c = self.controls
+        if c.colour.value != COLUMN and c.swatches.colours:
+            c.swatches.clear()
+            self._offer(c.colour.value)
+        self._look()
+
+    def _mark(self) -> None:
+        """Show other saved selections in their colours; without any, the colours from before."""
+        c, colours = self.controls, self.controls.swatches.colours
+        if c.colour.value != COLUMN:
+            self._colour = c.colour.value
+        ids = {name: saved_ids(self.state.study, name) for name in colours}
+        for plot in self.plots:
+            plot.mark(colours, ids)
+        self._offer(COLUMN if colours else self._colour)
+        self._look()
+
+    def _offer(self, colour: str) -> None:
+        """Choose the column that colours; saved selections are one while some are shown."""
+        menu = self.controls.colour
+        menu.options = [o for o in menu.options if o != COLUMN] + [COLUMN] * (colour == COLUMN)
+        menu.value = colour
+
+    def _wear(self, plot: MapWidget) -> None:
+        plot.wear(plot.hand.dark)
+        self._look()
+
+    def _draw_density(self) -> None:
+        for plot in self.plots:
+            plot.density = self.controls.density.value
+            plot.show_density()
+
     def _look_again(self) -> None:
         self._waiting = None
         self._look()
 
     def _lasso(self, plot: MapWidget) -> str:
-        ids = plot.ids(plot.widget.selection)
+        ids, how = plot.chosen()
         # jupyter-scatter takes a lasso that ends where it began for a click on a point as well
         if len(ids) == 1 and time.monotonic() - self._lassoed < A_CLICK_S:
             plot.show_selection()
             return ""
-        sentence = self.state.select(ids)
+        sentence = self.state.select(ids, how)
         self._refresh()
         self._lassoed = time.monotonic() if len(ids) > 1 else -np.inf
+        return sentence
+
+    def _hear(self, plot: MapWidget, message: dict[str, str]) -> None:
+        """What the hand of a map says: how its next selection counts, or a key."""
+        plot.operation = message.get("operation", plot.operation)
+        if "key" in message:
+            self._callback({"undo": self._undo, "redo": self._redo}[message["key"]])()
+
+    def _operate(self) -> None:
+        for plot in self.plots:
+            plot.hand.operation = self.controls.operation.value
+
+    def _undo(self) -> str:
+        sentence = self.state.undo()
+        self._refresh()
+        return sentence
+
+    def _redo(self) -> str:
+        sentence = self.state.redo()
+        self._refresh()
+        return sentence
+
+    def _take(self) -> str:
+        sentence = self.state.select_visible(self.controls.operation.value)
+        self._refresh()
         return sentence
 
     def _find(self) -> str:
@@ -215,33 +287,32 @@ class App:
     def _refresh(self) -> None:
         for plot in self.plots:
             plot.show_selection()
-        self.controls.counts.value = counts_html(self.state)
+        c, history = self.controls, self.state.history
+        c.undo.disabled, c.redo.disabled = not history.can_undo, not history.can_redo
+        c.histograms.update()
         self._show_page()
 
     # Filter and gallery
 
-    def _show_range(self) -> str:
-        """Take the slider to the range of another score, which shows all of it."""
-        slider = self.controls.range
-        low, high = range_of(self.state.table, self.controls.by.value)
-        slider.min, slider.max = min(low, slider.min), max(high, slider.max)
-        slider.value = low, high
-        slider.min, slider.max, slider.step = low, high, (high - low) / 100 or 0.01
-        return self._filter()
-
     def _filter(self) -> str:
+        """Hide what the histograms leave out; on a large map when a range has come to rest."""
         c = self.controls
-        whole = (c.range.min, c.range.max)
-        ranges = {} if tuple(c.range.value) == whole else {c.by.value: c.range.value}
-        sentence = self.state.filter(c.classes.value, **ranges)
+        asked = c.histograms.ranges, c.histograms.chosen, c.histograms.dragging
+        if asked == self._filtered:  # one message of the browser changes several of them
+            return ""
+        self._filtered = asked
+        sentence = c.histograms.filter()
+        if c.histograms.dragging and len(self.state.table) > MANY:
+            c.histograms.update()
+            return sentence
         for plot in self.plots:
             plot.show_filter()
         self._refresh()
         return sentence
 
     def _clear(self) -> str:
-        self.controls.classes.value = ()
-        return self._show_range()
+        self.controls.histograms.clear()
+        return self._filter()
 
     def _order(self) -> None:
         self.state.order(self.controls.sort.value, self.controls.ascending.value)
@@ -263,6 +334,7 @@ class App:
         names = saved_selections(self.state.study)
         self.controls.restore.options = [("choose one", ""), *((name, name) for name in names)]
         self.controls.restore.value = ""
+        self.controls.swatches.list(names)
 
     def _save(self) -> str:
         path = self.state.save(self.controls.name.value.strip())

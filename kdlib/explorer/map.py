@@ -1,55 +1,39 @@
 """One datamap as a jupyter-scatter widget."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kdlib.explorer.state import LIMITS, REGIONS, SIDE, Explorer
+from kdlib.explorer.crossfilter import LIMITS, range_of
+from kdlib.explorer.density import MANY, contours
+from kdlib.explorer.membership import BESIDES, COLUMN, OTHERS, SEVERAL, membership
+from kdlib.explorer.state import REGIONS, SIDE, Explorer
 
-# jupyter-scatter 1.0.1 draws the ranges of both axes as a square as high as the canvas; a canvas
-# narrower than high cuts off both ends of x. This narrows the square to the canvas, at first and
-# after each change of the canvas's size. Setting the view again redraws the axes.
-FIT = """
-export default {
-  render({ el }) {
-    let ended = false;
-    let observer;
-    function start() {
-      const divs = el.closest(".kdlib-map")?.querySelectorAll("div") ?? [];
-      const map = [...divs].find((div) => div.api);
-      if (!map) {
-        if (!ended) requestAnimationFrame(start); // the map is not there yet
-        return;
-      }
-      const [plot, canvas] = [map.api, map.querySelector("canvas")];
-      async function fit() {
-        if (ended || !canvas.clientWidth || !canvas.clientHeight) return;
-        const width = Math.max(1, canvas.clientWidth - 16); // room for the labels of both ends
-        await plot.set({ aspectRatio: Math.min(1, width / canvas.clientHeight) });
-        plot.view(plot.get("cameraView"));
-      }
-      observer = new ResizeObserver(() => requestAnimationFrame(fit));
-      observer.observe(canvas);
-    }
-    start();
-    return () => {
-      ended = true;
-      observer?.disconnect();
-    };
-  },
-};
-"""
+PAPER = {False: "white", True: "#111111"}  # behind the points; dark theme or not: JupyterLab's own
+INK = {False: "#333333", True: "#dddddd"}  # lines of density
 
 
 class MapWidget:
-    """One map as a jupyter-scatter widget: points by position, selections by example id."""
+    """One map as a jupyter-scatter widget: points by position, selections by example id.
 
-    def __init__(self, state: Explorer, table: pd.DataFrame, height: int) -> None:
+    Attributes:
+        widget: The map, `hand` the widget of no size that stands beside it.
+        operation: What the next selection does: `replace` the former one, `add` or `remove`.
+        density: Whether lines show where points lie dense.
+    """
+
+    def __init__(self, state: Explorer, table: pd.DataFrame, most: int) -> None:
+        """Args: most, pixels that the map is high at most; a low window makes it lower."""
         import jscatter
 
+        from kdlib.explorer.hand import Hand
+
         self.state, self.table, n = state, table, len(table)
+        self.hand = Hand(most=most, label=f"Datamap of {n:,} examples")
+        self.dark, self.operation, self.density = False, "replace", n >= MANY
+        self._axes, self._marks = ("variability", "confidence"), {}
         frame = table.reset_index(drop=True)
         short = [name if len(name) <= 18 else name[:17] + "…" for name in state.names]
         kinds = [n if short.count(n) == 1 else f"{i} {n}" for i, n in enumerate(short)]
@@ -61,11 +45,14 @@ class MapWidget:
             frame[region] = frame[region].cat.remove_unused_categories()
         self.frame = frame
         self.scatter = jscatter.Scatter(
-            data=frame, x="variability", y="confidence", height=height, background_color="white",
-            size=7 if n < 5_000 else 4 if n < 100_000 else 2, opacity=0.8, mouse_mode="lasso",
+            data=frame, x="variability", y="confidence", height=self.hand.height,
+            background_color=PAPER[False], mouse_mode="lasso",
+            size=7 if n < 5_000 else 4 if n < 100_000 else 2, opacity=0.8,
         )  # fmt: skip
         self.scatter.axes(grid=True, labels=True)
         self.scatter.options(transition_points=False)
+        keys = {"merge": "shift", "remove": "alt"}
+        self.scatter.options(regl_scatterplot_options={"actionKeyMap": keys})
         self.scatter.tooltip(
             enable=True, properties=["example", "class", *LIMITS], histograms=False,
             preview="class", preview_type="image", preview_image_size="contain",
@@ -75,6 +62,7 @@ class MapWidget:
         # jupyter-scatter would look the image up in a column; this asks for one at a time. Private:
         # test_a_tooltip_asks_for_one_image guards it
         self.widget._handle_tooltip = self.answer_tooltip
+        self.hand.observe(lambda change: setattr(self.widget, "height", change["new"]), "height")
 
     def answer_tooltip(self, event: dict[str, Any]) -> None:
         """Send image, class and scores of the one point under the mouse."""
@@ -94,6 +82,19 @@ class MapWidget:
         positions = self.table.index.get_indexer(ids)
         return np.sort(positions[positions >= 0]).astype(np.uint32)
 
+    def chosen(self) -> tuple[np.ndarray, str]:
+        """Example ids that the lasso or the click on the map is about, and what it does with them.
+
+        The browser adds to the drawn points that are selected, or removes from them.
+        """
+        ids = self.ids(self.widget.selection)
+        before = self.ids(self.positions(self.state.selected))
+        if self.operation == "add":
+            return np.setdiff1d(ids, before), "add"
+        if self.operation == "remove":
+            return np.setdiff1d(before, ids), "remove"
+        return ids, "replace"
+
     def show_selection(self) -> None:
         """Highlight the selected points."""
         new, old = self.positions(self.state.selected), self.widget.selection
@@ -105,17 +106,45 @@ class MapWidget:
         visible = self.state.visible
         ids = self.state.table.index[visible].to_numpy()
         self.scatter.filter(None if visible.all() else self.positions(ids))
+        self.show_density()
+
+    def show_density(self) -> None:
+        """Draw lines around the densest places of the shown points, or take them away."""
+        from jscatter import Line
+
+        lines = []
+        if self.density:
+            x, y = (self.frame[score].to_numpy(float) for score in self._axes)
+            ids = self.state.table.index[self.state.visible]
+            shown = self.table.index.isin(ids) & np.isfinite(x) & np.isfinite(y)
+            limits = [self._limits(score) for score in self._axes]
+            lines = contours(x[shown], y[shown], *limits)
+        if lines or self.widget.annotations:
+            self.scatter.annotations([Line(v, INK[self.dark], 1) for _, v in lines])
+
+    def mark(self, colours: Mapping[str, str], ids: Mapping[str, np.ndarray]) -> None:
+        """Make the column of saved selections, from name to colour and to ids."""
+        self.frame[COLUMN] = membership(self.table.index, {name: ids[name] for name in colours})
+        self._marks = dict(colours)
+
+    def wear(self, dark: bool) -> None:
+        """Take the colours of a dark or a light theme; `look` brings those of the points."""
+        self.dark = dark
+        self.scatter.background(PAPER[dark])
 
     def look(self, x: str, y: str, colour: str) -> None:
         """Put scores on the axes and a column into the colour, in one message to the browser."""
         if absent := {x, y, colour} - set(self.frame.columns):
             raise ValueError(f"One of the maps has no {' and no '.join(sorted(absent))}.")
+        self._axes = x, y
         with self.widget.hold_sync():
             self.scatter.x(x, scale=self._limits(x))
             self.scatter.y(y, scale=self._limits(y))
             self.scatter.axes(labels=[x, y])
             self._colour(colour)
+            self.widget.points = self.scatter.get_point_list()  # a column can have changed
             self.widget.non_spatial_points_update = False  # places may be new as well as colours
+            self.show_density()
 
     def _limits(self, score: str) -> tuple[float, float]:
         """Ends of an axis, a little beyond the values."""
@@ -124,28 +153,21 @@ class MapWidget:
         return low - wider, high + wider
 
     def _colour(self, column: str) -> None:
-        from kdlib.plots.theme import STRATEGIES, VIRIDIS
+        from kdlib.plots.theme import STRATEGIES, VIRIDIS, VIRIDIS_ON_BLACK
 
         values, few = self.frame[column], True
         if isinstance(values.dtype, pd.CategoricalDtype):
             kinds = list(values.cat.categories)
-            mapped = {k: STRATEGIES[k][0] for k in kinds} if column in REGIONS else "auto"
+            mapped = "auto"
+            if column in REGIONS:
+                mapped = {kind: STRATEGIES[kind][0] for kind in kinds}
+            elif column == COLUMN:
+                every = self._marks | dict(zip((SEVERAL, OTHERS), BESIDES[self.dark], strict=True))
+                mapped = {kind: every[kind] for kind in kinds}
             self.scatter.color(by=column, order=None, map=mapped)
             few = len(kinds) <= 12
         else:
             norm = range_of(self.frame, column)
-            self.scatter.color(by=column, order=None, map=VIRIDIS.tolist(), norm=norm)
+            ramp = (VIRIDIS_ON_BLACK if self.dark else VIRIDIS).tolist()
+            self.scatter.color(by=column, order=None, map=ramp, norm=norm)
         self.scatter.legend(few)
-
-
-def fitting_widget() -> Any:
-    """A widget of no size that fits the map in the same box to the width of its canvas."""
-    import anywidget
-
-    return anywidget.AnyWidget(_esm=FIT)
-
-
-def range_of(table: pd.DataFrame, score: str) -> tuple[float, float]:
-    """Ends of a score: the possible ones where they are known, else those of the table."""
-    values = table[score][np.isfinite(table[score])]
-    return LIMITS.get(score, (float(values.min()), float(values.max())))

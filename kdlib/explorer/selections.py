@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kdlib.cartography.subset import Subset
@@ -33,6 +34,11 @@ def selection_path(study: Study, name: str) -> Path:
 def saved_selections(study: Study) -> list[str]:
     """Names of the saved selections."""
     return sorted(path.stem for path in (study.runs / "selections").glob("*.parquet"))
+
+
+def saved_ids(study: Study, name: str) -> np.ndarray:
+    """Example ids of a saved selection, sorted."""
+    return Subset.load(selection_path(study, name)).example_ids
 
 
 def training_commands(study: Study, name: str) -> list[list[str]]:

@@ -10,6 +10,8 @@ import pandas as pd
 
 from kdlib.cartography.datamap import ranked
 from kdlib.cartography.subset import Subset
+from kdlib.explorer.crossfilter import LIMITS, Filters
+from kdlib.explorer.history import History
 from kdlib.explorer.selections import selection_path
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
@@ -19,7 +21,6 @@ from kdlib.steps.datamap import open_datamap
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
-LIMITS = {"variability": (0.0, 0.5), "confidence": (0.0, 1.0), "correctness": (0.0, 1.0)}
 REGIONS = ("region_variability", "region_corner")
 PAGE = 48  # images of the gallery at a time
 SIDE = 96  # pixels: smaller images are enlarged without smoothing, larger ones shrunk
@@ -50,7 +51,8 @@ class Explorer:
         names: Class names by label.
         scores: Columns that can be an axis, a colour, an order or a filter.
         picked: (n,) int64, sorted ids of the selection; `selected` is the visible part of it.
-        visible: (N,) bool: which examples the filter lets pass.
+        history: Earlier selections.
+        filters: Which examples each filter lets pass; `visible` are those that pass all.
         sort, ascending, number: Order and page (from 0) of the gallery.
     """
 
@@ -68,7 +70,7 @@ class Explorer:
             self.other = drawn(self._checked(against), max_points)
         numbers = self.table.select_dtypes("number").columns
         self.scores = [c for c in numbers if c != "label" and np.isfinite(self.table[c]).any()]
-        self.picked = np.empty(0, np.int64)
+        self.picked, self.history = np.empty(0, np.int64), History()
         self.sort, self.ascending, self.number = "confidence", True, 0
         self.clear_filter()
 
@@ -109,42 +111,71 @@ class Explorer:
         """(n,) int64, sorted: the selected examples that no filter hides."""
         return self.picked[self.visible[self.table.index.get_indexer(self.picked)]]
 
-    def select(self, ids: Iterable[int]) -> str:
-        """Select these examples and no others.
+    @property
+    def visible(self) -> np.ndarray:
+        """(N,) bool: which examples the filter lets pass."""
+        return self.filters.visible
 
-        Returns: A sentence that counts them, and those ignored: not in the map, or hidden.
+    def select(self, ids: Iterable[int], how: str = "replace") -> str:
+        """Select these examples and no others; or `add` them to the selection, or `remove` them.
+
+        Returns: A sentence that counts what is selected, and the ids ignored: not in the map, or
+            hidden.
         """
         ids = np.unique(np.asarray(ids, np.int64))
-        mine = self.table.index.get_indexer(ids) >= 0
-        self.picked, self.number = ids[mine], 0
-        chosen = self.selected
-        self.picked = chosen  # hidden examples are not selected
-        parts = [f"{len(chosen):,} selected"]
+        positions = self.table.index.get_indexer(ids)
+        chosen = ids[positions >= 0][self.visible[positions[positions >= 0]]]
+        n_before, before = len(self.selected), self.picked
+        if how == "add":
+            self.picked = np.union1d(before, chosen)
+        elif how == "remove":
+            self.picked = np.setdiff1d(before, chosen, assume_unique=True)
+        else:
+            self.picked = chosen  # hidden examples are not selected
+        self.number, n = 0, len(self.selected)
+        self.history.record(self.picked)
+        said = {"add": f" ({n - n_before:,} added)", "remove": f" ({n_before - n:,} removed)"}
+        parts = [f"{n:,} selected{said.get(how, '')}"]
+        n_mine = int((positions >= 0).sum())
         for n, why in (
-            ((~mine).sum(), f"not in {self.study.name}"),
-            (mine.sum() - len(chosen), "hidden by the filter"),
+            (len(ids) - n_mine, f"not in {self.study.name}"),
+            (n_mine - len(chosen), "hidden by the filter"),
         ):
             parts += [f"{n:,} ignored ({why})"] if n else []
-        if self.other is not None and (n := (~np.isin(chosen, self.other.index)).sum()):
+        if self.other is not None and (n := (~np.isin(self.selected, self.other.index)).sum()):
             parts.append(f"{n:,} of them not in {self.other_name}")
         return "; ".join(parts) + "."
+
+    def select_visible(self, how: str = "replace") -> str:
+        """Select all examples that pass the filter; or add them, or remove them."""
+        return self.select(self.table.index[self.visible], how)
+
+    def undo(self) -> str:
+        """Take the last change of the selection back."""
+        return self._go("Undone", self.history.undo())
+
+    def redo(self) -> str:
+        """Make the change again that was taken back last."""
+        return self._go("Redone", self.history.redo())
+
+    def _go(self, what: str, ids: np.ndarray) -> str:
+        self.picked, self.number = ids, 0
+        return f"{what}: {len(self.selected):,} selected."
 
     def filter(self, classes: Iterable[int] = (), **ranges: tuple[float, float]) -> str:
         """Hide all but these classes (none given: all stay) and these ranges `score=(low, high)`,
         both ends included. The hidden part of a selection returns when it is shown again."""
-        visible = np.ones(len(self.table), bool)
-        if classes := list(classes):
-            visible &= self.table["label"].isin(classes).to_numpy()
-        for score, (low, high) in ranges.items():
+        for score in ranges:
             self._known(score)
-            visible &= self.table[score].between(low, high).to_numpy()
-        self.visible, self.number = visible, 0
-        if not visible.any():
+        self.filters = Filters(self.table, classes, ranges, self.filters)
+        self.number = 0
+        if not self.visible.any():
             return "No example passes this filter."
-        return f"{visible.sum():,} of {len(visible):,} examples pass the filter."
+        return f"{self.visible.sum():,} of {len(self.visible):,} examples pass the filter."
 
     def clear_filter(self) -> str:
         """Show all."""
+        self.filters = Filters(self.table)
         return self.filter()
 
     def find(self, text: str | int) -> str:
@@ -187,13 +218,14 @@ class Explorer:
         return rows.iloc[self.number * PAGE : (self.number + 1) * PAGE]
 
     def counts(self) -> pd.DataFrame:
-        """Per class, in the order of the labels: name, how many are selected, how many there are,
-        and the selected share."""
-        n, labels = len(self.names), self.table["label"]
-        chosen = np.bincount(labels.loc[self.selected], minlength=n)
-        whole = np.bincount(labels, minlength=n)
-        share = chosen / np.maximum(whole, 1)
-        columns = {"class": self.names, "selected": chosen, "whole": whole, "share": share}
+        """Per class, in the order of the labels: name, how many are selected, how many the filters
+        but that of the classes let pass, and how many there are."""
+        n, labels = len(self.names), self.table["label"].to_numpy()
+        chosen = self.table.index.get_indexer(self.selected)
+        passing = self.filters.visible_without("class")
+        columns = {"class": self.names}
+        for name, some in (("selected", chosen), ("passing", passing), ("whole", slice(None))):
+            columns[name] = np.bincount(labels[some], minlength=n)
         return pd.DataFrame(columns)
 
     def pictures(self, ids: Sequence[int]) -> list[str]:

@@ -55,6 +55,7 @@ REGIONS = {"easy": "easy-to-learn", "ambiguous": "ambiguous", "hard": "hard-to-l
 
 # Yellow, the bright end of viridis, is lost on white paper.
 VIRIDIS = mpl.colormaps["viridis"](np.linspace(0, 0.93, 256))
+VIRIDIS_ON_BLACK = mpl.colormaps["viridis"](np.linspace(0.25, 1, 256))  # its dark end is lost there
 CORRECTNESS = LinearSegmentedColormap.from_list("correctness", VIRIDIS, N=10)
 
 WORDS = {

@@ -14,7 +14,7 @@ from kdlib.cache.shards import Cache
 from kdlib.explorer import app as app_module
 from kdlib.explorer.app import App
 from kdlib.explorer.html import gallery_html
-from kdlib.explorer.map import FIT, MapWidget
+from kdlib.explorer.map import MapWidget
 from kdlib.explorer.state import PAGE, Explorer, drawn
 from kdlib.steps.cache import cache_images, open_images
 from kdlib.steps.datamap import make_datamap, open_datamap
@@ -90,17 +90,19 @@ def test_controls_reach_the_state_and_the_map(app):
     assert state.page().index[0] == state.table["aum"].idxmax()
     app.controls.forth.click()
     assert state.number == 1
-    app.controls.classes.value = (1, 2)
+    histograms = app.controls.histograms
+    histograms.chosen = [1, 2]
     n = int(state.table["label"].isin([1, 2]).sum())
     assert len(plot.widget.filter) == len(plot.widget.selection) == n
     assert np.all(np.diff(plot.widget.filter.astype(int)) > 0)  # jupyter-scatter sorts by insertion
-    app.controls.by.value = "aum"
-    assert app.controls.range.min == state.table["aum"].min()
-    app.controls.range.value = (0, app.controls.range.max)
-    assert (
-        state.visible.sum() == ((state.table["aum"] >= 0) & state.table["label"].isin([1, 2])).sum()
-    )
+    histograms.shown = [*histograms.shown, "aum"]
+    edges = histograms.bins["aum"]["edges"]
+    assert (edges[0], edges[40]) == (state.table["aum"].min(), state.table["aum"].max())
+    histograms.ranges = {"aum": [20, 40]}
+    high = state.table["aum"] >= edges[20]
+    assert state.visible.sum() == (high & state.table["label"].isin([1, 2])).sum()
     app.controls.clear.click()
+    assert (histograms.ranges, histograms.chosen) == ({}, [])
     assert plot.widget.filter is None
     assert len(plot.widget.selection) == 1100
     app.controls.x.value, app.controls.y.value = "aum", "el2n"
@@ -159,6 +161,7 @@ def test_names_are_never_html(study):
     lasso(app.plots[0], state.table.index[state.table["label"] == 3])
     texts = [w.value for w in vars(app.controls).values() if isinstance(w, ipywidgets.HTML)]
     assert any(html.escape(BAD_NAME) in text for text in texts)
+    assert BAD_NAME in app.controls.histograms.classes["names"]  # text, which the browser escapes
     assert not any("<img src=x" in text for text in texts)
     app.say(f"no example {BAD_NAME}")
     assert "<img" not in app.controls.status.value
@@ -205,7 +208,7 @@ def test_two_maps_are_brushed_together(study, workspace):
     lasso(left, first.index[90:110])
     assert right.ids(right.widget.selection).tolist() == first.index[100:110].tolist()
     assert status(app) == "20 selected; 10 of them not in the other map."
-    app.controls.classes.value = (3,)
+    app.controls.histograms.chosen = [3]
     assert len(right.widget.filter) == (other["label"] == 3).sum()
 
 
@@ -235,9 +238,7 @@ def test_the_box_of_a_map_holds_what_fits_it_to_its_width(app):
             search(child)
 
     search(app.box)
-    [[drawn_map, fitting]] = [box.children for box in boxes]
-    assert drawn_map is plot.widget
-    assert fitting._esm == FIT
+    assert [box.children for box in boxes] == [(plot.widget, plot.hand)]
 
 
 def test_the_shape_that_selects_can_be_chosen(app):
@@ -250,7 +251,7 @@ def test_every_control_says_what_it_does(app):
     controls = [v for v in vars(app.controls).values() if isinstance(v, ipywidgets.ValueWidget)
                 and not isinstance(v, ipywidgets.HTML)]  # fmt: skip
     controls += [v for v in vars(app.controls).values() if isinstance(v, ipywidgets.Button)]
-    assert len(controls) == 19
+    assert len(controls) == 21
     assert all(control.tooltip for control in controls)
 
 

@@ -10,7 +10,7 @@ from explorer.on_screen import synthetic
 from PIL import Image
 from tiny import TINY
 
-from kdlib.explorer.html import counts_html, gallery_html
+from kdlib.explorer.html import gallery_html
 from kdlib.explorer.state import Explorer, data_uri, drawn
 from kdlib.steps.cache import cache_images
 from kdlib.study.load import load_study
@@ -64,17 +64,39 @@ def test_counts_compare_the_selection_with_the_whole(state):
     counts = state.counts()
     assert counts["selected"].tolist() == [0, 0, 0, 20, 0, 0, 0, 0, 0, 0]
     assert counts["whole"].tolist() == state.table["label"].value_counts().sort_index().tolist()
-    assert counts["share"][3] == 20 / counts["whole"][3]
-    assert "20</td>" in counts_html(state)
+    assert counts["passing"].tolist() == counts["whole"].tolist()
+    middle = state.table["confidence"].median()
+    state.filter([3], confidence=(0, middle))  # classes count what the other filters let pass
+    low = state.table["label"][state.table["confidence"] <= middle]
+    assert state.counts()["passing"].tolist() == low.value_counts().sort_index().tolist()
 
 
-def test_of_many_classes_those_with_most_are_counted(state):
-    state.names = [f"class {i}" for i in range(30)]
-    state.select(state.table.index[state.table["label"] == 7])
-    text = counts_html(state)
-    assert "the 20 most of 30 classes" in text
-    assert text.count("<tr>") == 20
-    assert text.index("class 7") < text.index("class 0")
+def test_examples_are_added_and_removed_and_the_steps_undone(state):
+    ids = state.table.index
+    said = [
+        state.select(ids[:30]),
+        state.select(ids[20:50], "add"),
+        state.select(ids[:10], "remove"),
+        state.undo(), state.undo(), state.redo(),
+    ]  # fmt: skip
+    assert said == [
+        "30 selected.", "50 selected (20 added).", "40 selected (10 removed).",
+        "Undone: 50 selected.", "Undone: 30 selected.", "Redone: 50 selected.",
+    ]  # fmt: skip
+    state.select([])  # a new step after an undone one: that one is gone
+    assert state.redo() == "Redone: 0 selected."
+    assert [state.undo() for _ in range(3)][1:] == ["Undone: 30 selected.", "Undone: 0 selected."]
+
+
+def test_adding_and_removing_leave_what_a_filter_hides(state):
+    threes, others = (state.table.index[(state.table["label"] == 3) == is_three] for is_three in
+                      (True, False))  # fmt: skip
+    state.select([*threes[:5], *others[:7]])
+    state.filter([3])
+    assert state.select_visible("add") == f"{len(threes)} selected ({len(threes) - 5} added)."
+    state.select(threes, "remove")
+    state.clear_filter()
+    assert state.selected.tolist() == sorted(others[:7])
 
 
 def test_ids_of_no_example_are_ignored_and_counted(state):
