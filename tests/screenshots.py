@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from explorer.test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
+from explorer.screen import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 from playwright.sync_api import sync_playwright
 
 from kdlib.explorer.state import Explorer
