@@ -56,6 +56,29 @@ def similar_pairs(values: np.ndarray, least: float, most: int) -> tuple[pd.DataF
     return table, n_found - len(order) + len(reached)
 
 
+def nearest(values: np.ndarray, position: int, n: int) -> pd.DataFrame:
+    """The rows with the highest cosine similarity to one of them.
+
+    Args:
+        values: (N, D) features.
+        position: The row that is compared with all others.
+        n: Rows that are returned, at most.
+
+    Returns: Columns `position` and `similarity`, rounded to six decimals; the most similar first,
+        ties by position. An all-zero row has similarity 0 with every other.
+
+    >>> nearest(np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]]), 0, 2)["position"].tolist()
+    [2, 1]
+    """
+    own = unit_rows(values[position : position + 1])[0]
+    starts = range(0, len(values), BLOCK)
+    parts = [unit_rows(values[start : start + BLOCK]) @ own for start in starts]
+    similarity = np.concatenate(parts).astype(np.float64).round(6)
+    order = np.lexsort((np.arange(len(values)), -similarity))
+    order = order[order != position][:n]
+    return pd.DataFrame({"position": order, "similarity": similarity[order]})
+
+
 def _unit(values: np.ndarray) -> np.ndarray:
     """Rows of norm 1, (N, D) float32; a row of zeros stays one."""
     unit = np.empty(values.shape, np.float32)

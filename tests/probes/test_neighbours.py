@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from kdlib.probes import neighbours
-from kdlib.probes.neighbours import similar_pairs
+from kdlib.probes.diagnostics import unit_rows
+from kdlib.probes.neighbours import nearest, similar_pairs
 
 
 def slowly(values, least):
@@ -43,3 +44,16 @@ def test_where_nothing_is_similar_there_is_no_pair():
 def test_limits_out_of_range_are_refused(least, most):
     with pytest.raises(ValueError, match=r"expected a cosine in \(-1, 1\] and at least one pair"):
         similar_pairs(np.eye(2), least, most)
+
+
+def test_the_nearest_rows_of_one_are_those_of_a_sort_of_all_cosines():
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=(50, 4))
+    values[7], values[20] = values[3] * 2, 0
+    table = nearest(values, 3, 6)
+    unit = unit_rows(values)
+    cosine = (unit @ unit[3]).round(6)
+    cosine[3] = -2
+    assert table["position"].tolist() == np.argsort(-cosine, kind="stable")[:6].tolist()
+    assert table["similarity"].iloc[0] == 1
+    assert len(nearest(values, 0, 99)) == 49
