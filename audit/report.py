@@ -176,6 +176,16 @@ def describe_published() -> str:
     return "\n".join(lines)
 
 
+def describe_defects(table: pd.DataFrame, study: str) -> str:
+    """What happened in one study (A or B), and each defect's number beside the one without it, as
+    Markdown."""
+    return "\n".join(
+        f"- **{row.name[0].upper()}{row.name[1:]}**: {row.happened} *{row.measure}: "
+        f"{100 * row.defect:.1f} % with the defect, {100 * row.honest:.1f} % without.*"
+        for row in table[table["study"] == study].itertuples(index=False)
+    )
+
+
 def describe_exhibits(table: pd.DataFrame) -> str:
     """Every defect with its numbers and the message of its check, as Markdown."""
     rows, messages = [], []
@@ -186,10 +196,9 @@ def describe_exhibits(table: pd.DataFrame) -> str:
             f"`{name}`" if name.startswith("kdlib.") else name for name in row["check"].split(", ")
         )
         rows.append((row["study"], row["name"], row["measure"], *numbers, check, caught))
-        messages.append(f"- **{row['name']}** ({row['study']}). {row['happened']} "
-                        f"{check}: {_cut(row['sentence'])}")  # fmt: skip
+        messages.append(f"- **{row['name']}** ({row['study']}). {check}: {_cut(row['sentence'])}")
     head = ("study", "defect", "what both numbers are", "with it", "without", "check", "caught")
-    parts = [markdown_table(head, rows, "lllrr"), "", "## What the checks print", "", *messages]
+    parts = [markdown_table(head, rows, "lllrr"), "", "What the checks print:", "", *messages]
     return "\n".join(parts)
 
 
@@ -216,6 +225,11 @@ def write(study: Study, table: pd.DataFrame) -> Path:
         f"{n} defects of two earlier studies (A: subsets by training dynamics; B: features over "
         f"fixed or random shards), made again in miniature on {study.data.source}. Checks catch "
         f"{caught} of {n} and let the number without the defect pass. All numbers are in %.",
+        "## What happened in study A",
+        describe_defects(table, "A"),
+        "## What happened in study B",
+        describe_defects(table, "B"),
+        "## The numbers and the checks",
         describe_exhibits(table),
         "## What study A printed",
         describe_published(),

@@ -30,8 +30,9 @@ from kdlib.trainer.step import Step, Task
 
 
 def ignored_subset(small: SmallStudy) -> Exhibit:
-    """A guard forgot the probability of the random subset, so that the baseline of a third
-    trained on all images; that random wins rests on it."""
+    """A guard forgot the probability of the random subset, so that the baseline called a random
+    third trained on all images. Every subset of a third was compared with three times its data,
+    and the conclusion that random choice wins rests on it."""
     wrong, honest = [], []
     for seed in SEEDS:
         honest.append(small.known("random", seed))
@@ -64,8 +65,9 @@ def _wrong_recording(task: Task) -> None:
 
 
 def frozen_statistics(small: SmallStudy) -> Exhibit:
-    """The callback that recorded dynamics called eval() and never undid it: from the second
-    epoch on BatchNorm was frozen in every recorded run, the teacher's included."""
+    """The callback that recorded dynamics switched the network to evaluation mode and did not
+    switch it back. From the second epoch on, BatchNorm kept its statistics in every recorded run,
+    the teacher's included: the recording changed the training that it recorded."""
     wrong, honest, same, differ = [], [], [], []
     sentence = ""
     for seed in SEEDS[:2]:
@@ -102,7 +104,7 @@ def frozen_statistics(small: SmallStudy) -> Exhibit:
 
 def one_seed(small: SmallStudy) -> Exhibit:
     """Every seed and split was overwritten by the teacher's, so that three replicates were one
-    training three times."""
+    training three times. The spread over seeds was 0, and any difference looked certain."""
     honest = [small.known("random", seed) for seed in SEEDS]
     same = small.known("random", 0)  # wrong: whatever was requested
     evidences = [fit.evidence for fit in honest]
@@ -124,8 +126,8 @@ def one_seed(small: SmallStudy) -> Exhibit:
 
 
 def unsaved_subset(small: SmallStudy) -> Exhibit:
-    """Random subsets were drawn before seeding and never saved: the same seed meant another
-    subset each time."""
+    """Random subsets were drawn before the generator was seeded, and were not saved. The same seed
+    gave another subset each time, and no result could be made again."""
     n = budget(len(small.ids), THIRD)
     # wrong: what the generator happens to hold; two sessions are two states
     drawn = [np.sort(generator(s, "subset").choice(small.ids, n, replace=False)) for s in (11, 12)]
@@ -155,8 +157,8 @@ def _size_evidence(n_declared: int, ids: np.ndarray) -> checks.Evidence:
 
 
 def overlapping_union(small: SmallStudy) -> Exhibit:
-    """Mixtures were unions of overlapping regions, so that rows of one table had subsets of
-    different size."""
+    """Mixtures were unions of regions that overlap, and an image in both counted once. Rows of one
+    table had subsets of different sizes, and smaller subsets looked like worse mixtures."""
     n, table = budget(len(small.ids), THIRD), small.table
     halves = {"ambiguous": n - n // 2, "hard": n // 2}
     # wrong: what both regions hold counts once
@@ -173,8 +175,8 @@ def overlapping_union(small: SmallStudy) -> Exhibit:
 
 
 def slice_of_minus_zero(small: SmallStudy) -> Exhibit:
-    """The top n of a ranking was its slice from -n: a share of nothing selected the whole data
-    set."""
+    """The top n of a ranking was its slice from -n, and a slice from -0 is the whole ranking. A
+    mixture with a share of 0 for one region trained on all images."""
     n, order = 0, small.table["confidence"].sort_values(kind="stable").index.to_numpy()
     wrong = order[-n:]  # wrong: -0 is 0
     ours = select(small.table, n, "confidence_top", 0)
@@ -188,8 +190,9 @@ def slice_of_minus_zero(small: SmallStudy) -> Exhibit:
 
 
 def ties_in_order(small: SmallStudy) -> Exhibit:
-    """Most images are right in every epoch: which of them are the top third was decided by
-    their place in the data set."""
+    """Most images are classified rightly in every epoch and tie at the highest correctness. Which
+    of them made the top third was decided by their place in the data set: sorted by class, the
+    third lacks classes."""
     n, table = budget(len(small.ids), THIRD), small.table
     by_class = table.sort_values(["label", "confidence"], kind="stable")
     shuffled = by_class.iloc[generator(0, "order").permutation(len(by_class))]
@@ -217,8 +220,8 @@ def ties_in_order(small: SmallStudy) -> Exhibit:
 
 
 def keyed_by_position(small: SmallStudy) -> Exhibit:
-    """Dynamics were keyed by the position in a subset: after another split, every score
-    belonged to another image."""
+    """Dynamics were kept by the position of an image in its split. After another split each score
+    belonged to another image, so that an easy third was a random one."""
     n, table = budget(len(small.ids), THIRD), small.table
     easiest = select(table, n, "easy", 0)
     places = np.searchsorted(small.ids, easiest)  # wrong: positions, taken for ids

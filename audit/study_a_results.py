@@ -26,8 +26,8 @@ def _wrong_accuracy(logits: Tensor, labels: Tensor, batch_size: int = 64) -> flo
 
 
 def prefix_accuracy(small: SmallStudy) -> Exhibit:
-    """Test accuracy was logged as the mean over batches of the accuracy so far: the first
-    images counted more than the last ones."""
+    """Test accuracy was logged as the mean over batches of the accuracy so far. The first images
+    counted more than the last ones, and the number depended on the order of the test set."""
     network = small.known("random", 0).task.network
     images, labels = small.test
     (logits,) = all_outputs(network, small.images.pixels, images, ("logits",))
@@ -56,7 +56,9 @@ RESTLESS = BRIEF.model_copy(update={"schedule": "constant"})
 
 
 def best_on_test(small: SmallStudy) -> Exhibit:
-    """What a table called the result was the best epoch of the set it was measured on."""
+    """What a table called the result was the best epoch on the set on which it was measured. A
+    maximum over epochs lies above the accuracy of any epoch that is chosen without that set, and
+    more so for restless trainings."""
     best, last = [], []
     for seed in (*SEEDS, 3, 4):
         task = small.task(small.plan(small.third("random", seed), seed), seed, training=RESTLESS)
@@ -85,8 +87,8 @@ def best_on_test(small: SmallStudy) -> Exhibit:
 
 
 def last_called_best(small: SmallStudy) -> Exhibit:
-    """Numbers of the best epoch stood beside the weights of the last one, and the best of a
-    glob became the teacher."""
+    """Numbers of the best epoch stood beside the weights of the last one. The teacher that was
+    loaded had another accuracy than the one printed for it."""
     training = RESTLESS.model_copy(update={"evaluate_every_steps": 5})
     for seed in range(10):
         fit = small.student(small.third("random", seed), seed, training=training)
@@ -116,8 +118,8 @@ def last_called_best(small: SmallStudy) -> Exhibit:
 
 
 def no_plain_student(small: SmallStudy) -> Exhibit:
-    """No subset was trained on without distillation: what the subset does was credited to the
-    teacher."""
+    """No subset was trained on without distillation. What the choice of the subset does to any
+    student was credited to the teacher."""
     taught = [small.known("random", seed, KD).accuracy for seed in SEEDS]
     plain, elsewhere = (
         [small.known(strategy, seed).accuracy for seed in SEEDS] for strategy in ("random", "easy")
@@ -144,8 +146,9 @@ def no_plain_student(small: SmallStudy) -> Exhibit:
 
 
 def stopped_early(small: SmallStudy) -> Exhibit:
-    """Early stopping was left on and unknown arguments were dropped in silence: runs of one
-    table had different budgets."""
+    """Early stopping was left on, and arguments that were not known were dropped without a word.
+    Runs of one table took different numbers of steps, and a subset that learns fast was cut
+    short."""
     honest = small.known("random", 0)
     eager = RESTLESS.model_copy(update={"early_stopping": 1, "evaluate_every_steps": 2})
     wrong = small.fit(small.task(honest.plan, 0, training=eager))

@@ -28,8 +28,9 @@ TOKENS = Tokens(cls_weight=1.0, patch_weight=1.0)
 
 
 def stale_features(small: SmallStudy) -> Exhibit:
-    """Test features were extracted once, before training, and reused for every checkpoint:
-    trained 11.9 %, untrained 36.9 %, and weeks of work on an artefact."""
+    """Test features were extracted once, before training, and read again for every checkpoint. A
+    classifier of trained features was tested on untrained ones: 11.9 % for the trained student,
+    36.9 % for the untrained one, and weeks of work on an artefact."""
     network = small.network(0)
     untrained = small.features(network, "test")
     floor = small.probed(network)
@@ -70,8 +71,8 @@ class _WrongNorms(TokensDistiller):
 
 
 def norms_of_unit_vectors(small: SmallStudy) -> Exhibit:
-    """Features were brought to norm 1 and their squared norms compared: the loss was 0 and no
-    gradient reached the student."""
+    """Features were brought to norm 1 and their squared norms were compared, which are 1 for any
+    features. The loss was 0, and no gradient of the teacher's term reached the student."""
     still = BRIEF.model_copy(update={"weight_decay": 0.0, "epochs": 5})
     fits = [
         small.student(small.ids, 0, objective=TOKENS, training=still, distiller=distiller)
@@ -88,8 +89,9 @@ def norms_of_unit_vectors(small: SmallStudy) -> Exhibit:
 
 
 def projector_of_the_teacher(small: SmallStudy) -> Exhibit:
-    """The projector stood on the teacher's side and was trained with the student: the target
-    itself moved towards what costs nothing."""
+    """The projector that brings features to one size stood on the teacher's side and was trained
+    with the student. The target itself moved towards one that costs nothing, all features
+    alike."""
     network, read = small.network(0), small.outputs.read
     teacher = torch.from_numpy(read("features", small.ids)[:, 0]).float()
     with torch_seeded(0, "projector"):
@@ -137,8 +139,9 @@ def _wrong_grid(grid: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def truncated_patches(small: SmallStudy) -> Exhibit:
-    """The teacher's 16x16 patches were cut to the first 36 to meet the student's 6x6 grid: the
-    top 2.25 rows of the image were all that was taught."""
+    """The teacher's grid of 16x16 patches was cut to its first 36 to meet the student's 6x6. Those
+    are the top 2.25 rows of the image: nothing of the rest was taught, and each patch was
+    compared with one of another place."""
     kept_by = {}
     for bring in (_wrong_grid, resized):
         kept = []
@@ -167,8 +170,8 @@ def truncated_patches(small: SmallStudy) -> Exhibit:
 
 
 def identical_views(small: SmallStudy) -> Exhibit:
-    """After collation both views were the same one, and Barlow Twins compared each image with
-    itself."""
+    """After collation both views of an image were the same one. Barlow Twins, which learns what two
+    views have in common, compared each image with itself."""
     network = small.network(0)
     training = BRIEF.model_copy(update={"augment": Augment(crop_padding=1)})
     plan = small.plan(small.ids, 0, training)
@@ -197,8 +200,9 @@ def identical_views(small: SmallStudy) -> Exhibit:
 
 
 def alarm_out_of_reach(small: SmallStudy) -> Exhibit:
-    """The collapse alarm rang below a variance of 0.01, and unit vectors of 384 features have
-    at most 1/384 of it."""
+    """The alarm for collapsed features rang below a variance of 0.01 per dimension. Unit vectors of
+    384 features have a variance of at most 1/384, so that it rang for the best of features
+    too."""
     n_features, threshold = 384, 0.01
     rng = generator(0, "probe")
     wrong, ours = [], []
@@ -224,7 +228,8 @@ def alarm_out_of_reach(small: SmallStudy) -> Exhibit:
 
 
 def c_chosen_on_test(small: SmallStudy) -> Exhibit:
-    """The probe's regularisation was chosen by the accuracy that was then reported."""
+    """The regularisation of the probe was chosen by the accuracy that was then reported. The best
+    of several tries on the test set lies above chance even for labels that are noise."""
     rng, grid = generator(0, "labels"), (1e-3, 3e-2, 1.0)
     chosen_on_test, ours, moved, held = [], [], [], []
 
@@ -260,8 +265,9 @@ def c_chosen_on_test(small: SmallStudy) -> Exhibit:
 
 
 def fixed_c(small: SmallStudy) -> Exhibit:
-    """The probe's C was fixed at 1 on features of norm 1, which is strong regularisation: what
-    it measured was the norm."""
+    """The regularisation of the probe was fixed at C = 1 on features of norm 1, where it is strong.
+    The probe measured the scale of the features: the same features times 16 are probed far
+    better."""
     from sklearn.linear_model import LogisticRegression
 
     network = small.network(0)

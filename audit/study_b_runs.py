@@ -46,8 +46,8 @@ def visits_cut_short(n_passes: int) -> np.ndarray:
 
 
 def biased_shards(small: SmallStudy) -> Exhibit:
-    """25 shards hold 800 batches, and a pass ended after 500: sorted shards at the end of the
-    list were hardly ever read."""
+    """The drawn shards hold 800 batches, were read in sorted order, and a pass ended after 500. The
+    shards at the end of the list were hardly ever read."""
     plan = drawn_shards(200)
     wrong, planned, ids = visits_cut_short(200), plan.visits(), plan.example_ids
     evidence = [
@@ -69,8 +69,8 @@ def biased_shards(small: SmallStudy) -> Exhibit:
 
 
 def seed_plus_epoch(small: SmallStudy) -> Exhibit:
-    """Each epoch was seeded with seed + epoch on the global generator: two replicates drew the
-    same shards, one epoch apart."""
+    """Each epoch was seeded with seed + epoch on the global generator. Two replicates drew the same
+    shards, one epoch apart, and were counted as independent."""
     n_epochs, pair = 100, (42, 43)
 
     def wrong(seed: int, epoch: int) -> bytes:
@@ -98,8 +98,8 @@ def seed_plus_epoch(small: SmallStudy) -> Exhibit:
 
 
 def keyed_by_pixels(small: SmallStudy) -> Exhibit:
-    """Teacher outputs were kept under the md5 of an augmented batch: the key never came again,
-    and named no teacher."""
+    """Teacher outputs were kept under the md5 of an augmented batch. The same pixels did not come
+    again, so that no output was read twice, and the key named no teacher."""
     training = BRIEF.model_copy(update={"augment": Augment(crop_padding=1), "epochs": 2})
     plan = small.plan(small.ids, 0, training)
     loader = small.loader(plan, 0, training)
@@ -147,8 +147,8 @@ class _Killer(Tracker):
 
 
 def resumed_elsewhere(small: SmallStudy) -> Exhibit:
-    """A resumed run drew its projector anew, skipped the rest of the epoch, and could take
-    another experiment's file."""
+    """A resumed run drew its projector anew and skipped the rest of the epoch. It could also take
+    the file of another experiment, and what it ended with was no longer the declared training."""
     hint = Hint(weight=1.0)
     training = BRIEF.model_copy(update={"evaluate_every_steps": 5, "epochs": 4})
     plan = small.plan(small.ids, 0, training)

@@ -42,6 +42,7 @@ from kdlib.steps.display import (
     TEXTS,
     Picture,
     Text,
+    answer_text,
     describe,
     draw,
     folded,
@@ -347,9 +348,13 @@ class Lab:
         `comparison`, `objectives`, `ledger`, `scores` or `noise`."""
         return describe(self.study, name, self._open(step_of(name, TEXTS)))
 
+    def answer(self) -> Text:
+        """What the study found, in sentences with their intervals, the first one in bold."""
+        return answer_text(self.study, self._open("compare"))
+
     def fold(self, title: str, *names: str) -> Text:
-        """Figures and texts under a title that a click opens: those of these names that the study
-        has, and with a figure those of further data sets (`probes_on_mnist` with `probes`)."""
+        """Figures and texts under a title that a click opens: of these names what the study has,
+        with a figure also those of further data sets (`probes_on_mnist`)."""
         texts = {name for of_step in TEXTS.values() for name in of_step}
         shown: dict[str, Picture | Text] = {name: self.text(name) for name in texts & set(names)}
         for step in {step_of(name, FIGURES) for name in names if name not in texts}:
@@ -358,11 +363,8 @@ class Lab:
         return folded(title, of)
 
     def settings(self, *sections: str) -> Text:
-        """The settings that differ from the defaults, or have none, as a table under a title.
-
-        Args:
-            sections: Of the study, such as `data` or `data.relabel`; none: all.
-        """
+        """The settings of sections, such as `data` or `data.relabel`, that differ from the defaults
+        or have none, as a table under a title."""
         return settings_text(self.study, *sections)
 
     def curves(self, runs: pd.DataFrame) -> pd.DataFrame:

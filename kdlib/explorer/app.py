@@ -65,7 +65,7 @@ def explore(
 def still_map(study: Study) -> Path:
     """The datamap as a picture, drawn when there is none or an older one."""
     path, table = study.figures / "datamap.png", study.upstream.runs / "datamap/datamap.parquet"
-    if path.exists() and path.stat().st_mtime > table.stat().st_mtime:
+    if path.exists() and (not table.exists() or path.stat().st_mtime > table.stat().st_mtime):
         return path
     from kdlib.steps.figures import draw_datamap
 

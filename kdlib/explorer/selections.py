@@ -11,6 +11,7 @@ import pandas as pd
 from kdlib.cartography.subset import Subset
 from kdlib.steps.distill import open_student
 from kdlib.steps.processes import write_study
+from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
@@ -43,7 +44,11 @@ def saved_ids(study: Study, name: str) -> np.ndarray:
 
 def training_commands(study: Study, name: str) -> list[list[str]]:
     """The commands that train the study's students on a saved selection, and on a random subset of
-    the same size."""
+    the same size.
+
+    Raises: FileNotFoundError that names the command, before the teacher is made.
+    """
+    open_teacher(study.upstream)
     path, file = write_study(study), selection_path(study, name)
     fraction = repr(Subset.load(file).fraction)
     return [

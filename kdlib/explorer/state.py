@@ -14,10 +14,9 @@ from kdlib.explorer.crossfilter import LIMITS, Filters
 from kdlib.explorer.history import History
 from kdlib.explorer.selections import selection_path
 from kdlib.repro import files
-from kdlib.repro.run import read_evidence
 from kdlib.repro.seeds import hashed
 from kdlib.steps.cache import open_images
-from kdlib.steps.datamap import open_datamap
+from kdlib.steps.datamap import open_map
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
@@ -62,7 +61,7 @@ class Explorer:
         if max_points < 1:
             raise ValueError(f"max_points is {max_points}; expected at least 1")
         self.study, self.images = study, open_images(study)
-        self.table = open_datamap(study, self.images)
+        self.table, self.file = open_map(study, self.images)
         self.names = [str(name) for name in self.images.train.header["class_names"]]
         self.shown = drawn(self.table, max_points)
         self.other, self.other_name = None, getattr(against, "name", "the other map")
@@ -86,7 +85,7 @@ class Explorer:
                     f"{against.name} has other images than {self.study.name}, so that equal ids "
                     "are different images; expected a study of the same data"
                 )
-            return open_datamap(against, images)
+            return open_map(against, images)[0]
         missing = {"label", *LIMITS, *REGIONS} - set(against.columns)
         if missing or not against.index.isin(self.table.index).any():
             raise ValueError(
@@ -253,8 +252,7 @@ class Explorer:
                 f"{name!r} already names another selection, of {len(saved):,} examples, which "
                 "stays as it is; choose another name."
             )
-        parent = read_evidence(self.study.upstream.runs / "datamap")["datamap_sha256"]
-        data = files.fingerprint(self.images.fingerprints)
+        parent, data = files.sha256_file(self.file), files.fingerprint(self.images.fingerprints)
         fraction = len(ids) / len(self.images.train_ids)
         return Subset(ids, PICKED + name, fraction, 0, parent, data).save(path)
 

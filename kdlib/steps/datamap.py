@@ -1,6 +1,12 @@
 """Step 03: the datamap of a study: every score of every training example. With
 `dynamics.per_seed` also one for each seed, of a recording of its own.
+
+The map of a small data set is also written among the tables to commit, so that it can be looked at
+where no step has run.
 """
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,11 +14,13 @@ import pandas as pd
 from kdlib.cartography.datamap import compute_datamap, read_datamap, write_datamap
 from kdlib.cartography.feature_scores import class_distance, prototypicality
 from kdlib.cartography.log import DynamicsLog
+from kdlib.compare.committed import committed_folder
 from kdlib.dataset.images import Images
 from kdlib.repro import files
-from kdlib.repro.commands import delete_and_run
+from kdlib.repro.commands import delete_and_run, run_to_make
 from kdlib.repro.run import open_run, read_evidence
 from kdlib.repro.seeds import derive
+from kdlib.repro.tables import read_parquet, write_parquet
 from kdlib.steps.checkpoints import load_epoch
 from kdlib.steps.folders import (
     datamap_folder,
@@ -26,9 +34,12 @@ from kdlib.steps.recordings import gradients, open_gradients, open_log, record
 from kdlib.steps.teacher_network import recorded_network
 from kdlib.steps.teacher_outputs import open_teacher, teacher_features
 from kdlib.study.base import StudyError
+from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 
 _OF_TEACHER = ["prototypicality", "class_distance"]  # scores that read no dynamics
+_OF_GRADIENTS = ["grand", "grand_last"]  # whose last bits differ between processors
+LARGEST_COMMITTED = 5_000  # examples
 
 
 def make_datamap(study: Study, images: Images) -> pd.DataFrame:
@@ -46,7 +57,39 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     for seed in study.seeds if study.dynamics.per_seed else ():
         record(study.upstream, images, *recording_of_seed(study, seed))
         _make(study, images, seed)
+    if study.shares is None and len(whole) <= LARGEST_COMMITTED:
+        of = {"images": images.fingerprints, "settings": _settings(study)}
+        shown = whole.drop(columns=_OF_GRADIENTS, errors="ignore")
+        write_parquet(_committed(study), shown, of, compression="zstd")
     return whole
+
+
+def _committed(study: Study) -> Path:
+    return committed_folder(study) / "datamap.parquet"
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    """The settings on which a datamap depends."""
+    return {key: dumped(study).get(key) for key in ("data", "teacher", "dynamics")}
+
+
+def open_map(study: Study, images: Images) -> tuple[pd.DataFrame, Path]:
+    """The datamap to look at, and its file: that of step 03, or the committed one, without the
+    scores of gradients, where the step has not run.
+
+    Raises: As `open_datamap`; ValueError for a committed map of other images or settings.
+    """
+    made, committed = datamap_folder(study, None) / "datamap.parquet", _committed(study.upstream)
+    if made.exists() or not committed.exists():
+        return open_datamap(study, images), made
+    table, of = read_parquet(committed)
+    now = {"images": images.fingerprints, "settings": _settings(study.upstream)}
+    if lines := files.difference(now, of):
+        raise ValueError(
+            f"{committed} is of other settings (there -> now): {'; '.join(lines)}; "
+            f"{run_to_make(made.parent)}"
+        )
+    return table, committed
 
 
 def _make(study: Study, images: Images, seed: int | None) -> pd.DataFrame:

@@ -11,7 +11,8 @@ import pandas as pd
 
 from kdlib.cartography import feature_scores, scores
 from kdlib.compare.comparisons import Tables
-from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
+from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary, titled
+from kdlib.compare.text import summary_lines
 from kdlib.compare.text import table as markdown_table
 from kdlib.dataset.images import Images
 from kdlib.repro.files import nearest
@@ -182,6 +183,15 @@ def draw(study: Study, images: Images, step: str, tables: Tables) -> dict[str, P
 def describe(study: Study, name: str, tables: Tables) -> Text:
     """One text of `TEXTS`, also written to the figures folder."""
     return Text(TEXTS[step_of(name, TEXTS)][name](study, tables))
+
+
+def answer_text(study: Study, tables: Tables) -> Text:
+    """What a study found, in sentences: counts and largest difference of each comparison."""
+    lines = [
+        f"- **{title}.** {' '.join(summary_lines(rows)[:3])}"
+        for _, title, rows in titled(study, tables)
+    ]
+    return Text("\n".join(lines))
 
 
 def settings_text(study: Study, *sections: str) -> Text:

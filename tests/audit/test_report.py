@@ -181,6 +181,21 @@ def test_an_uncaught_defect_stands_out_in_table_and_figure(study):
     assert "/tmp" not in text
 
 
+def test_each_defect_is_explained_in_two_sentences_with_both_numbers(study):
+    table = report.open_exhibits(study)
+    explained = [report.describe_defects(table, of).splitlines() for of in "AB"]
+    assert [len(of_study) for of_study in explained] == table["study"].value_counts()[
+        ["A", "B"]
+    ].tolist()
+    lines = [line for of_study in explained for line in of_study]
+    for line, row in zip(lines, table.itertuples(), strict=True):
+        assert line.lower().startswith(f"- **{row.name}**".lower())
+        assert 2 <= len(re.findall(r"[a-z0-9)%]\. ?", row.happened)) <= 3, row.name
+        assert f"{100 * row.defect:.1f} % with the defect" in line
+    whole = (study.figures / "audit.md").read_text()
+    assert all(line in whole for line in lines)
+
+
 def test_figure_and_text_are_redrawn_from_the_table_to_the_same_bytes(study):
     names = ("audit.png", "audit.pdf", "audit.md")
     before = {name: files.sha256_file(study.figures / name) for name in names}

@@ -14,10 +14,26 @@ from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import probes
-from kdlib.steps.datamap import gradients, make_datamap, open_datamap
+from kdlib.steps.datamap import gradients, make_datamap, open_datamap, open_map
 from kdlib.steps.distill import train_student
 from kdlib.steps.probe import open_probes
 from kdlib.steps.teacher_outputs import teacher_features
+
+
+def test_the_map_of_small_data_can_be_committed_and_is_opened_where_no_step_has_run(lab):
+    study = tiny_study(lab)
+    images = open_images(study)
+    made = make_datamap(study, images)
+    assert open_map(study, images)[1] == study.runs / "datamap" / "datamap.parquet"
+    shutil.rmtree(study.runs / "datamap")
+    table, path = open_map(study, images)
+    assert path == study.figures / "tables" / "datamap.parquet"
+    assert table.equals(made.drop(columns=["grand", "grand_last"]))
+    with pytest.raises(ValueError, match=r"of other settings .*teacher.seed: 0 -> 9; run `python"):
+        open_map(tiny_study(lab, teacher__seed=9), images)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="or notebooks/03_datamap"):
+        open_map(study, images)
 
 
 def test_a_changed_study_does_not_silently_use_what_was_made_before(lab):
