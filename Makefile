@@ -2,6 +2,7 @@
 #               STEP=scores, noise or audit runs that step and what it needs, without the students;
 #               MINIATURE=1 runs the study with few images, few steps and small networks;
 #               PROFILE=profiles/slurm submits each notebook as a job of a Slurm cluster
+# make demo     open the map of the digits in JupyterLab, before any training
 # make report   write figures/<study>/report.html and report.pdf of STUDY
 # make figures  redraw the figures of STUDY, or of every study when STUDY is not given
 # make test    all tests but the longest, in less than eight minutes; make test-long runs those
@@ -15,7 +16,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # containers do not keep, they start in twice the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: study test test-long lab figures report lint clean
+.PHONY: study demo test test-long lab figures report lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
@@ -41,6 +42,9 @@ lab/%.ipynb: notebooks/%.ipynb
 	@if [ -e $@ ]; then kept=lab/$*.$$(date +%Y%m%d-%H%M%S).ipynb; mv $@ $$kept; \
 	  echo "$< has changed; the copy of it before is now $$kept"; fi
 	@cp $< $@
+
+demo: .venv/installed
+	@$(BIN)/python -m kdlib demo
 
 figures: .venv/installed
 	@$(BIN)/python -m kdlib figures $(if $(filter file,$(origin STUDY)),all,"$(STUDY)")

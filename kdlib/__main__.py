@@ -1,5 +1,5 @@
-"""Command line: `python -m kdlib study | status | figures | report | findings | schema | record |
-step | probe | near | cache`."""
+"""Command line: `python -m kdlib study | demo | status | figures | report | findings | schema |
+record | step | probe | near | cache`."""
 
 # Commands import what they need when they run, so that help and errors come at once. The docstring
 # of a command's function is its help; the function returns the exit code, or None for 0.
@@ -58,6 +58,13 @@ def _print_summary(study: Study) -> None:
 
     lines = summary(study, comparisons(study, read_committed(study))).splitlines()
     print(*[line for line in lines if not line.startswith("|")], sep="\n")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    """Open the map of the digits before any training; further options go to JupyterLab."""
+    from kdlib.explorer.demo import demo
+
+    return demo(arguments.further)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -278,6 +285,7 @@ def _add_commands(commands: Any) -> None:
     study.add_argument("--profile", help="how and where jobs run, such as profiles/slurm")
     text = "few images, few steps, small networks: does the whole study run here?"
     study.add_argument("--miniature", action="store_true", help=text)
+    _command(commands, "demo", _demo)
     _command(commands, "status", _status, digits)
     text = f"study file, such as {digits}; without one, all studies that have either"
     figures = _command(commands, "figures", publish.figures)
@@ -353,7 +361,7 @@ def main() -> int:
     )
     _add_commands(parser.add_subparsers(required=True))
     arguments, further = parser.parse_known_args()
-    if further and arguments.run is not _study:
+    if further and arguments.run not in (_study, _demo):
         unknown = [option for option in further if option.startswith("-")]
         near = ""
         if unknown:

@@ -52,8 +52,8 @@ KEY_FINDINGS: tuple[Sentence, ...] = (
         _thirds("subsets", "confidence_bottom", ("resnet8", "kd"), ("resnet8", "plain")),
     ),
     (
-        "On MNIST, the hard third of the datamap instead of a random third changes the accuracy of "
-        "a ResNet-8 without a teacher by {}, and with one by {}.",
+        "On MNIST, the third that `hard` ranks first instead of a random third changes the "
+        "accuracy of a ResNet-8 without a teacher by {}, and with one by {}.",
         _thirds("mnist_subsets", "hard", ("resnet8", "plain"), ("resnet8", "kd")),
     ),
     (

@@ -10,9 +10,9 @@ from typing import Self
 import pandas as pd
 
 from kdlib.cartography import feature_scores, scores
+from kdlib.compare.answer import answers
 from kdlib.compare.comparisons import Tables
-from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary, titled
-from kdlib.compare.text import summary_lines
+from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
 from kdlib.compare.text import table as markdown_table
 from kdlib.dataset.images import Images
 from kdlib.repro.files import nearest
@@ -42,8 +42,9 @@ SCORES = {**vars(scores), **vars(feature_scores)}  # the column of a score has i
 
 MEANINGS = {
     "label": "class of the example, as trained",
-    "region_variability": "easy, ambiguous or hard: the third of highest variability is ambiguous",
-    "region_corner": "easy, ambiguous or hard: the nearest corner of the map",
+    "region_variability": "region, `easy` for easy-to-learn, `hard` for hard-to-learn; the third "
+    "of highest variability is ambiguous",
+    "region_corner": "the same by the nearest corner of the map",
     "grand": "norm of the loss gradient over all weights, early in the recorded training",
     "grand_last": "norm of the loss gradient over the last layer",
     "student": "name of the student in the study file",
@@ -186,12 +187,10 @@ def describe(study: Study, name: str, tables: Tables) -> Text:
 
 
 def answer_text(study: Study, tables: Tables) -> Text:
-    """What a study found, in sentences: counts and largest difference of each comparison."""
-    lines = [
-        f"- **{title}.** {' '.join(summary_lines(rows)[:3])}"
-        for _, title, rows in titled(study, tables)
-    ]
-    return Text("\n".join(lines))
+    """What a study found: its answer with the interval, and those at the other points of its
+    axes."""
+    first, *others = (answer.sentence for answer in answers(study, tables))
+    return Text("\n".join([f"**{first}**", "", *[f"- {sentence}" for sentence in others]]))
 
 
 def settings_text(study: Study, *sections: str) -> Text:
