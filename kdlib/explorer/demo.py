@@ -57,14 +57,18 @@ def demo(options: Sequence[str] = ()) -> int:
 
     Args:
         options: Of JupyterLab, such as `--no-browser` or `--port=9999`.
+
+    Raises: ModuleNotFoundError without JupyterLab and page; as `open_map`.
     """
     page = load_study(study_file(STUDY)).figures / "datamap.html"
     if importlib.util.find_spec("jupyterlab") is None:
+        if not page.is_file():
+            raise ModuleNotFoundError(f"neither JupyterLab nor {page} is here: install JupyterLab")
         print(f"JupyterLab is not installed; the same map as a page: {page}")
         return 0 if webbrowser.open(page.as_uri()) else 1
     notebook, home = write_demo(), files.workspace()
-    print(f"Opening {notebook} in JupyterLab; without a browser here, open its address or {page}")
-    sys.stdout.flush()
+    instead = f"; the same map as a page, without JupyterLab: {page}" if page.is_file() else ""
+    print(f"Opening {notebook} in JupyterLab{instead}", flush=True)
     command = ["-m", "jupyterlab", f"--ServerApp.root_dir={home}", str(notebook), *options]
     os.chdir(home)
     os.execv(sys.executable, [sys.executable, *command])

@@ -15,7 +15,7 @@ from tiny import ROOT
 
 from kdlib.cartography.subset import Subset
 from kdlib.explorer.app import App
-from kdlib.explorer.demo import STUDY, write_demo
+from kdlib.explorer.demo import STUDY, demo, write_demo
 from kdlib.explorer.selections import training_commands
 from kdlib.explorer.state import Explorer
 from kdlib.repro import files
@@ -23,7 +23,7 @@ from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import open_map
 from kdlib.study.load import load_study
 
-LIMIT_S = 120  # of the start of JupyterLab on a busy machine
+LIMIT_S = 300  # of the start of JupyterLab on a busy machine
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def clone(home):
     (home / "params").mkdir()
     shutil.copy(ROOT / STUDY, home / "params")
     shutil.copytree(ROOT / "figures" / "digits", home / "figures" / "digits")
+    (home / "figures" / "digits" / "datamap.html").touch()
     return home
 
 
@@ -89,4 +90,16 @@ def test_the_command_starts_jupyterlab_on_it_and_ends_with_it(clone, tmp_path_fa
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=30)[0]
     assert f"Opening {clone / 'lab' / 'demo.ipynb'} in JupyterLab" in said
-    assert "datamap.html" in said
+    assert "without JupyterLab: " in said
+
+
+def test_without_jupyterlab_the_page_is_opened_where_there_is_one(clone, monkeypatch):
+    opened = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    page = clone / "figures" / "digits" / "datamap.html"
+    assert demo() == 0
+    assert opened == [page.as_uri()]
+    page.unlink()
+    with pytest.raises(ModuleNotFoundError, match="neither JupyterLab nor"):
+        demo()
