@@ -1,6 +1,6 @@
 """The findings of the studies, in words, from their committed tables (README, docs/findings.md)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from kdlib.compare.committed import is_committed, read_committed
 from kdlib.compare.comparisons import asked_comparison, by_place, comparisons
 from kdlib.compare.statistics import VERDICTS
 from kdlib.compare.text import count, place_in_words
+from kdlib.compare.text import table as markdown_table
 from kdlib.repro.files import study_files
 from kdlib.study.cells import shards_counted, share_in_words
 from kdlib.study.load import load_study
@@ -150,6 +151,38 @@ def finding(study: Study, question: str, repository: str = "") -> str:
         f"- **{question}** {budget} of {training.batch_size} images, against {against}{lost} "
         f"({links}).{verdicts}"
     )
+
+
+def budgets(names: Sequence[str], student: str, objective: str) -> str:
+    """A Markdown table of what several studies find of the same selections at their budgets: the
+    difference of each strategy to the baseline at a fraction, largest in the last study first.
+
+    Args:
+        names: Of studies whose tables are committed, of the same baseline and fractions.
+
+    Raises: ValueError for tables that were changed or belong to other settings.
+    """
+    found, heads = [], []
+    for name in names:
+        study = load_study(f"params/{name}.yaml")
+        rows = comparisons(study, read_committed(study))["strategies"]
+        rows = rows[(rows["student"] == student) & (rows["objective"] == objective)]
+        found.append(rows[rows["strategy"] != "full"].set_index(["strategy", "fraction"]))
+        heads.append(f"{study.training.steps:,} steps of {study.training.batch_size} images")
+    last = found[-1].sort_values("difference", ascending=False, kind="stable")
+    kept = [key for key in last.index if all(key in rows.index for rows in found)]
+    cells = [
+        [
+            f"{strategy}, {share_in_words(fraction)}",
+            *(
+                f"{100 * row.difference:+.1f} ({100 * row.low:+.1f} to {100 * row.high:+.1f}) "
+                f"{row.verdict}"
+                for row in (rows.loc[(strategy, fraction)] for rows in found)
+            ),
+        ]
+        for strategy, fraction in kept
+    ]
+    return markdown_table(["selection", *heads], cells)
 
 
 def _groups(table: pd.DataFrame, kind: str) -> Iterator[str]:

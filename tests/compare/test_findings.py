@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from kdlib.compare.findings import _groups, in_words
+from kdlib.compare.findings import _groups, budgets, in_words
 
 
 def row(strategy, difference, verdict, seeds_needed=None, **more):
@@ -72,3 +72,13 @@ def test_a_sentence_has_the_numbers_and_the_verdict_of_its_row():
 def test_a_sentence_whose_row_is_not_there_is_refused():
     with pytest.raises(ValueError, match="unpack"):
         in_words(("{}", (("subsets", "strategies", {"strategy": "strange"}),)))
+
+
+def test_budgets_side_by_side_are_those_of_the_committed_tables():
+    _, _, *lines = budgets(["subsets", "subsets"], "resnet8", "kd").splitlines()
+    names, short, long = zip(*(line.strip("| ").split(" | ") for line in lines), strict=True)
+    assert "correctness_top, 33 %" in names
+    assert not any(name.startswith("full") for name in names)
+    assert short == long
+    differences = [float(cell.split()[0]) for cell in long]
+    assert differences == sorted(differences, reverse=True)
