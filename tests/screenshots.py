@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from explorer.screen import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
+from explorer.screen import CHROMIUM, FLAGS, Screen, serving, write_notebook
 from playwright.sync_api import sync_playwright
 
 from kdlib.explorer.state import Explorer
@@ -54,7 +54,7 @@ def walk(screen: Screen) -> None:
     screen.button("Save").click()
     screen.says("saved in")
     screen.button("Train students on it").click()
-    wait(lambda: screen.text(".kdlib-results"), "the students", limit_s=600)
+    screen.says("^The students of bottom_left are trained")
     shot(screen, "trained")
 
 

@@ -3,13 +3,11 @@
 `explore` shows the app where a front end can show widgets, else the datamap as a picture.
 """
 
-import asyncio
 import base64
 import html
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,15 @@ import pandas as pd
 
 from kdlib.explorer.background import BackgroundTraining
 from kdlib.explorer.density import MANY
-from kdlib.explorer.html import failure_html, gallery_html, results_html
+from kdlib.explorer.example import RULES, detail_html
+from kdlib.explorer.html import gallery_html
 from kdlib.explorer.map import MapWidget
 from kdlib.explorer.membership import COLUMN
-from kdlib.explorer.selections import (
-    saved_ids,
-    saved_selections,
-    training_commands,
-    training_progress,
-)
+from kdlib.explorer.representatives import representatives_html
+from kdlib.explorer.results import failure_html, progress_html, progress_of, results_html
+from kdlib.explorer.selections import saved_ids, saved_selections, training_commands
 from kdlib.explorer.state import Explorer
+from kdlib.explorer.still import still_map
 from kdlib.study.study import Study
 
 A_CLICK_S = 0.6  # a click on a point so soon after a lasso is the end of the lasso
@@ -62,16 +59,6 @@ def explore(
     return None
 
 
-def still_map(study: Study) -> Path:
-    """The datamap as a picture, drawn when there is none or an older one."""
-    path, table = study.figures / "datamap.png", study.upstream.runs / "datamap/datamap.parquet"
-    if path.exists() and (not table.exists() or path.stat().st_mtime > table.stat().st_mtime):
-        return path
-    from kdlib.steps.figures import draw_datamap
-
-    return draw_datamap(study)["datamap"]
-
-
 def _kernel() -> Any:
     if "IPython" not in sys.modules:  # a kernel has imported it
         return None
@@ -94,15 +81,16 @@ class App:
         controls: All other widgets.
         box: Everything, arranged.
         training: The training that was started last, None before.
+        example: Id of the image that was clicked last, None before.
     """
 
     def __init__(self, state: Explorer) -> None:
         from kdlib.explorer.controls import Controls, arranged  # imports ipywidgets
 
-        self.state, self.training = state, None
+        self.state, self.training, self.example = state, None, None
         self._muted = True  # changes of widgets call no callback
-        self._lassoed = self._drawing_until = -np.inf  # monotonic times
-        self._waiting = self._filtered = None
+        self._lassoed = -np.inf  # monotonic time
+        self._filtered = None
         linked = state.other is not None
         tables = [state.shown] + ([state.other] if linked else [])
         self.plots = [MapWidget(state, table, 520 if linked else 800) for table in tables]
@@ -127,7 +115,7 @@ class App:
             (c.x, self._look), (c.y, self._look), (c.colour, self._recolour),
             (c.shape, self._shape), (c.density, self._draw_density), (c.operation, self._operate),
             (c.id, self._find), (c.sort, self._order), (c.ascending, self._order),
-            (c.restore, self._restore),
+            (c.view, self._show_page), (c.restore, self._restore),
         ):  # fmt: skip
             control.observe(self._callback(action), names="value")
         for button, action in (
@@ -188,30 +176,20 @@ class App:
             plot.scatter.lasso(type=self.controls.shape.value)
 
     def _look(self) -> None:
-        """Bring axes and colour to the map. Waits for the previous redraw: jupyter-scatter 1.0.1
-        silently drops points sent while it draws."""
-        wait = self._drawing_until - time.monotonic()
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # no kernel, and so no browser
-            wait = 0
-        if wait > 0:
-            if not self._waiting:
-                self._waiting = loop.call_later(wait, self._callback(self._look_again))
-            return
+        """Bring axes and colour to the map."""
         c = self.controls
         for plot in self.plots:
             plot.look(c.x.value, c.y.value, c.colour.value)
-        n = max(len(plot.table) for plot in self.plots)
-        self._drawing_until = time.monotonic() + 0.5 + 5e-6 * n
 
-    def _recolour(self) -> None:
+    def _recolour(self) -> str:
         """Colour by another column than that of the saved selections, whose buttons go up."""
         c = self.controls
         if c.colour.value != COLUMN and c.swatches.colours:
             c.swatches.clear()
             self._offer(c.colour.value)
         self._look()
+        rule = RULES.get(c.colour.value)
+        return f"{c.colour.value}: {rule}." if rule else ""
 
     def _mark(self) -> None:
         """Show other saved selections in their colours; without any, the colours from before."""
@@ -239,10 +217,6 @@ class App:
             plot.density = self.controls.density.value
             plot.show_density()
 
-    def _look_again(self) -> None:
-        self._waiting = None
-        self._look()
-
     def _lasso(self, plot: MapWidget) -> str:
         ids, how = plot.chosen()
         # jupyter-scatter takes a lasso that ends where it began for a click on a point as well
@@ -250,6 +224,7 @@ class App:
             plot.show_selection()
             return ""
         sentence = self.state.select(ids, how)
+        self._show_one_or_all()
         self._refresh()
         self._lassoed = time.monotonic() if len(ids) > 1 else -np.inf
         return sentence
@@ -259,6 +234,26 @@ class App:
         plot.operation = message.get("operation", plot.operation)
         if "key" in message:
             self._callback({"undo": self._undo, "redo": self._redo}[message["key"]])()
+        if "example" in message:
+            self._callback(lambda: self._show_example(int(message["example"])))()
+
+    def _show_example(self, example_id: int) -> str:
+        """Show one image in its panel and on the map."""
+        if example_id not in self.state.table.index:
+            raise ValueError(f"There is no example {example_id} in this map.")
+        self.example, self.controls.view.value = example_id, "one"
+        for plot in self.plots:
+            plot.point_at(example_id)
+        self._show_page()
+        return f"Example {example_id}: {self.state.class_of(example_id)}."
+
+    def _show_one_or_all(self) -> None:
+        """Where one example alone is selected its panel, else the images."""
+        view, selected = self.controls.view, self.state.selected
+        if len(selected) == 1:
+            self._show_example(int(selected[0]))
+        elif view.value == "one":
+            view.value = "images"
 
     def _operate(self) -> None:
         for plot in self.plots:
@@ -281,6 +276,7 @@ class App:
 
     def _find(self) -> str:
         sentence = self.state.find(self.controls.id.value.strip())
+        self._show_one_or_all()
         self._refresh()
         return sentence
 
@@ -323,8 +319,12 @@ class App:
         self._show_page()
 
     def _show_page(self) -> None:
-        self.controls.gallery.value = gallery_html(self.state)
-        s = self.state
+        s, view = self.state, self.controls.view.value
+        if view == "one":
+            shown = detail_html(s, self.example)
+        else:
+            shown = representatives_html(s) if view == "groups" else gallery_html(s)
+        self.controls.gallery.value = shown
         text = f"page {s.number + 1} of {s.n_pages}, {len(s.selected):,} selected"
         self.controls.page.value = f"<span class='kdlib-page'>{text}</span>"
 
@@ -351,8 +351,7 @@ class App:
         self._clear()
         c.name.value = name
         self._list_saved()
-        n_done, n_wanted = training_progress(self.state.study, name)
-        c.results.value = results_html(self.state.study, name) if n_done == n_wanted else ""
+        c.results.value = results_html(self.state.study, name)
         return sentence
 
     def _train(self) -> str:
@@ -362,11 +361,12 @@ class App:
         log = self.state.study.runs / "selections" / f"{name}-train.log"
         commands = training_commands(self.state.study, name)
         c.train.disabled, c.stop.disabled = True, False
-        c.log.value = c.results.value = ""
+        c.log.value, c.results.value = progress_html(self.state.study, name, ()), ""
+        self._n_shown = 0
         self.training = BackgroundTraining(  # calls back in its thread
             commands,
             log,
-            lambda line: self._attempt(lambda: self._show_progress(name, line)),
+            lambda lines: self._attempt(lambda: self._show_progress(name, lines)),
             lambda training: self._attempt(lambda: self._show_end(name, training)),
         )
         return f"Training students on {name}; the kernel stays free meanwhile."
@@ -375,15 +375,16 @@ class App:
         self.training.stop()
         return "Stopping ..."
 
-    def _show_progress(self, name: str, line: str) -> None:
-        n_done, n_wanted = training_progress(self.state.study, name)
-        text = html.escape(f"{n_done} of {n_wanted} students done; {line}")
-        code = f"<code class='kdlib-log' style='font-size:11px'>{text}</code>"
-        self.controls.log.value = code
+    def _show_progress(self, name: str, lines: list[str]) -> None:
+        c, n = self.controls, len(progress_of(lines).done)
+        c.log.value = progress_html(self.state.study, name, lines)
+        if n > self._n_shown:  # what is finished is compared while others are trained
+            self._n_shown, c.results.value = n, results_html(self.state.study, name)
 
     def _show_end(self, name: str, training: BackgroundTraining) -> str:
         c = self.controls
         c.train.disabled, c.stop.disabled, c.log.value = False, True, ""
+        c.results.value = results_html(self.state.study, name)
         if training.stopped:
             return "Stopped; finished students stay and are not trained again."
         if training.code:
@@ -391,5 +392,4 @@ class App:
             raise ValueError(
                 f"The training of students on {name} failed; its error stands below the button."
             )
-        c.results.value = results_html(self.state.study, name)
         return f"The students of {name} are trained."

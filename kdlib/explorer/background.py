@@ -23,13 +23,17 @@ class BackgroundTraining:
     """
 
     def __init__(
-        self, commands: list[list[str]], log: Path, progress: Callable[[str], Any], end: Callable
+        self,
+        commands: list[list[str]],
+        log: Path,
+        progress: Callable[[list[str]], Any],
+        end: Callable,
     ) -> None:
         """Start.
 
         Args:
             log: File of what they print.
-            progress: Called twice a second with the log's last line.
+            progress: Called twice a second with the log's lines.
             end: Called with this training when all is over.
         """
         self.commands, self.log, self.progress, self.end = commands, log, progress, end
@@ -60,7 +64,7 @@ class BackgroundTraining:
                     try:
                         code = self._process.wait(timeout=0.5)
                     except subprocess.TimeoutExpired:
-                        self.progress(self.last_line())
+                        self.progress(self.lines())
         self.code = code
         atexit.unregister(self.stop)
         self.end(self)
@@ -86,7 +90,7 @@ class BackgroundTraining:
         return " ".join(line.strip() for line in message)
 
     def stop(self) -> None:
-        """End the running command: papermill takes its kernel down on an interrupt."""
+        """End the running command by an interrupt; papermill takes its kernel down on one."""
         self.stopped = True
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)

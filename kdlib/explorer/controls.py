@@ -22,7 +22,7 @@ class Controls:
         shape, operation, undo, redo: What selects on the map and how, and its steps.
         id, find: The example that is searched for.
         histograms, clear, take: The filter, and the button that selects what it shows.
-        sort, ascending, back, forth: Order and page of the gallery.
+        view, sort, ascending, back, forth: What `gallery` shows; order and page of the images.
         name, save, restore, swatches: Saved selections.
         train, stop: Training of students.
         status, page, gallery, log, results: Text and images, as HTML.
@@ -64,6 +64,11 @@ class Controls:
         self.ascending = _control(
             w.ToggleButtons, "Order of the images",
             options=[("low first", True), ("high first", False)], style={"button_width": "84px"},
+        )  # fmt: skip
+        self.view = _control(
+            w.ToggleButtons, "The selected images, one of them, or a dozen that stand for all",
+            options=[("images", "images"), ("one image", "one"), ("what is in it?", "groups")],
+            style={"button_width": "auto"},
         )  # fmt: skip
         self.back = _button("", "Previous page", "chevron-left")
         self.forth = _button("", "Next page", "chevron-right")
@@ -108,7 +113,7 @@ def arranged(controls: Controls, plots: Sequence[MapWidget], state: Explorer) ->
     parts = [
         _part("column", _line(c.clear, c.take), c.histograms),
         *maps,
-        _part("side", _line(c.sort, c.ascending, c.back, c.forth, c.page),
+        _part("side", c.view, _line(c.sort, c.ascending, c.back, c.forth, c.page),
               _part("scroll", c.gallery, box=w.Box, display="block")),
     ]  # fmt: skip
     app = w.VBox(

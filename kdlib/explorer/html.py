@@ -1,12 +1,10 @@
-"""HTML of the gallery, the results and a failed training."""
+"""HTML of the gallery."""
 
 import html
 
-from kdlib.cartography.subset import Subset
-from kdlib.explorer.background import BackgroundTraining
-from kdlib.explorer.selections import selection_path, selection_results
-from kdlib.explorer.state import LIMITS, Explorer
-from kdlib.study.study import Study
+from kdlib.explorer.crossfilter import LIMITS
+from kdlib.explorer.example import curve_svg, figure_html, reasons
+from kdlib.explorer.state import Explorer
 
 
 def gallery_html(state: Explorer) -> str:
@@ -18,40 +16,14 @@ def gallery_html(state: Explorer) -> str:
             "images appear here. The buttons beside the map switch between lasso and moving.</div>"
         )
     shown = []
-    for uri, (i, row) in zip(state.pictures(rows.index), rows.iterrows(), strict=True):
-        name, score = html.escape(state.class_name(row["label"])), f"{row[state.sort]:.3g}"
+    pictures, known = state.pictures(rows.index), reasons(state, rows.index)
+    for uri, why, (i, row) in zip(pictures, known, rows.iterrows(), strict=True):
+        name = state.class_name(row["label"])
         about = ", ".join(f"{s} {row[s]:.3g}" for s in LIMITS)
-        shown.append(
-            f"<figure title='example {i}: {name}&#10;{about}'>"
-            f"<img src='{uri}' alt='{name}'><figcaption>{name}<br>"
-            f"<span class='kdlib-quiet'>{score}</span></figcaption></figure>"
+        caption = (
+            f"{html.escape(name)}<br><span class='kdlib-quiet'>{row[state.sort]:.3g}</span>"
+            f"{curve_svg(why, 56, 20)}"
         )
+        tip = "\n".join([f"example {i}: {name}", about, *why.lines])
+        shown.append(figure_html(state, uri, i, caption, tip))
     return f"<div class='kdlib-gallery'>{''.join(shown)}</div>"
-
-
-def results_html(study: Study, name: str) -> str:
-    """Students of a selection beside those of a random one, in points of test accuracy."""
-    heads = ("objective", name, "random", "difference", "seed by seed")
-    size = len(Subset.load(selection_path(study, name)))
-    lines = ""
-    for objective, rows in selection_results(study, name).groupby("objective", sort=False):
-        picked, random, difference = 100 * rows[["picked", "random", "difference"]].mean()
-        each = " ".join(f"{100 * d:+.1f}" for d in rows["difference"])
-        texts = (objective, f"{picked:.2f} %", f"{random:.2f} %", f"{difference:+.2f}", each)
-        cells = (f"<td>{html.escape(text)}</td>" for text in texts)
-        lines += f"<tr>{''.join(cells)}"
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    return (
-        f"<div style='line-height:1.4'>Test accuracy of students trained on <b>{html.escape(name)}"
-        f"</b> and on as many random examples ({size:,}), mean over {len(study.seeds)} seeds:</div>"
-        f"<table class='kdlib-results' style='font-size:12px'><tr>{head}</tr>{lines}</table>"
-    )
-
-
-def failure_html(name: str, training: BackgroundTraining) -> str:
-    """The error of a training, and the path of its log."""
-    return (
-        f"<div class='kdlib-failure kdlib-wrong'><b>The training of "
-        f"students on {html.escape(name)} failed:</b> {html.escape(training.error())}<br>"
-        f"The whole log: <code>{html.escape(str(training.log))}</code></div>"
-    )

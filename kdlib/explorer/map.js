@@ -1,6 +1,7 @@
-// What jupyter-scatter 1.0.1 lacks, for the map in the same `.kdlib-map`: it fits the map to its
-// canvas and to the window, tells the kernel a dark theme, lets a button or a key say whether a
-// lasso adds or removes, and passes the keys of undo and redo on.
+// What jupyter-scatter 1.0.1 lacks, for the map in the same `.kdlib-map`: it draws the last points
+// that came while others were drawn, fits the map to its canvas and to the window, tells the kernel
+// a dark theme, lets a button or a key say whether a lasso adds or removes, and passes on the keys
+// of undo and redo, and clicks on images.
 
 const AXIS = 32; // pixels of the numbers and the label of x, which are below the height of a map
 
@@ -10,6 +11,33 @@ function dark(el) { // of the first colour behind the map that is not transparen
     if (a > 0.5) return 0.299 * r + 0.587 * g + 0.114 * b < 128;
   }
   return false;
+}
+
+// jupyter-scatter drops points that come while it draws others. Here they wait, and the last ones
+// are drawn.
+function keepLast(plot) {
+  const draw = plot.draw;
+  let next; // arguments of the last call that is not drawn yet
+  let running;
+  async function run() {
+    try {
+      while (next && !plot.get("isDestroyed")) {
+        if (plot.get("isDrawing")) {
+          await new Promise(requestAnimationFrame);
+          continue;
+        }
+        const call = next;
+        next = undefined;
+        await draw(...call);
+      }
+    } finally {
+      running = undefined;
+    }
+  }
+  plot.draw = (...call) => {
+    next = call;
+    return (running ??= run());
+  };
 }
 
 export default {
@@ -35,6 +63,7 @@ export default {
       }
       const app = el.closest(".kdlib-app");
       const [plot, canvas] = [map.api, map.querySelector("canvas")];
+      keepLast(plot);
       canvas.setAttribute("role", "img");
       canvas.setAttribute("aria-label", model.get("label"));
 
@@ -103,6 +132,20 @@ export default {
         model.send({ key: key === "y" || event.shiftKey ? "redo" : "undo" });
       }, true);
     }
+    // A click or Enter on an image of the app asks for its panel.
+    function ask(event) {
+      const image = event.target.closest?.(".kdlib-app [data-example]");
+      if (!image || !el.closest(".kdlib-app")?.contains(image)) return;
+      if (event.type === "keydown" && event.key !== "Enter") return;
+      event.preventDefault();
+      event.stopPropagation(); // JupyterLab would edit the cell
+      model.send({ example: Number(image.dataset.example) });
+    }
+    if (model.get("listens")) {
+      listen(document, "click", ask, true);
+      listen(document, "keydown", ask, true);
+    }
+
     start();
     return () => {
       ended = true;

@@ -8,8 +8,9 @@ import pandas as pd
 
 from kdlib.explorer.crossfilter import LIMITS, range_of
 from kdlib.explorer.density import MANY, contours
+from kdlib.explorer.example import VERMILLION, region_name, tooltip_picture
 from kdlib.explorer.membership import BESIDES, COLUMN, OTHERS, SEVERAL, membership
-from kdlib.explorer.state import REGIONS, SIDE, Explorer
+from kdlib.explorer.state import REGIONS, Explorer
 
 PAPER = {False: "white", True: "#111111"}  # behind the points; dark theme or not: JupyterLab's own
 INK = {False: "#333333", True: "#dddddd"}  # lines of density
@@ -22,6 +23,7 @@ class MapWidget:
         widget: The map, `hand` the widget of no size that stands beside it.
         operation: What the next selection does: `replace` the former one, `add` or `remove`.
         density: Whether lines show where points lie dense.
+        pointed: Id of the example on which a cross lies, or None.
     """
 
     def __init__(self, state: Explorer, table: pd.DataFrame, most: int) -> None:
@@ -34,6 +36,7 @@ class MapWidget:
         self.hand = Hand(most=most, label=f"Datamap of {n:,} examples")
         self.dark, self.operation, self.density = False, "replace", n >= MANY
         self._axes, self._marks = ("variability", "confidence"), {}
+        self._dense, self.pointed = [], None
         frame = table.reset_index(drop=True)
         short = [name if len(name) <= 18 else name[:17] + "…" for name in state.names]
         kinds = [n if short.count(n) == 1 else f"{i} {n}" for i, n in enumerate(short)]
@@ -42,7 +45,8 @@ class MapWidget:
         for flag in frame.select_dtypes(bool):
             frame[flag] = frame[flag].map({False: "no", True: "yes"}).astype("category")
         for region in REGIONS:
-            frame[region] = frame[region].cat.remove_unused_categories()
+            kept = frame[region].cat.remove_unused_categories()
+            frame[region] = kept.cat.rename_categories(region_name)
         self.frame = frame
         self.scatter = jscatter.Scatter(
             data=frame, x="variability", y="confidence", height=self.hand.height,
@@ -56,7 +60,7 @@ class MapWidget:
         self.scatter.tooltip(
             enable=True, properties=["example", "class", *LIMITS], histograms=False,
             preview="class", preview_type="image", preview_image_size="contain",
-            preview_image_position="center", preview_image_height=SIDE,
+            preview_image_position="center", preview_image_height=170,
         )  # fmt: skip
         self.widget = self.scatter.widget
         # jupyter-scatter would look the image up in a column; this asks for one at a time. Private:
@@ -65,11 +69,11 @@ class MapWidget:
         self.hand.observe(lambda change: setattr(self.widget, "height", change["new"]), "height")
 
     def answer_tooltip(self, event: dict[str, Any]) -> None:
-        """Send image, class and scores of the one point under the mouse."""
+        """Send image, class, scores and why it is hard of the one point under the mouse."""
         row = self.frame.iloc[event["index"]]
         about = {s: f"{row[s]:.3f}" for s in LIMITS}
         about |= {"example": str(row["example"]), "class": str(row["class"])}
-        [uri] = self.state.pictures([row["example"]])
+        uri = tooltip_picture(self.state, int(row["example"]))
         message = {"type": event["type"], "index": event["index"], "preview": uri}
         self.widget.send(message | {"properties": about})
 
@@ -110,8 +114,6 @@ class MapWidget:
 
     def show_density(self) -> None:
         """Draw lines around the densest places of the shown points, or take them away."""
-        from jscatter import Line
-
         lines = []
         if self.density:
             x, y = (self.frame[score].to_numpy(float) for score in self._axes)
@@ -119,8 +121,26 @@ class MapWidget:
             shown = self.table.index.isin(ids) & np.isfinite(x) & np.isfinite(y)
             limits = [self._limits(score) for score in self._axes]
             lines = contours(x[shown], y[shown], *limits)
+        self._dense = [vertices for _, vertices in lines]
+        self._annotate()
+
+    def point_at(self, example_id: int | None) -> None:
+        """Draw a cross through one example, if it is drawn, or take the cross away."""
+        self.pointed = example_id
+        self._annotate()
+
+    def _annotate(self) -> None:
+        from jscatter import Line
+
+        lines = [Line(vertices, INK[self.dark], 1) for vertices in self._dense]
+        if self.pointed in self.table.index:
+            row = self.frame.iloc[self.table.index.get_loc(self.pointed)]
+            (x, y), (of_x, of_y) = row[list(self._axes)], map(self._limits, self._axes)
+            if np.isfinite([x, y]).all():
+                cross = [(of_x[0], y), (of_x[1], y)], [(x, of_y[0]), (x, of_y[1])]
+                lines += [Line(vertices, VERMILLION, 1) for vertices in cross]
         if lines or self.widget.annotations:
-            self.scatter.annotations([Line(v, INK[self.dark], 1) for _, v in lines])
+            self.scatter.annotations(lines)
 
     def mark(self, colours: Mapping[str, str], ids: Mapping[str, np.ndarray]) -> None:
         """Make the column of saved selections, from name to colour and to ids."""
@@ -158,12 +178,14 @@ class MapWidget:
         values, few = self.frame[column], True
         if isinstance(values.dtype, pd.CategoricalDtype):
             kinds = list(values.cat.categories)
+            # lists: a dict would stay as the order of the next column's legend, whose error in the
+            # browser keeps the axes as they are (jupyter-scatter 1.0.1)
             mapped = "auto"
             if column in REGIONS:
-                mapped = {kind: STRATEGIES[kind][0] for kind in kinds}
+                mapped = [STRATEGIES[kind.removesuffix("-to-learn")][0] for kind in kinds]
             elif column == COLUMN:
                 every = self._marks | dict(zip((SEVERAL, OTHERS), BESIDES[self.dark], strict=True))
-                mapped = {kind: every[kind] for kind in kinds}
+                mapped = [every[kind] for kind in kinds]
             self.scatter.color(by=column, order=None, map=mapped)
             few = len(kinds) <= 12
         else:

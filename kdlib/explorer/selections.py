@@ -1,6 +1,7 @@
 """Saved selections of a study, and the students that are trained on them."""
 
 import contextlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,13 +10,15 @@ import numpy as np
 import pandas as pd
 
 from kdlib.cartography.subset import Subset
-from kdlib.steps.distill import open_student
+from kdlib.repro import files
+from kdlib.steps.distill import open_student, run_table
 from kdlib.steps.processes import write_study
 from kdlib.steps.teacher_outputs import open_teacher
 from kdlib.study.cells import Cell
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
+BASELINE = "random"  # strategy that a selection is compared with
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -42,61 +45,38 @@ def saved_ids(study: Study, name: str) -> np.ndarray:
     return Subset.load(selection_path(study, name)).example_ids
 
 
+def students(study: Study, name: str) -> list[tuple[Cell, int]]:
+    """The students that are trained on a saved selection and on a random subset of the same size,
+    in this order: the pairs of the first seed first."""
+    fraction = Subset.load(selection_path(study, name)).fraction
+    subsets = {"strategy": PICKED + name}, {"strategy": BASELINE, "fraction": fraction}
+    return [
+        (study.cell(objective=objective, **subset), seed)
+        for seed in study.seeds
+        for objective in study.axes.objective
+        for subset in subsets
+    ]
+
+
 def training_commands(study: Study, name: str) -> list[list[str]]:
-    """The commands that train the study's students on a saved selection, and on a random subset of
-    the same size.
+    """The command that trains these students; their cells and seeds lie beside the selection.
 
     Raises: FileNotFoundError that names the command, before the teacher is made.
     """
     open_teacher(study.upstream)
-    path, file = write_study(study), selection_path(study, name)
-    fraction = repr(Subset.load(file).fraction)
-    return [
-        [sys.executable, "-m", "kdlib.papermill_engine", "--no-progress-bar",
-         "notebooks/04_distill.ipynb", str(file.with_name(f"{executed}-04_distill.ipynb")),
-         "-p", "study", str(path), "-p", "strategy", *strategy]
-        for executed, strategy in (
-            (name, [PICKED + name]), (f"{name}-random", ["random", "-p", "fraction", fraction])
-        )
-    ]  # fmt: skip
+    path, points = write_study(study), selection_path(study, name).with_suffix(".points.jsonl")
+    lines = [json.dumps(dict(cell.items()) | {"seed": s}) for cell, s in students(study, name)]
+    files.write_atomic(points, lambda file: file.write("\n".join(lines).encode()))
+    return [[sys.executable, "-m", "kdlib", "step", "distill", str(path), "--points", str(points)]]
 
 
-def _students(study: Study, name: str) -> list[tuple[Cell, Cell, int]]:
-    """(cell of the selection, cell of the random subset of equal size, seed)."""
-    fraction = Subset.load(selection_path(study, name)).fraction
-    return [
-        (
-            study.cell(strategy=PICKED + name, objective=objective),
-            study.cell(strategy="random", fraction=fraction, objective=objective),
-            seed,
-        )
-        for objective in study.axes.objective
-        for seed in study.seeds
-    ]
-
-
-def training_progress(study: Study, name: str) -> tuple[int, int]:
-    """How many of the students of `training_commands` are finished, and how many there will be."""
-    wanted = [(cell, seed) for *pair, seed in _students(study, name) for cell in pair]
-    n_done = 0
-    for cell, seed in wanted:
+def selection_runs(study: Study, name: str) -> pd.DataFrame:
+    """Those of these students that are finished: one row each, by cell and seed, as of
+    `kdlib.steps.distill.run_table`, and `refused`, False."""
+    found = {}
+    for cell, seed in students(study, name):
         # missing, or made with settings from before the study was changed
         with contextlib.suppress(FileNotFoundError, ValueError):
-            open_student(study, cell, seed)
-            n_done += 1
-    return n_done, len(wanted)
-
-
-def selection_results(study: Study, name: str) -> pd.DataFrame:
-    """Test accuracies of the last step: objective, seed, picked, random, difference.
-
-    Raises: FileNotFoundError when not all students are trained.
-    """
-    rows = []
-    for picked, random, seed in _students(study, name):
-        accuracies = [
-            open_student(study, cell, seed)["checkpoints"]["last"]["test_accuracy"]
-            for cell in (picked, random)
-        ]
-        rows.append((picked.objective, seed, *accuracies, accuracies[0] - accuracies[1]))
-    return pd.DataFrame(rows, columns=["objective", "seed", "picked", "random", "difference"])
+            found[cell, seed] = open_student(study, cell, seed)
+    table = run_table(study, found)
+    return table.assign(refused=np.zeros(len(table), bool))

@@ -17,6 +17,7 @@ from kdlib.repro import files
 from kdlib.repro.seeds import hashed
 from kdlib.steps.cache import open_images
 from kdlib.steps.datamap import open_map
+from kdlib.steps.example import Examples
 from kdlib.study.selections import PICKED
 from kdlib.study.study import Study
 
@@ -47,6 +48,7 @@ class Explorer:
         table: The whole datamap; index of N example ids, sorted.
         shown: Its rows that are drawn.
         other: The drawn rows of the second map, None without one; `other_name` names it.
+        examples: What the study's files say about single images.
         names: Class names by label.
         scores: Columns that can be an axis, a colour, an order or a filter.
         picked: (n,) int64, sorted ids of the selection; `selected` is the visible part of it.
@@ -61,6 +63,7 @@ class Explorer:
         if max_points < 1:
             raise ValueError(f"max_points is {max_points}; expected at least 1")
         self.study, self.images = study, open_images(study)
+        self.examples = Examples(study, self.images)
         self.table, self.file = open_map(study, self.images)
         self.names = [str(name) for name in self.images.train.header["class_names"]]
         self.shown = drawn(self.table, max_points)
@@ -227,13 +230,18 @@ class Explorer:
             columns[name] = np.bincount(labels[some], minlength=n)
         return pd.DataFrame(columns)
 
-    def pictures(self, ids: Sequence[int]) -> list[str]:
-        """PNGs of some examples as data URIs; no other image is read."""
-        return [data_uri(pixels) for pixels in self.images.train.read("images", np.asarray(ids))]
+    def pictures(self, ids: Sequence[int], side: int = SIDE) -> list[str]:
+        """PNGs of some examples as data URIs, of about so many pixels; no other image is read."""
+        read = self.images.train.read("images", np.asarray(ids))
+        return [data_uri(pixels, side) for pixels in read]
 
     def class_name(self, label: int) -> str:
         """Name of a class, as the source gave it: escape it where it enters HTML."""
         return self.names[int(label)]
+
+    def class_of(self, example_id: int) -> str:
+        """Name of the class of an example; escape it too."""
+        return self.class_name(self.table["label"].loc[example_id])
 
     def _known(self, score: str) -> None:
         if score not in self.scores:
@@ -264,16 +272,16 @@ class Explorer:
         return f"{name}: {self.select(subset.example_ids)}"
 
 
-def data_uri(pixels: np.ndarray) -> str:
-    """A (C, H, W) uint8 image as a PNG of about SIDE pixels."""
+def data_uri(pixels: np.ndarray, side: int = SIDE) -> str:
+    """A (C, H, W) uint8 image as a PNG of about so many pixels."""
     from PIL import Image
 
     n_channels, height, width = pixels.shape
     plain = pixels[0] if n_channels != 3 else pixels.transpose(1, 2, 0)
     image = Image.fromarray(np.ascontiguousarray(plain))
-    if (times := SIDE // max(height, width)) > 1:
+    if (times := side // max(height, width)) > 1:
         image = image.resize((times * width, times * height), Image.Resampling.NEAREST)
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -13,6 +13,7 @@ from tiny import TINY
 from kdlib.cache.shards import Cache
 from kdlib.explorer import app as app_module
 from kdlib.explorer.app import App
+from kdlib.explorer.example import RULES, region_name
 from kdlib.explorer.html import gallery_html
 from kdlib.explorer.map import MapWidget
 from kdlib.explorer.state import PAGE, Explorer, drawn
@@ -60,8 +61,9 @@ def test_pictures_read_only_what_is_shown(study, monkeypatch):
     assert asked == []
     lasso(app.plots[0], app.state.table.index)  # all of them
     app._turn(1)
-    assert asked == [("images", 48)] * 2
-    assert sum(mapped) == 96
+    assert [item for item in asked if item[0] == "images"] == [("images", 48)] * 2
+    assert {n for _, n in asked} == {48}  # of the teacher's logits, too
+    assert sum(mapped) == 2 * 96
 
 
 def test_a_lasso_on_the_map_fills_the_gallery_and_the_counts(app):
@@ -120,15 +122,27 @@ def test_regions_have_the_colours_of_their_strategies(app):
     from kdlib.plots.theme import STRATEGIES
 
     [plot] = app.plots
-    app.controls.colour.value = "class"  # whose order of colours must not stay
     for column in ("region_corner", "region_variability"):
         app.controls.colour.value = column
         codes = plot.widget.color_domain
-        assert set(codes) == set(app.state.table[column])
-        shown = {kind: to_hex(plot.widget.color[code]).upper() for kind, code in codes.items()}
-        assert shown == {kind: STRATEGIES[kind][0] for kind in codes}
+        assert set(codes) == {region_name(kind) for kind in app.state.table[column]}
+        assert not {"easy", "hard"} & set(codes)  # the names of strategies
+        kinds = {kind.removesuffix("-to-learn"): code for kind, code in codes.items()}
+        shown = {kind: to_hex(plot.widget.color[code]).upper() for kind, code in kinds.items()}
+        assert shown == {kind: STRATEGIES[kind][0] for kind in kinds}
         points = plot.widget.points[:, 2]
-        assert points.tolist() == app.state.table[column].map(codes).tolist()
+        assert points.tolist() == app.state.table[column].map(kinds).tolist()
+        assert status(app) == f"{column}: {RULES[column]}."
+
+
+def test_every_colour_has_its_legend_whatever_was_shown_before(app):
+    [plot] = app.plots
+    for column in ("class", "region_corner", "class", "correctness", "region_variability", "class"):
+        app.controls.colour.value = column
+        shown = plot.widget.legend_encoding["color"]["values"]
+        kinds = plot.frame[column]
+        wanted = list(kinds.cat.categories) if hasattr(kinds, "cat") else np.linspace(0, 1, 5)
+        assert [value for value, *_ in shown] == list(wanted)
 
 
 def test_the_map_shows_the_whole_range_of_the_paper_s_axes(app):
@@ -147,7 +161,9 @@ def test_a_tooltip_asks_for_one_image(app, monkeypatch):
     event = {"type": "tooltip", "index": 5, "properties": [], "preview": "class"}
     plot.widget._handle_custom_msg(event, None)
     example = app.state.table.index[5]
-    assert sent[0]["preview"] == app.state.pictures([example])[0]
+    assert app.state.pictures([example])[0] in sent[0]["preview"]
+    assert sent[0]["preview"].startswith("data:image/svg+xml,")
+    assert not set(sent[0]["preview"]) & set("'\"() ")  # it stands in url() without quotes
     assert sent[0]["properties"]["example"] == str(example)
     shown = set(plot.widget.tooltip_properties_non_visual_info)
     assert shown == {"example", "class", "confidence", "variability", "correctness"}
@@ -251,7 +267,7 @@ def test_every_control_says_what_it_does(app):
     controls = [v for v in vars(app.controls).values() if isinstance(v, ipywidgets.ValueWidget)
                 and not isinstance(v, ipywidgets.HTML)]  # fmt: skip
     controls += [v for v in vars(app.controls).values() if isinstance(v, ipywidgets.Button)]
-    assert len(controls) == 21
+    assert len(controls) == 22
     assert all(control.tooltip for control in controls)
 
 

@@ -208,6 +208,31 @@ def test_ranges_classes_and_keys_select_and_steps_are_undone(study, lab, browser
         screen.shot("named")
 
 
+def test_a_map_slow_to_draw_shows_what_was_chosen_last(study, lab, browser, tmp_path):
+    table = open_datamap(study, open_images(study))
+    rows = [table[score].argmax() for score in ("confidence", "aum", "el2n")]
+    with looking(browser, tmp_path) as screen:
+        screen.open(lab)
+        screen.page.evaluate("""() => {
+            const [frame, held] = [window.requestAnimationFrame, []];
+            window.requestAnimationFrame = (call) => held.push(call);
+            window.release = () => {
+                window.requestAnimationFrame = frame;
+                held.forEach((call) => frame(call)); }; }""")
+        for x, y, colour in (("aum", "el2n", "region_corner"), ("el2n", "confidence", "class")):
+            for menu, column in (("x", x), ("y", y), ("colour", colour)):
+                screen.menu(menu).select_option(column)
+            wait(lambda y=y: screen.text(".y-axis-label", svg=True) == y, "the new axis")
+        screen.page.evaluate("release()")  # nothing was drawn until now
+
+        def as_chosen():
+            places = [(screen.drawn(int(row)), screen.at(*table[[x, y]].iloc[row])) for row in rows]
+            return np.allclose(*zip(*places, strict=True), rtol=0, atol=1)  # pixels
+
+        wait(as_chosen, "the points on their axes")
+        wait(lambda: "9" in screen.text(".legend"), "the legend of the classes")
+
+
 def test_a_person_selects_saves_restores_and_trains_students(study, lab, browser, tmp_path):
     with looking(browser, tmp_path) as screen:
         _drive(screen, study, lab)
@@ -233,7 +258,7 @@ def test_a_failed_training_says_why_below_its_button(study, lab, browser, tmp_pa
     log = study.runs / "selections" / "doomed-train.log"
     assert str(log) in told
     assert outputs.name in told
-    assert re.search(r"failed: CacheError: \S+", told), told
+    assert re.search(r"failed \(kd, picked_doomed, seed 0; .*\): CacheError: \S+", told), told
 
 
 @pytest.fixture(scope="module")
@@ -272,10 +297,7 @@ def test_students_of_the_default_study_are_trained_by_the_button(digits, lab, br
         screen.lasso(low, (0.49, 0.99), n)
         screen.fill("letters, digits, _ -", "mine")
         screen.button("Train students on it").click()
-        wait(
-            lambda: screen.text(".kdlib-results") or screen.text(".kdlib-failure"),
-            "the end of the training",
-        )
+        screen.says("^The students of mine are trained|failed; its error stands")
         screen.shot("digits")
         assert screen.text(".kdlib-failure") == ""
     fraction = digits.cell(strategy="picked_mine").fraction
@@ -320,6 +342,20 @@ def _drive(screen, study, lab):
     counts = page.locator(".kdlib-class-n").all_inner_texts()
     assert sum(int(text.split(" of ")[0]) for text in counts) == n
     screen.shot("lasso")
+
+    page.locator(".kdlib-gallery figure").first.click()
+    screen.says("^Example ")
+    wait(lambda: page.locator(".kdlib-detail svg.kdlib-curve").count(), "its panel")
+    screen.shot("one")
+    near = page.locator(".kdlib-detail figure").first
+    neighbour = near.get_attribute("data-example")
+    near.press("Enter")
+    screen.says(f"^Example {neighbour}: ")
+    page.get_by_role("button", name="what is in it?").click()
+    wait(lambda: page.locator(".kdlib-representatives figure").count() == 12, "a dozen images")
+    screen.shot("representatives")
+    page.get_by_role("button", name="images", exact=True).click()
+    wait(lambda: page.locator(".kdlib-gallery img").count() == min(n, 48), "the gallery")
 
     screen.fill("letters, digits, _ -", "mine")
     screen.button("Save").click()
@@ -369,8 +405,9 @@ def _drive(screen, study, lab):
     screen.button("Train students on it").click()
     wait(lambda: "of 8 students done" in screen.text(".kdlib-log"), "the log")
     screen.shot("training")
-    wait(lambda: screen.text(".kdlib-results"), "the table of results")
+    screen.says("^The students of mine are trained")
     screen.shot("trained")
+    assert page.locator(".kdlib-dots circle").count() == 4  # two seeds of two objectives
     assert len(page.locator(".kdlib-results tr").all()) == 3  # heads, two objectives
     for seed in study.seeds:
         picked = study.cell(strategy="picked_mine")

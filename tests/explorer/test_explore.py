@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from kdlib.explorer import app as app_module
-from kdlib.explorer.app import explore, still_map
+from kdlib.explorer.app import explore
+from kdlib.explorer.still import still_map
 
 # jupyter-scatter 1.0.1 under pandas 3.1
 pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword")

@@ -1,25 +1,18 @@
 """Saved selections are subsets of the study, whose students are trained and compared."""
 
-import re
+from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
 from kdlib.cartography.subset import Subset
-from kdlib.explorer import selections
-from kdlib.explorer.app import still_map
-from kdlib.explorer.html import results_html
-from kdlib.explorer.selections import (
-    saved_selections,
-    selection_results,
-    training_commands,
-    training_progress,
-)
+from kdlib.explorer.selections import saved_selections, students, training_commands
 from kdlib.explorer.state import Explorer
+from kdlib.explorer.still import still_map
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.distill import make_subset
+from kdlib.steps.step_command import read_points
 from kdlib.study.load import load_study
 
 
@@ -79,33 +72,18 @@ def test_the_map_of_a_study_that_shares_another_one_s_is_walked_in(study, worksp
     assert saved.parent == read_evidence(study.runs / "datamap")["datamap_sha256"]
 
 
-def test_the_commands_train_the_selection_and_as_many_random_examples(state, study):
+def test_the_command_trains_the_selection_and_as_many_random_examples(state, study):
     state.select(state.table.index[:110])
     state.save("mine")
-    first, second = training_commands(state.study, "mine")
-    assert first[2:6] == ["kdlib.papermill_engine", "--no-progress-bar",
-                          "notebooks/04_distill.ipynb",
-                          str(study.runs / "selections" / "mine-04_distill.ipynb")]  # fmt: skip
-    assert first[-2:] == ["strategy", "picked_mine"]
-    assert second[-5:] == ["strategy", "random", "-p", "fraction", "0.1"]
-    launched = load_study(first[first.index("study") + 1])
-    assert launched == study
-    assert training_progress(state.study, "mine") == (0, 8)
-
-
-def test_results_are_paired_seed_by_seed(state, monkeypatch):
-    state.select(state.table.index[:110])
-    state.save("mine")
-    with pytest.raises(FileNotFoundError):
-        selection_results(state.study, "mine")
-
-    def open_student(study, cell, seed):
-        accuracy = 0.5 + 0.1 * seed + (0.02 * (seed + 1)) * (cell.strategy == "picked_mine")
-        return {"checkpoints": {"last": {"test_accuracy": accuracy}}}
-
-    monkeypatch.setattr(selections, "open_student", open_student)
-    table = selection_results(state.study, "mine")
-    assert table["objective"].tolist() == ["kd", "kd", "plain", "plain"]
-    assert np.allclose(table["difference"], [0.02, 0.04] * 2)
-    text = re.sub("<[^>]*>", " ", results_html(state.study, "mine"))
-    assert re.search(r"kd\s+58.00 %\s+55.00 %\s+\+3.00\s+\+2.0 \+4.0", text)
+    [command] = training_commands(state.study, "mine")
+    assert command[1:5] == ["-m", "kdlib", "step", "distill"]
+    assert load_study(command[5]) == study
+    points = list(read_points(Path(command[-1]).read_text().splitlines(), study))
+    assert points == students(study, "mine")
+    described = [(cell.objective, cell.strategy, cell.fraction, seed) for cell, seed in points]
+    assert described == [
+        (objective, strategy, 0.1, seed)
+        for seed in (0, 1)
+        for objective in ("kd", "plain")
+        for strategy in ("picked_mine", "random")
+    ]

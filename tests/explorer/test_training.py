@@ -20,15 +20,17 @@ def test_training_runs_beside_the_kernel_and_its_log_is_followed(app, monkeypatc
     shown = []
     app.controls.log.observe(lambda change: shown.append(change.new), "value")
     monkeypatch.setattr(app_module, "results_html", lambda study, name: f"results of {name}")
-    line = "import time; print('Executing Cell 3', flush=True); time.sleep(1.2)"
+    bar = "picked_mine 0.1 kd, seed 0:   5%|5    | 3/60 [00:01<00:10, 7.1step/s]"
+    line = f"import time; print({bar!r}, flush=True); time.sleep(1.2)"
     train(app, monkeypatch, line, "print('second')")
     assert (app.controls.train.disabled, app.controls.stop.disabled) == (True, False)
     finished(app)
-    assert any("0 of 8 students done; Executing Cell 3" in text for text in shown)
+    assert "0 of 8 students done" in shown[0]
+    assert any("step 3 of 60" in text for text in shown)
     assert status(app) == "The students of mine are trained."
     assert app.controls.results.value == "results of mine"
     assert (app.controls.train.disabled, app.controls.stop.disabled) == (False, True)
-    assert app.training.log.read_text() == "Executing Cell 3\nsecond\n"
+    assert app.training.log.read_text() == f"{bar}\nsecond\n"
 
 
 def test_a_failed_training_says_why_and_where_its_log_lies_and_stops_there(app, monkeypatch):
@@ -114,7 +116,7 @@ def test_a_training_can_be_stopped(app, monkeypatch):
     line = "import time; print('started', flush=True); time.sleep(60)"
     train(app, monkeypatch, line, line)
     end = time.monotonic() + 20
-    while "started" not in app.controls.log.value and time.monotonic() < end:
+    while "started" not in app.training.lines() and time.monotonic() < end:
         time.sleep(0.1)
     app.controls.stop.click()
     finished(app)
