@@ -85,8 +85,8 @@ export default {
         const notebook = app.closest(".jp-WindowedPanel-outer, .jp-NotebookPanel-notebook");
         const room = Math.floor((notebook?.clientHeight ?? innerHeight) - above - AXIS - 12);
         const height = Math.max(320, Math.min(model.get("most"), room));
-        if (height === model.get("height")) return;
         app.style.setProperty("--kdlib-height", `${height}px`);
+        if (height === model.get("height")) return;
         model.set("height", height);
         model.save_changes();
       }
@@ -104,7 +104,6 @@ export default {
 
       // The map reads Shift and Alt when a lasso or a click ends; a button stands for these keys.
       function operation(event) {
-        if (!map.contains(event.target) && !event.composedPath().includes(canvas)) return;
         const mode = model.get("operation");
         const how = event.shiftKey ? "add" : event.altKey ? "remove" : mode;
         Object.defineProperty(event, "shiftKey", { value: how === "add" });
@@ -120,10 +119,17 @@ export default {
         if (event.target === canvas) operation(event);
       }, true);
 
+      // JupyterLab would take a letter or Enter on a button for a command on the cell.
+      if (model.get("listens")) listen(app, "keydown", (event) => {
+        const command = event.ctrlKey || event.metaKey || event.altKey || event.key === "Escape" ||
+          (event.shiftKey && event.key === "Enter");
+        if (!command) event.stopPropagation();
+      });
+
       if (model.get("listens")) listen(document, "keydown", (event) => {
         const here = app.contains(document.activeElement) || app.matches(":hover");
-        const typing = document.activeElement?.matches("input[type=text], textarea, .cm-content");
-        if (!here || (typing && app.contains(document.activeElement))) return;
+        const typing = document.activeElement?.matches("input, textarea, .cm-content");
+        if (!here || typing) return;
         if (!(event.ctrlKey || event.metaKey) || event.altKey) return;
         const key = event.key.toLowerCase();
         if (key !== "z" && key !== "y") return;

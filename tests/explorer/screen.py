@@ -273,8 +273,10 @@ class Screen:
             return Object.fromEntries(Object.entries(found).flatMap(([name, css]) => {
                 const node = document.querySelector(css);
                 if (!node) return [];
-                const ink = light(numbers(getComputedStyle(node).color));
-                const paper = light(behind(node));
+                const back = behind(node);
+                const [r, g, b, a = 1] = numbers(getComputedStyle(node).color);
+                const ink = light([r, g, b].map((c, i) => a * c + (1 - a) * back[i]));
+                const paper = light(back);
                 return [[name, (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05)]];
             })); }""")
 

@@ -116,7 +116,7 @@ def test_all_stands_in_its_place_whatever_the_size_and_the_theme(study, lab, bro
             if width >= 900:
                 wait(in_the_window, f"Save and Train in the window at {width} pixels")
             screen.shot(f"{width}")
-        example = table.iloc[ends[0]]
+        example = table.iloc[ends[1]]  # of the largest variability: it stands alone
         [picture] = Explorer(study).pictures([example.name])
         screen.hover(example["variability"], example["confidence"], picture)
         for theme in ("Dark", "Light"):  # the last is that of the other tests
@@ -145,13 +145,14 @@ def test_ranges_classes_and_keys_select_and_steps_are_undone(study, lab, browser
         state.filter(**both)
         screen.says(f"^{state.visible.sum():,} of 1,100 examples pass")
         wait(lambda: screen.bars("correctness", "passing") != before, "the other histogram")
-        assert page.locator(".jp-Cell").count() == 1  # no key reached the notebook
         screen.toggle_class(7)
         state.filter([7], **both)
         n = int(state.visible.sum())
         screen.says(f"^{n} of 1,100 examples pass")
         assert 0 < n < 110
-        screen.button("Select shown").click()
+        screen.button("Select shown").focus()
+        for key in ("d", "d", "Enter"):  # JupyterLab would delete the cell
+            page.keyboard.press(key)
         screen.says(f"^{n} selected")
         wait(lambda: screen.bars("correctness", "selected"), "the selection in a histogram")
         screen.shot("filtered")
@@ -167,7 +168,7 @@ def test_ranges_classes_and_keys_select_and_steps_are_undone(study, lab, browser
         state = Explorer(study)
         steps = [n]
         areas = [(_gap(table, "variability", v), _gap(table, "confidence", c))
-                 for v, c in ((0.1, 0.2), (0.2, 0.4), (0.3, 0.6), (0.42, 0.9))]  # fmt: skip
+                 for v, c in ((0.03, 0.12), (0.09, 0.2), (0.15, 0.3), (0.2, 0.42))]  # fmt: skip
         for how, key, low, high in (
             ("replace", None, 0, 2), ("add", "Shift", 1, 3), ("remove", "Alt", 0, 1),
             ("add", None, 0, 1), ("remove", None, 1, 2),
