@@ -48,6 +48,7 @@ demo: .venv/installed
 
 figures: .venv/installed
 	@$(BIN)/python -m kdlib figures $(if $(filter file,$(origin STUDY)),all,"$(STUDY)")
+	@$(if $(filter file,$(origin STUDY)),$(BIN)/python -m audit all --redraw)
 
 report: .venv/installed
 	@$(BIN)/python -m kdlib report "$(STUDY)"

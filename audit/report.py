@@ -18,7 +18,7 @@ from audit.invariants import INVARIANTS
 from audit.small_study import Exhibit, SmallStudy
 from audit.study_a import DEFECTS_A
 from audit.study_b import DEFECTS_B
-from kdlib.compare.committed import read_committed
+from kdlib.compare.committed import read_committed, read_step, write_step
 from kdlib.compare.text import table as markdown_table
 from kdlib.compare.text import write_text
 from kdlib.dataset.images import Images
@@ -307,10 +307,25 @@ def _note(
 
 
 def draw(study: Study, table: pd.DataFrame) -> dict[str, Path]:
-    """Draw `audit`: each defect's number against the honest one.
+    """Draw `audit`: each defect's number against the honest one. The table is committed first.
 
     Returns: Figure name -> its PNG; a PDF lies beside it.
     """
+    return draw_committed(study, write_step(study, "audit", {"exhibits": table})["exhibits"])
+
+
+def redraw(study: Study) -> list[Path]:
+    """Write text and figure again from the committed table.
+
+    Raises: FileNotFoundError without it; ValueError for one that was changed or belongs to other
+        settings.
+    """
+    table = read_step(study, "audit")["exhibits"]
+    return [write(study, table), *draw_committed(study, table).values()]
+
+
+def draw_committed(study: Study, table: pd.DataFrame) -> dict[str, Path]:
+    """The figure of `draw`, from a table that is committed."""
     with theme.style():
         fig = Figure(figsize=(theme.WIDE, 0.29 * len(table) + 0.9))
         draw_defects(fig.subplots(), table, f"{study.name}: {len(table)} defects in miniature")

@@ -47,6 +47,7 @@ from kdlib.steps.display import (
     draw,
     folded,
     meanings,
+    not_drawn,
     settings_text,
     step_of,
 )
@@ -289,7 +290,7 @@ class Lab:
         """Step 06, once all runs and probes of the study are finished (`python -m kdlib study`).
 
         Returns: `results`, one row per run; what follows from it: `strategies`, `objectives`,
-            `controls` and `ledger`; and `curves`, `probes`, `costs`.
+            `controls` and `ledger`; and `curves`, `probes`, `costs`, `made`.
         Raises: FileNotFoundError for probes that are not there yet.
         """
         return self._keep("compare", compile_tables(self.study))
@@ -327,25 +328,23 @@ class Lab:
         return self._tables[step] if step in self._tables else getattr(self, step)()
 
     def figures(self, step: str) -> dict[str, Picture]:
-        """All figures of `cache`, `datamap`, `compare`, `scores` or `noise` by name, drawn and
-        written to `figures/<study>/`."""
+        """All figures of `datamap`, `compare`, `scores` or `noise` by name, drawn and written to
+        `figures/<study>/`."""
         if step not in self._figures:
             tables = self._open(step) if step in TEXTS else {}
             self._figures[step] = draw(self.study, self.images, step, tables)
         return self._figures[step]
 
-    def figure(self, name: str) -> Picture:
-        """One figure by name, such as `datamap`, `regions` or `accuracy`; as `figures`.
-
-        Raises: KeyError for a figure that the study does not have.
-        """
-        if name not in (drawn := self.figures(step_of(name, FIGURES))):
-            raise KeyError(f"{self.study.name} has no figure {name!r}; it has {', '.join(drawn)}")
-        return drawn[name]
+    def figure(self, name: str) -> Picture | Text:
+        """One figure of `figures` by name, such as `datamap`; where it is not drawn, a sentence
+        that says why. Raises: KeyError for a name that no figure has."""
+        drawn = self.figures(step_of(name, FIGURES))
+        return drawn[name] if name in drawn else not_drawn(self.study, name)
 
     def text(self, name: str) -> Text:
         """The results of a step as Markdown, also written to `figures/<study>/`: `summary`,
-        `comparison`, `objectives`, `ledger`, `scores` or `noise`."""
+        `comparison`, `objectives`, `ledger`, `scores` or `noise`; `costs`, whose times differ from
+        machine to machine, is written to `runs/<study>/compare/`."""
         return describe(self.study, name, self._open(step_of(name, TEXTS)))
 
     def answer(self) -> Text:
@@ -353,13 +352,13 @@ class Lab:
         return answer_text(self.study, self._open("compare"))
 
     def fold(self, title: str, *names: str) -> Text:
-        """Figures and texts under a title that a click opens: of these names what the study has,
-        with a figure also those of further data sets (`probes_on_mnist`)."""
+        """Figures and texts under a title that a click opens, with a figure also those of further
+        data sets (`probes_on_mnist`), or the sentence why it is not drawn."""
         texts = {name for of_step in TEXTS.values() for name in of_step}
-        shown: dict[str, Picture | Text] = {name: self.text(name) for name in texts & set(names)}
+        shown = {n: self.text(n) if n in texts else self.figure(n) for n in names}
         for step in {step_of(name, FIGURES) for name in names if name not in texts}:
             shown |= self.figures(step)
-        of = [shown[n] for name in names for n in shown if named_place(n)[0] == name]
+        of = (shown[n] for name in names for n in shown if named_place(n)[0] == name)
         return folded(title, of)
 
     def settings(self, *sections: str) -> Text:

@@ -127,4 +127,4 @@ def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
                 figure.draw_without_rendering()
         return {name: folder / f"{name}.png" for name in figures}
 
-    monkeypatch.setattr("kdlib.steps.figures.save_figures", drawn)
+    monkeypatch.setattr("kdlib.steps.saved_figures.save_figures", drawn)

@@ -82,7 +82,6 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
     assert "# tiny: results" in printed
     assert f"Figures and tables: {home}/figures/tiny" in printed
     for name in (
-        "shard_visits",
         "datamap",
         "regions",
         "accuracy",
@@ -315,11 +314,11 @@ def test_a_workspace_of_any_name_is_planned_alike_and_a_linked_folder_of_runs_to
     (odd / "runs" / "tiny").rename(odd / "disk" / "tiny")
     (odd / "runs" / "tiny").symlink_to(odd / "disk" / "tiny")
     assert _planned(odd, odd / STUDY) == {}
-    (odd / "figures" / "tiny" / "shard_visits.png").unlink()  # no later step reads it
-    assert _planned(odd, odd / STUDY) == {"cache": 1}
+    (odd / "figures" / "tiny" / "regions.png").unlink()  # no later step reads it
+    assert _planned(odd, odd / STUDY) == {"datamap": 1}
     text = (odd / STUDY).read_text()
     (odd / STUDY).write_text(text.replace("training: {steps: 60", "training: {steps: 50"))
-    made = {"cache": 1, "distill": 3, "probe": 2, "compare": 1}
+    made = {"datamap": 1, "distill": 3, "probe": 2, "compare": 1}
     assert _planned(odd, odd / STUDY) == made
 
 

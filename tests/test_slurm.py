@@ -16,7 +16,7 @@ from test_pipeline import ROOT, _results
 
 from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import make_datamap
-from kdlib.steps.figures import draw_datamap, draw_shard_visits, redraw_comparison
+from kdlib.steps.figures import draw_datamap, redraw_comparison
 from kdlib.steps.step_command import run_steps
 from kdlib.steps.teacher import make_teacher
 from kdlib.study.load import load_study
@@ -56,7 +56,6 @@ def start(tmp_path_factory):
         images = cache_images(study)
         make_teacher(study, images)
         make_datamap(study, images)
-        draw_shard_visits(study)
         draw_datamap(study)  # else the pipeline draws them first, each as a job of the cluster
     return home
 

@@ -35,7 +35,9 @@ SLOW = {
     "numba",
     "duckdb",
 }  # a kernel's start counts
-DRAWING = {m for m in MODULES if m.startswith("plots.")} | {"steps.figures"}
+DRAWING = {m for m in MODULES if m.startswith("plots.")} | {
+    "steps.figures", "steps.comparison_figures", "steps.saved_figures",
+}  # fmt: skip
 # `explorer.app` imports the two when it shows an app; `Lab.explore` reaches it by the room's face.
 APP = "explorer.app"
 WIDGETS = {

@@ -1,8 +1,10 @@
 """Tables of a study's runs, small enough to be committed beside its figures, and enough to redraw
 them where the runs are not.
 
-`figures/<study>/tables/<name>.parquet` holds a hash of its content and the settings of the study it
-was compiled from; a file that was changed, or that belongs to other settings, is refused.
+`figures/<study>/tables/<name>.parquet`, and `tables/<step>/<name>.parquet` for the figures of other
+steps than the comparison, hold a hash of their content and the settings of the study they were
+compiled from; a file that was changed, or that belongs to other settings, is refused. Times,
+devices and commits stand in no committed file: the same study gives the same bytes again.
 """
 
 from pathlib import Path
@@ -18,7 +20,22 @@ from kdlib.study.evaluation import AXES
 from kdlib.study.fingerprints import dumped
 from kdlib.study.study import Study
 
-NAMES = ("results", "curves", "probes", "costs")
+NAMES = ("results", "curves", "probes")
+# Step -> its tables, and the sections of a study file that they depend on
+STEPS = {
+    "datamap": ("points", "regions", "classes", "images"),
+    "scores": ("correlations", "runs", "stability", "models", "pairs"),
+    "noise": ("detectors", "curves", "over_epochs", "rules", "labels", "images"),
+    "near": ("images",),
+    "audit": ("exhibits",),
+}
+SECTIONS = {
+    "datamap": ("data", "teacher", "dynamics"),
+    "scores": ("data", "dynamics", "recordings"),
+    "noise": ("data", "dynamics", "recordings"),
+    "near": ("data", "teacher"),
+    "audit": ("data",),
+}
 POINTS = 8_000  # rows of all curves together, where each then has between LEAST and MOST
 LEAST, MOST = 12, 40
 
@@ -32,8 +49,45 @@ def committed_folder(study: Study) -> Path:
 
 
 def is_committed(study: Study) -> bool:
-    """Whether any table of the study is committed."""
+    """Whether any table of the study's comparison is committed."""
     return any((committed_folder(study) / f"{name}.parquet").is_file() for name in NAMES)
+
+
+def is_committed_step(study: Study, step: str) -> bool:
+    """Whether any table of a step of `STEPS` is committed."""
+    return any((committed_folder(study) / step).glob("*.parquet"))
+
+
+def write_step(study: Study, step: str, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Write the tables of a step of `STEPS`, and return them as `read_step` does. A table that is
+    not there is written without rows."""
+    settings = _sections(study, step)
+    for name in STEPS[step]:
+        table = tables.get(name, pd.DataFrame())
+        metadata = {"table": f"{step}/{name}", "study": study.name, "settings": settings}
+        path = committed_folder(study) / step / f"{name}.parquet"
+        write_parquet(path, table, metadata, compression="zstd")
+    return read_step(study, step)
+
+
+def read_step(study: Study, step: str) -> dict[str, pd.DataFrame]:
+    """The committed tables of a step.
+
+    Raises: As `read_committed`.
+    """
+    now = _sections(study, step), _sections(study, step, exclude_defaults=True)
+    folder = committed_folder(study) / step
+    return {name: _read(study, folder / f"{name}.parquet", f"{step}/{name}", *now)
+            for name in STEPS[step]}  # fmt: skip
+
+
+def _sections(study: Study, step: str, **options: Any) -> dict[str, Any]:
+    """The settings that the tables of a step depend on."""
+    sections = list(SECTIONS[step])
+    if step == "datamap" and study.dynamics.per_seed:
+        sections.append("recordings")
+    dump = dumped(study, **options)
+    return {key: dump[key] for key in sections if key in dump}
 
 
 def write_committed(study: Study, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -62,20 +116,25 @@ def read_committed(study: Study) -> dict[str, pd.DataFrame]:
     Raises: FileNotFoundError for a table that is not there; ValueError for one that was changed, of
         another name, or of other settings than the study file has now, with the difference.
     """
-    tables = {}
-    for name in NAMES:
-        path = committed_folder(study) / f"{name}.parquet"
-        tables[name], metadata = read_parquet(path)
-        belongs = {"table": metadata.get("table"), "study": metadata.get("study")}
-        lines = files.difference({"table": name, "study": study.name}, belongs)
-        now, written = _settings(study), _settings(study, exclude_defaults=True)
-        lines += files.difference(now, _completed(metadata.get("settings", {}), now, written))
-        if lines:
-            raise ValueError(
-                f"{path} was compiled before the study was changed (there -> now): "
-                f"{'; '.join(lines)}; {run_to_make(study.runs)}, or take the change back"
-            )
-    return tables
+    now = _settings(study), _settings(study, exclude_defaults=True)
+    folder = committed_folder(study)
+    return {name: _read(study, folder / f"{name}.parquet", name, *now) for name in NAMES}
+
+
+def _read(
+    study: Study, path: Path, name: str, now: dict[str, Any], written: dict[str, Any]
+) -> pd.DataFrame:
+    """A table that belongs to a name, to the study, and to its settings of now."""
+    table, metadata = read_parquet(path)
+    belongs = {"table": metadata.get("table"), "study": metadata.get("study")}
+    lines = files.difference({"table": name, "study": study.name}, belongs)
+    lines += files.difference(now, _completed(metadata.get("settings", {}), now, written))
+    if lines:
+        raise ValueError(
+            f"{path} was compiled before the study was changed (there -> now): "
+            f"{'; '.join(lines)}; {run_to_make(study.runs)}, or take the change back"
+        )
+    return table
 
 
 def thin(curves: pd.DataFrame) -> pd.DataFrame:

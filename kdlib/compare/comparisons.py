@@ -81,7 +81,8 @@ def selection_s(study: Study, costs: pd.DataFrame, strategy: str, objective: str
 def comparisons(study: Study, tables: Tables) -> Tables:
     """The tables, and what follows from them: `strategies` (each strategy minus the baseline),
     `objectives` (each objective minus the one without a teacher, when the study has one),
-    `controls` (each minus `compare.objective`, when the study names one), `ledger`. Where
+    `controls` (each minus `compare.objective`, when the study names one), `ledger`, whose seconds
+    are NaN without the table of costs. Where
     `compare.on` names data sets, a comparison holds the rows of each, by the column `on`; p-values
     are corrected within one data set."""
     parts = {on: _compared(study, tables["results"], c) for on, c in study.compare.columns.items()}
@@ -90,7 +91,7 @@ def comparisons(study: Study, tables: Tables) -> Tables:
         for name in compared:
             of_name = [part[name].assign(on=on) for on, part in parts.items()]
             compared[name] = pd.concat(of_name, ignore_index=True)
-    costs = tables["costs"]
+    costs = tables.get("costs", pd.DataFrame(columns=["what", *AXES, "seed", "wall_s", "steps"]))
     compared["ledger"] = ledger(
         tables["results"],
         tables["curves"],

@@ -45,7 +45,8 @@ def ledger(
     Args:
         results: One row per run: the four axes, `seed`, `refused`.
         curves: The axes, `seed`, `step`, `validation_accuracy` in [0, 1] of the accepted runs.
-        costs: One row per run: the axes, `seed`, `wall_s`, `steps`.
+        costs: One row per run: the axes, `seed`, `wall_s`, `steps`; without rows, where the runs
+            are elsewhere, seconds are NaN.
         margin: Accuracy that does not matter, in (0, 1).
         selection_s: (strategy, objective) -> seconds spent before the first such subset was there,
             that a student on the full set would not have needed; 0 for a random one.
@@ -67,17 +68,18 @@ def ledger(
     rows = []
     for (student, strategy, fraction, objective), curve in means.items():
         whole = (student, "full", 1.0, objective)
-        if strategy == "full" or whole not in means or (student, objective) not in per_step.index:
+        if strategy == "full" or whole not in means:
             continue
         target = means[whole].iloc[-1] - margin
         full_steps, steps = _first(means[whole], target), _first(curve, target)
-        saved = (full_steps - steps) * per_step[student, objective]
+        s_per_step = per_step.get((student, objective), np.nan)
+        saved = (full_steps - steps) * s_per_step
         spent, cell = selection_s(strategy, objective), (student, strategy, fraction, objective)
         rows.append(
             (
                 student, objective, strategy, fraction, run_s.get(whole, np.nan),
-                run_s.get(cell, np.nan), target, full_steps, steps, per_step[student, objective],
-                saved, spent, pays_after(spent, saved),
+                run_s.get(cell, np.nan), target, full_steps, steps, s_per_step, saved,
+                spent, pays_after(spent, saved),
             )
         )  # fmt: skip
     order = ["student", "objective", "fraction", "strategy"]
@@ -91,6 +93,21 @@ def pays_after(spent: float, saved: float) -> float:
     (4.0, 0.0, nan)
     """
     return float(math.ceil(spent / saved)) if saved > 0 else math.nan
+
+
+def steps_table(cells: pd.DataFrame) -> Table:
+    """The steps of `ledger`, without seconds."""
+    rows = [
+        (
+            row.student, row.objective, row.strategy, share_in_words(row.fraction),
+            f"{100 * row.target:.1f}", "never" if math.isnan(row.steps) else f"{row.steps:.0f}",
+            f"{row.full_steps:.0f}",
+        )
+        for row in cells.itertuples()
+    ]  # fmt: skip
+    head = ("student", "objective", "strategy", "fraction", "target (%)", "steps",
+            "of the full set")  # fmt: skip
+    return Table(head, rows, "llll" + "r" * 3)
 
 
 def ledger_table(cells: pd.DataFrame) -> Table:

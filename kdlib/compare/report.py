@@ -5,7 +5,7 @@ import pandas as pd
 
 from kdlib.compare.classes import class_sentences, class_table
 from kdlib.compare.comparisons import Tables, by_place, names_shards
-from kdlib.compare.costs import ledger_table
+from kdlib.compare.costs import ledger_table, steps_table
 from kdlib.compare.text import (
     Section,
     Table,
@@ -86,11 +86,6 @@ def notes(study: Study, tables: Tables) -> list[str]:
         begun = results.drop_duplicates(["student", "origin"]).dropna(subset="origin")
         each = "; ".join(f"{row.student}: {row.origin}" for row in begun.itertuples())
         found.append(f"First weights of the students: {each}.")
-    if (versions := results["code_sha256"].nunique()) > 1:
-        found.append(f"The runs were made by {versions} versions of the code.")
-    dirty = results.get("git_clean", pd.Series(dtype=str)).eq("False").sum()  # since 2026-11
-    if dirty:
-        found.append(f"{count(dirty, 'run')} of code with uncommitted changes.")
     return found
 
 
@@ -117,7 +112,7 @@ def again(study: Study, tables: Tables) -> Section:
         (r.student, r.strategy, share_in_words(r.fraction), r.objective, f"`{r.command}`")
         for r in cells.itertuples()
     ]
-    text = _where_again(study, tables["results"])
+    text = _where_again(study)
     return Section("The command that makes a cell again", text, Table([*AXES, "command"], rows))
 
 
@@ -212,17 +207,16 @@ def _networks(tables: Tables) -> Section | None:
     return Section("The networks", "", Table(head, rows, "lrrr", numbers_of(cells, range(1, 4))))
 
 
-def _where_again(study: Study, results: pd.DataFrame) -> str:
-    """The devices of the runs, and where the same command gives the same bytes."""
-    devices = sorted(results.loc[~results["refused"], "device"].unique())
+def _where_again(study: Study) -> str:
+    """Where the same command gives the same bytes."""
     same = "A GPU may sum in another order each time: expect the same numbers, not bytes."
     if study.compute.portable:
-        same = "Held to AVX2 (`portable`), they give the same bytes on every x86-64 processor."
+        same = "Held to AVX2 (`portable`), it gives the same bytes on every x86-64 processor."
     elif study.compute.device == "cpu":
         same = (
             "The same kind of processor gives the same bytes; another kind may round differently."
         )
-    return f"These runs were made on {', '.join(devices)}. {same}"
+    return same
 
 
 def objective_table(study: Study, tables: Tables) -> str:
@@ -291,18 +285,52 @@ def comparison_texts(study: Study, tables: Tables) -> str:
 
 @names_shards
 def ledger_text(study: Study, tables: Tables) -> str:
-    """What each selection costs and after how many students it has paid, as Markdown; also written
-    to the figures folder."""
-    took, paid = ledger_sections(study, tables)
-    lines = [f"# {study.name}: what a selection costs, and when it has paid", ""]
-    lines += [took.table.markdown(), "", paid.text]
-    lines += ["", paid.table.markdown()] if paid.table.rows else []
+    """How many steps a subset saves, as Markdown; also written to the figures folder. Seconds stand
+    in `costs_text`."""
+    steps, *_ = ledger_sections(study, tables)
+    lines = [f"# {study.name}: how many steps a subset saves", "", steps.text]
+    lines += ["", steps.table.markdown()] if steps.table.rows else []
     return write_text(study, "ledger.md", lines)
 
 
-def ledger_sections(study: Study, tables: Tables) -> tuple[Section, Section]:
-    """What each step took, and after how many students a selection has paid."""
-    costs = tables["costs"]
+@names_shards
+def costs_text(study: Study, tables: Tables) -> str:
+    """Where and by which code the runs were made, what each selection costs, and after how many
+    students it has paid, as Markdown; also written to `runs/<study>/compare/costs.md`, as it
+    differs from machine to machine. Without the runs it says where it is written."""
+    title = f"# {study.name}: what a selection costs, and when it has paid"
+    _, *sections = ledger_sections(study, tables)
+    if not sections:
+        where = f"runs/{study.name}/compare/costs.md"
+        return f"{title}\n\nThe runs are not here; step 06 writes this text to `{where}`.\n"
+    lines = [title]
+    for section in sections:
+        lines += ["", section.text] if section.text else []
+        lines += ["", section.table.markdown()] if section.table.rows else []
+    return write_text(study, "costs.md", lines, study.runs / "compare")
+
+
+def ledger_sections(study: Study, tables: Tables) -> list[Section]:
+    """How many steps a subset saves; where the runs are here, also what each step took, and after
+    how many students a selection has paid."""
+    target = (
+        "the mean validation curve of a cell is first within "
+        f"{count(100 * study.compare.margin, 'point')} of where the full set's students end"
+    )
+    without = (
+        "Without labels no accuracy is followed during a training, and nothing says how many of "
+        "its steps a subset saves."
+    )
+    followed = "validation_accuracy" in tables["curves"]
+    text = (
+        f"The step at which {target}, on either side; at equal steps a subset by itself saves "
+        "nothing."
+    )
+    title = "How many steps a subset saves"
+    sections = [Section(title, text if followed else without, steps_table(tables["ledger"]))]
+    if "costs" not in tables:
+        return sections
+    costs, made = tables["costs"], tables["made"]
     students = costs[costs["what"] == "student"]
     rows = [
         (row["what"], f"{row['wall_s']:.3g}", row["steps"], row["device"])
@@ -314,19 +342,17 @@ def ledger_sections(study: Study, tables: Tables) -> tuple[Section, Section]:
             f"{students['steps'].median():.0f}", students["device"].iloc[0],
         )
     )  # fmt: skip
+    versions, dirty = made["code_sha256"].nunique(), made["git_clean"].eq("False").sum()
+    facts = [f"These runs were made on {', '.join(sorted(made['device'].dropna().unique()))}."]
+    facts += [f"They were made by {versions} versions of the code."] * (versions > 1)
+    facts += [f"{count(dirty, 'run')} of code with uncommitted changes."] * bool(dirty)
     took = Table(("what", "wall time (s)", "steps", "device"), rows, "lrrl")
+    sections.append(Section("What each step took", " ".join(facts), took))
     text = (
-        "A student is charged the steps after which the mean validation curve of its cell is first "
-        f"within {count(100 * study.compare.margin, 'point')} of where the full set's "
-        "students end, on either side, at the median time of a step; at equal steps a subset by "
-        "itself saves nothing. A selection is charged the datamap and the training recorded for "
-        "it, unless a teacher was needed anyway. Times are those of the process that finished a "
-        "run, on machines that may have done other things."
+        f"A student is charged the steps after which {target}, on either side, at the median time "
+        "of a step; at equal steps a subset by itself saves nothing. A selection is charged the "
+        "datamap and the training recorded for it, unless a teacher was needed anyway. Times are "
+        "those of the process that finished a run, on machines that may have done other things."
     )
-    if "validation_accuracy" not in tables["curves"]:
-        text = (
-            "Without labels no accuracy is followed during a training, and nothing says how many "
-            "of its steps a subset saves."
-        )
-    paid = Section("When a selection has paid", text, ledger_table(tables["ledger"]))
-    return Section("What each step took", "", took), paid
+    paid = ledger_table(tables["ledger"])
+    return [*sections, Section("When a selection has paid", text if followed else without, paid)]

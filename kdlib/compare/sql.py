@@ -18,8 +18,8 @@ def query(text: str, parameters: list[Any] | None = None) -> pd.DataFrame:
     """The answer to one SQL query.
 
     Its views are `metrics`, one row per evaluation of each finished student run that is here
-    (`runs/<study>/distill/<axis=value>/.../metrics.parquet`), and `results`, `curves`, `probes` and
-    `costs` of all studies with committed tables (`figures/<study>/tables/`). Every view has a
+    (`runs/<study>/distill/<axis=value>/.../metrics.parquet`), and `results`, `curves` and
+    `probes` of all studies with committed tables (`figures/<study>/tables/`). Every view has a
     column `study`; `metrics` has the axes of its folder, `fraction` (or `shards`) and `seed` as
     numbers.
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,10 +113,12 @@ def _cell(content: Any) -> str:
     return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", re.sub(r"(?<!\\)\|", r"\|", text))
 
 
-def write_text(study: Study, name: str, parts: Iterable[str]) -> str:
-    """Write lines or blocks of text to a file of the study's figures folder; returns the text."""
+def write_text(study: Study, name: str, parts: Iterable[str], folder: Path | None = None) -> str:
+    """Write lines or blocks of text to a file of the study's figures folder, or of another one;
+    returns the text."""
     text = "\n".join(parts).rstrip() + "\n"
-    write_atomic(study.figures / name, lambda file: file.write(text.encode()))
+    path = (study.figures if folder is None else folder) / name
+    write_atomic(path, lambda file: file.write(text.encode()))
     return text
 
 

@@ -7,7 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "theme": ["style", "save_figure", "NARROW", "WIDE"],
         "datamaps": ["datamap"],
-        "curves": ["learning_curves", "probe_curves", "diagnostics"],
+        "curves": ["learning_curves"],
+        "probes": ["probe_curves", "diagnostics"],
         "differences": ["forest_plot_by_student"],
         "images": ["region_grid"],
     },

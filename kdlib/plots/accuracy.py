@@ -4,7 +4,6 @@ A function takes tables and an empty figure, draws, and returns it. Accuracies a
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,6 +14,8 @@ from matplotlib.ticker import NullLocator
 from kdlib.plots import layout, theme
 from kdlib.plots.differences import accuracy_label, crossed, verdict_handles, verdict_mark
 from kdlib.study.evaluation import AXES
+
+NEUTRAL = "#404040"  # where the rows are named
 
 
 def accuracy_by_strategy(
@@ -27,8 +28,8 @@ def accuracy_by_strategy(
 
     Args:
         fig: An empty figure; its height is set to what the rows need.
-        results: Accepted runs: the axes of the study (at most as many objectives as there are
-            `theme.OBJECTIVES`), `seed`, the measure in [0, 1].
+        results: Accepted runs: the axes of the study (at most `theme.MOST_OBJECTIVES`
+            objectives), `seed`, the measure in [0, 1].
         comparison: From `compare.paired_differences`, for the verdicts.
         measure: Column that is drawn.
 
@@ -39,6 +40,7 @@ def accuracy_by_strategy(
     needed = (*AXES, "against_strategy", "against_fraction", "verdict")
     theme.demand(comparison, needed, "comparison")
     objectives = sorted(set(results["objective"]))
+    looks = theme.line_looks(objectives, "objective")
     is_full = results["strategy"] == "full"
     subsets, full = results[~is_full], results[is_full]
     students = list(dict.fromkeys(results["student"]))
@@ -60,16 +62,16 @@ def accuracy_by_strategy(
         if baseline in strategies:
             y = strategies.index(baseline)
             ax.axhspan(y - 0.5, y + 0.5, color="#F0F0F0", lw=0, zorder=0)
-        for k, objective in enumerate(objectives):
+        for k, (objective, (colour, dash, marker)) in enumerate(looks.items()):
             of_full = full[(full["student"] == student) & (full["objective"] == objective)]
             if len(of_full):
                 level = 100 * of_full[measure].mean()
-                ax.axvline(level, color=theme.OBJECTIVES[k][0], ls=theme.DASHES[k], lw=1, zorder=1)
+                ax.axvline(level, color=colour, ls=dash, lw=1, zorder=1)
             shift = (k - (len(objectives) - 1) / 2) * 0.7 / len(objectives)
             for y, strategy in enumerate(strategies):
                 cell = (student, strategy, fraction, objective)
                 values = 100 * theme.of_cell(subsets, cell)[measure]
-                _draw_seeds(ax, values, y + shift, *theme.OBJECTIVES[k], 0.25 / len(objectives))
+                _draw_seeds(ax, values, y + shift, colour, marker, 0.25 / len(objectives))
                 for verdict in theme.of_cell(compared, cell)["verdict"]:
                     where = {"transform": ax.get_yaxis_transform()}
                     verdict_mark(ax, 1.035, y + shift, verdict, **where)
@@ -91,9 +93,7 @@ def _draw_seeds(
 
 def _objective_handles(objectives: Sequence[str], full: pd.DataFrame) -> list[Line2D]:
     handles = []
-    for (colour, marker), dash, name in zip(
-        theme.OBJECTIVES, theme.DASHES, objectives, strict=False
-    ):
+    for name, (colour, dash, marker) in theme.line_looks(objectives, "objective").items():
         mean = layout.mark(
             f"{theme.in_words(name)}: mean", color=colour, marker=marker, ms=5.5, mew=0
         )
@@ -131,7 +131,7 @@ def accuracy_by_objective(
         for y, objective in enumerate(objectives):
             cell = (student, strategy, fraction, objective)
             values = 100 * theme.of_cell(results, cell)[measure]
-            _draw_seeds(ax, values, y, theme.BLUE, "o", 0.25)
+            _draw_seeds(ax, values, y, NEUTRAL, "o", 0.25)
             if y == 0 and len(values):
                 ax.axvline(values.mean(), color=theme.GREY, lw=1, ls=theme.DASHES[1], zorder=1)
         layout.name_rows(ax, [theme.in_words(name) for name in objectives], 0.6)
@@ -140,8 +140,8 @@ def accuracy_by_objective(
         ax.set_title(f"{theme.in_words(student)}, {title}" if several else title)
     n_seeds = results["seed"].nunique()
     marks = [
-        layout.mark(f"mean of {n_seeds} seeds", color=theme.BLUE, marker="o", ms=5.5, mew=0),
-        layout.mark("one seed", color=theme.BLUE, marker="o", ms=2.6, mew=0),
+        layout.mark(f"mean of {n_seeds} seeds", color=NEUTRAL, marker="o", ms=5.5, mew=0),
+        layout.mark("one seed", color=NEUTRAL, marker="o", ms=2.6, mew=0),
         layout.mark(
             f"{theme.in_words(objectives[0])}: mean", color=theme.GREY, ls=theme.DASHES[1], lw=1
         ),
@@ -176,7 +176,7 @@ def accuracy_by_fraction(
         panels, names = [(s, [o]) for s in students for o in objectives], strategies
     else:
         panels, names = [(s, objectives) for s in students], objectives
-    looks = _fraction_looks(names, by)
+    looks = theme.line_looks(names, by)
     row_in = max(2.6, 0.5 + 0.14 * len(names))
     axs = layout.panel_grid(fig, len(panels), row_in, 2, sharey=False)
     is_full = results["strategy"] == "full"
@@ -195,17 +195,8 @@ def accuracy_by_fraction(
     return fig
 
 
-def _fraction_looks(names: Sequence[str], by: str) -> dict[str, tuple[str, Any, str]]:
-    """Colour, dash and marker of each line."""
-    if by == "objective" and len(names) <= len(theme.OBJECTIVES):
-        pairs = zip(names, theme.OBJECTIVES, theme.DASHES, strict=False)
-        return {name: (colour, dash, marker) for name, (colour, marker), dash in pairs}
-    looks = theme.line_looks(names)
-    return {name: (*looks[name], "o") for name in names}
-
-
 def _draw_over_fractions(
-    ax: Axes, results: pd.DataFrame, measure: str, by: str, looks: dict[str, tuple[str, Any, str]]
+    ax: Axes, results: pd.DataFrame, measure: str, by: str, looks: dict[str, theme.Look]
 ) -> list[layout.End]:
     """The lines of one panel; returns where they end."""
     ends: list[layout.End] = []

@@ -1,38 +1,63 @@
-"""Figures over the steps of training: learning curves, probes, the shape of features.
+"""Figures over the steps of training: learning curves and losses.
 
 A function takes tables and an axis (or a figure where several panels belong together), draws, and
-returns it.
+returns it. Where the curves of compared cells lie on each other (`apart`), their differences can be
+drawn.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from kdlib.plots import layout, theme
-from kdlib.repro.files import nearest
-from kdlib.study.evaluation import AXES, OWN
+from kdlib.study.evaluation import AXES
 
-REFERENCES = ("teacher", "untrained")
+OFTEN = 0.25  # share of the steps at which cells must differ, to be told apart
+SEEN = 0.08  # share of the height of a panel by which they must differ
 
-# Diagnostics of features: column, title, the level of theory (None: it depends on the network) and
-# what it is the level of.
-DIAGNOSTICS = (
-    ("effective_rank", "effective rank", None, "isotropic"),
-    ("mean_cosine", "mean cosine, centred", 0.0, "isotropic"),
-    ("unit_variance", "variance of a unit feature", None, "at most 1 / D"),
-    ("alignment", "alignment within classes", 2.0, "isotropic"),
-    ("uniformity", "uniformity", None, "evenly spread"),
-    ("cka_teacher", "linear CKA with the teacher", 1.0, "the teacher itself"),
-)
+
+def apart(table: pd.DataFrame, value: str, levels: Sequence[float] = ()) -> bool:
+    """Whether curves of different cells can be told apart.
+
+    They can where the means of two cells lie further apart than two standard deviations over seeds
+    (pooled over cells; of one seed, further than nothing), and than `SEEN` of the height of the
+    panel, at a quarter of the steps after the first or more.
+
+    Args:
+        table: The axes of the study, `seed`, `step` and the value; rows of trained cells.
+        value: Name of a column.
+        levels: What else stands in the panel.
+    """
+    means = table.groupby([*AXES, "step"])[value].mean()
+    height = max([means.max(), *levels]) - min([means.min(), *levels])
+    after = table[table["step"] > table["step"].min()]
+    of_cells = after.groupby(["step", *AXES])[value].agg(["mean", "var"]).groupby("step")
+    spread = of_cells["mean"].max() - of_cells["mean"].min()
+    sd = np.sqrt(of_cells["var"].mean().fillna(0.0))
+    seen = (spread > 2 * sd) & (spread > SEEN * height)
+    return len(spread) > 0 and float(seen.mean()) >= OFTEN
+
+
+def measured(curves: pd.DataFrame) -> str:
+    """The column that learning curves show: validation accuracy, training accuracy where no image
+    was held out, or the validation loss without labels.
+
+    Raises: ValueError for missing columns or an empty table.
+    """
+    unlabelled = "validation_loss" in curves and "validation_accuracy" not in curves
+    kind = "loss" if unlabelled else "accuracy"
+    theme.demand(curves, (*AXES, "seed", "step", f"validation_{kind}"), "curves")
+    which = "validation" if curves[f"validation_{kind}"].notna().any() else "train"
+    return f"{which}_{kind}"
 
 
 def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axes:
-    """Validation accuracy over optimiser steps, training accuracy where no image was held out, or
-    without labels the validation loss: mean and standard deviation over seeds.
+    """What is `measured` over optimiser steps: mean and standard deviation over seeds.
 
     Each cell (student, strategy, fraction, objective) is one line, named at its end by `by` and by
     what else tells it from the other cells of the same `by`.
@@ -47,212 +72,129 @@ def learning_curves(ax: Axes, curves: pd.DataFrame, by: str = "strategy") -> Axe
     Raises: ValueError for missing columns, an empty table, an unknown `by`, or a cell whose seeds
         were not all evaluated at the same steps.
     """
-    unlabelled = "validation_loss" in curves and "validation_accuracy" not in curves
-    measured = "loss" if unlabelled else "accuracy"
-    theme.demand(curves, (*AXES, "seed", "step", f"validation_{measured}"), "curves")
-    which = "validation" if curves[f"validation_{measured}"].notna().any() else "train"
-    name, unit = f"{which.replace('train', 'training')} {measured}", " (%)" * (measured != "loss")
-    ends = _draw_cells(ax, curves, f"{which}_{measured}", by, scale=100 if unit else 1)
-    ax.set(xlabel="optimiser steps", ylabel=f"{name}{unit}")
-    ax.set_title(
-        f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}", fontsize=theme.TEXT_PT
-    )
-    _finish_lines(ax, ends, 100 if unit else math.inf)
+    value = measured(curves)
+    is_loss = value.endswith("loss")
+    ends = draw_cells(ax, curves, value, by, scale=1 if is_loss else 100)
+    ax.set(xlabel="optimiser steps", ylabel=_named(value) + ("" if is_loss else " (%)"))
+    _title(ax, curves, by)
+    finish_lines(ax, ends, math.inf if is_loss else 100)
     return ax
 
 
+def difference_curves(
+    ax: Axes, table: pd.DataFrame, value: str, by: str, baseline: str, what: str = ""
+) -> Axes:
+    """Each cell minus the cell of `baseline` at the same steps, seed by seed: mean and standard
+    deviation over seeds; for cells whose curves lie on each other.
+
+    Args:
+        ax: The axis.
+        table: The axes of the study, `seed`, `step` and the value, of cells that differ in `by`;
+            one of them is the baseline.
+        value: Name of a column: an accuracy in [0, 1], drawn in points, or a loss.
+        by: The axis of the study in which cells differ.
+        baseline: Its value in the cell that is subtracted.
+        what: What the value is called; else by its column.
+
+    Returns: `ax`.
+    Raises: ValueError for missing columns, or a table without the baseline.
+    """
+    theme.demand(table, (*AXES, "seed", "step", value), "curves")
+    keys = ["seed", "step"] + [a for a in AXES if a not in (by, "strategy", "fraction")]
+    reference = table[table[by] == baseline]
+    if reference.empty:
+        raise ValueError(f"no curve of the baseline {baseline!r}: {by} has {set(table[by])}")
+    reference = reference.set_index(keys)[value].rename("subtracted")
+    pairs = table[table[by] != baseline].join(reference, on=keys, how="inner")
+    pairs = pairs.assign(difference=pairs[value] - pairs["subtracted"])
+    is_loss = value.endswith("loss")
+    ends = draw_cells(ax, pairs, "difference", by, scale=1 if is_loss else 100)
+    ax.axhline(0, color=theme.BLACK, lw=0.8, zorder=1)
+    unit = "" if is_loss else "\n(points)"
+    minus = f"minus {theme.value_in_words(baseline)}"
+    ax.set(xlabel="optimiser steps", ylabel=f"{what or _named(value)}, {minus}{unit}")
+    _title(ax, table, by, "seed by seed; ")
+    finish_lines(ax, ends, math.inf, -math.inf)
+    return ax
+
+
+def _named(value: str) -> str:
+    which, _, kind = value.partition("_")
+    return f"{which.replace('train', 'training')} {kind}"
+
+
+def _title(ax: Axes, table: pd.DataFrame, by: str, before: str = "") -> None:
+    lines = theme.held_axes(table, by), f"{before}{theme.name_of_spread(table)}"
+    ax.set_title("\n".join(filter(None, lines)), fontsize=theme.TEXT_PT)
+
+
 def losses(fig: Figure, curves: pd.DataFrame, by: str = "strategy") -> Figure:
-    """Training loss, validation loss and each term of the training loss over optimiser steps, a
-    panel for each.
+    """Training loss, each of its terms, and validation loss over optimiser steps, a panel for each
+    in which the cells can be told `apart`, and for each objective: losses of different objectives
+    do not compare. A loss that falls to less than a fiftieth has a logarithmic axis.
 
     Args:
         fig: An empty figure; its height is set to what the panels need.
         curves: The axes of the study, `seed`, `step`, `train_loss`, `validation_loss`, and
-            `train_loss_<term>`, NaN of cells whose loss has no such term.
+            `train_loss_<term>`, NaN of cells whose loss has no such term. A loss of one term is
+            that term.
         by: The axis of the study that decides the colour.
 
-    Returns: `fig`.
+    Returns: `fig`; without an axis where no panel is left.
     Raises: ValueError as `learning_curves`.
     """
     theme.demand(curves, (*AXES, "seed", "step", "train_loss", "validation_loss"), "curves")
     terms = [name for name in curves if name.startswith("train_loss_")]
-    drawn = {"train_loss": "training loss", "validation_loss": "validation loss"}
-    drawn |= {
-        name: theme.in_words(name.removeprefix("train_loss_")) + ", training" for name in terms
-    }
-    rows = {name: curves[curves[name].notna()] for name in drawn}
-    drawn = {name: title for name, title in drawn.items() if len(rows[name])}
-    axs = layout.panel_grid(fig, len(drawn), 2.1, 3, xlabel="optimiser steps", sharey=False)
+    apart_by = by != "objective" and curves["objective"].nunique() > 1
+    panels = []
+    for objective, rows in curves.groupby("objective", sort=False) if apart_by else [("", curves)]:
+        there = [name for name in terms if rows[name].notna().any()]
+        shown = {"train_loss": "training loss"}
+        if len(there) > 1 or not apart_by:
+            shown |= {name: theme.in_words(name.removeprefix("train_loss_")) for name in there}
+        shown |= {"validation_loss": "validation loss"}
+        for name, title in shown.items():
+            title = f"training, {title} term" if name in terms else title
+            kept = rows[rows[name].notna()]
+            shown_as = np.log(kept[name]) if _falls_far(kept, name) else kept[name]
+            seen = len(kept) and apart(kept.assign(shown=shown_as), "shown")
+            kept = kept if seen else kept.iloc[:0]
+            title = f"{theme.in_words(objective)}: {title}" if apart_by else title
+            panels += [(name, title, kept)] if len(kept) else []
+    if not panels:
+        return fig
+    axs = layout.panel_grid(fig, len(panels), 2.1, 3, xlabel="optimiser steps", sharey=False)
     handles = {}
-    for ax, (name, title) in zip(axs, drawn.items(), strict=True):
-        _draw_cells(ax, rows[name], name, by, scale=1)
+    for ax, (name, title, rows) in zip(axs, panels, strict=True):
+        draw_cells(ax, rows, name, by, scale=1)
         ax.set_xlim(0, max(1, curves["step"].max()))
+        if _falls_far(rows, name):
+            ax.set_yscale("log")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
         ax.set_title(title, fontsize=theme.TEXT_PT)
         found, labels = ax.get_legend_handles_labels()
         handles |= dict(zip(labels, found, strict=True))
-    title = f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}"
+    title = f"{theme.held_axes(curves, by)}; {theme.name_of_spread(curves)}".removeprefix("; ")
     layout.legend_in_rows(fig, list(handles.values()), title=title, handlelength=3.5)
     return fig
 
 
-def probe_curves(
-    ax: Axes, probes: pd.DataFrame, probe: str = "linear", on: str = OWN, layer: str = "features"
-) -> Axes:
-    """Probe accuracy over optimiser steps, with the untrained student and the teacher as levels.
-
-    Args:
-        ax: The axis.
-        probes: The axes of the study, `seed`, `step`, `probe`, `accuracy` in [0, 1]; rows whose
-            `strategy` is `untrained` or `teacher` become horizontal lines at their mean.
-        probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
-        on: On which data set; `own` means the study's images.
-        layer: Of which layer. The teacher's level is that of its last one.
-
-    Returns: `ax`.
-    Raises: ValueError for missing columns, a probe that is not there, or a cell whose seeds were
-        not all probed at the same steps.
-    """
-    theme.demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
-    rows = probes
-    for column, wanted in (("on", on), ("layer", layer), ("probe", probe)):
-        of_teacher = (column == "layer") & (rows["strategy"] == "teacher")
-        kept = rows[(rows[column] == wanted) | of_teacher]
-        if kept[kept["strategy"] != "teacher"].empty:
-            raise ValueError(
-                f"no rows of {column} {wanted!r}; {nearest(wanted, set(rows[column]))}"
-            )
-        rows = kept
-    is_reference = rows["strategy"].isin(REFERENCES)
-    trained = rows[~is_reference]
-    ends = _draw_cells(ax, trained, "accuracy", "strategy")
-    for name, dash in zip(REFERENCES, ((0, (4, 2)), (0, (1, 2))), strict=True):
-        reference = rows[rows["strategy"] == name]
-        # One teacher is the reference of all students, the untrained network that of its student.
-        networks = reference["student" if name == "untrained" else "strategy"]
-        for student, group in reference.groupby(networks):
-            level = 100 * group["accuracy"].mean()
-            ax.axhline(level, color=theme.BLACK, ls=dash, lw=0.9, zorder=1)
-            several = networks.nunique() > 1
-            label = f"{name}, {theme.in_words(student)}" if several else name
-            ends.append((level, label, theme.BLACK, None))
-    ax.set(xlabel="optimiser steps", ylabel="test accuracy (%)")
-    title = [f"{theme.in_words(probe)} probe", theme.held_axes(trained, "strategy")]
-    title += [layer] * (layer != "features")
-    title = f"{', '.join(title)}; {theme.name_of_spread(trained)}"
-    title = title if on == OWN else f"on {theme.in_words(on)}\n{title}"
-    ax.set_title(title, fontsize=theme.TEXT_PT)
-    _finish_lines(ax, ends)
-    return ax
+def _falls_far(rows: pd.DataFrame, name: str) -> bool:
+    """Whether a positive loss spans more than a linear axis shows."""
+    means = rows.groupby([*AXES, "step"])[name].mean()
+    return rows[name].min() > 0 and means.min() < means.max() / 50
 
 
-def probe_places(fig: Figure, probes: pd.DataFrame, probe: str = "linear") -> Figure:
-    """Probe accuracy of every layer on every data set at the last step, a panel for each data set,
-    between the untrained student and the teacher.
-
-    Args:
-        fig: An empty figure; its height is set to what the rows need.
-        probes: As of `probe_curves`.
-        probe: Which rows: `linear`, `knn` or `few_shot_<n>`.
-
-    Returns: `fig`, one axis per data set; a small dot is one seed, a large marker the mean.
-    Raises: ValueError for missing columns, or a table without such a probe.
-    """
-    theme.demand(probes, (*AXES, "seed", "step", "on", "layer", "probe", "accuracy"), "probes")
-    rows = probes[probes["probe"] == probe]
-    theme.demand(rows, (), f"probes, {probe}")
-    trained = rows[~rows["strategy"].isin(REFERENCES)]
-    trained = trained[trained["step"] == trained.groupby(list(AXES))["step"].transform("max")]
-    others = theme.varying_axes(trained, "strategy")
-    networks = {}  # what it is called -> its rows
-    for (student,), of in rows[rows["strategy"] == "untrained"].groupby(["student"], sort=False):
-        several = rows["student"].nunique() > 1
-        networks[f"untrained, {theme.in_words(student)}" if several else "untrained"] = of
-    cells = trained.groupby(["strategy", *others], sort=False)
-    for key, of in sorted(cells, key=lambda cell: theme.sorting_key(cell[0])):
-        networks[", ".join(map(theme.value_in_words, key))] = of
-    networks["teacher"] = rows[rows["strategy"] == "teacher"]
-    places, layers = list(dict.fromkeys(rows["on"])), list(dict.fromkeys(rows["layer"]))
-    xlabel = f"test accuracy of a {theme.in_words(probe)} probe (%)"
-    axs = layout.panel_grid(fig, len(places), 0.21 * len(networks) + 0.4, xlabel=xlabel)
-    shift = 0.5 / len(layers)
-    for ax, place in zip(axs, places, strict=True):
-        for y, of in enumerate(networks.values()):
-            for i, layer in enumerate(layers):
-                here = of[(of["on"] == place) & (of["layer"] == layer)]
-                values = 100 * here.drop_duplicates(["seed", "accuracy"])["accuracy"]
-                colour, marker = theme.OBJECTIVES[i % len(theme.OBJECTIVES)]
-                at = y + shift * (i - (len(layers) - 1) / 2)
-                ax.plot(values, [at] * len(values), "o", ms=2, color=colour, alpha=0.5, mew=0)
-                if len(values):
-                    ax.plot(values.mean(), at, marker, ms=4.5, color=colour, mec="white", mew=0.6)
-        layout.name_rows(ax, list(networks), 0.6)
-        ax.set_title("own data" if place == OWN else f"on {theme.in_words(place)}")
-    marks = [
-        layout.mark("last layer" if layer == "features" else layer, color=colour, marker=marker,
-                ms=4.5, mew=0)
-        for layer, (colour, marker) in zip(layers, itertools.cycle(theme.OBJECTIVES), strict=False)
-    ]  # fmt: skip
-    few = layout.mark(
-        f"one seed of {trained['seed'].nunique()}", color=theme.GREY, marker="o", ms=2, mew=0
-    )
-    layout.legend_in_rows(fig, [*marks, few])
-    return fig
-
-
-def diagnostics(fig: Figure, probes: pd.DataFrame, on: str = OWN) -> Figure:
-    """Diagnostics of the features over optimiser steps, a panel for each. Dotted lines are values
-    that theory gives features without structure, or the largest possible ones.
-
-    Args:
-        fig: An empty figure.
-        probes: The axes of the study, `seed`, `step`, `on`, `layer`, `probe`, and the diagnostics;
-            rows of the last layer are drawn. On other images than the study's nothing is
-            compared with the teacher.
-        on: On which data set; `own` means the study's images.
-
-    Returns: `fig`.
-    Raises: ValueError for missing columns or a table without such rows.
-    """
-    columns = [name for name, *_ in DIAGNOSTICS]
-    needed = (*AXES, "seed", "step", "on", "layer", "probe", *columns)
-    theme.demand(probes, (*needed, "n_features", "rank_ratio", "uniformity_even"), "probes")
-    last_layer = (probes["on"] == on) & (probes["layer"] == "features")
-    rows = probes[last_layer & ~probes["strategy"].isin(REFERENCES)]
-    theme.demand(rows, (), "probes")
-    rows = rows[rows["probe"] == rows["probe"].iloc[0]]  # they are the same in every probe's row
-    levels = {
-        "effective_rank": rows["effective_rank"] / rows["rank_ratio"],
-        "unit_variance": 1 / rows["n_features"],
-        "uniformity": rows["uniformity_even"],
-    }
-    axs = fig.subplots(2, 3, sharex=True)
-    for ax, (name, label, level, bound) in zip(axs.flat, DIAGNOSTICS, strict=True):
-        if rows[name].isna().all():
-            ax.set_axis_off()
-            continue
-        _draw_cells(ax, rows, name, "strategy", scale=1)
-        for height in sorted(set(levels[name].round(9)) if level is None else [level]):
-            ax.axhline(height, color=theme.BLACK, ls=(0, (1, 2)), lw=0.9, zorder=1)
-        ax.set_xlim(0, max(1, rows["step"].max()))
-        ax.set_title(f"{label}\n(dotted: {bound})", fontsize=theme.TEXT_PT)
-    for ax in axs[1]:
-        ax.set_xlabel("optimiser steps")
-    handles, _ = axs.flat[0].get_legend_handles_labels()
-    title = f"{theme.held_axes(rows, 'strategy')}; {theme.name_of_spread(rows)}"
-    title = title if on == OWN else f"on {theme.in_words(on)}, {title}"
-    # handles are long enough to tell dashes apart
-    n_rows = layout.legend_in_rows(fig, handles, title=title, handlelength=3.5)
-    fig.set_figheight(4.0 + 0.2 * n_rows)
-    return fig
-
-
-def _draw_cells(
+def draw_cells(
     ax: Axes, table: pd.DataFrame, value: str, by: str, scale: float = 100
 ) -> list[layout.End]:
     """One line with a band for each cell, in % or times `scale`; returns where the lines end."""
     if by not in AXES:
         raise ValueError(f"by is {by!r}; expected one of {', '.join(AXES)}")
-    looks = theme.line_looks(table[by].unique())
+    looks = theme.line_looks(table[by].unique(), by)
     ends = []
     others = theme.varying_axes(table, by)
     cells = table.groupby([by, *others], sort=False)
@@ -264,7 +206,7 @@ def _draw_cells(
                 f"{', '.join(map(str, key))}: the seeds {list(grid.columns)} were not all "
                 "evaluated at the same steps; expected one row per seed and step"
             )
-        colour, dash = looks[key[0]]
+        colour, dash, _ = looks[key[0]]
         if others:
             dash = theme.DASHES[turns[key[0]] % len(theme.DASHES)]
             turns[key[0]] += 1
@@ -282,24 +224,10 @@ def _draw_cells(
     return ends
 
 
-def _finish_lines(ax: Axes, ends: Sequence[layout.End], most: float = 100) -> None:
-    """Freeze the limits (x from 0 to the last step, y inside [0, most]) and name the lines."""
+def finish_lines(ax: Axes, ends: Sequence[layout.End], most: float = 100, least: float = 0) -> None:
+    """Freeze the limits (x from 0 to the last step, y inside [least, most]) and name the lines."""
     ax.set_xlim(0, max((step for *_, step in ends if step is not None), default=1.0))
     ax.margins(y=0.04)
     low, high = ax.get_ylim()
-    ax.set_ylim(max(low, 0), min(high, most))
+    ax.set_ylim(max(low, least), min(high, most))
     layout.label_ends(ax, ends)
-
-
-def learning_curves_by_student(fig: Figure, curves: pd.DataFrame, by: str = "strategy") -> Figure:
-    """`learning_curves`, a panel for each student, with its name where there are several."""
-    theme.demand(curves, AXES, "curves")
-    students = list(dict.fromkeys(curves["student"]))
-    axs = layout.panel_grid(fig, len(students), 2.8, 2, sharey=False)
-    for ax, student in zip(axs, students, strict=True):
-        learning_curves(ax, curves[curves["student"] == student], by)
-        if len(students) > 1:
-            ax.set_title(
-                f"{theme.in_words(student)}\n{ax.get_title(loc='left')}", fontsize=theme.TEXT_PT
-            )
-    return fig

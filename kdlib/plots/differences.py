@@ -16,12 +16,7 @@ from matplotlib.patches import Patch
 from kdlib.plots import layout, theme
 from kdlib.study.evaluation import AXES, named_place
 
-VERDICT_LOOKS = {  # colour and marker
-    "better": (theme.BLUE, "^"),
-    "worse": (theme.VERMILLION, "v"),
-    "equivalent": (theme.GREEN, "s"),
-    "inconclusive": (theme.GREY, "o"),
-}
+VERDICTS = {"better": "^", "worse": "v", "equivalent": "s", "inconclusive": "o"}  # markers, black
 
 ACCURACIES = {  # column of results -> what it is called on an axis
     "test_accuracy": "test accuracy at the last step",
@@ -69,19 +64,35 @@ def forest_plot_by_student(fig: Figure, comparison: pd.DataFrame, margin: float)
     fig.supxlabel(axs[0].get_xlabel(), fontsize=theme.RC["axes.labelsize"])
     for ax in axs:
         ax.set_xlabel("")
-    handles = [*verdict_handles(None), *_interval_handles(margin, comparison["level"].iloc[0])]
-    fig.legend(
-        handles=handles, loc="outside upper right", ncols=len(handles), columnspacing=1,
-        handletextpad=0.5, handlelength=1.3,
-    )  # fmt: skip
+    colours = _row_colours(comparison)
+    objectives = [
+        layout.mark(theme.in_words(name), color=colour, ls="-", lw=2.2)
+        for name, colour in colours.items()
+        if len(colours) > 1 and colour != theme.BLACK
+    ]
+    intervals = _interval_handles(margin, comparison["level"].iloc[0])
+    layout.legend_in_rows(
+        fig, verdict_handles(None), [*intervals, *objectives], loc="outside upper center"
+    )
     return fig
+
+
+def _row_colours(comparison: pd.DataFrame) -> dict[str, str]:
+    """Colour of the rows of each objective: its own where strategies are compared, black of many
+    objectives and where objectives are compared."""
+    names = list(dict.fromkeys(comparison["objective"]))
+    of_objectives = (comparison["against_objective"] != comparison["objective"]).any()
+    if of_objectives or len(names) > theme.MOST_OBJECTIVES:
+        return dict.fromkeys(names, theme.BLACK)
+    return {name: look[0] for name, look in theme.line_looks(names, "objective").items()}
 
 
 def forest_plot(ax: Axes, comparison: pd.DataFrame, margin: float, named: bool = True) -> Axes:
     """Each cell minus the cell it is paired with, in percentage points: a row for each.
 
     The thin line is the interval at the study's level, the thick one that at 90 %, which must lie
-    inside the shaded margin for the verdict `equivalent`.
+    inside the shaded margin for the verdict `equivalent`. Shapes are verdicts; lines between
+    strategies have the colour of their objective, unless there are many.
 
     Args:
         ax: The axis; about 0.12 in high for each row.
@@ -103,8 +114,9 @@ def forest_plot(ax: Axes, comparison: pd.DataFrame, margin: float, named: bool =
             "(params: compare.margin)"
         )
     rows = _forest_rows(comparison)
+    colours = _row_colours(comparison)
     for row in rows.to_dict("records"):
-        _draw_difference(ax, row)
+        _draw_difference(ax, row, colours[row["objective"]])
     ax.axvspan(-100 * margin, 100 * margin, color="#DDDDDD", lw=0, zorder=0)
     ax.axvline(0, color=theme.BLACK, lw=0.8, zorder=1)
     labels = list(rows["label"])
@@ -137,30 +149,32 @@ def _forest_rows(comparison: pd.DataFrame) -> pd.DataFrame:
         order=comparison["strategy"].map(theme.sorting_key),
         crossed=crossed(comparison),
     ).sort_values(["order", "student", "shown", "objective"], ascending=[True, True, False, True])
-    naming = [a for a in ("shown", "objective", "student") if rows[a].nunique() > 1]
+    subsets = rows[rows["strategy"] != "full"]
+    naming = [a for a in ("fraction", "objective", "student") if subsets[a].nunique() > 1]
     labels, heights, y = [], [], 0.0
-    for _, group in rows.groupby("strategy", sort=False):
+    for strategy, group in rows.groupby("strategy", sort=False):
         for row in group.to_dict("records"):
-            label = ", ".join(theme.value_in_words(row[axis]) for axis in naming)
-            across = row["against_fraction"] != row["fraction"]
-            if row["crossed"]:
+            is_full = strategy == "full"
+            words = [row[axis] for axis in naming if not (is_full and axis == "fraction")]
+            if is_full and rows["objective"].nunique() > 1 and "objective" not in naming:
+                words.append(row["objective"])
+            label = ", ".join(map(theme.value_in_words, words))
+            if row["crossed"] or row["against_fraction"] != row["fraction"]:
                 other = (row["against_strategy"], row["against_fraction"])
-                against = f"against {', '.join(map(theme.value_in_words, other))}"
-                labels.append(f"{label}, {against}" if label else against)
-            else:
-                labels.append(f"against {label}" if across and label else label)
+                against = f"against {' '.join(map(theme.value_in_words, other))}"
+                label = f"{label}, {against}" if label else against
+            labels.append(label)
             heights.append(y)
             y += 1
         y += 0.6
     return rows.assign(label=labels, y=heights)
 
 
-def _draw_difference(ax: Axes, row: dict[str, Any]) -> None:
+def _draw_difference(ax: Axes, row: dict[str, Any], colour: str) -> None:
     y = row["y"]
     if np.isnan(row["difference"]):
         ax.text(0, y, " no paired seeds", va="center", fontsize=theme.TEXT_PT, color=theme.GREY)
         return
-    colour, _ = VERDICT_LOOKS[row["verdict"]]
     for ends, width in ((("low", "high"), 0.8), (("low90", "high90"), 2.2)):
         line = [100 * row[end] for end in ends]
         ax.plot(line, [y, y], color=colour, lw=width, solid_capstyle="butt")
@@ -172,35 +186,32 @@ def _difference_label(comparison: pd.DataFrame) -> str:
     the same subset), and what all rows share."""
     of_strategies = (comparison["against_strategy"] != comparison["strategy"]).any()
     by = "strategy" if of_strategies else "objective"
-    several = of_strategies or comparison["objective"].nunique() > 2
-    what = by if several else _one_of(comparison["objective"])
+    what = _one_of(comparison[by]) if comparison[by].nunique() < (2 if of_strategies else 3) else by
     accuracy = accuracy_label(comparison["measure"].iloc[0]).removesuffix(" at the last step")
     words = (
         f"{accuracy}, {what} minus {_one_of(comparison[f'against_{by}'])}, seed by seed (points)"
     )
-    held = theme.held_axes(comparison, by)
+    held = "" if (comparison["strategy"] == "full").all() else theme.held_axes(comparison, by)
     return f"{words}\n{held}" if held else words
 
 
 def verdict_handles(baseline: str | None) -> list[Line2D]:
     heading = [] if baseline is None else [layout.mark(f"against {theme.in_words(baseline)}:")]
     marks = [
-        layout.mark(name, color=colour, marker=marker, ms=4.5, mfc=_face(name))
-        for name, (colour, marker) in VERDICT_LOOKS.items()
+        layout.mark(name, color=theme.BLACK, marker=marker, ms=4.5, mfc=_face(name))
+        for name, marker in VERDICTS.items()
     ]
     return heading + marks
 
 
 def _face(verdict: str) -> str:
     """Open markers say that nothing is settled, in grey print as well."""
-    return "white" if verdict == "inconclusive" else VERDICT_LOOKS[verdict][0]
+    return "white" if verdict == "inconclusive" else theme.BLACK
 
 
 def verdict_mark(ax: Axes, x: float, y: float, verdict: str, **where: Any) -> None:
-    colour, marker = VERDICT_LOOKS[verdict]
-    ax.plot(
-        x, y, marker, ms=4.5, color=colour, mfc=_face(verdict), clip_on=False, zorder=4, **where
-    )
+    look = {"ms": 4.5, "color": theme.BLACK, "mfc": _face(verdict), "clip_on": False, "zorder": 4}
+    ax.plot(x, y, VERDICTS[verdict], **look, **where)
 
 
 def _interval_handles(margin: float, level: float) -> list[Any]:

@@ -1,12 +1,14 @@
-"""Figures of images and of shard visits."""
+"""Figures of images."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from kdlib.plots.layout import fitted, text_width_pt
-from kdlib.plots.theme import BLUE, RC, REGIONS, TEXT_PT, in_words
+from kdlib.plots.theme import RC, REGIONS, TEXT_PT, in_words
 
 
 def region_grid(
@@ -76,27 +78,29 @@ def region_grid(
     return fig
 
 
-def shard_visits(fig: Figure, visits: Mapping[str, np.ndarray], title: str = "") -> Figure:
-    """How often each shard was read under several policies: one panel each, on the same scales.
+def image_table(
+    images: Mapping[str, np.ndarray], titles: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """Images and captions of a `region_grid` as a table, to be committed.
 
-    Args:
-        fig: An empty figure.
-        visits: Policy -> (shards,) mean visits per example, >= 0; as many shards in each.
-        title: Above all panels.
-
-    Returns: `fig`. The title of a panel has the share of samples from the last third of the shards.
+    Returns: A row per image: `row`, `caption`, `shape` (C, H, W) and `pixels`, their bytes in
+        base64.
     """
-    axs = fig.subplots(len(visits), 1, sharex=True, sharey=True)
-    for ax, (policy, counts) in zip(np.atleast_1d(axs), visits.items(), strict=True):
-        ax.bar(np.arange(len(counts)), counts, width=1.0, color=BLUE, linewidth=0)
-        late = counts[-(len(counts) // 3) :].sum() / counts.sum()
-        never = int((counts == 0).sum())
-        caption = f"{policy}: {late:.1%} of the samples from the last third of the shards"
-        caption += f", {never} shards never read" if never else ""
-        ax.set_title(caption, fontsize=TEXT_PT)
-        ax.margins(x=0.01)
-    fig.supxlabel("shard", fontsize=RC["axes.labelsize"])
-    fig.supylabel("mean visits per image", fontsize=RC["axes.labelsize"])
-    if title:
-        fig.suptitle(title)
-    return fig
+    rows = [
+        (row, caption, " ".join(map(str, image.shape)), b64encode(image.tobytes()).decode())
+        for row, pixels in images.items()
+        for image, caption in zip(pixels, titles[row], strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["row", "caption", "shape", "pixels"])
+
+
+def images_of(table: pd.DataFrame) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Images and captions of a table of `image_table`, as `region_grid` takes them."""
+    pixels, captions = {}, {}
+    for name, rows in table.groupby("row", sort=False):
+        pixels[name] = np.array([
+            np.frombuffer(b64decode(row.pixels), np.uint8).reshape(*map(int, row.shape.split()))
+            for row in rows.itertuples()
+        ])  # fmt: skip
+        captions[name] = list(rows["caption"])
+    return pixels, captions

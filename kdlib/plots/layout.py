@@ -53,15 +53,17 @@ def mark(label: str, **look: Any) -> Line2D:
     return Line2D([], [], label=label, **{"ls": "none", **look})
 
 
-def legend_in_rows(fig: Figure, *rows: Sequence[Line2D], **more: Any) -> int:
-    """One legend below the panels, each group of handles a row, or more where it is too wide;
-    returns how many rows it has."""
+def legend_in_rows(
+    fig: Figure, *rows: Sequence[Any], loc: str = "outside lower center", **more: Any
+) -> int:
+    """One legend below the panels, or elsewhere, each group of handles a row, or more where it is
+    too wide; returns how many rows it has."""
     n = _most_columns(rows)
     rows = [row[i : i + n] for row in rows for i in range(0, len(row), n)]
     padded = [[*row, *[mark("")] * (n - len(row))] for row in rows]
     handles = [handle for column in zip(*padded, strict=True) for handle in column]
     fig.legend(
-        handles=handles, loc="outside lower center", ncols=n, columnspacing=1, handletextpad=0.5,
+        handles=handles, loc=loc, ncols=n, columnspacing=1, handletextpad=0.5,
         **more,
     )  # fmt: skip
     return len(rows)
@@ -77,6 +79,21 @@ def _most_columns(rows: Sequence[Sequence[Any]]) -> int:
         if widths.sum() + n * BESIDE_LABEL < 72 * WIDE:
             return n
     return 1
+
+
+def caption(fig: Figure, text: str) -> None:
+    """Lines below all panels, wrapped to the width of the figure."""
+    width_pt, lines = 72 * fig.get_figwidth() - 30, [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if text_width_pt(longer) <= width_pt:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    fig.legend(
+        handles=[], title="\n".join(lines), loc="outside lower left", borderpad=0.2,
+        borderaxespad=0.3,
+    )  # fmt: skip
 
 
 def label_ends(ax: Axes, ends: Sequence[End]) -> None:

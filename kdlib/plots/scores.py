@@ -10,16 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from kdlib.plots import theme
-from kdlib.plots.layout import heat_map, label_ends
-from kdlib.plots.theme import BLACK, BLUE, DASHES, GREY, TEXT_PT
+from kdlib.plots.layout import heat_map, mark, name_rows
+from kdlib.plots.theme import BLACK, DASHES, GREY, TEXT_PT
 
 MAX_DETECTORS = 8
 RATES = ("false_positive_rate", "true_positive_rate", "recall", "precision")
-
-DETECTORS = (
-    (BLUE, "o"), (theme.ORANGE, "D"), (theme.GREEN, "s"), (theme.VERMILLION, "^"),
-    (theme.PURPLE, "v"), (theme.SKY, "P"), (GREY, "X"), (BLUE, "*"),
-)  # fmt: skip
 
 
 def rank_correlations(
@@ -72,37 +67,41 @@ def rank_correlations(
 
 
 def stability(ax: Axes, table: pd.DataFrame) -> Axes:
-    """How far two averages over different runs rank the examples alike, over the runs in each.
+    """How far two averages over different runs rank the examples alike, a row for each score and a
+    mark for each number of runs in an average.
 
     Args:
-        ax: The axis.
+        ax: The axis; about 0.25 in high for each score.
         table: Of one model: `score`, `n_runs` >= 1 (runs averaged on each side), `correlation`
             (mean over draws of disjoint groups of runs), `low`, `high` (range over the draws).
 
-    Returns: `ax`, a line for each score, named at its end, the ranges side by side as bars.
+    Returns: `ax`, the score on which single runs agree best first; of more runs a larger mark, and
+        below it.
     Raises: ValueError for missing columns or an empty table.
     """
     theme.demand(table, ("score", "n_runs", "correlation", "low", "high"), "stability")
-    lines, ends = theme.line_looks(table["score"].unique()), []
-    scores = list(dict.fromkeys(table["score"]))
-    shifts = (np.arange(len(scores)) - (len(scores) - 1) / 2) * min(0.05, 0.4 / len(scores))
-    for score, shift in zip(scores, shifts, strict=True):
-        rows = table[table["score"] == score].sort_values("n_runs")
-        colour, dash = lines[score]
-        x = rows["n_runs"] + shift  # ranges side by side
-        ax.vlines(x, rows["low"], rows["high"], color=colour, lw=0.7, alpha=0.7)
-        ax.plot(x, rows["correlation"], color=colour, ls=dash, marker="o", ms=2.8, label=score)
-        ends.append(
-            (float(rows["correlation"].iloc[-1]), theme.in_words(score), colour, float(x.iloc[-1]))
+    counts, looks = sorted(table["n_runs"].unique()), theme.line_looks(table["score"], "score")
+    single = table[table["n_runs"] == counts[0]].sort_values("correlation", ascending=False)
+    shift, order = 0.5 / len(counts), list(single["score"])
+    for row in table[table["score"].isin(order)].to_dict("records"):
+        place = counts.index(row["n_runs"])
+        y = order.index(row["score"]) + shift * (place - (len(counts) - 1) / 2)
+        colour, _, marker = looks[row["score"]]
+        ax.plot([row["low"], row["high"]], [y, y], color=colour, lw=0.8)
+        face = "white" if place == 0 and len(counts) > 1 else colour
+        ax.plot(row["correlation"], y, marker, ms=3.5 + 1.2 * place, color=colour, mfc=face)
+    name_rows(ax, [theme.in_words(score) for score in order], 0.6)
+    ax.set_xlim(np.floor(10 * min(table["low"].min(), 0.9)) / 10, 1.005)
+    ax.set_xlabel("Spearman correlation ρ of two averages over different runs")
+    ax.set_title("mark: mean over draws of runs; line: their range", fontsize=TEXT_PT)
+    handles = [
+        mark(
+            f"{n} run{'s' if n > 1 else ''} in each average", marker="o", color=BLACK,
+            ms=3.5 + 1.2 * i, mfc="white" if i == 0 and len(counts) > 1 else BLACK,
         )
-    n_runs = table["n_runs"]
-    pad = shifts[-1] + 0.03 * max(1, n_runs.max() - n_runs.min())
-    ax.set_xlim(n_runs.min() - pad, n_runs.max() + pad)
-    ax.set_ylim(np.floor(10 * min(table["low"].min(), 0.9)) / 10, 1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="runs averaged", ylabel="Spearman correlation ρ\nof two disjoint averages")
-    ax.set_title("mean and range over draws", fontsize=TEXT_PT)
-    label_ends(ax, ends)
+        for i, n in enumerate(counts)
+    ]  # fmt: skip
+    ax.legend(handles=handles, loc="upper left")
     return ax
 
 
@@ -112,6 +111,7 @@ def detectors(
     summary: pd.DataFrame,
     over_epochs: pd.DataFrame,
     noise_rate: float,
+    el2n_epoch: int | None = None,
 ) -> Figure:
     """How well scores find wrong labels: ROC, precision against recall, and AUROC over the epochs
     recorded.
@@ -125,6 +125,8 @@ def detectors(
         over_epochs: `detector`, `epoch`, `auroc`. A detector of the summary that is not in it (such
             as a cross-validated one) is drawn as a level.
         noise_rate: Fraction of wrong labels, in (0, 1): the precision of guessing.
+        el2n_epoch: Epoch of EL2N in `curves` and `summary`, for the legend; over the epochs it is
+            that of each epoch alone.
 
     Returns: `fig`, three panels and a legend below. A detector whose name starts with `cleanlab` is
         black and dashed.
@@ -139,10 +141,12 @@ def detectors(
             f"row for each of at most {MAX_DETECTORS} detectors: draw some of them"
         )
     roc, precision, time = fig.subplots(1, 3)
-    coloured, black = zip(DETECTORS, cycle(DASHES)), cycle(DASHES[1:])
+    looks = theme.line_looks(summary["detector"], "score")
+    black = cycle(DASHES[1:])
     for row in summary.to_dict("records"):
-        is_reference = str(row["detector"]).startswith("cleanlab")
-        (colour, marker), dash = ((BLACK, "."), next(black)) if is_reference else next(coloured)
+        colour, dash, marker = looks[row["detector"]]
+        if str(row["detector"]).startswith("cleanlab"):
+            colour, dash = BLACK, next(black)
         look = {"color": colour, "ls": dash, "lw": 1.1}
         of_detector = curves[curves["detector"] == row["detector"]]
         line = of_detector[[*RATES[:2]]].dropna()
@@ -151,7 +155,8 @@ def detectors(
         line = line[line["recall"] > 0]  # with nothing found the precision is 0 or undefined
         precision.plot(line["recall"], line["precision"], **look)
         areas = f"({row['auroc']:.3f}, {row['average_precision']:.3f})"
-        look["label"] = f"{theme.in_words(row['detector'])} {areas}"
+        epoch = f" of epoch {el2n_epoch}" if el2n_epoch and row["detector"] == "el2n" else ""
+        look["label"] = f"{theme.in_words(row['detector'])}{epoch} {areas}"
         steps = over_epochs[over_epochs["detector"] == row["detector"]].sort_values("epoch")
         if steps.empty:
             time.axhline(row["auroc"], **look)
@@ -162,6 +167,9 @@ def detectors(
     roc.set(xlabel="false positive rate", ylabel="true positive rate", title="ROC")
     precision.set(xlabel="recall", ylabel="precision", title="precision and recall")
     time.set(xlabel="epochs recorded", ylabel="AUROC", title="AUROC over training")
+    if el2n_epoch and "el2n" in set(over_epochs["detector"]):
+        time.set_xlabel("epochs recorded\n(EL2N: of that epoch alone)")
+
     for ax in (roc, precision):
         ax.set(xlim=(0, 1), ylim=(0, 1.01), box_aspect=1)
     time.set_ylim(top=1.01)

@@ -9,6 +9,8 @@ Sources:
 
 import contextlib
 import io
+import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,19 +40,52 @@ DASHES = (
     (0, (10, 1.5)),
 )  # fmt: skip
 
-OBJECTIVES = ((BLUE, "o"), (ORANGE, "D"), (GREEN, "s"), (PURPLE, "^"))  # colour, marker
+Look = tuple[Any, Any, str]  # colour, dash, marker
 
-# The same strategy looks the same in every figure; those not named here share what is left.
-STRATEGIES = {
-    "full": (BLACK, DASHES[0]),
-    "random": (GREY, DASHES[1]),
-    "easy": (BLUE, DASHES[5]),
-    "ambiguous": (ORANGE, DASHES[3]),
-    "ambiguous_corner": (PURPLE, DASHES[4]),
-    "hard": (VERMILLION, DASHES[2]),
+# What has a name looks the same in every figure. Markers of verdicts (`differences.VERDICTS`) are
+# no markers of objectives.
+OBJECTIVES: dict[str, Look] = {
+    "kd": (BLUE, DASHES[0], "o"),
+    "plain": (ORANGE, DASHES[1], "D"),
+    "features": (GREEN, DASHES[3], "P"),
+}
+MOST_OBJECTIVES = 4  # that colours tell apart; of more, names of rows do
+
+STRATEGIES: dict[str, Look] = {
+    "full": (BLACK, DASHES[0], "o"),
+    "random": (GREY, DASHES[1], "o"),
+    "easy": (GREEN, DASHES[5], "o"),
+    "ambiguous": (PURPLE, DASHES[3], "o"),
+    "ambiguous_corner": (PURPLE, DASHES[4], "o"),
+    "hard": (VERMILLION, DASHES[2], "o"),
+    "random_shards": (GREY, DASHES[4], "o"),
+    "fixed_shards": (SKY, DASHES[3], "o"),
 }
 
-OTHER_COLOURS = (SKY, GREEN, BLUE, VERMILLION, PURPLE)
+SCORES: dict[str, Look] = {
+    "confidence": (BLUE, DASHES[0], "o"),
+    "variability": (ORANGE, DASHES[1], "D"),
+    "correctness": (SKY, DASHES[5], "s"),
+    "forgetting_events": (VERMILLION, DASHES[2], "v"),
+    "aum": (GREEN, DASHES[0], "^"),
+    "el2n": (PURPLE, DASHES[3], "P"),
+    "loss": (SKY, DASHES[1], "X"),
+    "entropy": (SKY, DASHES[4], "*"),
+    "trend": (GREEN, DASHES[4], "<"),
+    "dyn_unc": (ORANGE, DASHES[4], "h"),
+    "dual": (SKY, DASHES[2], "p"),
+    "tdds": (GREY, DASHES[3], "H"),
+    "grand": (BLACK, DASHES[5], "d"),
+    "grand_last": (BLACK, DASHES[3], "8"),
+    "class_distance": (VERMILLION, DASHES[4], ">"),
+    "prototypicality": (PURPLE, DASHES[5], "p"),
+    "held-out margin": (ORANGE, DASHES[2], "s"),
+    "cleanlab": (BLACK, DASHES[1], "."),
+}
+
+NAMED = {"strategy": STRATEGIES, "objective": OBJECTIVES, "score": SCORES}
+OTHER_COLOURS = (SKY, GREEN, VERMILLION, PURPLE, BLUE, ORANGE)
+OTHER_MARKERS = ("X", "*", "p", "d", ">", "<")
 REGIONS = {"easy": "easy-to-learn", "ambiguous": "ambiguous", "hard": "hard-to-learn"}
 
 # Yellow, the bright end of viridis, is lost on white paper.
@@ -176,19 +211,49 @@ def in_words(name: str) -> str:
     return WORDS.get(name, name.replace("_", " "))
 
 
-def line_looks(names: Iterable[Any]) -> dict[Any, tuple[str, Any]]:
-    """Colour and dash of each name, in order of `sorting_key`; numbers go from dark to light."""
-    names = sorted(names, key=sorting_key)
+def line_looks(names: Iterable[Any], axis: str = "strategy") -> dict[Any, Look]:
+    """Colour, dash and marker of each name, in order of `sorting_key`.
+
+    A name of `NAMED` has the look that stands there, the top or bottom of a score the colour of the
+    score; another name has the one that its hash chooses, or the next where that is another name's.
+    Numbers go from dark to light.
+
+    Args:
+        names: Values of the axis.
+        axis: An axis of a study, or `score`.
+
+    Raises: ValueError for more names than there are looks.
+    """
+    names = sorted(set(names), key=sorting_key)
     if not any(isinstance(name, str) for name in names):
         colours = CORRECTNESS(np.linspace(0, 1, len(names)))
-        return {n: (c, DASHES[i % 6]) for i, (n, c) in enumerate(zip(names, colours, strict=True))}
-    # 5 colours and 6 dashes have no common divisor: 30 different pairs.
-    pairs = [(OTHER_COLOURS[i % 5], DASHES[i % 6]) for i in range(30)]
-    free = [pair for pair in pairs if pair not in STRATEGIES.values()]
-    others = [name for name in names if name not in STRATEGIES]
-    if len(others) > len(free):
-        raise ValueError(f"{len(others)} kinds of line; expected at most {len(free)}: draw some")
-    return {**STRATEGIES, **dict(zip(others, free, strict=False))}
+        pairs = zip(colours, itertools.cycle(DASHES), strict=False)
+        return {name: (*pair, "o") for name, pair in zip(names, pairs, strict=False)}
+    known = NAMED.get(axis, {})
+    looks = {name: known[name] for name in names if name in known}
+    taken = {look[:2] for look in known.values()}
+    pool = [pair for pair in itertools.product(OTHER_COLOURS, DASHES) if pair not in taken]
+    if len(names) - len(looks) > len(pool):
+        raise ValueError(f"{len(names)} kinds of line; expected at most {len(pool)}: draw some")
+    for name in names:
+        if name not in looks:
+            start = zlib.crc32(str(name).encode())
+            wanted = _of_score(name) if axis == "strategy" else []
+            turned = [pool[(start + i) % len(pool)] for i in range(len(pool))]
+            pair = next(pair for pair in (*wanted, *turned) if pair not in taken)
+            taken.add(pair)
+            marker = "o" if axis == "strategy" else OTHER_MARKERS[start % len(OTHER_MARKERS)]
+            looks[name] = (*pair, marker)
+    return {name: looks[name] for name in names}
+
+
+def _of_score(name: Any) -> list[tuple[str, Any]]:
+    """The looks that the top or bottom of a score may have: in its colour; of another name none."""
+    stem, _, end = str(name).rpartition("_")
+    if stem not in SCORES or end not in ("top", "bottom"):
+        return []
+    dashes = DASHES if end == "top" else (*DASHES[1:], DASHES[0])
+    return [(SCORES[stem][0], dash) for dash in dashes]
 
 
 def sorting_key(name: Any) -> tuple:
@@ -213,13 +278,16 @@ def varying_axes(table: pd.DataFrame, by: str) -> list[str]:
 
 
 def held_axes(table: pd.DataFrame, by: str) -> str:
-    """What all cells have in common, for the title: objective and fraction."""
-    subsets = table[table["strategy"] != "full"]
-    words = []
-    for axis, rows in (("objective", table), ("fraction", subsets if len(subsets) else table)):
-        if axis != by and rows[axis].nunique() == 1:
-            value = rows[axis].iloc[0]
-            words.append(of_the_data(value) if axis == "fraction" else value_in_words(value))
+    """What all cells have in common, for the title: objective, and the fraction of the subsets."""
+    words, is_full = [], table["strategy"] == "full"
+    if by != "objective" and table["objective"].nunique() == 1:
+        words.append(value_in_words(table["objective"].iloc[0]))
+    fractions = table.loc[~is_full, "fraction"]
+    if by != "fraction" and is_full.all():
+        words.append("full set")
+    elif by != "fraction" and fractions.nunique() == 1:
+        size = of_the_data(fractions.iloc[0])
+        words.append(f"subsets of {size}" if is_full.any() else size)
     return ", ".join(words)
 
 

@@ -34,7 +34,7 @@ from kdlib.steps.folders import (
     teacher_folder,
 )
 from kdlib.steps.probe import open_probes
-from kdlib.steps.results import CIRCUMSTANCES, results
+from kdlib.steps.results import CIRCUMSTANCES, MADE, results
 from kdlib.steps.summaries import show_verdicts
 from kdlib.study.evaluation import AXES
 from kdlib.study.study import Study
@@ -117,7 +117,8 @@ def compile_tables(study: Study) -> Tables:
     """All tables of a study from its runs; those from which all others follow are written to
     `figures/<study>/tables/`, to be committed.
 
-    Returns: `results`, `curves`, `probes` and `costs`, and what `comparisons` makes of them.
+    Returns: `results`, `curves`, `probes`, what `comparisons` makes of them, and of these runs
+        alone `costs` and `made`: device, threads, commit, code and versions of each.
     Raises: checks.CheckError when no row is left to compare.
     """
     table = results(study)
@@ -125,13 +126,14 @@ def compile_tables(study: Study) -> Tables:
         raise checks.CheckError(f"every row is refused; the first: {table['reason'].iloc[0]}")
     probed = probes(study)
     hashes = [name for name in probed if name.endswith(("_examples", "_weights", "weights_sha256"))]
+    made = [name for name in MADE if name in table]
     records = {
-        "results": table,
+        "results": table.drop(columns=made),
         "curves": curves(study, table).drop(columns=["epoch", "learning_rate"]),
         "probes": probed.drop(columns=hashes),  # `results` has those of the last step
-        "costs": costs(study),
     }
-    return comparisons(study, write_committed(study, records))
+    here = {"costs": costs(study), "made": table[[*AXES, "seed", "run", *made]]}
+    return comparisons(study, write_committed(study, records) | here)
 
 
 def finish_tables(study: Study, step: str, tables: Tables) -> dict[str, Any]:

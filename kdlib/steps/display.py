@@ -12,7 +12,13 @@ import pandas as pd
 from kdlib.cartography import feature_scores, scores
 from kdlib.compare.answer import answers
 from kdlib.compare.comparisons import Tables
-from kdlib.compare.report import comparison_texts, ledger_text, objective_table, summary
+from kdlib.compare.report import (
+    comparison_texts,
+    costs_text,
+    ledger_text,
+    objective_table,
+    summary,
+)
 from kdlib.compare.text import table as markdown_table
 from kdlib.dataset.images import Images
 from kdlib.repro.files import nearest
@@ -23,20 +29,38 @@ from kdlib.study.evaluation import named_place
 from kdlib.study.study import Study
 
 WIDTH = 800  # pixels of a figure in a notebook
-FIGURES = {
-    "cache": ("shard_visits",),
+FIGURES = {  # step -> the figures that it may have
     "datamap": ("datamap", "forming", "regions"),
     "compare": ("accuracy", "differences", "objective_differences", "control_differences",
                 "fractions", "curves", "losses", "probes", "diagnostics", "places"),
     "scores": ("same_name", "stability", "map_against"),
     "noise": ("detectors", "suspects"),
+    "near": ("near_duplicates",),
 }  # fmt: skip
 TEXTS = {
     "compare": {"summary": summary, "comparison": comparison_texts, "objectives": objective_table,
-                "ledger": ledger_text},
+                "ledger": ledger_text, "costs": costs_text},
     "scores": {"scores": describe_scores},
     "noise": {"noise": describe_noise},
 }  # fmt: skip
+
+WHY_NOT = {  # figure -> the sentence where it is not drawn
+    "accuracy": "`fractions` shows the same numbers",
+    "differences": "no strategy or objective is compared with another one",
+    "objective_differences": "no objective is compared with a training without a teacher, or "
+    "`differences` shows it",
+    "control_differences": "the study names no `compare.objective`, or `objective_differences` "
+    "shows it",
+    "fractions": "a strategy at three fractions or more is needed, and 20 strategies at most",
+    "curves": "a run is evaluated fewer than four times, or no two cells are compared",
+    "losses": "a run is evaluated fewer than four times, its losses cannot be told apart, or lines "
+    "would be objectives, whose losses do not compare",
+    "probes": "fewer than two trained cells are probed",
+    "diagnostics": "checkpoints are fewer than four, or cells cannot be told apart by any of them",
+    "places": "one layer is probed on one data set",
+    "map_against": "one network is recorded",
+    "same_name": "no score has a variant that differs between images",
+}
 
 SCORES = {**vars(scores), **vars(feature_scores)}  # the column of a score has its function's name
 
@@ -169,16 +193,21 @@ def step_of(name: str, of: dict) -> str:
 
 def draw(study: Study, images: Images, step: str, tables: Tables) -> dict[str, Picture]:
     """Draw all figures of one step of `FIGURES` that the study has, and save them."""
-    from kdlib.steps import figures  # matplotlib, where something is drawn
+    from kdlib.steps import comparison_figures, figures  # matplotlib, where something is drawn
 
     drawn = {
-        "cache": lambda: figures.draw_shard_visits(study),
         "datamap": lambda: figures.draw_datamap(study),
-        "compare": lambda: figures.draw_comparison(study, tables),
+        "compare": lambda: comparison_figures.draw_comparison(study, tables),
         "scores": lambda: figures.draw_scores(study, images, tables),
         "noise": lambda: figures.draw_noise(study, images, tables),
     }[step]()
     return {name: Picture(path) for name, path in drawn.items()}
+
+
+def not_drawn(study: Study, name: str) -> Text:
+    """Why a study has no such figure, in one sentence."""
+    why = WHY_NOT.get(named_place(name)[0], "the study has no data for it")
+    return Text(f"*{study.name} has no figure `{name}`: {why}.*")
 
 
 def describe(study: Study, name: str, tables: Tables) -> Text:

@@ -40,9 +40,8 @@ from kdlib.study.study import Study
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"  # beside the package
 # What the notebook of a step leaves in `figures/<study>/`, of every study
 SHOWN = {
-    "cache": ("shard_visits.png",),
     "datamap": ("datamap.png", "forming.png", "regions.png"),
-    "compare": ("accuracy.png", "summary.md", "comparison.md", "objectives.md", "ledger.md"),
+    "compare": ("summary.md", "comparison.md", "objectives.md", "ledger.md"),
     "scores": ("stability.png", "scores.md"),
     "noise": ("detectors.png", "suspects.png", "noise.md"),
     "audit": ("audit.png", "audit.md"),

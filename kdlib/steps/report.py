@@ -127,7 +127,7 @@ def pictures(study: Study, drawn: dict[str, Path]) -> dict[str, Path]:
     for step, names in FIGURES.items():
         if step == "compare":
             found |= drawn
-        elif step != "cache":  # its example is not of the study
+        else:
             paths = {name: study.figures / f"{name}.png" for name in names}
             found |= {name: path for name, path in paths.items() if path.is_file()}
     audit = study.figures / f"{AUDIT}.png"
@@ -164,6 +164,9 @@ def report_html(
 def _content(study: Study, file: Path, tables: Tables, figures: dict[str, Path]) -> dict[str, Any]:
     """What the template shows."""
     results = tables["results"]
+    if "made" in tables:  # the runs are here
+        made = tables["made"].drop(columns="run")
+        results = results.merge(made, on=[*AXES, "seed"], how="left")
     runs = _evidence(study, results)
     first, *others = [_linked(one) for one in answers(study, tables)]
     reasons = refusals(study, tables)

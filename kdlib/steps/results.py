@@ -50,6 +50,7 @@ Reasons = list[tuple[str, str]]  # to refuse a row: the name of a check, and a s
 
 RANDOM = Origin().name
 CIRCUMSTANCES = ("device", "threads", "git_commit", "code_sha256")
+MADE = (*CIRCUMSTANCES, "git_clean", "versions")  # columns that are not committed
 
 
 def results(study: Study) -> pd.DataFrame:
@@ -207,7 +208,7 @@ def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
         **{f"data_{part}": value for part, value in evidence["data"].items()},
         "settings_sha256": evidence["settings_sha256"],
         "origin": _origin(evidence["initialisation"]),
-        **{key: str(made[key]) for key in (*CIRCUMSTANCES, "git_clean")},
+        **{key: str(made[key]) for key in MADE[:-1]},
         "versions": ", ".join(f"{name} {version}" for name, version in made["versions"].items()),
     }
 

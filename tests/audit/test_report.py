@@ -275,7 +275,7 @@ def test_our_tables_stand_beside_theirs_where_they_are(home):
     study = load_study(home / "params" / "subsets.yaml")
     curves = _rows(seed=[0, 1], step=[1, 1], validation_accuracy=[0.5, 0.5])
     tables = {"results": _rows(seed=[0, 1], test_accuracy=[0.5, 0.52]), "curves": curves}
-    write_committed(study, tables | {"probes": curves, "costs": curves})
+    write_committed(study, tables | {"probes": curves})
     text = report.describe_published()
     assert "ours: subsets, tiny" in text
     assert "| easy, 33 % | 71.9 | 61.9 | 49.0 | kd 51.0 ± 1.4 |" in text

@@ -53,7 +53,7 @@ def records(n_strategies=3, n_steps=100, objectives=("kd", "plain"), students=("
               for name in ("weights", "checkpoint", "subset", "settings")}  # fmt: skip
     results = runs.assign(
         test_accuracy=rng.random(len(runs)), best_step=60, refused=False, reason="", **hashes,
-        code_sha256="c" * 64, command=[f"papermill {row}" for row in rows],
+        command=[f"papermill {row}" for row in rows],
     )  # fmt: skip
     results.loc[1, ["test_accuracy", "weights_sha256", "reason", "refused"]] = (
         np.nan, None, "no run", True,
@@ -65,8 +65,7 @@ def records(n_strategies=3, n_steps=100, objectives=("kd", "plain"), students=("
         train_loss=rng.random(len(curves)), train_accuracy=counts / 4096,
     )  # fmt: skip
     probes = runs.assign(step=60, probe="linear", accuracy=rng.random(len(runs)))
-    costs = runs.assign(what="student", wall_s=rng.random(len(runs)), steps=60, device="cpu")
-    return {"results": results, "curves": curves, "probes": probes, "costs": costs}
+    return {"results": results, "curves": curves, "probes": probes}
 
 
 def test_what_is_written_is_what_is_read_and_the_same_bytes_each_time(home):

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kdlib.compare.costs import ledger, ledger_markdown, pays_after
+from kdlib.compare.costs import ledger, ledger_table, pays_after, steps_table
 
 
 def runs(strategy, fraction, curve, wall_s, steps=100, seeds=(0, 1), objective="kd"):
@@ -83,7 +83,18 @@ def test_pays_after_is_never_without_a_saving():
 
 def test_the_markdown_says_never_in_words():
     table = of(FULL, EASY, HARD, selection=lambda s, _: 32.0)
-    lines = ledger_markdown(table.reset_index()).splitlines()
+    lines = ledger_table(table.reset_index()).markdown().splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2].endswith("| 50 | 75 | +5 | 32 | 7 students |")
     assert lines[3].endswith("| never | 75 | - | 32 | never |")
+    steps = steps_table(table.reset_index()).markdown().splitlines()
+    assert steps[2].endswith("| 50 | 75 |")
+    assert steps[3].endswith("| never | 75 |")
+
+
+def test_without_times_steps_are_the_same_and_seconds_unknown():
+    timed, untimed = of(FULL, EASY), of((*FULL[:2], FULL[2][:0]), (*EASY[:2], EASY[2][:0]))
+    assert untimed[["steps", "full_steps", "target"]].equals(
+        timed[["steps", "full_steps", "target"]]
+    )
+    assert untimed[["s_per_step", "saved_s", "run_s"]].isna().all(axis=None)

@@ -6,7 +6,8 @@ import shutil
 import pytest
 from tiny import forge, tiny_study
 
-from kdlib.compare.report import ledger_text, summary
+from kdlib.compare.comparisons import comparisons
+from kdlib.compare.report import costs_text, ledger_text, summary
 from kdlib.repro import checks
 from kdlib.repro.run import read_evidence
 from kdlib.steps.compare import compile_tables
@@ -26,7 +27,6 @@ def test_every_row_says_the_command_that_makes_its_cell_again(lab):
     study = tiny_study(lab)
     tables = compile_tables(study)
     text = summary(study, tables)
-    assert "These runs were made on cpu (" in text
     best, last = (tables["results"][f"test_accuracy{epoch}"] for epoch in ("_best", ""))
     gains = 100 * (best - last).dropna()
     line = f"{gains.mean():+.2f} points on average and {gains.max():+.2f} at most ({len(gains)} "
@@ -121,8 +121,15 @@ def test_the_ledger_charges_what_the_study_recorded(lab):
     assert table["easy", "kd"] == pytest.approx(spent["datamap"])
     # without a teacher its training was for the map alone
     assert table["easy", "plain"] == pytest.approx(spent["datamap"] + spent["teacher"])
-    text = ledger_text(study, tables)
+    text = costs_text(study, tables)
     assert f"| teacher | {spent['teacher']:.3g} | 86 |" in text
+    assert (study.runs / "compare" / "costs.md").read_text() == text
+    # The committed text has steps alone, and says the same without the runs.
+    steps = ledger_text(study, tables)
+    alone = comparisons(study, {name: tables[name] for name in ("results", "curves", "probes")})
+    assert ledger_text(study, alone) == steps
+    assert "(s)" not in steps
+    assert "`runs/tiny/compare/costs.md`" in costs_text(study, alone)
 
 
 def test_a_best_epoch_chosen_on_images_the_teacher_has_learnt_from_is_not_reported(lab):

@@ -10,7 +10,15 @@ from plots.example_tables import check_legible, check_same_files, title_of, word
 
 from kdlib.cartography.datamap import regions
 from kdlib.plots import theme
-from kdlib.plots.datamaps import against, binned, datamap, forming
+from kdlib.plots.datamaps import against, datamap, draw_map, draw_pair, forming
+from kdlib.plots.map_tables import (
+    BINS,
+    binned,
+    class_table,
+    map_points,
+    pair_table,
+    region_table,
+)
 
 DENSE = 200_000
 FIGURES = ("datamap", "classes", "dense", "forming", "against")
@@ -111,7 +119,7 @@ def test_datamap_of_many_examples_is_a_raster_that_counts_each_of_them(large):
     ax, above, right, _, far_right = fig.axes
     assert not [drawn for drawn in ax.get_children() if isinstance(drawn, PathCollection)]
     x, y, correctness = (large[c].to_numpy() for c in ("variability", "confidence", "correctness"))
-    counts, means = binned(x, y, correctness, (0.5, 1), 500)
+    counts, means = binned(x, y, correctness, np.ones(DENSE), (0.5, 1))
     assert counts.sum() == DENSE
     assert (counts * means).sum() == pytest.approx(correctness.sum())
     np.testing.assert_array_equal(shown_bins(ax), counts > 0)
@@ -121,28 +129,55 @@ def test_datamap_of_many_examples_is_a_raster_that_counts_each_of_them(large):
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 0.5), (0, 1))
     colours = np.asarray(image.get_array())
     opacity = colours[..., 3]
-    assert opacity[counts == 1].max() == pytest.approx(0.25) == opacity[counts > 0].min()
+    assert opacity[counts == 1].max() == pytest.approx(0.4) == opacity[counts > 0].min()
     assert opacity[counts == counts.max()].min() == pytest.approx(1)
     row, column = np.argwhere((counts > 0) & (means > 0.81) & (means < 0.89))[0]
     np.testing.assert_allclose(colours[row, column, :3], theme.CORRECTNESS(8)[:3], atol=1e-6)
     for histogram, size in ((above, "height"), (right, "width"), (far_right, "width")):
         assert sum(getattr(bar, f"get_{size}")() for bar in histogram.patches) == DENSE
-    assert any(text.startswith("density, N = 200,000") for text in words(fig))
-    assert not any("density" in text for text in words(draw("datamap")))
+    assert any("N = 200,000 training images" in text and "Bins:" in text for text in words(fig))
+    assert not any("Bins:" in text for text in words(draw("datamap")))
 
 
 def test_bins_agree_with_a_slow_loop_and_keep_both_ends():
     rng = np.random.default_rng(2)
     x, y, values = rng.uniform(0, 0.5, 200), rng.uniform(0, 1, 200), rng.uniform(0, 1, 200)
     x[:2], y[:2] = (0, 0.5), (0, 1)
-    counts, sums = np.zeros((5, 5), int), np.zeros((5, 5))
-    for a, b, value in zip(x, y, values, strict=True):
-        place = min(int(b * 5), 4), min(int(a / 0.5 * 5), 4)
-        counts[place] += 1
-        sums[place] += value
-    found, means = binned(x, y, values, (0.5, 1), 5)
+    weights = rng.integers(1, 4, 200)
+    counts, sums = np.zeros((BINS, BINS), int), np.zeros((BINS, BINS))
+    for a, b, value, n in zip(x, y, values, weights, strict=True):
+        place = min(int(b * BINS), BINS - 1), min(int(a / 0.5 * BINS), BINS - 1)
+        counts[place] += n
+        sums[place] += n * value
+    found, means = binned(x, y, values, weights, (0.5, 1))
     np.testing.assert_array_equal(found, counts)
     np.testing.assert_allclose(means, sums / np.maximum(counts, 1))
+
+
+def test_a_map_is_the_same_drawn_from_its_small_tables(large, tmp_path):
+    for table in (map_table(), large):
+        points, of_regions = map_points(table), region_table(table, "region_variability")
+        of_classes = class_table(table, "region_variability", ["cat", "dog", "fox"])
+        assert points["n"].sum() == len(table)
+        assert len(points) <= min(len(table), 30_000)
+        again = map_points(points.astype({"variability": "float32", "confidence": "float32"}))
+        np.testing.assert_allclose(again, points, atol=1e-6)
+        with theme.style():
+            fig, direct = (Figure(figsize=(theme.WIDE, 4.6)) for _ in range(2))
+            draw_map(fig, points, of_regions, of_classes, "t")
+            datamap(direct, table, "t", class_names=["cat", "dog", "fox"])
+        check_same_files(fig, direct, tmp_path)
+
+
+def test_the_caption_of_a_map_says_what_n_e_circles_and_regions_are():
+    for rule, said in (
+        ("region_variability", "the third of highest variability"),
+        ("region_corner", "nearest of three corners"),
+    ):
+        (legend,) = datamap(Figure(figsize=(theme.WIDE, 4.6)), map_table(), "t", rule).legends
+        caption = " ".join(legend.get_title().get_text().split())
+        for words_of in ("N = 300 training images", "E = recorded epochs", "Circles mark", said):
+            assert words_of in caption
 
 
 def test_datamap_names_title_axes_and_the_size_of_each_region():
@@ -205,7 +240,7 @@ def test_classes_are_left_out_without_labels_without_names_and_when_there_are_ma
         (table, [str(i) for i in range(21)]),
     ):
         fig = datamap(Figure(figsize=(6, 4)), given, "t", class_names=names)
-        assert (len(fig.axes), fig.get_figheight()) == (5, 4)
+        assert (len(fig.axes), fig.get_figheight()) == (5, 4.45)  # with room for the caption
     with pytest.raises(ValueError, match="labels run from 0 to 2 but there are 2 class names"):
         datamap(Figure(), table, "t", class_names=["cat", "dog"])
 
@@ -246,20 +281,20 @@ def test_a_forming_map_has_a_panel_for_each_number_of_epochs_in_order():
         assert ax.get_xlim() == (-0.01, 0.5)  # so that the first epoch is not below the axis
         assert ax.get_ylim() == (0, 1)
     assert bar.get_ylabel() == "correctness (fraction of epochs)"
-    assert {"digits, tiny", "variability", "confidence"} <= set(words(fig))
+    shown = set(words(fig))
+    assert {"digits, tiny, 300 training images", "variability", "confidence"} <= shown
 
 
 def test_a_forming_map_of_many_examples_is_a_raster(large):
-    fig = forming(Figure(), dict.fromkeys((1, 2, 3, 4), large), "N = 200,000, many")
+    fig = forming(Figure(), dict.fromkeys((1, 2, 3, 4), large), "many")
     assert len(fig.axes) == 5
     for ax in fig.axes[:4]:
         assert not ax.collections
-        counts, _ = binned(
-            large["variability"].to_numpy(), large["confidence"].to_numpy(), np.zeros(DENSE),
-            (0.5, 1), 150,
-        )  # fmt: skip
+        x, y = large["variability"].to_numpy(), large["confidence"].to_numpy()
+        counts, _ = binned(x, y, np.zeros(DENSE), np.ones(DENSE), (0.5, 1))
         np.testing.assert_array_equal(shown_bins(ax), counts > 0)
-    assert "N = 200,000, many; density" in words(fig)  # the number is not said twice
+    assert "many, 200,000 training images" in words(fig)
+    assert any(text.startswith("Bins: colour") for text in words(fig))
 
 
 def test_maps_against_each_other_show_correlations_and_where_regions_went():
@@ -291,7 +326,20 @@ def test_a_map_against_itself_agrees_even_where_nothing_varies(large):
     assert not fig.axes[0].collections
     rows, columns = np.nonzero(shown_bins(fig.axes[0]))
     np.testing.assert_array_equal(rows, columns)
-    assert "t; density, N = 200,000" in words(fig)
+    assert "t, 200,000 training images" in words(fig)
+    assert any("Bins: the darker" in text for text in words(fig))
+
+
+def test_maps_against_each_other_are_the_same_drawn_from_their_small_table(large, tmp_path):
+    for first in (map_table(), large):
+        second = first.assign(confidence=first["confidence"].to_numpy()[::-1])
+        pairs = pair_table(first, second, ("a", "b"))
+        assert len(pairs) <= min(2 * len(first), 20_000) + 9
+        with theme.style():
+            fig, direct = (Figure(figsize=(theme.WIDE, 2.6)) for _ in range(2))
+            draw_pair(fig, pairs, ("a", "b"), "t")
+            against(direct, first, second, ("a", "b"), "t")
+        check_same_files(fig, direct, tmp_path)
 
 
 def test_maps_of_other_examples_are_refused():

@@ -7,7 +7,7 @@ from plots.example_tables import MARGIN, axis, compared, result_table, title_of,
 
 from kdlib.compare.differences import objective_differences
 from kdlib.plots import theme
-from kdlib.plots.differences import VERDICT_LOOKS, forest_plot, forest_plot_by_student
+from kdlib.plots.differences import VERDICTS, forest_plot, forest_plot_by_student
 
 
 def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
@@ -15,6 +15,10 @@ def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
     ax = forest_plot(axis(), comparison, margin=MARGIN)
     markers = {"better": "^", "worse": "v", "equivalent": "s", "inconclusive": "o"}
     points = [line for line in ax.lines if line.get_marker() in markers.values()]
+    assert {line.get_color() for line in points} == {theme.BLACK}  # verdicts are shapes
+    intervals = [line for line in ax.lines if line.get_linewidth() == 2.2]
+    colours = {theme.OBJECTIVES[name][0] for name in ("kd", "plain")}
+    assert {line.get_color() for line in intervals} == colours
     drawn = sorted((line.get_marker(), round(float(line.get_xdata()[0]), 6)) for line in points)
     assert drawn == sorted(
         (markers[row.verdict], round(100 * row.difference, 6)) for row in comparison.itertuples()
@@ -32,7 +36,8 @@ def test_differences_are_drawn_in_points_with_their_intervals_and_verdicts():
     )
     assert ax.get_xlabel() == "test accuracy, strategy minus random, seed by seed (points)"
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels[:2] == ["against 33 %, KD", "against 33 %, plain"]  # the full set comes first
+    # The full set comes first, and says what it is compared with.
+    assert labels[:2] == ["KD, against random 33 %", "plain, against random 33 %"]
     assert len(labels) == len(comparison)
     assert {"full set", "ambiguous (corner)"} <= set(words(ax))
 
@@ -41,12 +46,19 @@ def test_differences_of_objectives_say_what_is_subtracted():
     comparison = objective_differences(result_table(), "plain", MARGIN, 0.95)
     ax = forest_plot(axis(), comparison, margin=MARGIN)
     assert ax.get_xlabel() == "test accuracy, KD minus plain, seed by seed (points)"
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert labels[:3] == ["", "33 %", "10 %"]  # of the full set, then of random
+    intervals = [line for line in ax.lines if line.get_linewidth() == 2.2]
+    assert {line.get_color() for line in intervals} == {theme.BLACK}
 
 
 def test_differences_at_one_fraction_and_objective_name_them_below():
     comparison = compared(result_table(objectives=("kd",), fractions=(0.33,)))
     ax = forest_plot(axis(), comparison, margin=MARGIN)
-    assert ax.get_xlabel().endswith("\nKD, 33 % of the data")
+    assert ax.get_xlabel().endswith("\nKD, subsets of 33 % of the data")
+    only = comparison[comparison["strategy"] == "full"]
+    label = forest_plot(axis(), only, margin=MARGIN).get_xlabel()
+    assert label == "test accuracy, full set minus random, seed by seed (points)"
 
 
 def test_a_comparison_without_pairs_is_shown_as_such():
@@ -70,11 +82,8 @@ def test_two_students_share_the_names_and_the_legend_of_their_differences():
     assert {label.get_text() for label in right.get_yticklabels()} == {""}
     assert left.get_legend() is None
     (legend,) = fig.legends
-    assert {"better", "worse", "equivalent", "inconclusive", "margin, ±1 point"} <= set(
+    assert {"better", "worse", "equivalent", "inconclusive", "margin, ±1 point", "KD"} <= set(
         words(legend)
     )
-    n_marks = [
-        sum(line.get_marker() in {m for _, m in VERDICT_LOOKS.values()} for line in ax.lines)
-        for ax in fig.axes
-    ]
+    n_marks = [sum(line.get_marker() in VERDICTS.values() for line in ax.lines) for ax in fig.axes]
     assert n_marks == [len(comparison) // 2] * 2

@@ -21,14 +21,16 @@ from plots.example_tables import (
 
 from kdlib.plots import theme
 from kdlib.plots.accuracy import accuracy_by_fraction, accuracy_by_strategy
-from kdlib.plots.curves import diagnostics, learning_curves, probe_curves, probe_places
+from kdlib.plots.curves import learning_curves, losses
 from kdlib.plots.differences import forest_plot_by_student
 from kdlib.plots.images import region_grid
 from kdlib.plots.layout import TALL
+from kdlib.plots.probes import diagnostics, probe_curves, probe_levels, probe_places
 from kdlib.study.evaluation import AXES
 
 FIGURES = (
-    "accuracy", "differences", "curves", "probes", "diagnostics", "places", "regions",
+    "accuracy", "differences", "curves", "losses", "probes", "probe_levels", "diagnostics",
+    "places", "regions",
 )  # fmt: skip
 
 
@@ -43,6 +45,12 @@ def draw(name):
             forest_plot_by_student(fig, compared(result_table()), margin=MARGIN)
         elif name == "curves":
             learning_curves(fig.subplots(), curve_table())
+        elif name == "losses":
+            rise = curve_table(objectives=("kd", "plain"))
+            loss = 1 - rise["validation_accuracy"]
+            losses(fig, rise.assign(train_loss=loss, validation_loss=2 * loss))
+        elif name == "probe_levels":
+            probe_levels(fig, probe_table())
         elif name == "diagnostics":
             diagnostics(fig, diagnostics_table())
         elif name == "places":

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from plots.example_tables import grid_input, words
 
 from kdlib.plots import theme
-from kdlib.plots.images import region_grid
+from kdlib.plots.images import image_table, images_of, region_grid
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -55,3 +55,14 @@ def test_rows_that_do_not_fit_are_refused():
     images, titles = grid_input(names=[f"class_{i}" for i in range(10)])
     with pytest.raises(ValueError, match="10 rows do not fit into a height of 1 in"):
         region_grid(Figure(figsize=(theme.WIDE, 1)), images, titles)
+
+
+def test_images_come_back_from_their_table_as_they_were():
+    images, titles = grid_input(names=("easy", "hard"))
+    images["hard"] = images["hard"][:, :1, :4]  # rows may differ in size
+    again, captions = images_of(image_table(images, titles))
+    assert captions == titles
+    assert list(again) == ["easy", "hard"]
+    for name, pixels in images.items():
+        np.testing.assert_array_equal(again[name], pixels)
+    assert images_of(image_table({"easy": images["easy"][:0]}, {"easy": []})) == ({}, {})

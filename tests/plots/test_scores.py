@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
-from plots.example_tables import check_legible, check_same_files, title_of, words
+from plots.example_tables import check_legible, check_same_files, words
 
 from kdlib.plots import theme
 from kdlib.plots.scores import detectors, rank_correlations, stability
@@ -114,25 +114,34 @@ def test_many_scores_have_no_numbers_but_the_sign_of_negative_ones():
     assert [t.get_text() for t in ax.texts] == ["–"] * int((below < -0.05).sum())
 
 
-def test_stability_has_a_named_line_and_a_range_for_each_score():
+def test_stability_has_a_row_for_each_score_and_a_mark_for_each_number_of_runs():
     table = stability_table()
     ax = stability(Figure().subplots(), table.sample(frac=1, random_state=0))
-    lines = {line.get_label(): line for line in ax.lines if line.get_label() in SCORES}
-    assert set(lines) == set(SCORES)
-    for score, rows in table.groupby("score"):
-        x, y = lines[score].get_data()
-        np.testing.assert_allclose(x, [1, 2, 3], atol=0.2)
-        np.testing.assert_allclose(y, rows["correlation"])
-    ranges = np.concatenate([np.array(c.get_segments())[:, :, 1] for c in ax.collections])
-    np.testing.assert_allclose(
-        sorted(map(tuple, ranges)), sorted(map(tuple, table[["low", "high"]].to_numpy()))
-    )
-    assert {theme.in_words(score) for score in SCORES} <= set(words(ax))
-    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines.values()}) > 3
-    assert ax.get_ylim() == (0.4, 1)
-    low, high = ax.get_xlim()
-    assert low < 1 < 3 < high
-    assert (ax.get_xlabel(), title_of(ax)) == ("runs averaged", "mean and range over draws")
+    # Scores are in the order in which single runs agree.
+    assert [t.get_text() for t in ax.get_yticklabels()] == [theme.in_words(s) for s in SCORES]
+    marks = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    for row, (score, rows) in enumerate(table.groupby("score", sort=False)):
+        of_row = sorted(
+            (x for x in marks if round(x.get_ydata()[0]) == row), key=lambda x: x.get_ydata()[0]
+        )
+        found = [x.get_xdata()[0] for x in of_row]
+        np.testing.assert_allclose(found, rows["correlation"])
+        assert {x.get_color() for x in of_row} == {theme.SCORES[score][0]}
+        assert of_row[0].get_markerfacecolor() == "white"
+        sizes = [x.get_markersize() for x in of_row]
+        assert sizes == sorted(set(sizes))
+    ranges = {tuple(x.get_xdata()) for x in ax.lines if len(x.get_xdata()) == 2}
+    assert ranges == set(table[["low", "high"]].itertuples(index=False, name=None))
+    assert ax.get_xlim() == (0.4, 1.005)
+    shown = words(ax.get_legend())
+    assert shown == [f"{n} run{'s' * (n > 1)} in each average" for n in (1, 2, 3)]
+
+
+def test_stability_of_two_runs_has_one_mark_a_row_and_no_axis_of_runs():
+    table = stability_table().query("n_runs == 1")
+    ax = stability(Figure().subplots(), table)
+    assert words(ax.get_legend()) == ["1 run in each average"]
+    assert "runs" not in ax.get_ylabel() + ax.get_xlabel().replace("different runs", "")
 
 
 def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_dashed():
@@ -169,10 +178,20 @@ def test_detectors_look_the_same_in_all_panels_and_the_reference_is_black_and_da
 def test_eight_detectors_have_eight_looks_and_nine_are_refused():
     names = [f"score_{i}" for i in range(9)]
     fig = detectors(Figure(), *detector_tables(names[:8]), noise_rate=0.05)
-    lines = fig.axes[0].lines[:8]
-    assert len({(line.get_color(), str(line.get_linestyle())) for line in lines}) == 8
+    looks = theme.line_looks(names[:8], "score")
+    assert len({look[:2] for look in looks.values()}) == 8
+    drawn = [line.get_color() for line in fig.axes[0].lines[:8]]
+    assert drawn == [looks[name][0] for name in names[:8]]
     with pytest.raises(ValueError, match=r"9 rows .*at most 8 detectors"):
         detectors(Figure(), *detector_tables(names), noise_rate=0.05)
+
+
+def test_el2n_is_named_with_its_epoch_and_the_panel_over_epochs_says_which_it_draws():
+    fig = detectors(Figure(), *detector_tables(("el2n", "aum")), noise_rate=0.2, el2n_epoch=5)
+    (legend,) = fig.legends
+    assert "EL2N of epoch 5 (0.900, 0.800)" in words(legend)
+    assert fig.axes[2].get_xlabel() == "epochs recorded\n(EL2N: of that epoch alone)"
+    assert fig.axes[0].lines[0].get_color() == theme.SCORES["el2n"][0]
 
 
 def test_detectors_refuse_a_table_without_a_column():

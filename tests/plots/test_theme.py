@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from plots.example_tables import learning_curves_figure
 
 from kdlib.plots import theme
+from kdlib.plots.differences import VERDICTS
 from kdlib.plots.layout import spread
+from kdlib.study.selections import SCORES
 
 
 def test_no_two_names_share_a_place_in_the_order():
@@ -65,6 +67,25 @@ def test_each_strategy_keeps_its_look_and_no_two_share_one():
     lines = theme.line_looks(every)
     assert len({lines[name] for name in every}) == len(every)
     assert theme.line_looks(["hard", "easy"])["easy"] == lines["easy"]
+    for score in ("aum", "el2n", "loss", "dual"):  # in the colour of the score
+        assert lines[f"{score}_top"][0] == theme.SCORES[score][0]
+
+
+def test_an_objective_looks_the_same_whatever_stands_beside_it():
+    names = ["kd", "plain", "features", "sure", "hint", "own_teacher", "temperature_10"]
+    together = theme.line_looks(names, "objective")
+    assert len(set(together.values())) == len({look[:2] for look in together.values()}) == 7
+    for name in names:
+        assert theme.line_looks([name], "objective")[name] == together[name]
+    assert {together[name][0] for name in ("kd", "plain")} == {theme.BLUE, theme.ORANGE}
+
+
+def test_what_has_a_name_has_a_look_of_its_own_in_two_ways():
+    for looks in theme.NAMED.values():
+        assert len({(colour, dash) for colour, dash, _ in looks.values()}) == len(looks)
+    assert set(theme.SCORES) >= set(SCORES)
+    shapes = {marker for *_, marker in theme.OBJECTIVES.values()} | set(theme.OTHER_MARKERS)
+    assert not shapes & ({*VERDICTS.values()} - {"o"})  # "o" is open for a verdict, filled else
 
 
 @settings(max_examples=50, deadline=None)

@@ -110,10 +110,9 @@ def test_a_portable_study_gives_the_same_bytes_in_its_pipeline_and_by_hand(tmp_p
     by_hand = [
         sys.executable, "-c",
         "from kdlib.steps.cache import cache_images; from kdlib.study import load_study; "
-        "from kdlib.steps.figures import draw_shard_visits; "
         "from kdlib.steps.teacher import make_teacher; "
         "study = load_study('params/tiny.yaml'); "
-        "make_teacher(study, cache_images(study)); draw_shard_visits(study)",
+        "make_teacher(study, cache_images(study))",
     ]  # fmt: skip
     content = parse_yaml(TINY.read_text()) | {"compute": {"portable": True}}
     home, other = tmp_path / "by_hand", tmp_path / "pipeline"

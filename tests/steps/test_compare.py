@@ -7,16 +7,18 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import first_run, forge, tiny_study
+from tiny import files_below, first_run, forge, tiny_study
 
 from kdlib.compare.report import objective_table, summary
 from kdlib.repro import files
 from kdlib.repro.run import read_evidence
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import compile_tables, curves
+from kdlib.steps.comparison_figures import _accepted_probes, draw_comparison
+from kdlib.steps.display import TEXTS
 from kdlib.steps.distill import make_subset, train_student
 from kdlib.steps.done import unfinished
-from kdlib.steps.figures import _accepted_probes, draw_comparison, redraw_comparison
+from kdlib.steps.figures import redraw_comparison
 from kdlib.steps.folders import probe_folder, student_folder
 from kdlib.steps.probe import open_probes, probe_cell
 from kdlib.steps.results import results
@@ -56,13 +58,28 @@ def test_a_number_without_its_checkpoint_is_refused(lab):
     assert "checkpoints missing or changed: last" in table["reason"].iloc[0]
 
 
-def test_a_summary_says_which_runs_are_of_uncommitted_code(lab):
+def test_times_devices_and_commits_stand_beside_the_runs_and_in_no_committed_file(lab):
     study = tiny_study(lab)
     for cell, seed in itertools.product(study.cells(), study.seeds):
         forge(student_folder(study, cell, seed), lambda e: e["made"].update(git_clean=True))
-    assert "uncommitted" not in summary(study, compile_tables(study))
-    forge(first_run(study), lambda e: e["made"].update(git_clean=False))
-    assert "\n1 run of code with uncommitted changes.\n" in summary(study, compile_tables(study))
+
+    def committed():
+        tables = compile_tables(study)
+        for describe in TEXTS["compare"].values():
+            describe(study, tables)
+        return files_below(study.figures), (study.runs / "compare" / "costs.md").read_text()
+
+    before, costs = committed()
+    assert "uncommitted" not in costs
+    other = {"device": "a toaster", "threads": 9, "git_commit": "f" * 40, "code_sha256": "e" * 64,
+             "git_clean": False, "wall_s": 987_000.0, "versions": {"torch": "9.9"}}  # fmt: skip
+    forge(first_run(study), lambda e: e["made"].update(other))
+    again, costs = committed()
+    assert again == before
+    assert "These runs were made on a toaster, cpu (" in costs
+    assert "They were made by 2 versions of the code. 1 run of code with uncommitted" in costs
+    (made,) = compile_tables(study)["made"].query("device == 'a toaster'").to_dict("records")
+    assert (made["versions"], made["git_commit"]) == ("torch 9.9", "f" * 40)
 
 
 def test_weights_that_are_cut_refuse_their_row_alone(lab):
@@ -131,7 +148,8 @@ def test_a_missing_run_is_refused_and_named(lab):
 
 def test_run_tables_say_what_each_number_was_made_from(lab):
     study = tiny_study(lab)
-    table = compile_tables(study)["results"]
+    tables = compile_tables(study)
+    table = tables["results"]
     for row in table.to_dict("records"):
         evidence = read_evidence(study.runs / row["run"])
         assert row["checkpoint_sha256"] == evidence["checkpoints"]["last"]["file_sha256"]
@@ -143,7 +161,8 @@ def test_run_tables_say_what_each_number_was_made_from(lab):
         )  # fmt: skip
         assert row["declared_steps"] == row["steps"] == 60
         assert row["settings_sha256"] == evidence["settings_sha256"]
-        assert f"torch {evidence['made']['versions']['torch']}" in row["versions"]
+        made = tables["made"].set_index("run").loc[row["run"]]
+        assert f"torch {evidence['made']['versions']['torch']}" in made["versions"]
     assert not table.isna().drop(columns=["linear_accuracy", "knn_accuracy"]).any(axis=None)
     assert str(lab) not in table.to_csv()
     shutil.rmtree(first_run(study))
@@ -199,7 +218,7 @@ def test_a_study_of_features_compares_the_probe_of_the_last_step(lab, unwritten)
     assert "## Every strategy against random, on large" in text
     drawn = set(redraw_comparison(study)[0])
     assert "tiny-strategies-large}" in (study.figures / "comparison.tex").read_text()
-    for name in ("accuracy", "differences", "objective_differences", "probes", "diagnostics"):
+    for name in ("accuracy", "differences", "objective_differences", "probes"):
         assert {name, f"{name}_on_large"} <= drawn
     assert drawn >= {"places", "curves"}
     path = probe_folder(study, study.cell(strategy="easy"))
@@ -320,7 +339,7 @@ def test_a_run_that_stops_early_says_so_and_is_compared_with_its_like(lab, unwri
     tables = compile_tables(study)
     assert set(tables["strategies"]["budget"]) == {"early_stopping"}
     assert "early stopping" in summary(study, tables)
-    assert "curves" in draw_comparison(study, tables)
+    assert "differences" in draw_comparison(study, tables)
     assert objective_table(study, tables).count("\n| ") == 3  # kd and plain below the line
 
 

@@ -110,7 +110,7 @@ def test_the_first_run_that_an_edit_reaches_says_which_setting_and_the_others_wh
     assert strategies == {"easy"}  # the others choose without a datamap
 
 
-@pytest.mark.parametrize("name", ["summary.md", "accuracy.png", "datamap.png", "shard_visits.png"])
+@pytest.mark.parametrize("name", ["summary.md", "ledger.md", "datamap.png", "regions.png"])
 def test_a_figure_or_text_that_is_gone_is_made_by_its_own_step_alone(lab, name):
     study = whole(lab)
     (study.figures / name).unlink()

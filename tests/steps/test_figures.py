@@ -5,6 +5,7 @@ import shutil
 from tiny import files_below, tiny_study
 
 from kdlib.__main__ import main
+from kdlib.compare.committed import NAMES, STEPS
 from kdlib.steps.compare import compile_tables, finish_tables
 
 
@@ -19,23 +20,26 @@ def test_figures_are_drawn_from_the_records_and_again_from_the_committed_tables_
     said, drawn, *_ = capsys.readouterr().out.splitlines()
     assert said == "tiny: the comparison is drawn from its runs"
     drawn = drawn.removesuffix(f" drawn in {study.figures}").split(", ")
-    assert {"accuracy", "differences", "curves", "probes", "datamap"} <= set(drawn)
+    assert {"accuracy", "differences", "datamap", "forming", "regions"} <= set(drawn)
     names = {f"{name}.{kind}" for name in drawn for kind in ("pdf", "png")}
     names |= {"summary.md", "objectives.md", "ledger.md", "comparison.md", "comparison.tex"}
     first = files_below(study.figures)
-    tables = {f"tables/{name}.parquet" for name in ("results", "curves", "probes", "costs")}
+    tables = {f"tables/{name}.parquet" for name in NAMES}
+    tables |= {f"tables/datamap/{name}.parquet" for name in STEPS["datamap"]}
     assert set(first) == names | tables
     assert sum(len(first[name]) for name in tables) < 300_000
+    assert (study.runs / "compare" / "costs.md").is_file()
     shutil.rmtree(study.runs)
     shutil.rmtree(study.cache)
     for path in study.figures.glob("*.*"):
-        if path.stem not in ("datamap", "forming", "regions"):
-            path.unlink()
+        path.unlink()
+    for stale in ("diagnostics.png", "probes_on_mnist.pdf"):  # drawn before, and no more
+        (study.figures / stale).write_bytes(b"of before")
     monkeypatch.setattr("sys.argv", ["kdlib", "figures"])  # all studies that have tables
     assert main() == 0
     printed = capsys.readouterr().out
     assert "tiny: the comparison is drawn from its committed tables" in printed
-    assert "not drawn, since their records are not in" in printed
+    assert "not drawn, since neither records nor tables are there: those of step scores" in printed
     assert "datamap, forming, regions" in printed
     assert files_below(study.figures) == first
 

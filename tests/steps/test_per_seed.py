@@ -147,7 +147,7 @@ def test_a_recording_that_is_gone_leaves_what_its_seed_read_unfinished(study: St
         runs = (str(folder.relative_to(study.runs)) for folder in unfinished(study))
         return {name for name in runs if not name.startswith(("probe", "compare", "scores"))}
 
-    show = ("datamap", "forming", "regions", "shard_visits")
+    show = ("datamap", "forming", "regions")
     study.figures.mkdir(parents=True)
     for name in show:
         (study.figures / f"{name}.png").touch()

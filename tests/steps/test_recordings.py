@@ -4,14 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from tiny import TINY
+from tiny import TINY, files_below
 
 from kdlib.__main__ import main
 from kdlib.cartography.scores import aum
 from kdlib.steps import recordings
 from kdlib.steps.cache import cache_images
 from kdlib.steps.compare import finish_tables
-from kdlib.steps.figures import draw_scores, redraw_recordings
+from kdlib.steps.figures import draw_scores, redraw_step
 from kdlib.steps.noise import describe_noise, noise_tables
 from kdlib.steps.scores import describe_scores, recorded_scores, score_tables
 from kdlib.study.base import StudyError
@@ -138,15 +138,20 @@ def test_scores_agree_with_themselves_and_the_text_says_how_far(study, made):
     assert runs.loc[("tiny", "aum"), "correlation"] == pytest.approx(expected)
     assert "| aum |" in describe_scores(study, tables)
     drawn = draw_scores(study, made[2], tables)
-    assert redraw_recordings(study) == {}  # neither notebook has finished
     finish_tables(study, "scores", tables)
     finish_tables(study, "noise", noise_tables(study, made[2]))
     assert set(drawn) == {"same_name", "stability", "map_against"}
     before = {path: path.read_bytes() for path in drawn.values()}
-    again = redraw_recordings(study)
+    again = redraw_step(study, "scores") | redraw_step(study, "noise")
     assert set(again) == {*drawn, "detectors", "suspects"}
     assert all(path.stat().st_size > 5_000 for path in again.values())
     assert all(path.read_bytes() == content for path, content in before.items())
+    # And from the committed tables, where neither recordings nor images are.
+    everything = files_below(study.figures)
+    elsewhere = study.runs.rename(study.runs.with_name("elsewhere"))
+    assert redraw_step(study, "scores") | redraw_step(study, "noise") == again
+    elsewhere.rename(study.runs)
+    assert files_below(study.figures) == everything
 
 
 def test_a_recording_the_study_does_not_ask_for_is_refused(study, made, capsys):
