@@ -23,6 +23,8 @@ from kdlib.steps.cache import cache_images
 from kdlib.steps.datamap import open_map
 from kdlib.study.load import load_study
 
+# jupyter-scatter 1.0.1 with pandas 3.1
+pytestmark = pytest.mark.filterwarnings("ignore:The inplace keyword")
 LIMIT_S = 300  # of the start of JupyterLab on a busy machine
 
 
