@@ -16,10 +16,8 @@ from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 
 from kdlib.repro import files
-from kdlib.steps.cache import cache_images
 from kdlib.study import evaluation
 from kdlib.study.base import StudyError
-from kdlib.study.load import load_study
 from kdlib.study.selections import STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
@@ -239,14 +237,13 @@ def test_the_interactive_datamap_is_a_figure_where_there_is_no_browser(home, mon
     assert pictures == [["image/png", "text/plain"]]
 
 
-def test_wrong_labels_are_looked_for_in_a_study_that_has_some(home, monkeypatch):
+def test_wrong_labels_are_looked_for_in_a_study_that_has_some_and_no_images_yet(home, monkeypatch):
     (home / "params" / "wrong.yaml").write_text(
         "base: tiny.yaml\ndata: {relabel: {noise: 0.3}}\n"
         "axes: {strategy: [random, easy]}\n"
         "recordings: {models: {wide: null}, folds: 2, threshold_samples: true}\n"
     )
     monkeypatch.setenv("KDLIB_HOME", str(home))
-    cache_images(load_study("params/wrong.yaml"))
     notebook = _as_in_jupyterlab(home, "08_noise", monkeypatch, study="params/wrong.yaml")
     assert "AUM below threshold samples" in str([cell.outputs for cell in _code(notebook)])
     assert (home / "runs" / "wrong" / "noise" / "evidence.json").is_file()
