@@ -1,7 +1,7 @@
 """How long the interactive datamap takes in a browser without a GPU: until the points are there,
 and from the beginning of a lasso to the images of what it selected.
 
-    PYTHONPATH=tests python benchmarks/explorer.py [--n 100000 1000000]
+    PYTHONPATH=tests python -P benchmarks/explorer.py [--n 100000 1000000]
 
 Opens random maps of n points in JupyterLab in headless Chromium (software rendering), in a
 workspace of its own with the images of `params/tiny.yaml`, and draws one lasso of 40 mouse moves
@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from explorer.test_browser import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
+from explorer.screen import CHROMIUM, FLAGS, Screen, serving, wait, write_notebook
 from playwright.sync_api import sync_playwright
 
 from kdlib.steps.cache import cache_images

@@ -1,5 +1,5 @@
-"""Command line: `python -m kdlib study | demo | status | figures | report | findings | schema |
-record | step | probe | near | cache`."""
+"""Command line: `python -m kdlib study | demo | status | figures | page | pick | report |
+findings | schema | record | step | probe | near | cache`."""
 
 # Commands import what they need when they run, so that help and errors come at once. The docstring
 # of a command's function is its help; the function returns the exit code, or None for 0.
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kdlib.explorer.commands import add_commands
 from kdlib.repro import files
 from kdlib.steps import publish
 from kdlib.study.cells import Cell, checked_seeds
@@ -287,9 +288,7 @@ def _add_commands(commands: Any) -> None:
     study.add_argument("--miniature", action="store_true", help=text)
     _command(commands, "demo", _demo)
     _command(commands, "status", _status, digits)
-    text = f"study file, such as {digits}; without one, all studies that have either"
-    figures = _command(commands, "figures", publish.figures)
-    figures.add_argument("study", nargs="?", default="all", help=text)
+    add_commands(commands, _command)  # figures, page, pick
     report = _command(commands, "report", publish.report, digits)
     report.add_argument("--html", action="store_true", help="no PDF")
     _command(commands, "findings", publish.findings)

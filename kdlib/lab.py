@@ -94,10 +94,7 @@ class Lab:
 
     Methods about students take `strategy`, `fraction`, `objective` and `student`, and of shard
     strategies `shards` in place of `fraction`. One that is not given has the value of `open_study`,
-    else the first of the study's axis.
-
-    Attributes:
-        study: The settings.
+    else the first of the study's axis. `study` holds the settings.
     """
 
     def __init__(self, study: Study, **point: str | float) -> None:
@@ -131,11 +128,7 @@ class Lab:
 
     def near_duplicates(self, similarity: float = 0.99, most: int = 1000) -> pd.DataFrame:
         """Pairs of images whose teacher features have at least this cosine, after step 02; also
-        drawn as `near_duplicates` in `figures/<study>/`.
-
-        Args:
-            similarity, most: As of `kdlib.steps.near.near_duplicates`.
-        """
+        drawn as `near_duplicates` in `figures/<study>/`. Arguments as of `kdlib.steps.near`."""
         from kdlib.steps.figures import draw_near  # matplotlib, where something is drawn
 
         table = near_duplicates(self.study, self.images, similarity, most)
@@ -179,6 +172,12 @@ class Lab:
         from kdlib.explorer import explore  # widgets, where they are shown
 
         return explore(self.study, **options)
+
+    def page(self, **options: Any) -> Path:
+        """The datamap as one HTML file to send; options of `kdlib.explorer.write_page`."""
+        from kdlib.explorer import write_page
+
+        return write_page(self.study, **options)
 
     def select(
         self,

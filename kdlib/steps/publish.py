@@ -1,4 +1,4 @@
-"""What a study gives to others, as commands: figures, findings, a report."""
+"""What a study gives to others, as commands: findings, a report."""
 
 # Each function is a command of `python -m kdlib`: its docstring is the help, and it imports what it
 # needs when it runs.
@@ -6,28 +6,7 @@
 import argparse
 import sys
 
-from kdlib.repro import files
 from kdlib.study.load import load_study, study_file
-
-
-def figures(arguments: argparse.Namespace) -> int:
-    """Redraw all figures, from the run records or from committed tables."""
-    from kdlib.steps.figures import drawable, redraw
-
-    if arguments.study != "all":
-        redraw(load_study(arguments.study))
-        return 0
-    code = 0
-    for path in files.study_files():
-        try:
-            if drawable(study := load_study(path)):
-                redraw(study)
-            else:
-                print(f"{study.name}: neither runs nor tables are here")
-        except (ValueError, OSError, RuntimeError) as error:  # the other studies are still drawn
-            print(f"{path.name}: {type(error).__name__}: {error}", file=sys.stderr)
-            code = 1
-    return code
 
 
 def findings(arguments: argparse.Namespace) -> None:

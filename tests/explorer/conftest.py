@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from explorer.screen import CHROMIUM, FLAGS
 
 from kdlib.explorer.app import App
 from kdlib.explorer.state import Explorer
@@ -34,3 +35,14 @@ def state(study):
 @pytest.fixture
 def app(state):
     return App(state)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium, started once for the tests of a file."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield started
+        started.close()

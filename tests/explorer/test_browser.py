@@ -11,8 +11,6 @@ import pandas as pd
 import pytest
 from explorer.screen import (
     BAD_NAME,
-    CHROMIUM,
-    FLAGS,
     LACKING,
     looking,
     serving,
@@ -57,16 +55,6 @@ def lab(study, tmp_path_factory):
     write_notebook(home / "explore.ipynb", CODE)
     with serving(home, tmp_path_factory.mktemp("jupyter")) as address:
         yield address("explore.ipynb")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield started
-        started.close()
 
 
 def test_all_stands_in_its_place_whatever_the_size_and_the_theme(study, lab, browser, tmp_path):
