@@ -70,7 +70,7 @@ class Panel {
   handle(which, end) {
     const node = add(this.plot, "div", "kdlib-handle", {
       role: "slider", tabindex: 0, "aria-label": `${which} ${this.score} that is shown`,
-      title: "Arrow keys move it, Escape shows the whole range",
+      title: "Arrow keys move it, Delete shows the whole range",
     });
     node.addEventListener("keydown", (event) => {
       const far = event.key.startsWith("Page") ? 5 : 1;
@@ -80,10 +80,10 @@ class Panel {
       if (by) range[end] += by * far;
       else if (event.key === "Home") range[end] = 0;
       else if (event.key === "End") range[end] = this.n;
-      else if (!["Escape", "Delete", "Backspace"].includes(event.key)) return;
+      else if (!["Delete", "Backspace"].includes(event.key)) return;
       event.preventDefault();
       event.stopPropagation(); // JupyterLab would move to another cell
-      if (["Escape", "Delete", "Backspace"].includes(event.key)) return this.send(null);
+      if (["Delete", "Backspace"].includes(event.key)) return this.send(null);
       range[end] = end === 0
         ? Math.max(0, Math.min(range[0], range[1] - 1))
         : Math.min(this.n, Math.max(range[1], range[0] + 1));
