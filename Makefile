@@ -4,6 +4,7 @@
 #               PROFILE=profiles/slurm submits each notebook as a job of a Slurm cluster
 # make demo     open the map of the digits in JupyterLab, before any training
 # make report   write figures/<study>/report.html and report.pdf of STUDY
+# make paper    write the figures and tables of several studies as LaTeX: STUDY="params/a.yaml params/b.yaml"
 # make figures  redraw the figures of STUDY, or of every study when STUDY is not given
 # make test    all tests but the longest, in less than eight minutes; make test-long runs those
 # make lint | lab | clean
@@ -16,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # containers do not keep, they start in twice the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: study demo test test-long lab figures report lint clean
+.PHONY: study demo test test-long lab figures report paper lint clean
 .DELETE_ON_ERROR:
 
 study: .venv/installed
@@ -52,6 +53,9 @@ figures: .venv/installed
 
 report: .venv/installed
 	@$(BIN)/python -m kdlib report "$(STUDY)"
+
+paper: .venv/installed
+	@$(BIN)/python -m kdlib paper $(if $(filter file,$(origin STUDY)),,$(STUDY))
 
 lint: .venv/installed
 	$(BIN)/ruff check .

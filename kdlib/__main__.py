@@ -1,5 +1,5 @@
 """Command line: `python -m kdlib study | demo | status | figures | page | pick | report |
-findings | schema | record | step | probe | near | cache`."""
+paper | findings | pack | unpack | schema | record | step | probe | near | cache`."""
 
 # Commands import what they need when they run, so that help and errors come at once. The docstring
 # of a command's function is its help; the function returns the exit code, or None for 0.
@@ -292,6 +292,17 @@ def _add_commands(commands: Any) -> None:
     report = _command(commands, "report", publish.report, digits)
     report.add_argument("--html", action="store_true", help="no PDF")
     _command(commands, "findings", publish.findings)
+    paper = _command(commands, "paper", publish.paper)
+    text = f"study files, such as {digits}; without one, all whose tables are committed"
+    paper.add_argument("study", nargs="*", help=text)
+    pack = _command(commands, "pack", publish.pack, digits)
+    pack.add_argument("file", help="the zip file to write")
+    pack.add_argument("--weights", action="store_true", help="also those of teacher and students")
+    unpack = _command(commands, "unpack", publish.unpack)
+    text = "a pack, or hf://datasets/OWNER/NAME[@REVISION]/FILE of the Hugging Face hub"
+    unpack.add_argument("source", help=text)
+    unpack.add_argument("--into", type=Path, help="the folder of a workspace; else this one")
+    unpack.add_argument("--most-gb", type=float, default=4, help="that may be written; 4")
     _command(commands, "schema", _schema)
     record = _command(commands, "record", _record, digits)
     record.add_argument("--model", required=True, help="one of recordings.models")

@@ -73,6 +73,9 @@ class Section:
         return [f"## {self.title}", "", *text, self.table.markdown(), ""]
 
 
+_LAST_LATIN = 0x17F  # of the letters that LaTeX's standard fonts have
+
+
 def measured_on(columns: Iterable[str]) -> str:
     """What the accuracies in columns of the results table, of one measure, are measured on.
 
@@ -198,12 +201,17 @@ def comparison_latex(comparison: pd.DataFrame, caption: str, label: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that LaTeX prints as it stands.
+    """Text that LaTeX prints as it stands; a sign that its fonts lack by its number, and a line
+    break as a space.
 
-    >>> escaped("aum_top, 33 %")
-    'aum\\\\_top, 33 \\\\%'
+    >>> escaped("aum_top, 33 %"), escaped("é → 猫")
+    ('aum\\\\_top, 33 \\\\%', 'é [U+2192] [U+732B]')
     """
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    signs = (sign if sign.isprintable() else " " for sign in text)
+    return "".join(
+        _LATEX.get(sign) or (sign if ord(sign) <= _LAST_LATIN else f"[U+{ord(sign):04X}]")
+        for sign in signs
+    )
 
 
 def count(n: float, thing: str) -> str:

@@ -75,7 +75,7 @@ def read_by(study: Study, step: str) -> dict[str, str | None]:
     """The seals of the evidence that the tables of `compare`, `scores` or `noise` are made of, by
     folder; None where there is none."""
     seals: dict[str, str | None] = {}
-    for folder in _sources(study, step):
+    for folder in sources(study, step):
         seals[_named(folder)] = None
         with contextlib.suppress(OSError, ValueError):
             seals[_named(folder)] = files.read_json(folder / "evidence.json").get("seal")
@@ -86,7 +86,7 @@ def _named(folder: Path) -> str:
     return str(folder.relative_to(files.workspace() / "runs"))
 
 
-def _sources(study: Study, step: str) -> list[Path]:
+def sources(study: Study, step: str) -> list[Path]:
     """The folders of the runs whose evidence is compared, or scored."""
     if step != "compare":
         runs = study.recordings.runs() if study.recordings else []
@@ -339,7 +339,7 @@ class _Steps:
                     return f"{path} is gone or is not as it was written"
             return ""
 
-        self._add(folder, study.step_settings(step), _sources(study, step), dict, further)
+        self._add(folder, study.step_settings(step), sources(study, step), dict, further)
         self._look(folder, step)
         name = f"{_EXECUTED[step]}.ipynb"
         comes_anew = step == "compare" and folder not in self.why and (folder / name).is_file()

@@ -121,13 +121,11 @@ def print_page(browser: str, page: str, path: Path) -> Path:
 
 
 def pictures(study: Study, drawn: dict[str, Path]) -> dict[str, Path]:
-    """The figures of a report, in the order of the notebooks: those of the comparison that were
-    drawn now, and of the other steps those that are there."""
-    found = {}
+    """The figures of a report: those of the comparison, which were drawn now, then those of the
+    other steps that are there, in the order of the notebooks."""
+    found = dict(drawn)
     for step, names in FIGURES.items():
-        if step == "compare":
-            found |= drawn
-        else:
+        if step != "compare":
             paths = {name: study.figures / f"{name}.png" for name in names}
             found |= {name: path for name, path in paths.items() if path.is_file()}
     audit = study.figures / f"{AUDIT}.png"

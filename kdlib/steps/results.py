@@ -89,7 +89,7 @@ def results(study: Study) -> pd.DataFrame:
             evidence = open_student(study, cell, seed)
             settings = files.read_json(folder / "settings.json")
             reference = reference or settings
-            row |= _measured(evidence)
+            row |= measured(evidence)
             rules = checks.student_rules(study.data.labelled)
             reasons += _reasons(folder, evidence, settings, reference, rules)
             reasons += inputs.changed(cell, seed, evidence)
@@ -114,9 +114,9 @@ def results(study: Study) -> pd.DataFrame:
         for (row, _), check in zip(of_cell, verdicts, strict=True):
             of_row[id(row)] += [] if check.passed else [(check.name, check.sentence)]
     table = pd.DataFrame([row | _refusal(reasons) for row, reasons in rows])
-    measured = ["test_accuracy", "test_accuracy_best", "test_accuracy_distinct", *PROBED.values()]
-    measured += study.compare.columns.values()
-    for column in measured:
+    numbers = ["test_accuracy", "test_accuracy_best", "test_accuracy_distinct", *PROBED.values()]
+    numbers += study.compare.columns.values()
+    for column in numbers:
         if column not in table:  # no run has it
             table[column] = np.nan
     if "origin" in table and table["origin"].dropna().eq(RANDOM).all():
@@ -194,7 +194,8 @@ class _Inputs:
         return [*self.faults, ("inputs", sentence)]
 
 
-def _measured(evidence: dict[str, Any]) -> dict[str, Any]:
+def measured(evidence: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a row that its evidence holds."""
     last = evidence["checkpoints"]["last"]
     budget, made, teacher = evidence["budget"], evidence["made"], evidence["teacher"]
     return {
