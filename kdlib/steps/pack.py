@@ -36,7 +36,7 @@ CHUNK = 2**20
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*"
 _PLACES = (
     rf"params/(?:{_PART}/)*{_PART}\.yaml",
-    rf"figures/(?P<figures>{NAME})/(?:tables/{_PART}\.parquet|{_PART}\.png)",
+    rf"figures/(?P<figures>{NAME})/(?:tables/(?:{_PART}/)?{_PART}\.parquet|{_PART}\.png)",
     rf"runs/(?P<runs>{NAME})/(?:{_PART}/)+{_PART}\.(?:json|parquet|safetensors)",
 )
 _ALLOWED = re.compile("|".join(_PLACES), re.ASCII)
@@ -119,14 +119,15 @@ def _settings(file: Path) -> list[Path]:
 
 
 def _tables(study: Study) -> list[Path]:
-    """Committed tables, and the figures that are not drawn of them."""
+    """Committed tables, and the figures of other steps than the comparison."""
     found = [committed_folder(study) / f"{name}.parquet" for name in NAMES]
     for path in found:
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}; {run_to_make(path)}")
     names = [n for step, names in FIGURES.items() if step != "compare" for n in names]
     pictures = [study.figures / f"{name}.png" for name in (*names, "audit")]
-    return found + [path for path in pictures if path.is_file()]
+    of_steps = sorted(committed_folder(study).glob("*/*.parquet"))
+    return [*found, *of_steps, *(path for path in pictures if path.is_file())]
 
 
 def _records(study: Study, weights: bool) -> Iterable[Path]:

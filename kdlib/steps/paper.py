@@ -93,7 +93,7 @@ def _section(study: Study, file: Path, tables: Tables, figures: dict[str, Path])
             rf"\label{{fig:{study.name}-{name}}}",
             r"\end{figure}", "",
         ]  # fmt: skip
-    lines += [r"\begin{landscape}", r"\scriptsize\setlength{\tabcolsep}{3pt}"]
+    lines += [r"\begin{landscape}", r"\fontsize{6}{7.5}\selectfont\setlength{\tabcolsep}{2.5pt}"]
     for name, title, rows in titled(study, tables):
         measured = measured_on(rows["measure"].unique() if len(rows) else ())
         text = f"{study.name}: {title[0].lower()}{title[1:]}; {measured}, in %."

@@ -280,7 +280,10 @@ def _shared(results: pd.DataFrame) -> str:
     for name, column in DATA.items():
         if column in results and (found := results[column].dropna().unique()).size:
             parts.append(f"{name} {' or '.join(value[:12] for value in found)}")
-    return f"Data of all runs: {', '.join(parts)}." if parts else ""
+    sentences = [f"Data of all runs: {', '.join(parts)}."] if parts else []
+    if HASHES["commit"] not in results:
+        sentences.append("The commit of each run stands in its evidence, where the runs are.")
+    return " ".join(sentences)
 
 
 def _evidence(study: Study, results: pd.DataFrame) -> list[dict[str, Any]]:
