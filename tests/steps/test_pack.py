@@ -109,6 +109,7 @@ def test_a_stranger_unpacks_checks_and_redraws_without_training(packed, run, mon
         f"KDLIB_HOME={home / 'new'} python -m kdlib report params/tiny.yaml"
     )
     monkeypatch.setenv("KDLIB_HOME", str(home / "new"))
+    monkeypatch.setattr("kdlib.steps.figures.draw_comparison", lambda study, tables: {})
     assert run("report", "params/tiny.yaml", "--html")[0] == 0
     assert (home / "new" / "figures" / "tiny" / "report.html").is_file()
 
