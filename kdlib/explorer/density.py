@@ -25,19 +25,19 @@ def contours(
     # half of Scott's width, in cells: two groups of points stay apart
     width = [max(1.0, 0.5 * len(x) ** (-1 / 6) * np.std(v) / (e[1] - e[0]))
              for v, e in ((x, xs), (y, ys))]  # fmt: skip
-    # an empty border closes the lines of points that lie at an end of the ranges
-    density = gaussian_filter(np.pad(counts, 1), width, mode="constant")
-    falling = np.sort(density.ravel())[::-1]
-    held = np.cumsum(falling)
-    held /= held[-1]
-    centres = [
-        np.concatenate([[e[0] - d / 2], (e[:-1] + e[1:]) / 2, [e[-1] + d / 2]])
-        for e, d in ((xs, xs[1] - xs[0]), (ys, ys[1] - ys[0]))
-    ]
+    # a border wider than the kernel closes the lines of points that lie at an end of the ranges
+    border = int(4 * max(width)) + 2
+    counts = np.pad(counts, border)
+    density = gaussian_filter(counts, width, mode="constant")
+    order = np.argsort(-density, axis=None, kind="stable")
+    falling, held = density.ravel()[order], np.cumsum(counts.ravel()[order]) / counts.sum()
+    cells = np.arange(-border, SIDE + border) + 0.5
+    centres = [low + cells * (high - low) / SIDE for low, high in (x_range, y_range)]
     drawing = contourpy.contour_generator(*centres, density.T)
     found, former = [], None
     for share in SHARES:
-        level = falling[np.searchsorted(held, share)]
+        last = np.searchsorted(held, share)  # of the cells inside
+        level = falling[last : last + 2].mean()
         if level != former:  # points on a few places: one cell can hold several shares
             found += [(share, line) for line in drawing.lines(level)]
         former = level
