@@ -22,8 +22,8 @@ NAMES = ["cat", "dog", "owl"]
 def results(*subsets, names=NAMES):
     """One row per seed of each (strategy, fraction, numbers of each seed)."""
     rows = [
-        {"strategy": strategy, "fraction": fraction, "class_counts": numbers,
-         "class_names": json.dumps(names)}
+        {"student": "tiny", "strategy": strategy, "fraction": fraction, "objective": "kd",
+         "class_counts": numbers, "class_names": json.dumps(names)}
         for strategy, fraction, *seeds in subsets for numbers in seeds
     ]  # fmt: skip
     return pd.DataFrame(rows)

@@ -108,7 +108,8 @@ def test_a_page_is_one_file_that_loads_nothing_and_runs_only_its_own_script(cont
     assert "http" not in policy
     running = [a for tag, a in blocks.found if tag == "script" and "type" not in a]
     assert running == [{}]  # without a src
-    assert not [a for tag, a in blocks.found if {"src", "href", "srcset"} & a.keys()]
+    assert not [a for tag, a in blocks.found if {"src", "srcset"} & a.keys()]
+    assert all(a.get("href", "#").startswith("#") for tag, a in blocks.found)
     assert not [a for _, a in blocks.found for key in a if key.startswith("on")]
     assert BAD not in text
     assert json.loads(blocks.text("header"))["classes"] == ["zero", BAD]

@@ -29,6 +29,7 @@ function start(data) {
   $("hard-text").append(...sentences.hard.map((line) => el("p", {}, line)));
   $("remarks").append(...header.remarks.map((line) => el("li", {}, line)));
   if (header.results) showResults(header.results);
+  $("to-results").hidden = !header.results;
 
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const ramp = () => (dark.matches ? VIRIDIS_ON_DARK : VIRIDIS);
