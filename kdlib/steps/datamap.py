@@ -57,11 +57,16 @@ def make_datamap(study: Study, images: Images) -> pd.DataFrame:
     for seed in study.seeds if study.dynamics.per_seed else ():
         record(study.upstream, images, *recording_of_seed(study, seed))
         _make(study, images, seed)
+    commit_map(study, images, whole)
+    return whole
+
+
+def commit_map(study: Study, images: Images, whole: pd.DataFrame) -> None:
+    """Write the datamap of a study that shares none, of few images, beside the tables to commit."""
     if study.shares is None and len(whole) <= LARGEST_COMMITTED:
         of = {"images": images.fingerprints, "settings": _settings(study)}
         shown = whole.drop(columns=_OF_GRADIENTS, errors="ignore")
         write_parquet(_committed(study), shown, of, compression="zstd")
-    return whole
 
 
 def _committed(study: Study) -> Path:

@@ -27,7 +27,7 @@ from kdlib.repro.commands import run_to_make
 from kdlib.steps.cache import open_images
 from kdlib.steps.compare import open_tables
 from kdlib.steps.comparison_figures import draw_comparison
-from kdlib.steps.datamap import open_datamap
+from kdlib.steps.datamap import commit_map, open_datamap
 from kdlib.steps.display import TEXTS
 from kdlib.steps.near import near_images
 from kdlib.steps.noise import DETECTORS, noise_tables, suspects
@@ -47,6 +47,7 @@ def datamap_tables(study: Study) -> Tables:
     inside each region."""
     images = open_images(study)
     table = open_datamap(study, images)
+    commit_map(study, images, table)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     maps = _snapshots(log) | {log.n_epochs: table}
     points = pd.concat([map_points(m).assign(epochs=epoch) for epoch, m in maps.items()])
