@@ -195,7 +195,8 @@ def test_what_is_long_stands_under_a_title_that_a_click_opens(tiny_lab):
     assert shown.endswith("\n\n</details>")
     encoded = base64.b64encode((tiny_lab.study.figures / "curves.png").read_bytes()).decode()
     assert re.findall('<img alt="(.*?)" .*?base64,(.*?)">', shown) == [("curves", encoded)]
-    assert "This study has none." in tiny_lab.fold("More data", "fractions")._repr_markdown_()
+    lacking = tiny_lab.fold("More data", "fractions")._repr_markdown_()
+    assert "*tiny has no figure `fractions`: a strategy at three fractions" in lacking
     with pytest.raises(KeyError, match="did you mean 'curves'"):
         tiny_lab.fold("More", "curve")
 

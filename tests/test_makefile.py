@@ -56,4 +56,5 @@ def test_a_study_and_a_profile_with_spaces_are_one_argument_each(clone):
     assert made(clone, "report", "STUDY=my study.yaml")[1:] == [
         "-m", "kdlib", "report", "my study.yaml",
     ]  # fmt: skip
-    assert made(clone, "figures")[1:] == ["-m", "kdlib", "figures", "all"]
+    drawn = ["-m", "kdlib", "figures", "all"]
+    assert made(clone, "figures")[1:] == [*drawn, "", "-m", "audit", "all", "--redraw"]

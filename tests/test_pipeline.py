@@ -97,7 +97,7 @@ def test_a_study_ends_with_runs_figures_notebooks_and_one_closing_message(done):
         expected[name] = 1
     expected["07_scores.ipynb"] = 1
     assert Counter(executed) == expected
-    pictures = {"01_cache": 1, "02_teacher": 1, "03_datamap": 4, "04_distill": 1, "05_probe": 2}
+    pictures = {"01_cache": 1, "02_teacher": 1, "03_datamap": 3, "04_distill": 1, "05_probe": 1}
     pictures |= {"06_compare": 2, "07_scores": 3}
     for path in (home / "runs").rglob("*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells

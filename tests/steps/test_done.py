@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny import first_run, forge, tiny_study
+from tiny import files_below, first_run, forge, tiny_study
 
 from kdlib.repro import checks, files
 from kdlib.repro.run import read_evidence
@@ -35,7 +35,7 @@ def made(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("KDLIB_HOME", str(home))
         study = whole(home)
         compare(study)
-        show(study, "cache", "datamap")
+        show(study, "datamap")
     return home
 
 
@@ -235,12 +235,16 @@ def test_a_datamap_made_anew_that_chooses_the_same_examples_trains_nothing_again
 )
 def test_no_figure_and_no_text_shows_numbers_of_other_settings(lab, changes, says):
     study = whole(lab)
-    texts = {path: path.stat().st_mtime_ns for path in study.figures.rglob("*")}
+    texts = files_below(study.figures)
     edited = tiny_study(lab, recordings=None, **changes)
     for show_again in (redraw, open_tables, compile_tables):
         with pytest.raises((ValueError, checks.CheckError), match=says):
             show_again(edited)
-    assert {path: path.stat().st_mtime_ns for path in study.figures.rglob("*")} == texts
+    after = files_below(study.figures)
+    assert {name: after[name] for name in texts if texts[name]} == {
+        name: content for name, content in texts.items() if content
+    }
+    assert not any(name.startswith(("accuracy", "differences", "curves")) for name in after)
 
 
 def test_costs_of_other_settings_are_in_no_ledger(lab):
@@ -266,7 +270,7 @@ def test_what_is_read_of_a_cache_made_anew_is_compared_with_the_images(lab):
     whole(lab)
     study = tiny_study(lab, recordings=None, data__split_seed=1)
     cache_images(study)
-    show(study, "cache")
+    show(study)
     found = open_of(study)
     assert "was made of other inputs (split: " in found["teacher"]
     assert "cache" not in found

@@ -148,7 +148,7 @@ def test_a_recording_that_is_gone_leaves_what_its_seed_read_unfinished(study: St
         return {name for name in runs if not name.startswith(("probe", "compare", "scores"))}
 
     show = ("datamap", "forming", "regions")
-    study.figures.mkdir(parents=True)
+    study.figures.mkdir(parents=True, exist_ok=True)
     for name in show:
         (study.figures / f"{name}.png").touch()
     assert found() == set()
