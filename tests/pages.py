@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from kdlib.compare.findings import HEADLINE, KEY_FINDINGS, findings, in_words
+from kdlib.compare.findings import HEADLINE, KEY_FINDINGS, budgets, findings, in_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,10 +34,10 @@ PARTS: dict[tuple[str, str], Callable[[], str]] = {
         f"- {in_words(sentence)}" for sentence in KEY_FINDINGS
     ),
     ("docs/findings.md", "findings"): lambda: "\n".join(findings("../")),
-    ("docs/findings.md", "cifar10"): lambda: tables(
-        "cifar10/summary.md", "With the teacher against without"
+    ("docs/findings.md", "budgets"): lambda: budgets(
+        ["subsets", "thirds_cifar10"], "resnet8", "kd"
     ),
-    ("docs/scores.md", "cifar10_scores"): lambda: tables("cifar10/scores.md"),
+    ("docs/scores.md", "cifar10_scores"): lambda: tables("thirds_cifar10/scores.md"),
     ("docs/scores.md", "cifar10n"): lambda: tables("cifar10n/noise.md"),
     ("docs/objectives.md", "objectives"): lambda: tables("objectives/objectives.md"),
 }
