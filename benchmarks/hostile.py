@@ -25,7 +25,8 @@ from kdlib.cache.info import describe, verify_cache
 from kdlib.cache.shards import Cache
 from kdlib.cartography.log import DynamicsLog
 from kdlib.cartography.subset import Subset
-from kdlib.explorer.html import counts_html, gallery_html
+from kdlib.explorer.example import detail_html
+from kdlib.explorer.html import gallery_html
 from kdlib.explorer.state import Explorer
 from kdlib.models.networks import build_network
 from kdlib.models.weights import load_weights
@@ -244,7 +245,7 @@ def _in_html(home: Path) -> str:
     state = Explorer(_study())
     state.names = [EVIL] * 10
     state.select(state.table.index[:20])
-    shown = gallery_html(state) + counts_html(state)
+    shown = gallery_html(state) + detail_html(state, int(state.selected[0]))
     return "unharmed" if "<img src=x" not in shown and "</script>" not in shown else shown
 
 

@@ -39,12 +39,13 @@ class BackgroundTraining:
         self.commands, self.log, self.progress, self.end = commands, log, progress, end
         self.code: int | None = None
         self.stopped, self._process = False, None
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.write_text("")  # before anybody reads it
         atexit.register(self.stop)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         code = 0
         with open(self.log, "w") as log:
             for command in self.commands:
