@@ -111,12 +111,22 @@ export default {
         model.send({ operation: how });
       }
       let drawing = false; // a lasso can end outside of the canvas
-      listen(window, "mousedown", (event) => { drawing = event.target === canvas; }, true);
+      let [pressed, moved] = [null, false];
+      listen(window, "mousedown", (event) => {
+        [drawing, pressed, moved] = [event.target === canvas, event, false];
+      }, true);
+      listen(window, "mousemove", (event) => {
+        if (drawing && event.buttons) moved ||= Math.hypot(
+          event.clientX - pressed.clientX, event.clientY - pressed.clientY) > 10; // pixels
+      }, true);
       listen(window, "mouseup", (event) => {
         if (drawing) operation(event);
       }, true);
       listen(window, "click", (event) => {
-        if (event.target === canvas) operation(event);
+        if (event.target !== canvas) return;
+        // jupyter-scatter takes a lasso that ends where it began for a click on a point as well.
+        if (moved) event.stopPropagation();
+        else operation(event);
       }, true);
 
       // JupyterLab would take a letter or Enter on a button for a command on the cell.
