@@ -162,6 +162,12 @@ class Screen:
             r.bottom]; }""",
         )
 
+    def scroll_to_the_map(self):
+        """As a person does whose window shows a part of it: the mouse reaches no hidden point."""
+        self.page.eval_on_selector(
+            ".jp-OutputArea canvas", "c => c.scrollIntoView({block: 'nearest'})"
+        )
+
     def drawn(self, row):
         """Where on the page the map draws a row of its table."""
         return self.page.evaluate(
@@ -176,9 +182,12 @@ class Screen:
     def lasso(self, low, high, n=None, box=False):
         """Draw around a rectangle of (variability, confidence), or from one corner of it to the
         other, until n examples are selected, or any number: the front end can miss a lasso."""
-        corners = [low, high] if box else [low, (high[0], low[1]), high, (low[0], high[1]), low]
+        # from the corner below the points: the map misses the first piece of a lasso
+        aside = high[0], low[1]
+        corners = [low, high] if box else [aside, high, (low[0], high[1]), low, aside]
 
         def draw():
+            self.scroll_to_the_map()
             points = [self.at(*corner) for corner in corners]
             self.page.mouse.move(*points[0])
             self.page.mouse.down()
@@ -201,6 +210,7 @@ class Screen:
         """Rest on a point until its tooltip shows this image."""
 
         def rest():  # from outside of the point: a move within it asks for no tooltip
+            self.scroll_to_the_map()
             place = self.at(x, y)
             self.page.mouse.move(place[0] - 40, place[1] + 40)
             self.page.mouse.move(*place, steps=5)
@@ -253,7 +263,8 @@ class Screen:
         self.page.get_by_text("Theme", exact=True).first.hover()
         self.page.get_by_text(f"JupyterLab {theme}", exact=True).first.click()
         is_light = str(theme == "Light").lower()
-        self.page.wait_for_selector(f"body[data-jp-theme-light={is_light}]")
+        is_worn = f"body[data-jp-theme-light={is_light}]"
+        self.page.wait_for_selector(is_worn, state="attached")  # a body has no size of its own
 
     def contrasts(self):
         """Contrast of texts of the app to what is behind them, by WCAG 2.2."""
