@@ -182,9 +182,7 @@ class Screen:
     def lasso(self, low, high, n=None, box=False):
         """Draw around a rectangle of (variability, confidence), or from one corner of it to the
         other, until n examples are selected, or any number: the front end can miss a lasso."""
-        # from the corner below the points: the map misses the first piece of a lasso
-        aside = high[0], low[1]
-        corners = [low, high] if box else [aside, high, (low[0], high[1]), low, aside]
+        corners = [low, high] if box else [low, (high[0], low[1]), high, (low[0], high[1]), low]
 
         def draw():
             self.scroll_to_the_map()
