@@ -38,7 +38,12 @@ def shot(screen: Screen, name: str) -> None:
 
 def walk(screen: Screen) -> None:
     """Lasso the hardest digits, look at one, save them, train on them."""
-    first, *others = [screen.at(*point) for point in LASSO]
+    screen.scroll_to_the_map()
+    before = None
+    while before != (places := [screen.at(*point) for point in LASSO]):  # until the layout rests
+        before = places
+        time.sleep(1)
+    first, *others = places
     screen.page.mouse.move(*first)
     screen.page.mouse.down()
     for point in others:
