@@ -184,8 +184,8 @@ def detail_html(state: Explorer, example_id: int | None) -> str:
     row, [why] = state.table.loc[example_id], reasons(state, [example_id])
     [uri] = state.pictures([example_id], 3 * 64)
     name = html.escape(state.class_name(row["label"]))
-    told = "".join(f"<li>{html.escape(line)}</li>" for line in why.lines)
-    told += "".join(f"<li class='kdlib-quiet'>{html.escape(m)}</li>" for m in why.missing)
+    items = "".join(f"<li>{html.escape(line)}</li>" for line in why.lines)
+    items += "".join(f"<li class='kdlib-quiet'>{html.escape(m)}</li>" for m in why.missing)
     regions = "".join(
         f"<li title='{html.escape(RULES[rule])}'><b>{region_name(row[rule])}</b> by "
         f"{rule} <span class='kdlib-quiet'>({html.escape(RULES[rule])})</span></li>"
@@ -200,7 +200,7 @@ def detail_html(state: Explorer, example_id: int | None) -> str:
     return (
         f"<div class='kdlib-detail'><div class='kdlib-detail-top'><img src='{uri}' alt='{name}'>"
         f"<div><b>example {example_id}: {name}</b><br>{curve_svg(why, 260, 120, axes=True)}"
-        f"</div></div><ul>{told}{regions}</ul><div class='kdlib-scores'>{scores}</div>"
+        f"</div></div><ul>{items}{regions}</ul><div class='kdlib-scores'>{scores}</div>"
         f"{_near_html(state, example_id)}</div>"
     )
 

@@ -47,7 +47,6 @@ def datamap_tables(study: Study) -> Tables:
     inside each region."""
     images = open_images(study)
     table = open_datamap(study, images)
-    commit_map(study, images, table)
     log = DynamicsLog.open(study.recorded_run / "dynamics", images.fingerprints, verify=True)
     maps = _snapshots(log) | {log.n_epochs: table}
     points = pd.concat([map_points(m).assign(epochs=epoch) for epoch, m in maps.items()])
@@ -74,6 +73,8 @@ def draw_datamap(study: Study, tables: Tables | None = None) -> dict[str, Path]:
     """
     if tables is None:
         tables = write_step(study, "datamap", datamap_tables(study))
+        images = open_images(study)
+        commit_map(study, images, open_datamap(study, images))
     snapshots = {int(epoch): part for epoch, part in tables["points"].groupby("epochs")}
     n_epochs = max(snapshots)
     whole, classes = snapshots[n_epochs], tables["classes"]

@@ -143,7 +143,7 @@ def test_numbers_that_are_none_are_marked_as_absent():
     assert quantised(np.array([2.0, 2.0]), 2.0, 2.0).tolist() == [0, 0]  # a score of one value
 
 
-def test_the_hard_images_are_told_with_their_reasons(content):
+def test_the_hard_images_stand_with_their_reasons(content):
     # positions 0, 2 and 4 are hard: 0 is taken for 1 in three of four epochs; 2 likewise; 4 is of
     # class 1 and taken rightly in three
     assert {k: v.tolist() for k, v in content.hard().items()} == {0: [2, 0], 1: [4]}

@@ -58,7 +58,7 @@ def test_representatives_are_some_of_the_selection_and_the_same_again(examples):
 
 
 @pytest.mark.usefixtures("lab")
-def test_regions_are_told_of_each_finished_recording():
+def test_each_finished_recording_has_its_regions():
     study = load_study("params/tiny.yaml")
     images = open_images(study)
     none = Examples(study, images).regions_by_recording
